@@ -11,7 +11,9 @@ _BOUNDARY = re.compile(r"""(?P<mark>[.!?…])["'”’)\]]*(?=\s)|(?P<newline>\n
 _LIST_NUMBER = re.compile(r"\s*\(?\d{1,3}")
 # Never the end of a sentence; and the end only where a capital or a digit follows.
 _TITLES = frozenset("dr mr mrs ms prof st vs eg ie e.g i.e cf approx fig resp".split())
-_ABBREVIATIONS = frozenset("pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc no".split())
+_ABBREVIATIONS = frozenset(
+    "pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc no".split()
+)
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")  # b.i.d, p.o, a.m
 _WRAP_WIDTH = 60  # a shorter line is a list item or a heading, not a wrapped line
 
@@ -52,7 +54,10 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
     if match["mark"] != ".":
         return True
     before = text[max(start, match.start() - 40) : match.start()]
-    if _LIST_NUMBER.fullmatch(text[start : match.start()][:8]) and "\n" not in after[: len(after) - len(after.lstrip())]:
+    if (
+        _LIST_NUMBER.fullmatch(text[start : match.start()][:8])
+        and "\n" not in after[: len(after) - len(after.lstrip())]
+    ):
         return False  # "1. Diabetes"
     word = before.split()[-1].lstrip("([\"'").lower() if before.split() else ""
     following = after.lstrip()[:1]
@@ -82,6 +87,11 @@ def strip_citations(summary: str) -> str:
 
 def has_citation(summary: str) -> bool:
     return _CITATION.search(summary) is not None
+
+
+def cited_sentence_numbers(summary: str) -> list[int]:
+    """Every sentence number the summary cites."""
+    return [n for match in _CITATION.finditer(summary) for n in _sentence_numbers(match["sentences"])]
 
 
 def parse_citations(summary: str, note: str) -> list[dict]:

@@ -1,0 +1,185 @@
+"""What every script here shares: options declared once, errors a user can mend, files that appear whole or not at all."""
+
+import argparse
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent  # the repository: bundled model and adapters' base paths are found from here
+
+
+class InputError(ValueError):
+    """Something the user can mend: a bad option, file, row or folder. Scripts print it in a line or two and exit with status 2.
+
+    `problem` says what is wrong and where (file, row, id; never note text), `mend` what to do about it.
+    """
+
+    def __init__(self, problem: str, mend: str = ""):
+        super().__init__(f"{problem}\n{mend}" if mend else problem)
+        self.problem, self.mend = problem, mend
+
+
+def log(message: str = "") -> None:
+    """Progress and logs go to stderr; stdout is for results."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's main function; exit status 0 done, 1 failed (with a traceback), 2 the user can mend it, 130 interrupted."""
+    try:
+        main()
+        sys.stdout.flush()
+    except InputError as error:
+        log(f"error: {error.problem}" + (f"\nmend:  {error.mend}" if error.mend else ""))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        log("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        mends = {
+            errno.ENOSPC: "free some space, or name a folder on another disk",
+            errno.EACCES: "check who may read and write there",
+        }
+        if error.errno is None or (error.filename is None and error.errno not in mends):
+            raise
+        log(
+            f"error: {error.strerror}: {error.filename or 'the output folder'}\nmend:  {mends.get(error.errno, 'check the path')}"
+        )
+        sys.exit(2)
+
+
+# ------------------------------------------------------------------------------------------------ options
+
+
+def option(default, help: str, *, group: str = "options", **argparse_arguments):
+    """A dataclass field that is a command-line option too, so that each option is declared once."""
+    metadata = {"help": help, "group": group, "argparse": argparse_arguments}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise InputError(message, f"see python {self.prog} --help")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=120)
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False, argparse.SUPPRESS) else super()._get_help_string(action)
+
+
+def parse_options(config_class, description: str, argv: list[str] | None = None):
+    """The command line as a `config_class` (a dataclass of `option` fields). Raises InputError for a bad option."""
+    parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
+    hints, groups = typing.get_type_hints(config_class), {}
+    for field in dataclasses.fields(config_class):
+        title = field.metadata["group"]
+        group = groups.setdefault(title, parser.add_argument_group(title) if title not in groups else None)
+        kind, arguments = hints[field.name], dict(field.metadata["argparse"])
+        if isinstance(kind, types.UnionType):  # `str | None`
+            kind = typing.get_args(kind)[0]
+        if kind is bool:
+            arguments["action"] = "store_true"
+        elif typing.get_origin(kind) is list:
+            arguments.setdefault("nargs", "+")
+        else:
+            arguments.setdefault("type", kind)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        group.add_argument(
+            f"--{field.name}", default=default, help=field.metadata["help"].replace("%", "%%"), **arguments
+        )
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool = False) -> Callable:
+    """An argparse type: a number of `kind` from `low` (above it if `open_low`) to `high`."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
+        if not (low < value if open_low else low <= value) or not value <= high:
+            bounds = f"{'above' if open_low else 'at least'} {low}" + (
+                f" and at most {high}" if high != float("inf") else ""
+            )
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
+        return value
+
+    return parse
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def private_folder(path: Path) -> Path:
+    """Creates `path`, readable by the user alone where we create it: adapters and summaries count as patient data."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        folder.chmod(0o700)
+    return path
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file that appears whole or not at all: aside, fsync, rename. Readable by the user alone."""
+    descriptor, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value) -> None:
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync of every file in `folder` and of the folder itself, before a rename makes it count."""
+    for path in (*(file for file in folder.rglob("*") if file.is_file()), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def safe_id(identifier: str) -> str:
+    """An id fit for a log. One that looks like text (a shifted column, say) may be patients' text and is not shown."""
+    return identifier if re.fullmatch(r"[\w.:/#-]{1,64}", identifier) else "(not shown)"
+
+
+def some(items: Iterable[str], most: int = 5) -> str:
+    """ "a, b, c and 4 more"."""
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
