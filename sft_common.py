@@ -29,19 +29,27 @@ class InputError(ValueError):
         self.problem, self.mend = problem, mend
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on though its input is right. Scripts print it in a line or two and exit with status 1."""
+
+    def __init__(self, problem: str, mend: str = ""):
+        super().__init__(f"{problem}\n{mend}" if mend else problem)
+        self.problem, self.mend = problem, mend
+
+
 def log(message: str = "") -> None:
     """Progress and logs go to stderr; stdout is for results."""
     print(message, file=sys.stderr, flush=True)
 
 
-def run(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function; exit status 0 done, 1 failed (with a traceback), 2 the user can mend it, 130 interrupted."""
     try:
         main()
         sys.stdout.flush()
-    except InputError as error:
+    except (InputError, RunError) as error:
         log(f"error: {error.problem}" + (f"\nmend:  {error.mend}" if error.mend else ""))
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         log("interrupted")
         sys.exit(130)

