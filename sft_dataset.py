@@ -69,23 +69,28 @@ def clean_text(text: str) -> str:
     return _CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
 
 
+def decode_text(path: Path) -> str:
+    """A file's text, UTF-8 with or without BOM. Raises InputError where there is no such file or it is not UTF-8."""
+    if not path.is_file():
+        raise InputError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}", "check the path")
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(
+            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} on line {line:,}",
+            "save it as UTF-8 (in Excel: 'CSV UTF-8')",
+        ) from None
+
+
 def read_table(path: str | Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str], bool]]:
     """Yields (row number, fields by column, whether there are more fields than columns) of a CSV's rows. Values are text
     as they stand: "NA" is sodium, not a missing value.
 
     Raises InputError where the file cannot be read as a CSV with the `required` columns.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputError(f"{path}: {'a folder, not a CSV file' if path.is_dir() else 'no such file'}", "check the path")
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        row = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} on line {row:,}", "save it as 'CSV UTF-8'"
-        ) from None
+    text = decode_text(Path(path))
     csv.field_size_limit(1 << 30)  # a note may be longer than the csv module's 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:

@@ -497,6 +497,7 @@ def load_specialist(
     base = load_base_model(base_folder, placement.device, placement.dtype, quantization)
     try:
         config = LoraConfig.from_pretrained(str(folder), local_files_only=True)
+        config.base_model_name_or_path = base.name_or_path
         model = get_peft_model(base, config)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
