@@ -13,7 +13,7 @@ import io
 import itertools
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +152,7 @@ def _problems(row: Row, too_many_fields: bool) -> Iterator[str]:
     if not row.model_summary:
         yield "model_summary is empty"
     if row.label not in LABELS:
-        yield f"label is neither {' nor '.join(LABELS)}"
+        yield f"label is neither {' nor '.join(LABELS)} (or a comma outside quotes shifts the columns)"
 
 
 def factual_rows(rows: Sequence[Row], path: str | Path) -> list[Row]:
@@ -362,20 +362,21 @@ class Example:
 
 def encode_example(
     row: Row, note_ids: list[int], summary_ids: list[int], encoder: PromptEncoder, max_length: int
-) -> Example | str:
-    """One row as an Example of at most `max_length` tokens, or the reason it is refused.
+) -> Example | int:
+    """One row as an Example of at most `max_length` tokens; or, where it is refused, the max_length that it needs.
 
-    The note alone is shortened, at a sentence boundary; the template, the summary and its end never are.
+    The note alone is shortened, at a sentence boundary; the template, the summary and its end never are. A row whose
+    summary leaves no room for a note, or cites a sentence that would be cut off, is refused.
     """
     room = max_length - encoder.n_template_tokens - len(summary_ids) - 1
     shortened = len(note_ids) > room
     if shortened:
         if room < MIN_NOTE_TOKENS:
-            needed = max_length - room + min(len(note_ids), MIN_NOTE_TOKENS)
-            return f"its summary leaves no room for the note (needs --max_length {needed} or more)"
+            return max_length - room + min(len(note_ids), MIN_NOTE_TOKENS)
+        whole = len(note_ids)
         note_ids, kept = encoder.shorten(row.clinical_note, room)
         if encoder.template.number_sentences and max(cited_sentence_numbers(row.model_summary), default=0) > kept:
-            return "its summary cites sentences that do not fit --max_length"
+            return max_length - room + whole
     prompt = encoder.prompt(note_ids)
     return Example(row.id, prompt + summary_ids + [encoder.template.end_token_id], len(prompt), shortened)
 
@@ -384,20 +385,20 @@ class SFTDataset:
     """Factual rows as tokenised examples. Works in torch's DataLoader and in Hugging Face's Trainer, with `SFTCollator`.
 
     `dataset[i]` is a dict of `input_ids` and `labels` (lists of equal length, -100 where no loss is carried).
-    `examples` holds the same with row ids, `refused` the reason by row id of each row that cannot be trained on.
+    `examples` holds the same with row ids; `refused` the max_length needed, by row id, of each row that does not fit.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int = 512):
         self.encoder, self.max_length = encoder, max_length
         self.examples: list[Example] = []
-        self.refused: dict[str, str] = {}
+        self.refused: dict[str, int] = {}
         for start in range(0, len(rows), 1000):
             part = rows[start : start + 1000]
             notes = encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in part])
             summaries = encoder.encode_texts([row.model_summary for row in part])
             for row, note_ids, summary_ids in zip(part, notes, summaries):
                 example = encode_example(row, note_ids, summary_ids, encoder, max_length)
-                if isinstance(example, str):
+                if isinstance(example, int):
                     self.refused[row.id] = example
                 else:
                     self.examples.append(example)
@@ -437,9 +438,9 @@ def load_datasets(
     for part, path in ((train, train_csv), (validation, val_csv)):
         datasets.append(SFTDataset(part, encoder, max_length))
         if not datasets[-1].examples:
-            row_id, reason = next(iter(datasets[-1].refused.items()))
+            needed = max(datasets[-1].refused.values())
             raise InputError(
-                f"{path}: no row fits --max_length {max_length}; id {safe_id(row_id)}: {reason}", "raise --max_length"
+                f"{path}: no row fits --max_length {max_length}", f"--max_length {needed} would hold them all"
             )
     return datasets[0], datasets[1]
 
@@ -598,11 +599,12 @@ def warn_about_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) 
         log(
             f"warning: {path}: {len(dataset.shortened):,} notes shortened at a sentence boundary to fit --max_length {dataset.max_length}: ids {ids}"
         )
-    by_reason = defaultdict(list)
-    for row_id, reason in dataset.refused.items():
-        by_reason[re.sub(r"\d+", "…", reason) if len(dataset.refused) > 5 else reason].append(safe_id(row_id))
-    for reason, ids in by_reason.items():
-        log(f"warning: {path}: {len(ids):,} rows refused: {reason}: ids {some(ids)}")
+    if dataset.refused:
+        ids, needed = some(map(safe_id, dataset.refused)), max(dataset.refused.values())
+        log(
+            f"warning: {path}: {len(dataset.refused):,} rows refused, since their summaries (and the sentences these cite) do not fit"
+            f" --max_length {dataset.max_length}; --max_length {needed} would hold them all: ids {ids}"
+        )
     repeated = repeated_rows(rows)
     if repeated:
         log(
