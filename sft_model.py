@@ -262,8 +262,8 @@ def base_weights_sha256(folder: Path) -> str:
 def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[str], seed: int) -> PeftModel:
     """The model with LoRA adapters (float32, B zero) on `target_modules`, or on all linear layers with ["all-linear"].
 
-    The default ["q_proj", "v_proj"] means the attention projections: where a model names them otherwise (GPT-2's
-    c_attn, Phi-3's qkv_proj), PEFT's choice for that architecture is taken. Raises InputError if none is there.
+    Where a model has no q_proj and v_proj, which are the default, PEFT's choice for its architecture is taken (GPT-2's
+    c_attn), or all linear layers if PEFT has none. Raises InputError for other layers that are not there.
     """
     linear = {
         name.rpartition(".")[2]
@@ -272,14 +272,12 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
     }
     targets: list[str] | str = "all-linear" if target_modules == ["all-linear"] else target_modules
     if targets == ["q_proj", "v_proj"] and not linear.intersection(targets):
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, [])
-        log(f"This model has no q_proj and v_proj; LoRA goes on {', '.join(targets) or 'nothing'}")
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+        targets = list(known) if known else "all-linear"
+        log(f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}")
     absent = [name for name in targets if name not in linear] if isinstance(targets, list) else []
-    if absent or not targets:
-        raise InputError(
-            f"--target_modules: the model has no {some(absent) or 'q_proj and v_proj'}",
-            f"choose from {some(sorted(linear), 12)}, or all-linear",
-        )
+    if absent:
+        raise InputError(f"--target_modules: the model has no {some(absent)}", f"choose from {some(sorted(linear), 12)}, or all-linear")
     torch.manual_seed(seed)
     return get_peft_model(
         model,

@@ -92,6 +92,9 @@ def tiny_config(architecture: str):
     }
     configs = {
         "llama": lambda: transformers.LlamaConfig(**sizes),
+        "llama-wide": lambda: transformers.LlamaConfig(
+            **{**sizes, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+        ),
         "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=24),
         "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
         "gemma": lambda: transformers.GemmaConfig(**sizes),
@@ -124,7 +127,7 @@ def tiny_model(architecture: str = "llama", seed: int = 0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, 0.5 if "embed" in name or "wte" in name else 0.15)
+                parameter.normal_(0, 0.5 if any(part in name for part in ("embed", "wte", "lm_head")) else 0.15)
     return model.eval()
 
 

@@ -1,0 +1,418 @@
+import json
+import math
+
+import pytest
+import torch
+from conftest import NOTES, ROOT, assert_mendable, run_python, write_csv
+from hypothesis import given
+from hypothesis import strategies as st
+
+import sft_model
+import stage_a_sft_training as training
+from sft_common import InputError, RunError
+from stage_a_sft_training import Plan, Progress, TrainConfig, learning_rate_at, train
+
+ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2", "bloom"]
+
+
+@pytest.fixture
+def configured(csv_files, model_folder, tmp_path):
+    """configured(output name, **options): the configuration of a short run of a tiny model."""
+
+    def make(name: str = "out", architecture: str = "llama", chat: str = "chatml", **options) -> TrainConfig:
+        values = {
+            "num_epochs": 2,
+            "batch_size": 4,
+            "lora_r": 4,
+            "lora_dropout": 0.1,
+            "learning_rate": 5e-3,
+            "max_length": 256,
+            "device": "cpu",
+        }
+        paths = {"train_csv": str(csv_files[0]), "val_csv": str(csv_files[1]), "output_dir": str(tmp_path / name)}
+        return TrainConfig(**{**paths, "model_name": str(model_folder(architecture, chat)), **values, **options})
+
+    return make
+
+
+def metrics_of(config: TrainConfig) -> list[dict]:
+    from pathlib import Path
+
+    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_of(folder) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(f"{folder}/adapter_model.safetensors")
+
+
+def assert_same_adapter(one, two) -> None:
+    first, second = adapter_of(one), adapter_of(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ------------------------------------------------------------------------------------------------ pure functions
+
+
+@given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
+def test_each_row_once_an_epoch(n, batch_size, accumulation, processes, seed):
+    """However the rows are split over micro-batches and processes."""
+    plan = Plan(n, batch_size, accumulation, processes, 2, seed)
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+            shares = [plan.micro_batches(list(plan.rows(step)), process) for process in range(processes)]
+            assert len({len(share) for share in shares}) == 1  # every process takes part in every forward pass
+            assert all(len(batch) <= batch_size for share in shares for batch in share)
+            seen += [row for share in shares for batch in share for row in batch]
+        assert sorted(seen) == list(range(n))
+
+
+@given(st.integers(1, 300), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"]))
+def test_learning_rate_schedule(total, warmup_ratio, scheduler):
+    config = TrainConfig(warmup_ratio=warmup_ratio, lr_scheduler=scheduler)
+    rates = [learning_rate_at(step, total, config) for step in range(total)]
+    top = rates.index(max(rates))
+    assert all(0 < rate <= config.learning_rate * (1 + 1e-9) for rate in rates)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert max(rates) == pytest.approx(config.learning_rate)
+
+
+def test_learning_rate_equals_that_of_transformers():
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-4)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, 50)
+    for step in range(50):
+        assert learning_rate_at(step, 50, TrainConfig(warmup_ratio=0)) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+
+
+def test_advice_follows_the_losses():
+    def advice(untrained, *losses):
+        epochs = [{"epoch": i + 1, "train_loss": t, "val_loss": v} for i, (t, v) in enumerate(losses)]
+        return " ".join(training.advise(Progress(untrained_val_loss=untrained, epochs=epochs)))
+
+    assert advice(3.0, (2.5, 2.4), (2.0, 2.1)) == ""
+    assert "Overfitting after epoch 1" in advice(3.0, (2.5, 2.4), (2.0, 2.6))
+    assert "barely moved" in advice(3.0, (3.0, 2.99))
+    assert "lower --learning_rate" in advice(3.0, (4.0, 3.5))
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("chat", ["llama3", "none"])
+def test_every_architecture_trains_and_generates(configured, architecture, chat):
+    from sft_inference import SFTInference
+
+    config = configured(architecture=architecture, chat=chat, num_epochs=1, batch_size=6)
+    stats = train(config)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2] and stats["epochs"][0]["val_loss"] < stats[
+        "untrained_val_loss"
+    ]
+    result = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_summary(
+        NOTES[0][0], max_new_tokens=5
+    )
+    assert 1 <= result["n_new_tokens"] <= 5
+
+
+def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
+    config = configured()
+    stats = train(config)
+    out, said = tmp_path / "out", capfd.readouterr().err
+    assert {path.name for path in out.iterdir()} == {
+        "final_model",
+        "checkpoint_epoch_1",
+        "checkpoint_epoch_2",
+        "training_stats.json",
+        "metrics.jsonl",
+        "loss_curve.png",
+    }
+    assert json.loads((out / "training_stats.json").read_text()) == stats
+    needed = {
+        "epoch",
+        "train_loss",
+        "val_loss",
+        "learning_rate",
+        "train_seconds",
+        "n_tokens",
+        "n_target_tokens",
+        "tokens_per_second",
+        "peak_memory_mb",
+    }
+    assert all(needed <= epoch.keys() for epoch in stats["epochs"])
+    lines = metrics_of(config)
+    assert [line["step"] for line in lines] == list(range(1, 7)) and sum(
+        line["n_examples"] for line in lines[:3]
+    ) == len(NOTES)
+    assert stats["epochs"][0]["n_target_tokens"] == sum(line["n_target_tokens"] for line in lines[:3])
+    kept = stats["kept_epoch"]
+    assert stats["epochs"][kept - 1]["val_loss"] == min(epoch["val_loss"] for epoch in stats["epochs"])
+    assert_same_adapter(out / "final_model", out / f"checkpoint_epoch_{kept}")
+    assert not (out / "final_model" / "training_state.pt").exists()
+    order = [
+        "Untrained Val Loss:",
+        "Epoch 1/2\n====",
+        "Train Loss:",
+        "Val Loss:",
+        "Learning Rate:",
+        "Saved checkpoint to",
+        "Epoch 2/2",
+        "Training completed!",
+        "Saved final model to",
+    ]
+    place = 0
+    for words in order:
+        place = said.index(words, place) + len(words)
+    saved = json.loads((out / "final_model" / "sft_config.json").read_text())
+    assert saved["rows"]["train"] == {"factual": 11, "hallucinated": 1, "used": 11, "shortened": 0, "refused": 0}
+    assert saved["sha256"].keys() == {"train_csv", "val_csv", "base_weights", "adapter"}
+    written = [path.read_text(errors="replace") for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
+    assert not any(str(tmp_path) in text for text in written)  # no absolute path
+    assert not any(note in text for note, _ in NOTES for text in [*written, said])  # no patient
+
+
+def test_losses_do_not_depend_on_the_split_of_a_batch(configured):
+    """(8,1), (4,2), (1,8): the same losses, the short last group of 11 rows included; and the same for padded batches."""
+    runs = []
+    for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
+        config = configured(
+            f"out{batch_size}", batch_size=batch_size, gradient_accumulation_steps=accumulation, lora_dropout=0.0
+        )
+        stats = train(config)
+        runs.append(
+            [
+                stats["untrained_val_loss"],
+                *(line["loss"] for line in metrics_of(config)),
+                *(e["val_loss"] for e in stats["epochs"]),
+            ]
+        )
+    for losses in runs[1:]:
+        assert losses == pytest.approx(runs[0], rel=1e-4)
+
+
+def test_first_loss_is_the_mean_cross_entropy_of_its_tokens(configured):
+    """Against the model alone, before any update."""
+    from sft_dataset import load_datasets
+
+    config = configured(lora_dropout=0.0, batch_size=11, num_epochs=1)
+    train(config)
+    folder = sft_model.resolve_model(config.model_name)
+    model = sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
+    train_set, val_set = load_datasets(
+        config.train_csv, config.val_csv, sft_model.load_tokenizer(folder), max_length=config.max_length
+    )
+    for dataset, loss in (
+        (train_set, metrics_of(config)[0]["loss"]),
+        (val_set, json.loads((ROOT / config.output_dir / "training_stats.json").read_text())["untrained_val_loss"]),
+    ):
+        losses = []
+        for item in dataset:
+            logits = model(torch.tensor([item["input_ids"]])).logits[0, :-1]
+            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(item["labels"][1:]), reduction="none"))
+        losses = torch.cat(losses)
+        assert loss == pytest.approx((losses.sum() / (losses != 0).sum()).item(), rel=1e-5)
+
+
+def test_only_the_adapter_is_trained(configured, monkeypatch):
+    seen = {}
+    set_up = training.set_up
+
+    def watched(config):
+        seen["run"] = set_up(config)
+        seen["before"] = {name: parameter.clone() for name, parameter in seen["run"].model.named_parameters()}
+        return seen["run"]
+
+    monkeypatch.setattr(training, "set_up", watched)
+    train(configured())
+    for name, parameter in seen["run"].model.named_parameters():
+        assert torch.equal(parameter, seen["before"][name]) is ("lora_" not in name), name
+
+
+def test_one_batch_is_learnt_by_heart_and_written_down(configured, tmp_path):
+    from sft_inference import SFTInference
+
+    rows = [(f"r{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:4] * 10)]
+    path = str(write_csv(tmp_path / "four.csv", rows))
+    config = configured(
+        train_csv=path,
+        val_csv=path,
+        num_epochs=12,
+        lora_r=16,
+        lora_dropout=0.0,
+        learning_rate=1e-2,
+        target_modules=["all-linear"],
+    )
+    stats = train(config)
+    assert stats["epochs"][-1]["train_loss"] < 0.1
+    results = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_batch(
+        [note for note, _ in NOTES[:4]], 60
+    )
+    assert [result["generated_summary"] for result in results] == [summary for _, summary in NOTES[:4]]
+    assert all(result["finish_reason"] == "stop" for result in results)
+
+
+# ------------------------------------------------------------------------------------------------ going on
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
+def test_a_resumed_run_is_the_uninterrupted_one(configured, monkeypatch, tmp_path, stop_after):
+    """Killed after any update, resumed from the newest checkpoint: adapter, metrics and losses to the bit."""
+    options = {"save_steps": 2, "lora_dropout": 0.3, "gradient_accumulation_steps": 2, "batch_size": 2}
+    whole = configured("whole", **options)
+    stats = train(whole)
+    real_update = training.update
+
+    def killed(run, step):
+        if step == stop_after:
+            raise KeyboardInterrupt
+        return real_update(run, step)
+
+    config = configured("part", **options)
+    monkeypatch.setattr(training, "update", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    monkeypatch.setattr(training, "update", real_update)
+    if stop_after == 1:  # nothing saved yet
+        with pytest.raises(InputError, match="no checkpoint"):
+            train(configured("part", **options, resume=True))
+        return
+    resumed = train(configured("part", **options, resume=True))
+    assert_same_adapter(tmp_path / "whole" / "final_model", tmp_path / "part" / "final_model")
+    assert metrics_of(config) == metrics_of(whole)
+    assert [epoch["train_loss"] for epoch in resumed["epochs"]] == [epoch["train_loss"] for epoch in stats["epochs"]]
+
+
+def test_a_finished_run_goes_on_for_more_epochs(configured):
+    train(configured(num_epochs=1, lr_scheduler="constant"))
+    train(configured("whole", lr_scheduler="constant"))
+    stats = train(configured(resume=True, lr_scheduler="constant"))
+    assert [epoch["epoch"] for epoch in stats["epochs"]] == [1, 2]
+    assert_same_adapter(
+        f"{configured().output_dir}/checkpoint_epoch_2", f"{configured('whole').output_dir}/checkpoint_epoch_2"
+    )
+
+
+def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(configured, tmp_path):
+    train(configured(num_epochs=1))
+    with pytest.raises(InputError, match=r"learning_rate was 0\.005, is 0\.1"):
+        train(configured(resume=True, learning_rate=0.1))
+    with pytest.raises(InputError, match="holds an earlier run"):
+        train(configured())
+    (tmp_path / "out" / "mine.txt").write_text("not of the toolkit")
+    train(configured(overwrite=True, num_epochs=1))
+    assert (tmp_path / "out" / "mine.txt").exists()
+
+
+def test_early_stopping_keeps_the_best_epoch(configured, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
+    monkeypatch.setattr(training, "evaluate", lambda run: next(losses))
+    stats = train(configured(num_epochs=5, early_stopping_patience=2))
+    assert [epoch["val_loss"] for epoch in stats["epochs"]] == [2.0, 2.5, 2.4] and stats["kept_epoch"] == 1
+
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(configured, monkeypatch, tmp_path):
+    real_loss, calls = training.summed_loss, []
+
+    def loss(model, batch):
+        if model.training:
+            calls.append(1)
+        return real_loss(model, batch) * (float("nan") if len(calls) == 4 and model.training else 1)
+
+    monkeypatch.setattr(training, "summed_loss", loss)
+    with pytest.raises(RunError, match=r"update 4: loss nan.*ids t[\s\S]*learning_rate") as error:
+        train(configured())
+    assert "checkpoint_epoch_1" in str(error.value)
+    assert all(weight.isfinite().all() for weight in adapter_of(tmp_path / "out" / "checkpoint_epoch_1").values())
+
+
+def test_float16_overflow_skips_the_update_and_is_counted(configured, monkeypatch):
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000),
+    )
+    stats = train(configured(dtype="float16", num_epochs=12))
+    assert 0 < stats["skipped_updates"] < 36
+    assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_8bit": True}, {"use_4bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}]
+)
+def test_memory_saving_options_train_and_infer(configured, options, capfd):
+    from sft_inference import SFTInference
+
+    config = configured(architecture="llama-wide", **options)  # bitsandbytes' 4-bit kernel wants blocks of 64
+    stats = train(config)
+    assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
+    quantised = {name: value for name, value in options.items() if name.startswith("use_")}
+    result = SFTInference(f"{config.output_dir}/final_model", device="cpu", **quantised).generate_summary(
+        NOTES[0][0], 5
+    )
+    assert math.isfinite(result["confidence"]) and "MatMul8bitLt" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--no_such_option"], "no_such_option"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["--use_8bit", "--use_4bit"], "choose one"),
+        (["--model_name", "mistralai/Mistral-7B"], "mistralai/Mistral-7B-v0.3"),
+        (["--model_name", "./nowhere"], "no such folder"),
+        (["--device", "cuda"], "cuda"),
+        (["--resume"], "no checkpoint"),
+    ],
+)
+def test_bad_options_are_refused_in_two_lines(arguments, words, csv_files, tmp_path):
+    if arguments[-1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("CUDA is here")
+    data = ["--train_csv", csv_files[0], "--val_csv", csv_files[1], "--output_dir", tmp_path / "out"]
+    result = run_python("stage_a_sft_training.py", *data, *arguments)
+    result.stderr = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("Device:"))
+    assert_mendable(result, words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_equal_one(configured, tmp_path):
+    """DDP over gloo: (4, 1) on two processes has the losses of (8, 1) on one, the short last group of 11 rows included."""
+    one = configured("one", batch_size=8, lora_dropout=0.0)
+    train(one)
+    two = configured("two", batch_size=4, lora_dropout=0.0)
+    options = [
+        f"--{name}={getattr(two, name)}"
+        for name in (
+            "train_csv",
+            "val_csv",
+            "model_name",
+            "output_dir",
+            "batch_size",
+            "learning_rate",
+            "lora_r",
+            "lora_dropout",
+            "max_length",
+            "device",
+        )
+    ]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_python(*launch, "stage_a_sft_training.py", *options, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Training completed!") == 1
+    assert [line["loss"] for line in metrics_of(two)] == pytest.approx(
+        [line["loss"] for line in metrics_of(one)], rel=1e-4
+    )
+    stats = [json.loads((tmp_path / name / "training_stats.json").read_text()) for name in ("one", "two")]
+    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx(
+        [e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4
+    )
