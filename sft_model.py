@@ -274,10 +274,15 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
     if targets == ["q_proj", "v_proj"] and not linear.intersection(targets):
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
         targets = list(known) if known else "all-linear"
-        log(f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}")
+        log(
+            f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}"
+        )
     absent = [name for name in targets if name not in linear] if isinstance(targets, list) else []
     if absent:
-        raise InputError(f"--target_modules: the model has no {some(absent)}", f"choose from {some(sorted(linear), 12)}, or all-linear")
+        raise InputError(
+            f"--target_modules: the model has no {some(absent)}",
+            f"choose from {some(sorted(linear), 12)}, or all-linear",
+        )
     torch.manual_seed(seed)
     return get_peft_model(
         model,
