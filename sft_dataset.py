@@ -3,14 +3,12 @@
     python sft_dataset.py                       # check the bundled data and report on it
     python sft_dataset.py --train_csv my.csv    # check your own
 
-Training and inference build their prompts here, with the same functions, so that they cannot differ.
+The prompt and its tokens are sft_prompt.py's.
 """
 
-import bisect
 import csv
 import functools
 import io
-import itertools
 import json
 import re
 from collections import Counter
@@ -32,7 +30,8 @@ from sft_common import (
     some,
     write_whole,
 )
-from sft_grounding import cited_sentence_numbers, has_citation, number_sentences, sentence_spans
+from sft_grounding import cited_sentence_numbers, has_citation
+from sft_prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
 
 if TYPE_CHECKING:
     import torch
@@ -42,12 +41,6 @@ COLUMNS = (*REQUIRED_COLUMNS, "hallucination_type")
 LABELS = ("factual", "hallucinated")
 IGNORE_INDEX = -100  # the label of a token that carries no loss, as in torch's cross_entropy
 MIN_NOTE_TOKENS = 8  # a row that leaves its note less room than this is refused
-
-INSTRUCTION = "Summarize the clinical note. State only what the note says."
-EVIDENCE_INSTRUCTION = (
-    INSTRUCTION + " After each sentence cite the note's sentences it rests on, like [Evidence: S1,2; Conf: 0.85]."
-)
-_NOTE_MARK, _ANSWER_MARK = "CLINICAL-NOTE-STANDS-HERE", "SUMMARY-STANDS-HERE"
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -189,157 +182,12 @@ def repeated_rows(rows: Sequence[Row]) -> list[Row]:
     return repeated
 
 
-# ------------------------------------------------------------------------------------------------ prompt
-
-
-@dataclass(frozen=True)
-class PromptTemplate:
-    """The text around a note. Saved beside the adapter and read back by inference, never rendered anew: some chat
-    templates write the day's date."""
-
-    prefix: str
-    suffix: str
-    add_special_tokens: bool  # whether the tokenizer puts its own BOS before `prefix` (a chat template has written it)
-    end_token_id: int  # ends the summary; supervised in training
-    stop_token_ids: tuple[int, ...]  # generation stops at each of these
-    number_sentences: bool  # the note's sentences stand on lines of their own, numbered S1, S2, ...
-
-    @classmethod
-    def from_dict(cls, values: dict) -> "PromptTemplate":
-        return cls(**{**values, "stop_token_ids": tuple(values["stop_token_ids"])})
-
-    def render_note(self, note: str) -> str:
-        return "\n".join(number_sentences(note)) if self.number_sentences else note
-
-
-def _chat_messages(tokenizer, instruction: str) -> list[dict[str, str]]:
-    """Instruction and the note's place as chat messages: system and user, or one user message where the template knows no system role."""
-    from jinja2 import TemplateError
-
-    choices = (
-        [{"role": "system", "content": instruction}, {"role": "user", "content": _NOTE_MARK}],
-        [{"role": "user", "content": f"{instruction}\n\n{_NOTE_MARK}"}],
-    )
-    for messages in choices:
-        try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError:
-            continue
-        if instruction in text and text.count(_NOTE_MARK) == 1:
-            return messages
-    raise InputError(
-        "the tokenizer's chat template leaves out the user's message",
-        "use another model, or a tokenizer without a chat template",
-    )
-
-
-def build_template(tokenizer, *, instruction: str | None = None, number_sentences: bool = False) -> PromptTemplate:
-    """The tokenizer's chat template around the note where there is one, a plain template where there is none.
-
-    Raises InputError if the tokenizer has no token that can end a summary.
-    """
-    instruction = instruction or (EVIDENCE_INSTRUCTION if number_sentences else INSTRUCTION)
-    end = tokenizer.eos_token_id
-    if tokenizer.chat_template:
-        messages = _chat_messages(tokenizer, instruction)
-        prefix, suffix = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(
-            _NOTE_MARK
-        )
-        answered = [*messages, {"role": "assistant", "content": _ANSWER_MARK}]
-        after = tokenizer.apply_chat_template(answered, tokenize=False).rpartition(_ANSWER_MARK)[2].lstrip()
-        after_ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
-        if after_ids and after_ids[0] in control_token_ids(tokenizer):
-            end = after_ids[0]  # <|im_end|>, <|eot_id|>, <end_of_turn>: often not the tokenizer's EOS
-    else:
-        prefix, suffix = f"### Instruction:\n{instruction}\n\n### Clinical note:\n", "\n\n### Summary:\n"
-    if end is None:
-        raise InputError("the tokenizer has no end-of-sequence token", "set eos_token in its tokenizer_config.json")
-    stops = tuple(dict.fromkeys(token for token in (end, tokenizer.eos_token_id) if token is not None))
-    return PromptTemplate(prefix, suffix, not tokenizer.chat_template, end, stops, number_sentences)
+# ------------------------------------------------------------------------------------------------ examples
 
 
 def cites_evidence(rows: Sequence[Row]) -> bool:
     """Whether most summaries carry citations, so that the notes' sentences should be numbered."""
     return sum(has_citation(row.model_summary) for row in rows) > len(rows) / 2
-
-
-# ------------------------------------------------------------------------------------------------ tokens
-
-
-def control_token_strings(tokenizer) -> dict[str, int]:
-    """The added tokens that steer a model: special ones, and those its chat template writes (white space apart)."""
-    template = str(tokenizer.chat_template or "")
-    added = tokenizer.added_tokens_decoder.items()
-    return {
-        token.content: id
-        for id, token in added
-        if token.special or (token.content.strip() and token.content in template)
-    }
-
-
-def control_token_ids(tokenizer) -> frozenset[int]:
-    return frozenset([*control_token_strings(tokenizer).values(), *tokenizer.all_special_ids])
-
-
-class PromptEncoder:
-    """Notes and summaries to token ids, one way for training and inference.
-
-    Template, note and summary are tokenised apart, so the boundary between prompt and summary is the same whether or
-    not the summary is there yet, and text from a note can never become a control token.
-    """
-
-    def __init__(self, tokenizer, template: PromptTemplate):
-        self.tokenizer, self.template = tokenizer, template
-        prefix = tokenizer(template.prefix, add_special_tokens=template.add_special_tokens).input_ids
-        if template.add_special_tokens and prefix and prefix[-1] == tokenizer.eos_token_id:
-            prefix = prefix[:-1]  # some tokenizers end every text with EOS
-        self.prefix_ids: list[int] = prefix
-        self.suffix_ids: list[int] = tokenizer(template.suffix, add_special_tokens=False).input_ids
-        self.n_template_tokens = len(self.prefix_ids) + len(self.suffix_ids)
-        self._control_ids = control_token_ids(tokenizer)
-        strings = sorted((s for s in control_token_strings(tokenizer) if len(s) > 1), key=len, reverse=True)
-        self._control_strings = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
-
-    def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of plain texts, without control tokens whatever the texts hold."""
-        if not texts:
-            return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
-        return [
-            ids if self._control_ids.isdisjoint(ids) else self._encode_apart(text) for text, ids in zip(texts, encoded)
-        ]
-
-    def _encode_apart(self, text: str) -> list[int]:
-        """For what split_special_tokens lets through (it knows special tokens only): control strings are cut in two."""
-        cuts = [0, *(match.start() + 1 for match in self._control_strings.finditer(text)), len(text)]
-        pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
-        encoded = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True).input_ids
-        return [token for ids in encoded for token in ids if token not in self._control_ids]
-
-    def prompt(self, note_ids: list[int]) -> list[int]:
-        return self.prefix_ids + note_ids + self.suffix_ids
-
-    def shorten(self, note: str, room: int) -> tuple[list[int], int]:
-        """The most of `note`'s leading sentences that fit `room` tokens: (token ids, number of sentences kept).
-
-        Where not even the first sentence fits it is cut between words, and 0 sentences count as kept.
-        """
-        note = note[: room * 100]  # more than fits, so that a 10 MB note costs no more than this
-        if self.template.number_sentences:
-            lines = number_sentences(note)
-            ends = list(itertools.accumulate((len(line) + 1 for line in lines), initial=-1))[1:]
-            text = "\n".join(lines)
-        else:
-            ends, text = [end for _, end in sentence_spans(note)], note
-        ids, kept = self._most_that_fits(text, ends, room)
-        if not kept:
-            ids, _ = self._most_that_fits(text, [match.end() for match in re.finditer(r"\S+", text)], room)
-        return ids or self.encode_texts([text])[0][:room], kept
-
-    def _most_that_fits(self, text: str, ends: list[int], room: int) -> tuple[list[int], int]:
-        """The longest text[:end] of at most `room` tokens: (its token ids, how many of `ends` it reaches)."""
-        kept = bisect.bisect_right(ends, room, key=lambda end: len(self.encode_texts([text[:end]])[0]))
-        return (self.encode_texts([text[: ends[kept - 1]]])[0] if kept else []), kept
 
 
 @dataclass(frozen=True)
@@ -527,12 +375,6 @@ class SFTCollator:
             batch["attention_mask"][i, :n] = 1
             batch["labels"][i, :n] = torch.tensor(item["labels"])
         return batch
-
-
-def pad_token_id(tokenizer) -> int:
-    """A token to pad with that the model already has; which one does not matter, padding is masked by length."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
-    return next(token for token in known if token is not None)
 
 
 def create_sft_dataloaders(

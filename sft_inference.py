@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_common import InputError, log, number, option, parse_options, run_script, some
-from sft_dataset import PromptEncoder, PromptTemplate, clean_text, decode_text, pad_token_id, read_table
+from sft_dataset import clean_text, decode_text, read_table
 from sft_grounding import parse_citations, sentence_spans, unsupported_numbers
+from sft_prompt import PromptEncoder, PromptTemplate, pad_token_id
 
 MODEL, INPUT, WRITING, MACHINE = "model", "notes", "writing", "machine"
 

@@ -13,7 +13,6 @@ import json
 import math
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -43,12 +42,13 @@ from sft_dataset import (
     factual_rows,
     load_datasets,
     packed_batch,
-    pad_token_id,
     padded_batch,
     read_rows,
     warn_about_leaks,
     warn_about_rows,
 )
+from sft_prompt import pad_token_id
+from sft_report import ProgressBar, advise, best_epoch, draw_losses, model_card
 
 DATA, MODEL, TRAINING, LORA, MACHINE, RUN = "data", "model", "training", "LoRA", "machine", "run"
 
@@ -168,10 +168,7 @@ class Progress:
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether the epochs since the best one are `patience` or more (0: never), asked at the end of an epoch."""
-        return bool(patience and self.epochs and len(self.epochs) - self.best_epoch()["epoch"] >= patience)
-
-    def best_epoch(self) -> dict:
-        return min(self.epochs, key=lambda epoch: epoch["val_loss"])
+        return bool(patience and self.epochs and len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience)
 
 
 # ------------------------------------------------------------------------------------------------ pure functions
@@ -314,7 +311,9 @@ def train(config: TrainConfig) -> dict:
     while progress.step < plan.total_steps and not progress.out_of_patience(config.early_stopping_patience):
         epoch = progress.step // plan.steps_per_epoch + 1
         say(f"\nEpoch {epoch}/{config.num_epochs}\n{'=' * 60}")
-        bar = ProgressBar(plan.steps_per_epoch, progress.step % plan.steps_per_epoch, say)
+        bar = ProgressBar(
+            plan.steps_per_epoch, progress.step % plan.steps_per_epoch, quiet=not run.accelerator.is_main_process
+        )
         while progress.step < epoch * plan.steps_per_epoch:
             started = time.perf_counter()
             metrics = update(run, progress.step)
@@ -383,7 +382,7 @@ class Run:
         trainable, total = self.model.get_nb_trainable_parameters()
         return {
             "untrained_val_loss": self.progress.untrained_val_loss,
-            "kept_epoch": self.progress.best_epoch()["epoch"],
+            "kept_epoch": best_epoch(self.progress.epochs)["epoch"],
             "epochs": self.progress.epochs,
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -588,7 +587,9 @@ def save_checkpoint(run: Run, name: str) -> Path:
             "scaler": run.scaler.state_dict(),
         }
         sft_config = run.sft_config | {"step": progress.step, "epoch": len(progress.epochs)}
-        save_adapter(folder, run.model, run.tokenizer, run.base_name, sft_config, model_card(run), state)
+        targets = sorted(run.model.peft_config["default"].target_modules)
+        card = model_card(sft_config, run.base_name, targets, progress.untrained_val_loss, progress.epochs)
+        save_adapter(folder, run.model, run.tokenizer, run.base_name, sft_config, card, state)
         for older in run.output_dir.glob("checkpoint_step_*"):
             if older != folder:
                 shutil.rmtree(older)
@@ -659,7 +660,7 @@ def finish(run: Run) -> None:
     """Keeps the best epoch as final_model, draws the losses and says how the run went."""
     from sft_model import replace_folder
 
-    best = run.progress.best_epoch()
+    best = best_epoch(run.progress.epochs)
     if run.accelerator.is_main_process:
         aside = run.output_dir / ".final_model.new"
         shutil.rmtree(aside, ignore_errors=True)
@@ -671,144 +672,17 @@ def finish(run: Run) -> None:
         )
         replace_folder(aside, run.output_dir / "final_model")
         run.write_stats()
-        draw_losses(run)
+        metrics = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
+        curve = draw_losses(metrics, run.progress.untrained_val_loss, run.progress.epochs)
+        write_whole(run.output_dir / "loss_curve.png", curve)
     run.say("\nTraining completed!")
     run.say(
         f"Saved final model to {run.output_dir / 'final_model'} (epoch {best['epoch']}, the lowest Val Loss: {best['val_loss']:.4f})"
     )
-    for advice in advise(run.progress):
+    for advice in advise(run.progress.untrained_val_loss, run.progress.epochs, run.progress.skipped_updates):
         run.say(advice)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
-
-
-def advise(progress: Progress) -> list[str]:
-    """What the losses tell a reader, with the flag to try."""
-    epochs, untrained = progress.epochs, progress.untrained_val_loss
-    best, last = progress.best_epoch(), epochs[-1]
-    advice = []
-    if best["val_loss"] > untrained:
-        advice.append(f"Val Loss rose above the untrained model's ({untrained:.4f}): lower --learning_rate")
-    elif best["val_loss"] > 0.98 * untrained:
-        advice.append("Val Loss barely moved: try --num_epochs 3, --learning_rate 5e-4 or --lora_r 32")
-    if last["epoch"] > best["epoch"] and last["train_loss"] < best["train_loss"]:
-        advice.append(
-            f"Overfitting after epoch {best['epoch']}: Train Loss fell on while Val Loss rose; try --num_epochs {best['epoch']} or more data"
-        )
-    if progress.skipped_updates:
-        advice.append(
-            f"{progress.skipped_updates} updates were skipped because a float16 gradient overflowed; --dtype bfloat16 avoids it"
-        )
-    return advice
-
-
-def draw_losses(run: Run) -> None:
-    """loss_curve.png: training loss by update, validation loss by epoch, the kept epoch marked."""
-    import io
-
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lines = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
-    progress, per_epoch = run.progress, run.plan.steps_per_epoch
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    axes.plot(
-        [line["step"] for line in lines],
-        [line["loss"] for line in lines],
-        color="tab:blue",
-        alpha=0.35,
-        linewidth=1,
-        label="train, each update",
-    )
-    ends = [epoch["epoch"] * per_epoch for epoch in progress.epochs]
-    middles = [end - per_epoch / 2 for end in ends]
-    axes.plot(
-        middles, [epoch["train_loss"] for epoch in progress.epochs], "o-", color="tab:blue", label="train, epoch mean"
-    )
-    validation = [progress.untrained_val_loss, *(epoch["val_loss"] for epoch in progress.epochs)]
-    axes.plot([0, *ends], validation, "s-", color="tab:orange", label="validation")
-    best = progress.best_epoch()
-    axes.plot(
-        best["epoch"] * per_epoch,
-        best["val_loss"],
-        "*",
-        markersize=18,
-        color="tab:green",
-        label=f"kept: epoch {best['epoch']}, {best['val_loss']:.3f}",
-    )
-    axes.set(xlabel="update", ylabel="loss (nats per target token)", title="Stage A: training and validation loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    plt.close(figure)
-    write_whole(run.output_dir / "loss_curve.png", image.getvalue())
-
-
-def model_card(run: Run) -> str:
-    """README.md of an adapter folder: where it comes from and what it is not for. No note text, no absolute path."""
-    config, counts = run.sft_config["training"], run.sft_config["rows"]["train"]
-    epochs = "\n".join(f"| {e['epoch']} | {e['train_loss']:.4f} | {e['val_loss']:.4f} |" for e in run.progress.epochs)
-    return f"""---
-library_name: peft
-base_model: {run.base_name}
-pipeline_tag: text-generation
----
-
-# Clinical summary adapter (Stage A, supervised fine-tuning)
-
-A LoRA adapter (r={config["lora_r"]}, alpha={config["lora_alpha"]:g}, on {", ".join(config["target_modules"])}) that makes
-`{run.base_name}` summarise clinical notes. Trained on {counts["used"]:,} factual pairs of note and summary;
-{counts["hallucinated"]:,} hallucinated pairs were left out.
-
-| epoch | train loss | validation loss |
-|---|---|---|
-| 0 (untrained) | | {run.progress.untrained_val_loss:.4f} |
-{epochs}
-
-Losses are cross-entropy in nats per summary token. `sft_config.json` holds the prompt, the whole configuration and
-SHA-256 sums of data and base weights.
-
-**Limits.** It can still state what a note does not say. Every summary needs a clinician's reading beside the note. The
-weights may hold traces of the notes they were trained on: treat this folder as patient data.
-
-    python sft_inference.py --model_path THIS_FOLDER --clinical_note "..."
-"""
-
-
-class ProgressBar:
-    """A bar with loss, tokens/s and time left on a terminal; elsewhere a line every half minute."""
-
-    def __init__(self, total: int, done: int, say: Callable[[str], None]):
-        from tqdm import tqdm
-
-        self.total, self.done, self.first, self.say = total, done, done, say
-        self.started = self.said = time.monotonic()
-        self.bar = tqdm(
-            total=total,
-            initial=done,
-            unit="update",
-            file=sys.stderr,
-            leave=False,
-            disable=None if say.__self__.accelerator.is_main_process else True,
-        )
-
-    def update(self, loss: float, tokens_per_second: float) -> None:
-        self.done += 1
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-        self.bar.update()
-        now = time.monotonic()
-        if self.bar.disable and now - self.said > 30:
-            left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
-            self.say(
-                f"  update {self.done:,}/{self.total:,}, loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s, {left / 60:,.1f} min left in this epoch"
-            )
-            self.said = now
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def main() -> None:

@@ -20,14 +20,10 @@ from hypothesis import strategies as st
 from sft_common import InputError
 from sft_dataset import (
     IGNORE_INDEX,
-    PromptEncoder,
-    PromptTemplate,
     Row,
     SFTCollator,
     SFTDataset,
-    build_template,
     clean_text,
-    control_token_ids,
     create_sft_dataloaders,
     epoch_order,
     leaked_rows,
@@ -39,6 +35,7 @@ from sft_dataset import (
     repeated_rows,
 )
 from sft_grounding import number_sentences, sentence_spans
+from sft_prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
 
 CHATS = list(CHAT_TEMPLATES)
 any_text = st.text(max_size=120) | st.lists(

@@ -103,7 +103,8 @@ def test_result_against_a_loop_written_out(specialist):
 def test_training_and_inference_build_the_same_prompt(adapters, specialist):
     from test_dataset import rows_of
 
-    from sft_dataset import PromptEncoder, SFTDataset, build_template
+    from sft_dataset import SFTDataset
+    from sft_prompt import PromptEncoder, build_template
 
     tokenizer = tiny_tokenizer()
     examples = SFTDataset(rows_of(NOTES), PromptEncoder(tokenizer, build_template(tokenizer))).examples

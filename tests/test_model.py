@@ -9,7 +9,8 @@ from test_dataset import rows_of
 
 import sft_model
 from sft_common import InputError
-from sft_dataset import PromptEncoder, SFTDataset, build_template, packed_batch, padded_batch
+from sft_dataset import SFTDataset, packed_batch, padded_batch
+from sft_prompt import PromptEncoder, build_template
 from stage_a_sft_training import summed_loss
 
 PACKING = ["llama", "mistral", "qwen2", "gemma", "phi3", "gpt2"]  # take a registered attention function

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 import sft_model
 import stage_a_sft_training as training
 from sft_common import InputError, RunError
-from stage_a_sft_training import Plan, Progress, TrainConfig, learning_rate_at, train
+from sft_report import advise
+from stage_a_sft_training import Plan, TrainConfig, learning_rate_at, train
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2", "bloom"]
 
@@ -94,7 +95,7 @@ def test_learning_rate_equals_that_of_transformers():
 def test_advice_follows_the_losses():
     def advice(untrained, *losses):
         epochs = [{"epoch": i + 1, "train_loss": t, "val_loss": v} for i, (t, v) in enumerate(losses)]
-        return " ".join(training.advise(Progress(untrained_val_loss=untrained, epochs=epochs)))
+        return " ".join(advise(untrained, epochs))
 
     assert advice(3.0, (2.5, 2.4), (2.0, 2.1)) == ""
     assert "Overfitting after epoch 1" in advice(3.0, (2.5, 2.4), (2.0, 2.6))
