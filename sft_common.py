@@ -63,9 +63,7 @@ def run_script(main: Callable[[], None]) -> None:
         }
         if error.errno is None or (error.filename is None and error.errno not in mends):
             raise
-        log(
-            f"error: {error.strerror}: {error.filename or 'the output folder'}\nmend:  {mends.get(error.errno, 'check the path')}"
-        )
+        log(f"error: {error.strerror}: {error.filename or 'the output folder'}\nmend:  {mends.get(error.errno, 'check the path')}")
         sys.exit(2)
 
 
@@ -110,9 +108,7 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
         else:
             arguments.setdefault("type", kind)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        group.add_argument(
-            f"--{field.name}", default=default, help=field.metadata["help"].replace("%", "%%"), **arguments
-        )
+        group.add_argument(f"--{field.name}", default=default, help=field.metadata["help"].replace("%", "%%"), **arguments)
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -125,9 +121,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
         if not (low < value if open_low else low <= value) or not value <= high:
-            bounds = f"{'above' if open_low else 'at least'} {low}" + (
-                f" and at most {high}" if high != float("inf") else ""
-            )
+            bounds = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high != float("inf") else "")
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
 

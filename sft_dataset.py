@@ -17,19 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_common import (
-    ROOT,
-    InputError,
-    log,
-    number,
-    option,
-    parse_options,
-    run_script,
-    safe_id,
-    sha256,
-    some,
-    write_whole,
-)
+from sft_common import ROOT, InputError, log, number, option, parse_options, run_script, safe_id, sha256, some, write_whole
 from sft_grounding import cited_sentence_numbers, has_citation
 from sft_prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
 
@@ -72,8 +60,7 @@ def decode_text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} on line {line:,}",
-            "save it as UTF-8 (in Excel: 'CSV UTF-8')",
+            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} on line {line:,}", "save it as UTF-8 (in Excel: 'CSV UTF-8')"
         ) from None
 
 
@@ -91,8 +78,7 @@ def read_table(path: str | Path, required: Sequence[str]) -> Iterator[tuple[int,
         missing = [name for name in required if name not in header]
         if missing:
             raise InputError(
-                f"{path}: no column {some(missing)} in the header",
-                f"name the columns {','.join(COLUMNS)}, separated by commas",
+                f"{path}: no column {some(missing)} in the header", f"name the columns {','.join(COLUMNS)}, separated by commas"
             )
         repeated = [name for name in required if header.count(name) > 1]
         if repeated:
@@ -102,8 +88,7 @@ def read_table(path: str | Path, required: Sequence[str]) -> Iterator[tuple[int,
                 yield row, dict(zip(header, fields)), any(field.strip() for field in fields[len(header) :])
     except csv.Error as error:
         raise InputError(
-            f"{path}: near line {reader.line_num:,}: {error}",
-            "check the quotes: a quote inside a cell is doubled, the cell itself quoted",
+            f"{path}: near line {reader.line_num:,}: {error}", "check the quotes: a quote inside a cell is doubled, the cell itself quoted"
         ) from None
 
 
@@ -125,9 +110,7 @@ def read_rows(path: str | Path) -> list[Row]:
     if problems:
         what = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
         raise InputError(
-            f"{path}: {what}: "
-            + "; ".join(problems[:5])
-            + (f"; and {len(problems) - 5:,} more" if problems[5:] else ""),
+            f"{path}: {what}: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5:,} more" if problems[5:] else ""),
             "mend or delete these rows",
         )
     if not rows:
@@ -153,8 +136,7 @@ def factual_rows(rows: Sequence[Row], path: str | Path) -> list[Row]:
     factual = [row for row in rows if row.label == "factual"]
     if not factual:
         raise InputError(
-            f"{path}: no row is labelled factual ({len(rows):,} rows)",
-            "Stage A trains on factual rows only: label them 'factual'",
+            f"{path}: no row is labelled factual ({len(rows):,} rows)", "Stage A trains on factual rows only: label them 'factual'"
         )
     return factual
 
@@ -208,9 +190,7 @@ class Example:
         return [IGNORE_INDEX] * self.n_prompt + self.input_ids[self.n_prompt :]
 
 
-def encode_example(
-    row: Row, note_ids: list[int], summary_ids: list[int], encoder: PromptEncoder, max_length: int
-) -> Example | int:
+def encode_example(row: Row, note_ids: list[int], summary_ids: list[int], encoder: PromptEncoder, max_length: int) -> Example | int:
     """One row as an Example of at most `max_length` tokens; or, where it is refused, the max_length that it needs.
 
     The note alone is shortened, at a sentence boundary; the template, the summary and its end never are. A row whose
@@ -287,9 +267,7 @@ def load_datasets(
         datasets.append(SFTDataset(part, encoder, max_length))
         if not datasets[-1].examples:
             needed = max(datasets[-1].refused.values())
-            raise InputError(
-                f"{path}: no row fits --max_length {max_length}", f"--max_length {needed} would hold them all"
-            )
+            raise InputError(f"{path}: no row fits --max_length {max_length}", f"--max_length {needed} would hold them all")
     return datasets[0], datasets[1]
 
 
@@ -343,9 +321,7 @@ def padded_batch(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
     items = [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
     inputs = SFTCollator(pad_token_id)(items)
-    labels = torch.nn.functional.pad(
-        inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX
-    )  # a token is predicted at the place before it
+    labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)  # a token is predicted at the place before it
     where = labels != IGNORE_INDEX
     return Batch(inputs, labels[where], where)
 
@@ -397,12 +373,7 @@ def create_sft_dataloaders(
     from torch.utils.data import DataLoader
 
     train, validation = load_datasets(
-        train_csv,
-        val_csv,
-        tokenizer,
-        max_length=max_length,
-        instruction=instruction,
-        sentence_numbering=sentence_numbering,
+        train_csv, val_csv, tokenizer, max_length=max_length, instruction=instruction, sentence_numbering=sentence_numbering
     )
     collator = SFTCollator(pad_token_id(tokenizer))
     generator = torch.Generator().manual_seed(seed)
@@ -419,18 +390,14 @@ def create_sft_dataloaders(
 class ReportConfig:
     train_csv: str = option("phase1_data/sft/train_set_processed.csv", "training rows")
     val_csv: str = option("phase1_data/sft/validation_set_processed.csv", "validation rows")
-    model_name: str = option(
-        "smollm2-135m-instruct", "whose tokenizer counts: the bundled model, a local folder or a hub id"
-    )
+    model_name: str = option("smollm2-135m-instruct", "whose tokenizer counts: the bundled model, a local folder or a hub id")
     max_length: int = option(512, "tokens of prompt and summary together", type=number(int, 32))
     sentence_numbering: str = option(
         "auto", "number the note's sentences: auto = where summaries carry citations", choices=["auto", "on", "off"]
     )
     instruction: str | None = option(None, "what the prompt asks for (default: built in)")
     export_preferences: str | None = option(
-        None,
-        "also write factual/hallucinated pairs of one note here, as JSON Lines for DPO (Stage B)",
-        metavar="FILE.jsonl",
+        None, "also write factual/hallucinated pairs of one note here, as JSON Lines for DPO (Stage B)", metavar="FILE.jsonl"
     )
 
 
@@ -479,10 +446,7 @@ def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) ->
     encoder, factual = dataset.encoder, [row for row in rows if row.label == "factual"]
     tokens = pd.DataFrame(
         {
-            "note": [
-                len(ids)
-                for ids in encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in factual])
-            ],
+            "note": [len(ids) for ids in encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in factual])],
             "summary": [len(ids) for ids in encoder.encode_texts([row.model_summary for row in factual])],
         }
     )
@@ -534,8 +498,7 @@ def preference_pairs(rows: Sequence[Row], template: PromptTemplate) -> Iterator[
 
 def main() -> None:
     config = parse_options(
-        ReportConfig,
-        "Checks training data and reports on it: counts, token lengths, what will be shortened or refused.",
+        ReportConfig, "Checks training data and reports on it: counts, token lengths, what will be shortened or refused."
     )
     rows = read_rows(config.train_csv), read_rows(config.val_csv)
     for part, path in zip(rows, (config.train_csv, config.val_csv)):
@@ -563,9 +526,7 @@ def main() -> None:
         print("\n" + show_spans(datasets[0]))
     if config.export_preferences:
         pairs = list(preference_pairs(rows[0], datasets[0].encoder.template))
-        write_whole(
-            Path(config.export_preferences), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs)
-        )
+        write_whole(Path(config.export_preferences), "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
         log(f"Wrote {len(pairs):,} preference pairs to {config.export_preferences}")
 
 

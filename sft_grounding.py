@@ -12,9 +12,7 @@ _LIST_NUMBER = re.compile(r"\s*\(?\d{1,3}")
 # Never the end of a sentence (case counts: "MR." and "ms." are mitral regurgitation and milliseconds)
 _NEVER_END = frozenset("Dr Mr Mrs Ms Prof St vs eg ie e.g i.e cf approx incl Fig fig".split())
 # The end only where a capital or a digit follows
-_ABBREVIATIONS = frozenset(
-    "pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc".split()
-)
+_ABBREVIATIONS = frozenset("pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc".split())
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")  # b.i.d, p.o, a.m
 _WRAP_WIDTH = 60  # a shorter line is a list item or a heading, not a wrapped line
 
@@ -55,10 +53,7 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
     if match["mark"] != ".":
         return True
     before = text[max(start, match.start() - 40) : match.start()]
-    if (
-        _LIST_NUMBER.fullmatch(text[start : match.start()][:8])
-        and "\n" not in after[: len(after) - len(after.lstrip())]
-    ):
+    if _LIST_NUMBER.fullmatch(text[start : match.start()][:8]) and "\n" not in after[: len(after) - len(after.lstrip())]:
         return False  # "1. Diabetes"
     word = before.split()[-1].lstrip("([\"'") if before.split() else ""
     following = after.lstrip()[:1]

@@ -32,31 +32,20 @@ MODEL, INPUT, WRITING, MACHINE = "model", "notes", "writing", "machine"
 class InferenceConfig:
     model_path: str = option("./models/sft_specialist/final_model", "the adapter folder", group=MODEL)
     base_model: str | None = option(None, "where its base model is, if not where the adapter says", group=MODEL)
-    merge_to: str | None = option(
-        None, "write base model and adapter merged into this folder, and stop", group=MODEL, metavar="DIR"
-    )
+    merge_to: str | None = option(None, "write base model and adapter merged into this folder, and stop", group=MODEL, metavar="DIR")
 
     clinical_note: str | None = option(None, "one note; - reads it from standard input", group=INPUT, metavar="TEXT")
     input_file: str | None = option(
-        None,
-        "notes: .txt (one a line), .csv (column clinical_note, id if there) or .jsonl (the same keys)",
-        group=INPUT,
-        metavar="FILE",
+        None, "notes: .txt (one a line), .csv (column clinical_note, id if there) or .jsonl (the same keys)", group=INPUT, metavar="FILE"
     )
     output_file: str | None = option(
-        None,
-        "where the summaries of input_file go: .jsonl or .csv (default: standard output)",
-        group=INPUT,
-        metavar="FILE",
+        None, "where the summaries of input_file go: .jsonl or .csv (default: standard output)", group=INPUT, metavar="FILE"
     )
     json: bool = option(False, "print whole results as JSON, one a line", group=INPUT)
 
     max_new_tokens: int = option(150, "the longest summary, in tokens", type=number(int, 1), group=WRITING)
     temperature: float = option(
-        0.0,
-        "0 writes the likeliest summary; above 0 draws from the probabilities",
-        type=number(float, 0),
-        group=WRITING,
+        0.0, "0 writes the likeliest summary; above 0 draws from the probabilities", type=number(float, 0), group=WRITING
     )
     seed: int = option(0, "of the drawing", type=number(int, 0), group=WRITING)
     max_length: int | None = option(
@@ -78,15 +67,11 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
     folder = Path(model_path)
     if not folder.is_dir():
         raise InputError(
-            f"--model_path {folder}: no such folder",
-            "train first (python stage_a_sft_training.py), or name an adapter folder",
+            f"--model_path {folder}: no such folder", "train first (python stage_a_sft_training.py), or name an adapter folder"
         )
     if not (folder / "adapter_config.json").is_file():
         inside = next((path.parent for path in sorted(folder.glob("*/adapter_config.json"), reverse=True)), None)
-        raise InputError(
-            f"--model_path {folder}: no adapter here (no adapter_config.json)",
-            f"use {inside or 'a final_model folder'}",
-        )
+        raise InputError(f"--model_path {folder}: no adapter here (no adapter_config.json)", f"use {inside or 'a final_model folder'}")
     if not (folder / "adapter_model.safetensors").is_file():
         pickle = " but a pickle file, which is not loaded here" if (folder / "adapter_model.bin").is_file() else ""
         raise InputError(f"--model_path {folder}: no adapter_model.safetensors{pickle}", "restore it or train again")
@@ -207,17 +192,12 @@ class SFTInference:
         """(token ids of the prompt, warnings); a note too long for the model is shortened at a sentence boundary."""
         room, warnings = self.window - max_new_tokens - self.encoder.n_template_tokens, []
         if room < 1:
-            raise InputError(
-                f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens",
-                "lower it",
-            )
+            raise InputError(f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens", "lower it")
         note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0]
         if len(note_ids) > room:
             note_ids, kept = self.encoder.shorten(note, room)
             total = len(sentence_spans(note))
-            warnings.append(
-                f"note shortened: only its first {kept or 'part of its first'} of {total} sentences fit {self.window} tokens"
-            )
+            warnings.append(f"note shortened: only its first {kept or 'part of its first'} of {total} sentences fit {self.window} tokens")
         ids = self.encoder.prompt(note_ids)
         trained = self.sft_config.get("max_length")
         if trained and len(ids) > trained:
@@ -237,11 +217,7 @@ class SFTInference:
         for row, ids in enumerate(prompts):  # on the left, so that every prompt ends where its summary begins
             input_ids[row, longest - len(ids) :] = torch.tensor(ids)
             attention_mask[row, longest - len(ids) :] = 1
-        sampling = (
-            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-            if temperature > 0
-            else {"do_sample": False}
-        )
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
         recorder = _chosen_log_probs()
         torch.manual_seed(seed)
         with torch.inference_mode():
@@ -249,11 +225,7 @@ class SFTInference:
                 input_ids=input_ids.to(self.placement.device),
                 attention_mask=attention_mask.to(self.placement.device),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=self.stop_ids,
-                    pad_token_id=padding,
-                    use_cache=True,
-                    **sampling,
+                    max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=padding, use_cache=True, **sampling
                 ),
                 logits_processor=LogitsProcessorList([recorder]),
                 streamer=_text_streamer(self.tokenizer, on_text) if on_text else None,
@@ -262,19 +234,11 @@ class SFTInference:
         written = []
         for ids, probs in zip(new_ids, log_probs):
             end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
-            written.append(
-                (ids[:end], probs[: len(ids) if end is None else end + 1], "length" if end is None else "stop")
-            )
+            written.append((ids[:end], probs[: len(ids) if end is None else end + 1], "length" if end is None else "stop"))
         return written
 
     def _result(
-        self,
-        note: str,
-        prompt: list[int],
-        warnings: list[str],
-        ids: list[int],
-        log_probs: list[float],
-        finish_reason: str,
+        self, note: str, prompt: list[int], warnings: list[str], ids: list[int], log_probs: list[float], finish_reason: str
     ) -> dict:
         summary = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         evidence, warnings = parse_citations(summary, note), list(warnings)
@@ -358,9 +322,7 @@ def read_notes(path: str | Path) -> Iterator[tuple[str, str]]:
             row = json.loads(line)
             note = row["clinical_note"]
         except (ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{path}: line {line_number}: no JSON object with a clinical_note", "write one object a line"
-            ) from None
+            raise InputError(f"{path}: line {line_number}: no JSON object with a clinical_note", "write one object a line") from None
         yield str(row.get("id", line_number)), note if isinstance(note, str) else ""
 
 
@@ -369,17 +331,7 @@ def defuse(cell: str) -> str:
     return "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-CSV_COLUMNS = (
-    "id",
-    "generated_summary",
-    "confidence",
-    "finish_reason",
-    "n_prompt_tokens",
-    "n_new_tokens",
-    "warnings",
-    "evidence",
-    "error",
-)
+CSV_COLUMNS = ("id", "generated_summary", "confidence", "finish_reason", "n_prompt_tokens", "n_new_tokens", "warnings", "evidence", "error")
 
 
 def format_result(result: dict, kind: str) -> str:
@@ -418,18 +370,12 @@ def summarize_file(inference: SFTInference, notes: list[tuple[str, str]], config
         for start in range(0, len(notes), window):
             part = notes[start : start + window]
             results = inference.generate_batch(
-                [note for _, note in part],
-                config.max_new_tokens,
-                config.temperature,
-                batch_size=config.batch_size,
-                seed=config.seed,
+                [note for _, note in part], config.max_new_tokens, config.temperature, batch_size=config.batch_size, seed=config.seed
             )
             for (note_id, _), result in zip(part, results):
                 out.write(format_result({"id": note_id, **result}, kind))
                 counts["failed" if "error" in result else "done"] += 1
-                counts["shortened"] += any(
-                    warning.startswith("note shortened") for warning in result.get("warnings", [])
-                )
+                counts["shortened"] += any(warning.startswith("note shortened") for warning in result.get("warnings", []))
             out.flush()
             bar.update(len(part))
         if target:
@@ -451,10 +397,7 @@ def check_files(config: InferenceConfig) -> list[tuple[str, str]] | None:
     if config.clinical_note is not None and config.input_file:
         raise InputError("--clinical_note and --input_file together", "choose one")
     if config.output_file and not config.input_file:
-        raise InputError(
-            "--output_file without --input_file",
-            "name the file with the notes; one note's summary goes to standard output",
-        )
+        raise InputError("--output_file without --input_file", "name the file with the notes; one note's summary goes to standard output")
     if config.output_file:
         target = Path(config.output_file)
         if target.suffix.lower() not in (".jsonl", ".csv"):
@@ -526,11 +469,7 @@ def converse(inference: SFTInference, config: InferenceConfig) -> None:
             try:
                 started = time.perf_counter()
                 last = inference.generate_summary(
-                    note,
-                    max_new_tokens,
-                    temperature,
-                    seed=config.seed,
-                    on_text=lambda text: print(text, end="", flush=True),
+                    note, max_new_tokens, temperature, seed=config.seed, on_text=lambda text: print(text, end="", flush=True)
                 )
                 print(flush=True)
                 tell(last, time.perf_counter() - started)
@@ -565,9 +504,7 @@ def show_evidence(result: dict) -> str:
         lines.append(f"{citation['claim']}  (confidence the model wrote: {citation['confidence']:.2f})")
         lines += [
             f"    S{n}: {text}"
-            for n, text in zip(
-                (n for n in citation["sentence_numbers"] if n not in citation["missing"]), citation["sentences"]
-            )
+            for n, text in zip((n for n in citation["sentence_numbers"] if n not in citation["missing"]), citation["sentences"])
         ]
     return "\n".join(lines or ["the last summary cites nothing"])
 
@@ -583,9 +520,7 @@ def tell(result: dict, seconds: float) -> None:
 
 
 def main() -> None:
-    config = parse_options(
-        InferenceConfig, "Summarises clinical notes with a trained adapter: one note, a file, or interactively."
-    )
+    config = parse_options(InferenceConfig, "Summarises clinical notes with a trained adapter: one note, a file, or interactively.")
     notes = check_files(config)
     read_adapter_folder(config.model_path)
     if config.clinical_note == "-":
@@ -620,10 +555,7 @@ def main() -> None:
             seed=config.seed,
             on_text=(lambda text: print(text, end="", flush=True)) if stream else None,
         )
-        print(
-            json.dumps(result, ensure_ascii=False) if config.json else "" if stream else result["generated_summary"],
-            flush=True,
-        )
+        print(json.dumps(result, ensure_ascii=False) if config.json else "" if stream else result["generated_summary"], flush=True)
         tell(result, time.perf_counter() - started)
     else:
         converse(inference, config)

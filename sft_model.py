@@ -72,9 +72,7 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
     if kind not in available:
         raise InputError(f"device {device!r} is unknown", "use auto, cuda, mps or cpu")
     if not available[kind]:
-        raise InputError(
-            f"--device {device}: torch {torch.__version__} sees no such device", "use --device auto or cpu"
-        )
+        raise InputError(f"--device {device}: torch {torch.__version__} sees no such device", "use --device auto or cpu")
     why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[kind]
     if device != "auto":
         why = "as asked"
@@ -109,17 +107,14 @@ def resolve_model(model_name: str) -> Path:
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(
-                f"{model_name}: no config.json in this folder", "name a folder that holds a transformers model"
-            )
+            raise InputError(f"{model_name}: no config.json in this folder", "name a folder that holds a transformers model")
         return folder.resolve()
     right = _WRONG_IDS.get(model_name.lower())
     if right:
         raise InputError(f"{model_name} is not a model transformers can load", f"use --model_name {right}")
     if model_name.startswith((".", "/", "~")) or model_name.count("/") != 1:
         raise InputError(
-            f"{model_name}: no such folder",
-            f"use {BUNDLED_MODEL}, a folder with a model, or a hub id such as meta-llama/Llama-2-7b-hf",
+            f"{model_name}: no such folder", f"use {BUNDLED_MODEL}, a folder with a model, or a hub id such as meta-llama/Llama-2-7b-hf"
         )
     return _hub_model(model_name)
 
@@ -159,9 +154,7 @@ def bundled_model() -> Path:
     if source is None or not source.is_file():
         raise InputError(f"the bundled model {BUNDLED_MODEL} is not installed", install)
     if sha256(source) != BUNDLED_SHA256:
-        raise InputError(
-            f"{BUNDLED_FILE} is not the file it should be (SHA-256 differs)", f"{install} --force-reinstall"
-        )
+        raise InputError(f"{BUNDLED_FILE} is not the file it should be (SHA-256 differs)", f"{install} --force-reinstall")
     log(f"Converting the bundled model to {folder.relative_to(ROOT)}, once")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
     aside.mkdir(parents=True)
@@ -169,11 +162,7 @@ def bundled_model() -> Path:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
             loaded = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         # Saved from a clean copy: the loaded one counts as quantised and cannot be saved
-        config = {
-            key: value
-            for key, value in loaded.config.to_dict().items()
-            if key not in ("quantization_config", "_name_or_path")
-        }
+        config = {key: value for key, value in loaded.config.to_dict().items() if key not in ("quantization_config", "_name_or_path")}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
         model.load_state_dict(loaded.state_dict())
         model.save_pretrained(aside)
@@ -199,9 +188,7 @@ def load_tokenizer(folder_or_name: str | Path):
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}", "check the model folder"
-        ) from None
+        raise InputError(f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}", "check the model folder") from None
 
 
 def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
@@ -274,21 +261,14 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
     if targets == ["q_proj", "v_proj"] and not linear.intersection(targets):
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
         targets = list(known) if known else "all-linear"
-        log(
-            f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}"
-        )
+        log(f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}")
     absent = [name for name in targets if name not in linear] if isinstance(targets, list) else []
     if absent:
-        raise InputError(
-            f"--target_modules: the model has no {some(absent)}",
-            f"choose from {some(sorted(linear), 12)}, or all-linear",
-        )
+        raise InputError(f"--target_modules: the model has no {some(absent)}", f"choose from {some(sorted(linear), 12)}, or all-linear")
     torch.manual_seed(seed)
     return get_peft_model(
         model,
-        LoraConfig(
-            task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"
-        ),
+        LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"),
         autocast_adapter_dtype=True,  # float32, also on a 16-bit base
     )
 
@@ -309,17 +289,7 @@ def set_gradient_checkpointing(model, on: bool) -> None:
 
 
 def per_example_attention(
-    module,
-    query,
-    key,
-    value,
-    attention_mask,
-    *,
-    example_lengths,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    **kwargs,
+    module, query, key, value, attention_mask, *, example_lengths, scaling=None, dropout=0.0, sliding_window=None, **kwargs
 ):
     """Causal attention inside each example of a packed row, no example seeing another, no dense mask.
 
@@ -341,9 +311,7 @@ def per_example_attention(
             distance = position[:, None] - position[None, :]
             window = (distance >= 0) & (distance < sliding_window)
         outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling
-            )
+            F.scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling)
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
@@ -374,10 +342,7 @@ def enable_packing(model) -> bool:
                 use_cache=False,
             ).logits[0]
             exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
-            same = (
-                packed.shape == apart.shape
-                and (packed.float() - apart).abs().max() <= (1e-3 if exact else 5e-2) * apart.abs().max()
-            )
+            same = packed.shape == apart.shape and (packed.float() - apart).abs().max() <= (1e-3 if exact else 5e-2) * apart.abs().max()
     except (TypeError, ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError):
         same = False
     if not same:
@@ -396,9 +361,7 @@ def portable_name(model_name: str, folder: Path) -> str:
     return model_name
 
 
-def save_adapter(
-    folder: Path, model: PeftModel, tokenizer, base_name: str, sft_config: dict, card: str, state: dict | None = None
-) -> None:
+def save_adapter(folder: Path, model: PeftModel, tokenizer, base_name: str, sft_config: dict, card: str, state: dict | None = None) -> None:
     """Writes an adapter folder that appears whole or not at all, readable by the user alone; `state` is what training
     needs to go on from here (tensors and plain values)."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -450,9 +413,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
         with safe_open(file, "pt") as weights:
             saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # safetensors raises a type of its own
-        raise InputError(
-            f"{file}: not a readable safetensors file: {_first_line(error)}", "restore it or train again"
-        ) from None
+        raise InputError(f"{file}: not a readable safetensors file: {_first_line(error)}", "restore it or train again") from None
     wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
     missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
     if missing or extra:
@@ -471,9 +432,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
     if not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
         raise InputError(f"{file}: all weights are zero, so the adapter does nothing", "restore it or train again")
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
-        raise InputError(
-            f"{file}: some weights are NaN or infinite", "restore it or train again with a lower --learning_rate"
-        )
+        raise InputError(f"{file}: some weights are NaN or infinite", "restore it or train again with a lower --learning_rate")
     with torch.no_grad():
         for key, tensor in wanted.items():
             tensor.copy_(saved[key])
@@ -504,8 +463,7 @@ def load_specialist(
         model = get_peft_model(base, config)
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
-            f"{folder}: its LoRA configuration does not fit the base model: {_first_line(error)}",
-            "name the right one with --base_model",
+            f"{folder}: its LoRA configuration does not fit the base model: {_first_line(error)}", "name the right one with --base_model"
         ) from None
     load_adapter_weights(model, folder)
     return model.eval().requires_grad_(False), tokenizer
@@ -520,9 +478,7 @@ def find_base_model(adapter_config: dict, base_model: str | None) -> Path:
     try:
         return resolve_model(str(inside) if base_model is None and inside.is_dir() else name)
     except InputError as error:
-        raise InputError(
-            f"the adapter's base model: {error.problem}", f"{error.mend}; or --base_model FOLDER"
-        ) from None
+        raise InputError(f"the adapter's base model: {error.problem}", f"{error.mend}; or --base_model FOLDER") from None
 
 
 def save_merged(model: PeftModel, tokenizer, folder: Path) -> None:

@@ -13,9 +13,7 @@ from sft_common import InputError
 from sft_grounding import number_sentences, sentence_spans
 
 INSTRUCTION = "Summarize the clinical note. State only what the note says."
-EVIDENCE_INSTRUCTION = (
-    INSTRUCTION + " After each sentence cite the note's sentences it rests on, like [Evidence: S1,2; Conf: 0.85]."
-)
+EVIDENCE_INSTRUCTION = INSTRUCTION + " After each sentence cite the note's sentences it rests on, like [Evidence: S1,2; Conf: 0.85]."
 _NOTE_MARK, _ANSWER_MARK = "CLINICAL-NOTE-STANDS-HERE", "SUMMARY-STANDS-HERE"
 
 
@@ -58,8 +56,7 @@ def _chat_messages(tokenizer, instruction: str) -> list[dict[str, str]]:
         if instruction in text and text.count(_NOTE_MARK) == 1:
             return messages
     raise InputError(
-        "the tokenizer's chat template leaves out the user's message",
-        "use another model, or a tokenizer without a chat template",
+        "the tokenizer's chat template leaves out the user's message", "use another model, or a tokenizer without a chat template"
     )
 
 
@@ -72,9 +69,7 @@ def build_template(tokenizer, *, instruction: str | None = None, number_sentence
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         messages = _chat_messages(tokenizer, instruction)
-        prefix, suffix = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(
-            _NOTE_MARK
-        )
+        prefix, suffix = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(_NOTE_MARK)
         answered = [*messages, {"role": "assistant", "content": _ANSWER_MARK}]
         after = tokenizer.apply_chat_template(answered, tokenize=False).rpartition(_ANSWER_MARK)[2].lstrip()
         after_ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
@@ -95,11 +90,7 @@ def control_token_strings(tokenizer) -> dict[str, int]:
     """The added tokens that steer a model: special ones, and those its chat template writes (white space apart)."""
     template = str(tokenizer.chat_template or "")
     added = tokenizer.added_tokens_decoder.items()
-    return {
-        token.content: id
-        for id, token in added
-        if token.special or (token.content.strip() and token.content in template)
-    }
+    return {token.content: id for id, token in added if token.special or (token.content.strip() and token.content in template)}
 
 
 def control_token_ids(tokenizer) -> frozenset[int]:
@@ -130,9 +121,7 @@ class PromptEncoder:
         if not texts:
             return []
         encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
-        return [
-            ids if self._control_ids.isdisjoint(ids) else self._encode_apart(text) for text, ids in zip(texts, encoded)
-        ]
+        return [ids if self._control_ids.isdisjoint(ids) else self._encode_apart(text) for text, ids in zip(texts, encoded)]
 
     def _encode_apart(self, text: str) -> list[int]:
         """For what split_special_tokens lets through (it knows special tokens only): control strings are cut in two."""

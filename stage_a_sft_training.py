@@ -57,51 +57,32 @@ DATA, MODEL, TRAINING, LORA, MACHINE, RUN = "data", "model", "training", "LoRA",
 class TrainConfig:
     train_csv: str = option("phase1_data/sft/train_set_processed.csv", "training rows", group=DATA)
     val_csv: str = option("phase1_data/sft/validation_set_processed.csv", "validation rows", group=DATA)
-    max_length: int = option(
-        512, "tokens of prompt and summary together; longer notes are shortened", type=number(int, 32), group=DATA
-    )
+    max_length: int = option(512, "tokens of prompt and summary together; longer notes are shortened", type=number(int, 32), group=DATA)
     sentence_numbering: str = option(
-        "auto",
-        "number the note's sentences: auto = where summaries carry citations",
-        choices=["auto", "on", "off"],
-        group=DATA,
+        "auto", "number the note's sentences: auto = where summaries carry citations", choices=["auto", "on", "off"], group=DATA
     )
     instruction: str | None = option(None, "what the prompt asks for (default: built in)", group=DATA)
 
-    model_name: str = option(
-        "smollm2-135m-instruct", "base model: the bundled one, a local folder or a hub id", group=MODEL
-    )
+    model_name: str = option("smollm2-135m-instruct", "base model: the bundled one, a local folder or a hub id", group=MODEL)
     use_8bit: bool = option(False, "load the base model in 8 bit (bitsandbytes)", group=MODEL)
     use_4bit: bool = option(False, "load the base model in 4 bit (bitsandbytes, NF4)", group=MODEL)
 
     num_epochs: int = option(2, "passes over the training rows", type=number(int, 1), group=TRAINING)
-    learning_rate: float = option(
-        2e-4, "the highest, reached after warm-up", type=number(float, 0, open_low=True), group=TRAINING
-    )
+    learning_rate: float = option(2e-4, "the highest, reached after warm-up", type=number(float, 0, open_low=True), group=TRAINING)
     batch_size: int = option(8, "rows in one forward pass", type=number(int, 1), group=TRAINING)
     gradient_accumulation_steps: int = option(1, "forward passes in one update", type=number(int, 1), group=TRAINING)
-    warmup_ratio: float = option(
-        0.03, "share of the updates over which the learning rate rises", type=number(float, 0, 1), group=TRAINING
-    )
-    lr_scheduler: str = option(
-        "cosine", "how it falls afterwards", choices=["cosine", "linear", "constant"], group=TRAINING
-    )
+    warmup_ratio: float = option(0.03, "share of the updates over which the learning rate rises", type=number(float, 0, 1), group=TRAINING)
+    lr_scheduler: str = option("cosine", "how it falls afterwards", choices=["cosine", "linear", "constant"], group=TRAINING)
     weight_decay: float = option(0.0, "AdamW's weight decay", type=number(float, 0), group=TRAINING)
-    max_grad_norm: float = option(
-        1.0, "gradients are scaled down to this norm; 0 = never", type=number(float, 0), group=TRAINING
-    )
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 = never", type=number(float, 0), group=TRAINING)
     early_stopping_patience: int = option(
         0, "stop after this many epochs without a lower validation loss; 0 = never", type=number(int, 0), group=TRAINING
     )
     seed: int = option(42, "of row order, dropout and LoRA's first weights", type=number(int, 0), group=TRAINING)
 
     lora_r: int = option(16, "rank", type=number(int, 1), group=LORA)
-    lora_alpha: float = option(
-        32, "scale: the adapter counts alpha / r times", type=number(float, 0, open_low=True), group=LORA
-    )
-    lora_dropout: float = option(
-        0.05, "share of the adapter's inputs dropped in training", type=number(float, 0, 0.99), group=LORA
-    )
+    lora_alpha: float = option(32, "scale: the adapter counts alpha / r times", type=number(float, 0, open_low=True), group=LORA)
+    lora_dropout: float = option(0.05, "share of the adapter's inputs dropped in training", type=number(float, 0, 0.99), group=LORA)
     target_modules: list[str] = option(["q_proj", "v_proj"], "layers that get an adapter, or all-linear", group=LORA)
 
     device: str = option("auto", "where to train", choices=["auto", "cuda", "mps", "cpu"], group=MACHINE)
@@ -272,9 +253,7 @@ def update(run: "Run", step: int) -> dict:
         batch = run.make_batch(micro_batch or examples[:1]).to(accelerator.device)
         more_to_come = j + 1 < len(micro_batches)
         with accelerator.no_sync(run.wrapped) if more_to_come else contextlib.nullcontext():
-            loss = summed_loss(run.wrapped, batch) * bool(
-                micro_batch
-            )  # a process with no rows left takes part, weighing nothing
+            loss = summed_loss(run.wrapped, batch) * bool(micro_batch)  # a process with no rows left takes part, weighing nothing
             # The mean over the update's target tokens; DDP averages over the processes, which is undone here
             accelerator.backward(run.scaler.scale(loss * accelerator.num_processes / n_target_tokens))
         loss_sum += loss.detach()
@@ -311,9 +290,7 @@ def train(config: TrainConfig) -> dict:
     while progress.step < plan.total_steps and not progress.out_of_patience(config.early_stopping_patience):
         epoch = progress.step // plan.steps_per_epoch + 1
         say(f"\nEpoch {epoch}/{config.num_epochs}\n{'=' * 60}")
-        bar = ProgressBar(
-            plan.steps_per_epoch, progress.step % plan.steps_per_epoch, quiet=not run.accelerator.is_main_process
-        )
+        bar = ProgressBar(plan.steps_per_epoch, progress.step % plan.steps_per_epoch, quiet=not run.accelerator.is_main_process)
         while progress.step < epoch * plan.steps_per_epoch:
             started = time.perf_counter()
             metrics = update(run, progress.step)
@@ -324,11 +301,7 @@ def train(config: TrainConfig) -> dict:
                 save_checkpoint(run, f"checkpoint_step_{progress.step}")
         bar.close()
         progress.end_epoch(epoch, evaluate(run), metrics["learning_rate"], run.peak_memory_mb())
-        say(
-            "Train Loss: {train_loss:.4f}\nVal Loss: {val_loss:.4f}\nLearning Rate: {learning_rate:.2e}".format(
-                **progress.epochs[-1]
-            )
-        )
+        say("Train Loss: {train_loss:.4f}\nVal Loss: {val_loss:.4f}\nLearning Rate: {learning_rate:.2e}".format(**progress.epochs[-1]))
         folder = save_checkpoint(run, f"checkpoint_epoch_{epoch}")
         say(f"Saved checkpoint to {folder}")
         run.write_stats()
@@ -429,17 +402,9 @@ def set_up(config: TrainConfig) -> Run:
     model = sft_model.load_base_model(base_folder, accelerator.device, placement.dtype, quantization)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if config.max_length > longest:
-        raise InputError(
-            f"--max_length {config.max_length}: {config.model_name} takes {longest} tokens at most",
-            f"--max_length {longest}",
-        )
+        raise InputError(f"--max_length {config.max_length}: {config.model_name} takes {longest} tokens at most", f"--max_length {longest}")
     model = sft_model.add_lora(
-        model,
-        r=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.target_modules,
-        seed=config.seed,
+        model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=config.target_modules, seed=config.seed
     )
     packed, padding = sft_model.enable_packing(model), pad_token_id(tokenizer)
     if config.gradient_checkpointing:
@@ -463,22 +428,13 @@ def set_up(config: TrainConfig) -> Run:
         train_set=train_set,
         val_set=val_set,
         make_batch=packed_batch if packed else lambda examples: padded_batch(examples, padding),
-        plan=Plan(
-            len(train_set),
-            config.batch_size,
-            config.gradient_accumulation_steps,
-            n_processes,
-            config.num_epochs,
-            config.seed,
-        ),
+        plan=Plan(len(train_set), config.batch_size, config.gradient_accumulation_steps, n_processes, config.num_epochs, config.seed),
         parameters=parameters,
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=placement.dtype == torch.float16),
         base_name=sft_model.portable_name(config.model_name, base_folder),
         sft_config=describe_run(config, rows, (train_set, val_set), str(placement.dtype), hashes),
-        identity=hashes
-        | {"n_processes": n_processes}
-        | {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE},
+        identity=hashes | {"n_processes": n_processes} | {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE},
         progress=Progress(),
     )
     describe_plan(run, quantization, packed, sum(row.label == "hallucinated" for row in rows[0]))
@@ -495,9 +451,7 @@ def describe_plan(run: Run, quantization: str | None, packed: bool, n_hallucinat
     trainable, total = run.model.get_nb_trainable_parameters()
     padded = "" if packed else "; padded batches, since it takes no packed rows"
     run.say(f"Base model: {config.model_name}{f', {quantization}' if quantization else ''}{padded}")
-    run.say(
-        f"LoRA: r={config.lora_r}, alpha={config.lora_alpha:g}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})"
-    )
+    run.say(f"LoRA: r={config.lora_r}, alpha={config.lora_alpha:g}; {trainable:,} of {total:,} parameters train ({trainable / total:.2%})")
     run.say(
         f"Data: {len(run.train_set):,} training rows, {len(run.val_set):,} validation rows; {n_hallucinated:,} hallucinated rows kept for Stage B"
     )
@@ -507,9 +461,7 @@ def describe_plan(run: Run, quantization: str | None, packed: bool, n_hallucinat
     )
 
 
-def describe_run(
-    config: TrainConfig, rows, datasets: tuple[SFTDataset, SFTDataset], dtype: str, hashes: dict[str, str]
-) -> dict:
+def describe_run(config: TrainConfig, rows, datasets: tuple[SFTDataset, SFTDataset], dtype: str, hashes: dict[str, str]) -> dict:
     """sft_config.json: what inference needs to rebuild the prompt, and where the adapter comes from. No text, no absolute path."""
     counts = {
         name: {
@@ -521,9 +473,7 @@ def describe_run(
         }
         for name, part, dataset in zip(("train", "validation"), rows, datasets)
     }
-    training = {
-        k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in asdict(config).items()
-    }
+    training = {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in asdict(config).items()}
     packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     return {
         "format_version": 1,
@@ -541,15 +491,7 @@ def describe_run(
 
 def own_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in `output_dir`; files of others are never touched."""
-    names = (
-        "final_model",
-        "checkpoint_*",
-        ".checkpoint_*",
-        ".final_model*",
-        "training_stats.json",
-        "metrics.jsonl",
-        "loss_curve.png",
-    )
+    names = ("final_model", "checkpoint_*", ".checkpoint_*", ".final_model*", "training_stats.json", "metrics.jsonl", "loss_curve.png")
     return [path for name in names for path in sorted(output_dir.glob(name))]
 
 
@@ -562,8 +504,7 @@ def check_output_dir(output_dir: Path, config: TrainConfig) -> None:
         newest_checkpoint(output_dir)
     elif not config.overwrite and own_files(output_dir):
         raise InputError(
-            f"{output_dir} holds an earlier run",
-            "--resume goes on with it, --overwrite replaces it, --output_dir names another folder",
+            f"{output_dir} holds an earlier run", "--resume goes on with it, --overwrite replaces it, --output_dir names another folder"
         )
 
 
@@ -604,10 +545,7 @@ def newest_checkpoint(output_dir: Path) -> Path:
         if (folder / "training_state.pt").is_file() and (folder / "sft_config.json").is_file():
             steps[folder] = json.loads((folder / "sft_config.json").read_text())["step"]
     if not steps:
-        raise InputError(
-            f"--resume: {output_dir} holds no checkpoint",
-            "leave out --resume to start anew, or name the run's --output_dir",
-        )
+        raise InputError(f"--resume: {output_dir} holds no checkpoint", "leave out --resume to start anew, or name the run's --output_dir")
     return max(steps, key=steps.get)
 
 
@@ -622,8 +560,7 @@ def restore(run: Run) -> None:
     if differences:
         was = ", ".join(f"{name} was {saved.get(name)}, is {now[name]}" for name in differences)
         raise InputError(
-            f"--resume: {folder} belongs to a run with other options: {was}",
-            "use the same options, or --overwrite to start anew",
+            f"--resume: {folder} belongs to a run with other options: {was}", "use the same options, or --overwrite to start anew"
         )
     sft_model.load_adapter_weights(run.model, folder)
     run.optimizer.load_state_dict(state["optimizer"])
@@ -632,10 +569,7 @@ def restore(run: Run) -> None:
     if run.accelerator.is_main_process:  # metrics of updates that will be done again
         file = run.output_dir / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        write_whole(
-            file,
-            "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.progress.step),
-        )
+        write_whole(file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.progress.step))
     run.say(f"Going on from {folder}: {run.progress.step:,} of {run.plan.total_steps:,} updates are done")
 
 
@@ -676,9 +610,7 @@ def finish(run: Run) -> None:
         curve = draw_losses(metrics, run.progress.untrained_val_loss, run.progress.epochs)
         write_whole(run.output_dir / "loss_curve.png", curve)
     run.say("\nTraining completed!")
-    run.say(
-        f"Saved final model to {run.output_dir / 'final_model'} (epoch {best['epoch']}, the lowest Val Loss: {best['val_loss']:.4f})"
-    )
+    run.say(f"Saved final model to {run.output_dir / 'final_model'} (epoch {best['epoch']}, the lowest Val Loss: {best['val_loss']:.4f})")
     for advice in advise(run.progress.untrained_val_loss, run.progress.epochs, run.progress.skipped_updates):
         run.say(advice)
     run.accelerator.wait_for_everyone()
@@ -686,11 +618,7 @@ def finish(run: Run) -> None:
 
 
 def main() -> None:
-    train(
-        parse_options(
-            TrainConfig, "Trains a LoRA adapter on the factual rows of a CSV (Stage A, supervised fine-tuning)."
-        )
-    )
+    train(parse_options(TrainConfig, "Trains a LoRA adapter on the factual rows of a CSV (Stage A, supervised fine-tuning)."))
 
 
 if __name__ == "__main__":

@@ -45,9 +45,7 @@ def main() -> None:
         numbers += len(written)
         agreeing += sum(n in reference for n in written)
         invented += bool(unsupported_numbers(summary, row.clinical_note))
-    print(
-        f"summaries                                     {len(rows)}, {cut} of them cut at --max_new_tokens {arguments.max_new_tokens}"
-    )
+    print(f"summaries                                     {len(rows)}, {cut} of them cut at --max_new_tokens {arguments.max_new_tokens}")
     print(f"sentences that end in a citation              {cited}/{sentences} ({cited / max(1, sentences):.0%})")
     print(f"citations begun that parse                    {parsed}/{begun} ({parsed / max(1, begun):.0%})")
     print(f"parsed citations of existing sentences alone  {existing}/{parsed} ({existing / max(1, parsed):.0%})")

@@ -62,9 +62,7 @@ def tiny_tokenizer(chat: str = "chatml", bos: bool = True):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
-    )
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
     tokenizer.add_tokens([AddedToken("<|header|>", special=False)])
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -92,23 +90,14 @@ def tiny_config(architecture: str):
     }
     configs = {
         "llama": lambda: transformers.LlamaConfig(**sizes),
-        "llama-wide": lambda: transformers.LlamaConfig(
-            **{**sizes, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
-        ),
+        "llama-wide": lambda: transformers.LlamaConfig(**{**sizes, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}),
         "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=24),
         "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
         "gemma": lambda: transformers.GemmaConfig(**sizes),
         "gemma2": lambda: transformers.Gemma2Config(**sizes, sliding_window=24, query_pre_attn_scalar=8),
         "phi3": lambda: transformers.Phi3Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
         "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=420,
-            n_embd=32,
-            n_layer=2,
-            n_head=4,
-            n_positions=1024,
-            attn_pdrop=0.0,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
+            vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=1024, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
         ),
         "bloom": lambda: transformers.BloomConfig(
             vocab_size=420, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0
@@ -148,10 +137,7 @@ def model_folder(tmp_path_factory):
 NOTES = [
     ("Patient reports fever of 38.5 and cough. Tested positive for influenza A.", "Influenza A with fever and cough."),
     ("BP 120/80, HR 72. No chest pain.\nDenies shortness of breath.", "No chest pain or shortness of breath."),
-    (
-        "Fell from a ladder. Left wrist painful and swollen. X-ray shows no fracture.",
-        "Left wrist injury without fracture.",
-    ),
+    ("Fell from a ladder. Left wrist painful and swollen. X-ray shows no fracture.", "Left wrist injury without fracture."),
     ("Asthma, well controlled. Uses inhaler twice a week.", "Well controlled asthma."),
     ("Day 2 after appendectomy. Pain 3/10. Eating and walking.", "Recovering well after appendectomy."),
     ("Headache for three days, worse in the morning. Neurology normal.", "Three-day headache, normal neurology."),
@@ -175,15 +161,11 @@ def csv_files(tmp_path):
     """(training file with 11 factual and 1 hallucinated row, validation file with 3 rows)."""
     train = [(f"t{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES)]
     train.insert(1, ("t0-h", NOTES[0][0], "Influenza B with fever.", "hallucinated", "wrong_number"))
-    validation = [
-        (f"v{i}", f"Seen again. {note}", summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:3])
-    ]
+    validation = [(f"v{i}", f"Seen again. {note}", summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:3])]
     return write_csv(tmp_path / "train.csv", train), write_csv(tmp_path / "val.csv", validation)
 
 
-def run_python(
-    *arguments, stdin: str | None = None, timeout: float = 300, **environment
-) -> subprocess.CompletedProcess:
+def run_python(*arguments, stdin: str | None = None, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
     """A script of the toolkit as a user runs it, in a process of its own."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],

@@ -4,16 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import (
-    CHAT_TEMPLATES,
-    NOTES,
-    SHARED_DATA,
-    assert_mendable,
-    run_python,
-    tiny_model,
-    tiny_tokenizer,
-    write_csv,
-)
+from conftest import CHAT_TEMPLATES, NOTES, SHARED_DATA, assert_mendable, run_python, tiny_model, tiny_tokenizer, write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,9 +64,7 @@ def rows_of(pairs) -> list[Row]:
 
 def test_rows_are_text_as_they_stand(tmp_path):
     note = 'NA 128, "low";\r\nnext line, =SUM(A1) null'
-    path = write_csv(
-        tmp_path / "a.csv", [("1", note, "NA", " Factual ", ""), ("2", "None", "null", "hallucinated", "wrong_number")]
-    )
+    path = write_csv(tmp_path / "a.csv", [("1", note, "NA", " Factual ", ""), ("2", "None", "null", "hallucinated", "wrong_number")])
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     first, second = read_rows(path)
     assert first == Row(2, "1", note.replace("\r\n", "\n"), "NA", "factual", "")
@@ -129,20 +118,12 @@ def test_a_text_in_the_id_column_is_not_shown(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda pair: all(map(clean_text, pair))),
-        min_size=1,
-        max_size=5,
-    )
+    st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda pair: all(map(clean_text, pair))), min_size=1, max_size=5)
 )
 def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
     pairs = [tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs]  # no lone surrogates
-    path = write_csv(
-        tmp_path_factory.mktemp("csv") / "a.csv", [(i + 1, *pair, "factual", "") for i, pair in enumerate(pairs)]
-    )
-    assert [(row.clinical_note, row.model_summary) for row in read_rows(path)] == [
-        tuple(map(clean_text, pair)) for pair in pairs
-    ]
+    path = write_csv(tmp_path_factory.mktemp("csv") / "a.csv", [(i + 1, *pair, "factual", "") for i, pair in enumerate(pairs)])
+    assert [(row.clinical_note, row.model_summary) for row in read_rows(path)] == [tuple(map(clean_text, pair)) for pair in pairs]
 
 
 def test_leaks_and_repeats():
@@ -182,10 +163,7 @@ def test_every_token_of_an_example(chat):
     assert example.input_ids == prompt + target
     assert example.labels == [IGNORE_INDEX] * len(prompt) + target
     assert example.input_ids.count(tokenizer.bos_token_id) == (0 if chat == "chatml" else 1)
-    assert (
-        tokenizer.eos_token_id in encoder.template.stop_token_ids
-        and encoder.template.end_token_id in encoder.template.stop_token_ids
-    )
+    assert tokenizer.eos_token_id in encoder.template.stop_token_ids and encoder.template.end_token_id in encoder.template.stop_token_ids
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -202,9 +180,7 @@ def test_text_never_becomes_a_control_token(chat, text):
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(
-            ["Fever.", "No cough today.", "BP 120/80, HR 72.\n", "Unbrokenword" * 9 + ".", "é\U0001f600 x."]
-        ),
+        st.sampled_from(["Fever.", "No cough today.", "BP 120/80, HR 72.\n", "Unbrokenword" * 9 + ".", "é\U0001f600 x."]),
         min_size=1,
         max_size=40,
     ),
@@ -216,9 +192,7 @@ def test_a_long_note_keeps_the_most_sentences_that_fit(numbered, sentences, room
     ids, kept = encoder.shorten(note, room)
     assert 0 < len(ids) <= room or not ids
     ends = [end for _, end in sentence_spans(note)]
-    beginnings = [
-        "\n".join(number_sentences(note)[:k]) if numbered else note[: ends[k - 1]] for k in range(1, len(ends) + 1)
-    ]
+    beginnings = ["\n".join(number_sentences(note)[:k]) if numbered else note[: ends[k - 1]] for k in range(1, len(ends) + 1)]
     fitting = [text for text in beginnings if len(encoder.encode_texts([text])[0]) <= room]
     assert kept == len(fitting)
     if fitting:
@@ -226,11 +200,7 @@ def test_a_long_note_keeps_the_most_sentences_that_fit(numbered, sentences, room
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=6),
-    st.integers(48, 200),
-    st.sampled_from(CHATS),
-)
+@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=6), st.integers(48, 200), st.sampled_from(CHATS))
 def test_examples_fit_and_keep_their_summaries(sizes, max_length, chat):
     encoder = encoder_for(chat)
     rows = rows_of([("Fever and cough. " * n, "No chest pain. " * m) for n, m in sizes])
@@ -323,15 +293,9 @@ def test_dataloaders_and_the_hugging_face_trainer(csv_files, tmp_path):
     batch = next(iter(val_loader))
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    arguments = TrainingArguments(
-        tmp_path, max_steps=2, report_to="none", per_device_eval_batch_size=4, use_cpu=True, disable_tqdm=True
-    )
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to="none", per_device_eval_batch_size=4, use_cpu=True, disable_tqdm=True)
     trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=train_loader.dataset,
-        eval_dataset=val_loader.dataset,
-        data_collator=val_loader.collate_fn,
+        model, arguments, train_dataset=train_loader.dataset, eval_dataset=val_loader.dataset, data_collator=val_loader.collate_fn
     )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
     trainer.train()
@@ -344,15 +308,7 @@ def test_report_holds_counts_and_no_text(csv_files, model_folder, tmp_path):
     train_csv, val_csv = csv_files
     pairs = tmp_path / "pairs.jsonl"
     result = run_python(
-        "sft_dataset.py",
-        "--train_csv",
-        train_csv,
-        "--val_csv",
-        val_csv,
-        "--model_name",
-        model_folder(),
-        "--export_preferences",
-        pairs,
+        "sft_dataset.py", "--train_csv", train_csv, "--val_csv", val_csv, "--model_name", model_folder(), "--export_preferences", pairs
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"factual +11", result.stdout) and re.search(r"wrong_number +1", result.stdout)

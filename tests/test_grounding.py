@@ -42,14 +42,8 @@ def test_splitting_is_stable_for_numbered_lines(text):
         ("Fever of 38.5°C. Cough.", ["Fever of 38.5°C.", "Cough."]),
         ("Tested positive for influenza A. Recent contact.", ["Tested positive for influenza A.", "Recent contact."]),
         ("Seen by Dr. Smith. Well.", ["Seen by Dr. Smith.", "Well."]),
-        (
-            "Aspirin 81 mg p.o. daily. Stop b.i.d. Metoprolol.",
-            ["Aspirin 81 mg p.o. daily.", "Stop b.i.d.", "Metoprolol."],
-        ),
-        (
-            "E. coli in urine. Severe MR. PR 96 ms. QT normal.",
-            ["E. coli in urine.", "Severe MR.", "PR 96 ms.", "QT normal."],
-        ),
+        ("Aspirin 81 mg p.o. daily. Stop b.i.d. Metoprolol.", ["Aspirin 81 mg p.o. daily.", "Stop b.i.d.", "Metoprolol."]),
+        ("E. coli in urine. Severe MR. PR 96 ms. QT normal.", ["E. coli in urine.", "Severe MR.", "PR 96 ms.", "QT normal."]),
         ("Meds:\nlisinopril 10 mg\nmetformin 500 mg", ["Meds:", "lisinopril 10 mg", "metformin 500 mg"]),
         ("1. Diabetes. A1c 8.2.\n2. HTN", ["1. Diabetes.", "A1c 8.2.", "2. HTN"]),
         (

@@ -66,17 +66,14 @@ ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
 
 
 @pytest.mark.parametrize(
-    "architecture, chat",
-    [("llama", "chatml"), ("mistral", "mistral"), ("qwen2", "llama3"), ("gemma", "none"), ("gpt2", "none")],
+    "architecture, chat", [("llama", "chatml"), ("mistral", "mistral"), ("qwen2", "llama3"), ("gemma", "none"), ("gpt2", "none")]
 )
 def test_greedy_batches_equal_one_by_one(adapters, architecture, chat):
     inference = SFTInference(adapters(architecture, chat), device="cpu")
     alone = [inference.generate_summary(note, 20) for note in ALL_NOTES]
     for batch_size in (3, 14):
         together = inference.generate_batch(ALL_NOTES, 20, batch_size=batch_size)
-        assert [result["confidence"] for result in together] == pytest.approx(
-            [result["confidence"] for result in alone], rel=1e-3
-        )
+        assert [result["confidence"] for result in together] == pytest.approx([result["confidence"] for result in alone], rel=1e-3)
         assert [{**result, "confidence": 0} for result in together] == [{**result, "confidence": 0} for result in alone]
 
 
@@ -91,10 +88,7 @@ def test_result_against_a_loop_written_out(specialist):
         log_probs.append(probabilities.max().item())
     result = specialist.generate_summary(note, 30)
     ended = new[-1] in specialist.stop_ids
-    assert (
-        result["generated_summary"]
-        == specialist.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True).strip()
-    )
+    assert result["generated_summary"] == specialist.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True).strip()
     assert (result["n_prompt_tokens"], result["n_new_tokens"]) == (len(prompt), len(new))
     assert result["finish_reason"] == ("stop" if ended else "length")
     assert result["confidence"] == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), rel=1e-4)
@@ -120,20 +114,13 @@ def test_generation_stops_at_the_end_of_turn(adapters):
 
 
 def test_sampling_follows_its_seed(specialist):
-    draws = [
-        specialist.generate_summary(NOTES[0][0], 20, temperature=1.5, seed=seed)["generated_summary"]
-        for seed in (1, 1, 2, 3)
-    ]
+    draws = [specialist.generate_summary(NOTES[0][0], 20, temperature=1.5, seed=seed)["generated_summary"] for seed in (1, 1, 2, 3)]
     assert draws[0] == draws[1] and len(set(draws)) > 1
 
 
 def test_cut_summaries_say_so(specialist):
     result = specialist.generate_summary(NOTES[0][0], max_new_tokens=1)
-    assert (
-        result["finish_reason"] == "length"
-        and result["n_new_tokens"] == 1
-        and any("cut" in warning for warning in result["warnings"])
-    )
+    assert result["finish_reason"] == "length" and result["n_new_tokens"] == 1 and any("cut" in warning for warning in result["warnings"])
 
 
 def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
@@ -152,9 +139,7 @@ def test_no_note_breaks_out_of_the_prompt(specialist, note):
     if "error" not in result:
         ids, _ = specialist._prompt(note, 2)
         inner = ids[len(specialist.encoder.prefix_ids) : -len(specialist.encoder.suffix_ids)]
-        assert not set(inner) & {
-            specialist.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")
-        }
+        assert not set(inner) & {specialist.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
 
 
 def test_evidence_is_read_against_the_notes_sentences(adapters):
@@ -180,9 +165,7 @@ def test_one_note(adapters, specialist):
     expected = specialist.generate_summary(note, 20)
     result = run_inference("--model_path", adapters(), "--clinical_note", note, "--max_new_tokens", 20)
     assert (result.returncode, result.stdout.strip()) == (0, expected["generated_summary"]), result.stderr
-    piped = run_inference(
-        "--model_path", adapters(), "--clinical_note", "-", "--json", "--max_new_tokens", 20, stdin=note
-    )
+    piped = run_inference("--model_path", adapters(), "--clinical_note", "-", "--json", "--max_new_tokens", 20, stdin=note)
     assert json.loads(piped.stdout)["generated_summary"] == expected["generated_summary"]
 
 
@@ -199,20 +182,9 @@ def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
         if kind == ".csv":
             write_csv(source, [*zip(ids, notes), ("e", " ")], header=["id", "clinical_note"])
         else:
-            source.write_text(
-                "".join(json.dumps({"id": i, "clinical_note": n}) + "\n" for i, n in [*zip(ids, notes), ("e", "")])
-            )
+            source.write_text("".join(json.dumps({"id": i, "clinical_note": n}) + "\n" for i, n in [*zip(ids, notes), ("e", "")]))
     result = run_inference(
-        "--model_path",
-        adapters(),
-        "--input_file",
-        source,
-        "--output_file",
-        target,
-        "--max_new_tokens",
-        15,
-        "--batch_size",
-        2,
+        "--model_path", adapters(), "--input_file", source, "--output_file", target, "--max_new_tokens", 15, "--batch_size", 2
     )
     assert result.returncode == 0, result.stderr
     written = target.read_text().splitlines(keepends=True)
@@ -285,12 +257,8 @@ def test_conversation_through_a_pipe(adapters, specialist):
     result = run_inference("--model_path", adapters(), "--max_new_tokens", 20, stdin=typed)
     first, second = specialist.generate_summary(NOTES[1][0], 20), specialist.generate_summary(NOTES[2][0], 5)
     assert result.returncode == 0, result.stderr
-    assert [line.strip() for line in result.stdout.strip().split("\n")] == [
-        result["generated_summary"] for result in (first, second)
-    ]
-    assert (
-        "not a number" in result.stderr and "no command /nonsense" in result.stderr and "/temperature" in result.stderr
-    )
+    assert [line.strip() for line in result.stdout.strip().split("\n")] == [result["generated_summary"] for result in (first, second)]
+    assert "not a number" in result.stderr and "no command /nonsense" in result.stderr and "/temperature" in result.stderr
 
 
 SLOW_MOTION = """
@@ -351,6 +319,4 @@ def test_long_real_notes(specialist):
     notes = [note for _, note in read_notes(SHARED_DATA / "aci_bench" / "notes.csv")]
     assert len(notes) == 67
     results = specialist.generate_batch(notes[:4], 4)
-    assert all(
-        any("shortened" in warning for warning in result["warnings"]) for result in results
-    )  # 1,024 tokens hold no whole one
+    assert all(any("shortened" in warning for warning in result["warnings"]) for result in results)  # 1,024 tokens hold no whole one

@@ -207,9 +207,7 @@ def test_damaged_adapters_are_refused(adapter, damage, words):
 def test_a_failed_save_leaves_what_was_there(adapter, monkeypatch):
     folder, model = adapter
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(
-        sft_model, "write_whole", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr(sft_model, "write_whole", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError):
         sft_model.save_adapter(folder, model, tiny_tokenizer(), "x", {"sha256": {}}, "card")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

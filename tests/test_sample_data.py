@@ -65,9 +65,7 @@ def test_counts_and_pairs(split):
         twin = factual[row.id.removesuffix("-h")]
         assert row.hallucination_type in TYPES and row.clinical_note == twin.clinical_note
         right, wrong = split_sentences(twin.model_summary), split_sentences(row.model_summary)
-        assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1, (
-            row.id
-        )  # one sentence differs
+        assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1, row.id  # one sentence differs
     assert not repeated_rows(rows)
 
 
@@ -106,9 +104,7 @@ def test_lengths_as_claimed():
         assert all(0.25 <= share <= 0.45 for share in shares), (split, shares)
     by_length = {"short": (20, 60), "long": (150, 300)}
     sentences = {
-        name: [
-            len(split_sentences(row.model_summary)) for row in FACTUAL if low <= len(row.clinical_note.split()) <= high
-        ]
+        name: [len(split_sentences(row.model_summary)) for row in FACTUAL if low <= len(row.clinical_note.split()) <= high]
         for name, (low, high) in by_length.items()
     }
     assert statistics.mean(n == 1 for n in sentences["short"]) > 0.9 and all(2 <= n <= 5 for n in sentences["long"])
@@ -139,6 +135,4 @@ def test_evidence_files_are_the_same_rows_with_citations(split):
         for citation in citations:
             assert citation["sentences"] and not citation["missing"], cited.id
             if cited.label == "factual":
-                assert citation["confidence"] == pytest.approx(
-                    confidence_by_the_rule(citation["claim"], citation["sentences"])
-                ), cited.id
+                assert citation["confidence"] == pytest.approx(confidence_by_the_rule(citation["claim"], citation["sentences"])), cited.id

@@ -113,12 +113,8 @@ def test_every_architecture_trains_and_generates(configured, architecture, chat)
 
     config = configured(architecture=architecture, chat=chat, num_epochs=1, batch_size=6)
     stats = train(config)
-    assert [line["step"] for line in metrics_of(config)] == [1, 2] and stats["epochs"][0]["val_loss"] < stats[
-        "untrained_val_loss"
-    ]
-    result = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_summary(
-        NOTES[0][0], max_new_tokens=5
-    )
+    assert [line["step"] for line in metrics_of(config)] == [1, 2] and stats["epochs"][0]["val_loss"] < stats["untrained_val_loss"]
+    result = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_summary(NOTES[0][0], max_new_tokens=5)
     assert 1 <= result["n_new_tokens"] <= 5
 
 
@@ -148,9 +144,7 @@ def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
     }
     assert all(needed <= epoch.keys() for epoch in stats["epochs"])
     lines = metrics_of(config)
-    assert [line["step"] for line in lines] == list(range(1, 7)) and sum(
-        line["n_examples"] for line in lines[:3]
-    ) == len(NOTES)
+    assert [line["step"] for line in lines] == list(range(1, 7)) and sum(line["n_examples"] for line in lines[:3]) == len(NOTES)
     assert stats["epochs"][0]["n_target_tokens"] == sum(line["n_target_tokens"] for line in lines[:3])
     kept = stats["kept_epoch"]
     assert stats["epochs"][kept - 1]["val_loss"] == min(epoch["val_loss"] for epoch in stats["epochs"])
@@ -182,9 +176,7 @@ def test_losses_do_not_depend_on_the_split_of_a_batch(configured):
     """(8,1), (4,2), (1,8): the same losses, the short last group of 11 rows included; and the same for padded batches."""
     runs = []
     for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
-        config = configured(
-            f"out{batch_size}", batch_size=batch_size, gradient_accumulation_steps=accumulation, lora_dropout=0.0
-        )
+        config = configured(f"out{batch_size}", batch_size=batch_size, gradient_accumulation_steps=accumulation, lora_dropout=0.0)
         stats = train(config)
         runs.append(
             [
@@ -205,9 +197,7 @@ def test_first_loss_is_the_mean_cross_entropy_of_its_tokens(configured):
     train(config)
     folder = sft_model.resolve_model(config.model_name)
     model = sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
-    train_set, val_set = load_datasets(
-        config.train_csv, config.val_csv, sft_model.load_tokenizer(folder), max_length=config.max_length
-    )
+    train_set, val_set = load_datasets(config.train_csv, config.val_csv, sft_model.load_tokenizer(folder), max_length=config.max_length)
     for dataset, loss in (
         (train_set, metrics_of(config)[0]["loss"]),
         (val_set, json.loads((ROOT / config.output_dir / "training_stats.json").read_text())["untrained_val_loss"]),
@@ -241,19 +231,11 @@ def test_one_batch_is_learnt_by_heart_and_written_down(configured, tmp_path):
     rows = [(f"r{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:4] * 10)]
     path = str(write_csv(tmp_path / "four.csv", rows))
     config = configured(
-        train_csv=path,
-        val_csv=path,
-        num_epochs=12,
-        lora_r=16,
-        lora_dropout=0.0,
-        learning_rate=1e-2,
-        target_modules=["all-linear"],
+        train_csv=path, val_csv=path, num_epochs=12, lora_r=16, lora_dropout=0.0, learning_rate=1e-2, target_modules=["all-linear"]
     )
     stats = train(config)
     assert stats["epochs"][-1]["train_loss"] < 0.1
-    results = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_batch(
-        [note for note, _ in NOTES[:4]], 60
-    )
+    results = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_batch([note for note, _ in NOTES[:4]], 60)
     assert [result["generated_summary"] for result in results] == [summary for _, summary in NOTES[:4]]
     assert all(result["finish_reason"] == "stop" for result in results)
 
@@ -294,9 +276,7 @@ def test_a_finished_run_goes_on_for_more_epochs(configured):
     train(configured("whole", lr_scheduler="constant"))
     stats = train(configured(resume=True, lr_scheduler="constant"))
     assert [epoch["epoch"] for epoch in stats["epochs"]] == [1, 2]
-    assert_same_adapter(
-        f"{configured().output_dir}/checkpoint_epoch_2", f"{configured('whole').output_dir}/checkpoint_epoch_2"
-    )
+    assert_same_adapter(f"{configured().output_dir}/checkpoint_epoch_2", f"{configured('whole').output_dir}/checkpoint_epoch_2")
 
 
 def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(configured, tmp_path):
@@ -338,18 +318,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, monkeypatch, tmp_pa
 def test_float16_overflow_skips_the_update_and_is_counted(configured, monkeypatch):
     real = torch.amp.GradScaler
     monkeypatch.setattr(
-        torch.amp,
-        "GradScaler",
-        lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000),
+        torch.amp, "GradScaler", lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000)
     )
     stats = train(configured(dtype="float16", num_epochs=12))
     assert 0 < stats["skipped_updates"] < 36
     assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
 
 
-@pytest.mark.parametrize(
-    "options", [{"use_8bit": True}, {"use_4bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}]
-)
+@pytest.mark.parametrize("options", [{"use_8bit": True}, {"use_4bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
 def test_memory_saving_options_train_and_infer(configured, options, capfd):
     from sft_inference import SFTInference
 
@@ -357,9 +333,7 @@ def test_memory_saving_options_train_and_infer(configured, options, capfd):
     stats = train(config)
     assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
     quantised = {name: value for name, value in options.items() if name.startswith("use_")}
-    result = SFTInference(f"{config.output_dir}/final_model", device="cpu", **quantised).generate_summary(
-        NOTES[0][0], 5
-    )
+    result = SFTInference(f"{config.output_dir}/final_model", device="cpu", **quantised).generate_summary(NOTES[0][0], 5)
     assert math.isfinite(result["confidence"]) and "MatMul8bitLt" not in capfd.readouterr().err
 
 
@@ -410,10 +384,6 @@ def test_two_processes_equal_one(configured, tmp_path):
     result = run_python(*launch, "stage_a_sft_training.py", *options, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Training completed!") == 1
-    assert [line["loss"] for line in metrics_of(two)] == pytest.approx(
-        [line["loss"] for line in metrics_of(one)], rel=1e-4
-    )
+    assert [line["loss"] for line in metrics_of(two)] == pytest.approx([line["loss"] for line in metrics_of(one)], rel=1e-4)
     stats = [json.loads((tmp_path / name / "training_stats.json").read_text()) for name in ("one", "two")]
-    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx(
-        [e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4
-    )
+    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx([e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4)
