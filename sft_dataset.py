@@ -521,6 +521,7 @@ def main() -> None:
         warn_about_rows(path, part, dataset)
     warn_about_leaks(*rows)
     numbered = "numbered" if datasets[0].encoder.template.number_sentences else "not numbered"
+    print(f"{len(leaked_rows(*rows)):,} validation rows have a note that is in the training rows too.")
     print(f"The note's sentences are {numbered} in the prompt.")
     if is_bundled(config.train_csv):
         print("\n" + show_spans(datasets[0]))
