@@ -5,9 +5,9 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
 import re
-import signal
 import sys
 import tempfile
 import types
@@ -55,7 +55,12 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        sys.exit(141)  # as a shell reports SIGPIPE
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
+            raise
+        log("error: the device has too little memory\nmend:  halve --batch_size (and double --gradient_accumulation_steps), or --use_4bit")
+        sys.exit(1)
     except OSError as error:
         mends = {
             errno.ENOSPC: "free some space, or name a folder on another disk",
@@ -120,7 +125,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
-        if not (low < value if open_low else low <= value) or not value <= high:
+        if not math.isfinite(value) or not (low < value if open_low else low <= value) or not value <= high:
             bounds = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high != float("inf") else "")
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
@@ -155,12 +160,14 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def write_json(path: Path, value) -> None:
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync of every file in `folder` and of the folder itself, before a rename makes it count."""
-    for path in (*(file for file in folder.rglob("*") if file.is_file()), folder):
+def sync_folder(folder: Path, inside: bool = True) -> None:
+    """fsync of `folder` and, with `inside`, of every file in it, before a rename makes it count."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    for path in (*(file for file in folder.rglob("*") if inside and file.is_file()), folder):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -30,6 +30,7 @@ LABELS = ("factual", "hallucinated")
 IGNORE_INDEX = -100  # the label of a token that carries no loss, as in torch's cross_entropy
 MIN_NOTE_TOKENS = 8  # a row that leaves its note less room than this is refused
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_SURROGATES = re.compile(r"[\ud800-\udfff]")  # half characters, which JSON can hold and UTF-8 cannot
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -47,7 +48,8 @@ class Row:
 
 def clean_text(text: str) -> str:
     """Text as the model reads it: line ends are \\n, no control characters, no white space at the ends."""
-    return _CONTROL_CHARACTERS.sub("", text.replace("\r\n", "\n").replace("\r", "\n")).strip()
+    text = _SURROGATES.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return _CONTROL_CHARACTERS.sub("", text).strip()
 
 
 def decode_text(path: Path) -> str:
@@ -213,13 +215,13 @@ class SFTDataset:
     """Factual rows as tokenised examples. Works in torch's DataLoader and in Hugging Face's Trainer, with `SFTCollator`.
 
     `dataset[i]` is a dict of `input_ids` and `labels` (lists of equal length, -100 where no loss is carried).
-    `examples` holds the same with row ids; `refused` the max_length needed, by row id, of each row that does not fit.
+    `examples` holds the same with row ids; `refused` the id of each row that does not fit, with the max_length it needs.
     """
 
     def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int = 512):
         self.encoder, self.max_length = encoder, max_length
         self.examples: list[Example] = []
-        self.refused: dict[str, int] = {}
+        self.refused: list[tuple[str, int]] = []
         for start in range(0, len(rows), 1000):
             part = rows[start : start + 1000]
             notes = encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in part])
@@ -227,7 +229,7 @@ class SFTDataset:
             for row, note_ids, summary_ids in zip(part, notes, summaries):
                 example = encode_example(row, note_ids, summary_ids, encoder, max_length)
                 if isinstance(example, int):
-                    self.refused[row.id] = example
+                    self.refused.append((row.id, example))
                 else:
                     self.examples.append(example)
 
@@ -266,7 +268,7 @@ def load_datasets(
     for part, path in ((train, train_csv), (validation, val_csv)):
         datasets.append(SFTDataset(part, encoder, max_length))
         if not datasets[-1].examples:
-            needed = max(datasets[-1].refused.values())
+            needed = max(needed for _, needed in datasets[-1].refused)
             raise InputError(f"{path}: no row fits --max_length {max_length}", f"--max_length {needed} would hold them all")
     return datasets[0], datasets[1]
 
@@ -409,7 +411,7 @@ def warn_about_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) 
             f"warning: {path}: {len(dataset.shortened):,} notes shortened at a sentence boundary to fit --max_length {dataset.max_length}: ids {ids}"
         )
     if dataset.refused:
-        ids, needed = some(map(safe_id, dataset.refused)), max(dataset.refused.values())
+        ids, needed = some(safe_id(row_id) for row_id, _ in dataset.refused), max(needed for _, needed in dataset.refused)
         log(
             f"warning: {path}: {len(dataset.refused):,} rows refused, since their summaries (and the sentences these cite) do not fit"
             f" --max_length {dataset.max_length}; --max_length {needed} would hold them all: ids {ids}"

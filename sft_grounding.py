@@ -53,7 +53,7 @@ def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
     if match["mark"] != ".":
         return True
     before = text[max(start, match.start() - 40) : match.start()]
-    if _LIST_NUMBER.fullmatch(text[start : match.start()][:8]) and "\n" not in after[: len(after) - len(after.lstrip())]:
+    if _LIST_NUMBER.fullmatch(text[start : min(start + 8, match.start())]) and "\n" not in after[: len(after) - len(after.lstrip())]:
         return False  # "1. Diabetes"
     word = before.split()[-1].lstrip("([\"'") if before.split() else ""
     following = after.lstrip()[:1]

@@ -381,6 +381,10 @@ def summarize_file(inference: SFTInference, notes: list[tuple[str, str]], config
         if target:
             os.fsync(out.fileno())
             os.replace(partial, target)
+    except BaseException:
+        if target:
+            log(f"\nnot complete: what is done so far is in {partial}")
+        raise
     finally:
         bar.close()
         if target:
@@ -406,6 +410,8 @@ def check_files(config: InferenceConfig) -> list[tuple[str, str]] | None:
             raise InputError(f"--output_file {target}: no folder {target.parent}", "create it first")
         if target.exists():
             raise InputError(f"--output_file {target} exists", "name another file, or move it away")
+    if config.merge_to and Path(config.merge_to).exists():
+        raise InputError(f"--merge_to {config.merge_to} exists", "name a new folder")
     if not config.input_file:
         return None
     notes = list(read_notes(config.input_file))
@@ -539,9 +545,7 @@ def main() -> None:
     if config.merge_to:
         from sft_model import save_merged
 
-        if Path(config.merge_to).exists():
-            raise InputError(f"--merge_to {config.merge_to} exists", "name a new folder")
-        save_merged(inference.model, inference.tokenizer, Path(config.merge_to))
+        save_merged(inference.model, inference.tokenizer, inference.stop_ids, Path(config.merge_to))
         log(f"Saved the merged model to {config.merge_to}")
     elif notes is not None:
         summarize_file(inference, notes, config)

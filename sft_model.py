@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import re
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -24,8 +25,8 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors import safe_open
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from safetensors import SafetensorError, safe_open
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from sft_common import ROOT, InputError, log, private_folder, sha256, some, sync_folder, write_json, write_whole
 
@@ -89,6 +90,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory held so far in MiB: allocated on the GPU, resident in the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if os.name == "nt":
+        return 0.0  # not known there
     import resource
     import sys
 
@@ -123,12 +126,13 @@ def _hub_model(model_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    # No pickle files, and only the top folder: some models carry a second copy of their weights below it
-    wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"], "ignore_patterns": ["*/*"]}
+    # No pickle files, and not the second copy of the weights that some models carry
+    wanted = {"allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"], "ignore_patterns": ["*/*", "consolidated*"]}
     try:
-        try:
+        folder = None
+        with contextlib.suppress(LocalEntryNotFoundError):
             folder = snapshot_download(model_id, local_files_only=True, **wanted)
-        except LocalEntryNotFoundError:
+        if folder is None or not _has_weights(Path(folder)):  # a download that was broken off leaves a folder without weights
             log(f"Downloading {model_id} from the Hugging Face Hub, once; nothing is sent there but its name")
             folder = snapshot_download(model_id, **wanted)
     except GatedRepoError:
@@ -141,6 +145,14 @@ def _hub_model(model_id: str) -> Path:
             "check the id and the network, or name a local folder with the model",
         ) from None
     return Path(folder)
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether all safetensors files of a model are there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
+    return any(folder.glob("*.safetensors"))
 
 
 def bundled_model() -> Path:
@@ -157,6 +169,7 @@ def bundled_model() -> Path:
         raise InputError(f"{BUNDLED_FILE} is not the file it should be (SHA-256 differs)", f"{install} --force-reinstall")
     log(f"Converting the bundled model to {folder.relative_to(ROOT)}, once")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
@@ -210,13 +223,23 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
             else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         mend = "check the model folder"
         if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
             mend = "its weights are a pickle file, which is not loaded here: use the model's safetensors version"
         raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}", mend) from None
+    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if absent:  # transformers would fill them with random numbers
+        raise InputError(
+            f"{folder}: {len(absent)} of the model's weights are missing or misshapen, the first {absent[0]}", "restore the model folder"
+        )
     model.requires_grad_(False)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # bitsandbytes' repacked 4-bit weights pass no gradient back
     return model if quantization else model.to(device)
 
 
@@ -229,8 +252,8 @@ def base_weights_sha256(folder: Path) -> str:
 
     memory_file = BASE_FOLDER.parent / ".weights_sha256.json"
     try:
-        memory = json.loads(memory_file.read_text())
-    except (OSError, ValueError):
+        memory = {name: entry for name, entry in json.loads(memory_file.read_text()).items() if Path(name).is_file()}
+    except (OSError, ValueError, AttributeError):
         memory = {}
     files, known = sorted(folder.glob("*.safetensors")), dict(memory)
     for file in files:
@@ -265,10 +288,20 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
     absent = [name for name in targets if name not in linear] if isinstance(targets, list) else []
     if absent:
         raise InputError(f"--target_modules: the model has no {some(absent)}", f"choose from {some(sorted(linear), 12)}, or all-linear")
+    # A multimodal model's towers for images and sound see no token here
+    towers = "|".join(sorted({name for name, _ in model.named_modules() if re.search(r"(vision|visual|image|audio)[^.]*$", name)}))
     torch.manual_seed(seed)
     return get_peft_model(
         model,
-        LoraConfig(task_type="CAUSAL_LM", r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, bias="none"),
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=r,
+            lora_alpha=alpha,
+            lora_dropout=dropout,
+            target_modules=targets,
+            exclude_modules=rf"({towers})(\..*)?" if towers else None,
+            bias="none",
+        ),
         autocast_adapter_dtype=True,  # float32, also on a 16-bit base
     )
 
@@ -319,13 +352,19 @@ def per_example_attention(
 AttentionInterface.register("per_example", per_example_attention)
 
 
-def enable_packing(model) -> bool:
-    """Sets the model up for packed rows (`SFTPacker`) if it can take them: two short examples must come out of one packed
-    row as they do one by one. Otherwise the model is left as it was and False is returned: pad then."""
+def enable_packing(model, max_length: int = 512) -> bool:
+    """Sets the model up for packed rows (`sft_dataset.packed_batch`) if it can take them: two examples, longer than an
+    attention window that matters at `max_length`, must come out of one packed row as they do one by one. Otherwise the
+    model is left as it was and False is returned: pad then."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     before, training = base.config._attn_implementation, base.training
-    device, vocabulary = base.get_input_embeddings().weight.device, base.config.get_text_config().vocab_size
-    examples = [torch.arange(n, device=device) * 7 % vocabulary for n in (5, 9)]
+    if before == "per_example":
+        return True
+    text = base.config.get_text_config()
+    device, vocabulary = base.get_input_embeddings().weight.device, text.vocab_size
+    windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    longest = max([window for window in windows if window < max_length], default=0) + 9
+    examples = [torch.arange(n, device=device) * 7 % vocabulary for n in (5, longest)]
     base.eval()
     try:
         with torch.no_grad():
@@ -333,7 +372,7 @@ def enable_packing(model) -> bool:
             base.set_attn_implementation("per_example")
             lengths = [len(ids) for ids in examples]
             positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-            keep = torch.arange(sum(lengths), device=device)
+            keep = torch.arange(1, sum(lengths), 2, device=device)
             packed = base(
                 input_ids=torch.cat(examples)[None],
                 position_ids=positions[None],
@@ -342,7 +381,10 @@ def enable_packing(model) -> bool:
                 use_cache=False,
             ).logits[0]
             exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
+            apart = apart[keep]
             same = packed.shape == apart.shape and (packed.float() - apart).abs().max() <= (1e-3 if exact else 5e-2) * apart.abs().max()
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError):
         same = False
     if not same:
@@ -356,9 +398,14 @@ def enable_packing(model) -> bool:
 
 def portable_name(model_name: str, folder: Path) -> str:
     """How an adapter names its base model: a hub id, or the path from the repository root; never an absolute path."""
-    if model_name == BUNDLED_MODEL or Path(model_name).expanduser().is_dir():
-        return os.path.relpath(folder, ROOT)
+    if is_local(model_name):
+        return Path(os.path.relpath(folder, ROOT)).as_posix()
     return model_name
+
+
+def is_local(model_name: str) -> bool:
+    """Whether a model's name is a folder's (or the bundled model's) rather than a hub id."""
+    return model_name == BUNDLED_MODEL or Path(model_name).expanduser().is_dir()
 
 
 def save_adapter(folder: Path, model: PeftModel, tokenizer, base_name: str, sft_config: dict, card: str, state: dict | None = None) -> None:
@@ -393,11 +440,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         new.rename(folder)
-    descriptor = os.open(folder.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(folder.parent, inside=False)
 
 
 def read_state(folder: Path) -> dict:
@@ -405,9 +448,9 @@ def read_state(folder: Path) -> dict:
     return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
 
 
-def load_adapter_weights(model: PeftModel, folder: Path) -> None:
+def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = False) -> None:
     """Copies an adapter folder's weights into `model`. Raises InputError if a weight is missing, extra, of another shape,
-    or if the adapter as a whole is zero and so does nothing."""
+    or not finite, or if the adapter as a whole is zero and so does nothing (a checkpoint of a run just begun may be)."""
     file = folder / "adapter_model.safetensors"
     try:
         with safe_open(file, "pt") as weights:
@@ -429,7 +472,7 @@ def load_adapter_weights(model: PeftModel, folder: Path) -> None:
             f"{file}: {misfits[0]} has shape {tuple(saved[misfits[0]].shape)}, not {tuple(wanted[misfits[0]].shape)}",
             "is this its base model?",
         )
-    if not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
+    if not may_be_zero and not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
         raise InputError(f"{file}: all weights are zero, so the adapter does nothing", "restore it or train again")
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
         raise InputError(f"{file}: some weights are NaN or infinite", "restore it or train again with a lower --learning_rate")
@@ -448,7 +491,7 @@ def load_specialist(
     base_model: str | None = None,
 ):
     """(model, tokenizer) of an adapter folder, in evaluation mode. Raises InputError where they do not belong together."""
-    base_folder = find_base_model(adapter_config, base_model)
+    base_folder = find_base_model(sft_config, adapter_config, base_model)
     recorded = sft_config.get("sha256", {}).get("base_weights")
     if recorded and base_weights_sha256(base_folder) != recorded:
         raise InputError(
@@ -469,30 +512,34 @@ def load_specialist(
     return model.eval().requires_grad_(False), tokenizer
 
 
-def find_base_model(adapter_config: dict, base_model: str | None) -> Path:
+def find_base_model(sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:
     """The folder of an adapter's base model: `base_model` where given, else as the adapter names it."""
     name = base_model or adapter_config["base_model_name_or_path"]
     if base_model is None and name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
         return bundled_model()
     inside = ROOT / name
     try:
-        return resolve_model(str(inside) if base_model is None and inside.is_dir() else name)
+        if base_model is None and (inside.is_dir() or sft_config.get("base_model_is_local")):
+            return resolve_model(str(inside))  # never looked up on the hub
+        return resolve_model(name)
     except InputError as error:
         raise InputError(f"the adapter's base model: {error.problem}", f"{error.mend}; or --base_model FOLDER") from None
 
 
-def save_merged(model: PeftModel, tokenizer, folder: Path) -> None:
-    """The base model with the adapter merged in, in standard form: transformers alone loads it.
+def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: Path) -> None:
+    """The base model with the adapter merged in, in standard form: transformers alone loads it, and stops where we do.
 
     Merges `model` itself. Raises InputError for a quantised base: merging into rounded weights would lose the adapter.
     """
     if getattr(model.get_base_model(), "is_quantized", False):
         raise InputError("a quantised base model cannot be merged", "leave out --use_8bit and --use_4bit")
     aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(aside, ignore_errors=True)
     private_folder(aside)
     try:
         merged = model.merge_and_unload(safe_merge=True)
         merged.config.use_cache = True
+        merged.generation_config = GenerationConfig(eos_token_id=stop_token_ids, pad_token_id=stop_token_ids[0])
         merged.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         replace_folder(aside, folder)

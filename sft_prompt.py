@@ -50,14 +50,19 @@ def _chat_messages(tokenizer, instruction: str) -> list[dict[str, str]]:
     )
     for messages in choices:
         try:
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        except TemplateError:
+            text = render(tokenizer, messages, add_generation_prompt=True)
+        except (TemplateError, ValueError):  # no system role; several templates, none of them the default
             continue
         if instruction in text and text.count(_NOTE_MARK) == 1:
             return messages
     raise InputError(
         "the tokenizer's chat template leaves out the user's message", "use another model, or a tokenizer without a chat template"
     )
+
+
+def render(tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
+    """The chat template's text. Templates that know a thinking mode leave it out; the others ignore that argument."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False)
 
 
 def build_template(tokenizer, *, instruction: str | None = None, number_sentences: bool = False) -> PromptTemplate:
@@ -69,10 +74,10 @@ def build_template(tokenizer, *, instruction: str | None = None, number_sentence
     end = tokenizer.eos_token_id
     if tokenizer.chat_template:
         messages = _chat_messages(tokenizer, instruction)
-        prefix, suffix = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True).split(_NOTE_MARK)
+        prefix, suffix = render(tokenizer, messages, add_generation_prompt=True).split(_NOTE_MARK)
         answered = [*messages, {"role": "assistant", "content": _ANSWER_MARK}]
-        after = tokenizer.apply_chat_template(answered, tokenize=False).rpartition(_ANSWER_MARK)[2].lstrip()
-        after_ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
+        _, mark, after = render(tokenizer, answered).rpartition(_ANSWER_MARK)
+        after_ids = tokenizer(after.lstrip(), add_special_tokens=False).input_ids if mark and after.strip() else []
         if after_ids and after_ids[0] in control_token_ids(tokenizer):
             end = after_ids[0]  # <|im_end|>, <|eot_id|>, <end_of_turn>: often not the tokenizer's EOS
     else:
@@ -94,7 +99,8 @@ def control_token_strings(tokenizer) -> dict[str, int]:
 
 
 def control_token_ids(tokenizer) -> frozenset[int]:
-    return frozenset([*control_token_strings(tokenizer).values(), *tokenizer.all_special_ids])
+    unknown = {tokenizer.unk_token_id} - {tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}
+    return frozenset([*control_token_strings(tokenizer).values(), *tokenizer.all_special_ids]) - unknown  # <unk> steers nothing
 
 
 class PromptEncoder:
@@ -158,5 +164,5 @@ class PromptEncoder:
 
 def pad_token_id(tokenizer) -> int:
     """A token to pad with that the model already has; which one does not matter, padding is masked by length."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, 0)
+    known = (tokenizer.eos_token_id, tokenizer.pad_token_id, 0)  # a [PAD] added later may lie beyond the embedding
     return next(token for token in known if token is not None)

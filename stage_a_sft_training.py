@@ -16,7 +16,9 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from sft_common import (
@@ -99,7 +101,11 @@ class TrainConfig:
 
 # What may differ between a run and the run that goes on from its checkpoint; all else changes the mathematics
 MAY_CHANGE = {
+    "train_csv",  # their SHA-256 sums and that of the base weights stand for these
+    "val_csv",
+    "model_name",
     "device",
+    "dtype",  # the dtype it comes down to counts
     "num_epochs",
     "output_dir",
     "save_steps",
@@ -227,13 +233,16 @@ def evaluate(run: "Run") -> float:
     share = examples[accelerator.process_index :: accelerator.num_processes]
     total = 0.0
     run.model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         for start in range(0, len(share), run.config.batch_size):
             batch = run.make_batch(share[start : start + run.config.batch_size]).to(accelerator.device)
             total += summed_loss(run.model, batch).item()
     run.model.train()
     total = accelerator.reduce(torch.tensor(total, device=accelerator.device)).item()
-    return total / sum(example.n_target_tokens for example in examples)
+    loss = total / sum(example.n_target_tokens for example in examples)
+    if not math.isfinite(loss):
+        raise RunError(f"the validation loss is {loss}", f"{advice_for_faults(run)}")
+    return loss
 
 
 def update(run: "Run", step: int) -> dict:
@@ -257,6 +266,8 @@ def update(run: "Run", step: int) -> dict:
             # The mean over the update's target tokens; DDP averages over the processes, which is undone here
             accelerator.backward(run.scaler.scale(loss * accelerator.num_processes / n_target_tokens))
         loss_sum += loss.detach()
+    if any(parameter.grad is None for parameter in run.parameters):
+        raise RunError("some LoRA weights get no gradient", "use other --target_modules, or leave out --use_4bit and --use_8bit")
     loss = accelerator.reduce(loss_sum).item() / n_target_tokens
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf).item()
@@ -380,16 +391,19 @@ def set_up(config: TrainConfig) -> Run:
         factual_rows(part, path)
 
     import torch
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     import sft_model
 
     placement = sft_model.pick_device(config.device, config.dtype)
-    accelerator = Accelerator(cpu=placement.device.type == "cpu", mixed_precision="no")
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one process may be downloading a model
+    accelerator = Accelerator(cpu=placement.device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    accelerator.gradient_accumulation_steps = 1  # accumulation is ours; accelerate's division (set by the environment) is not wanted
     say = log if accelerator.is_main_process else lambda message: None
     say(f"Device: {accelerator.device}, {str(placement.dtype).removeprefix('torch.')} ({placement.why})")
     with accelerator.main_process_first():  # one process converts or downloads the base model
         base_folder = sft_model.resolve_model(config.model_name)
+        base_weights = sft_model.base_weights_sha256(base_folder)
     tokenizer = sft_model.load_tokenizer(base_folder)
     options = {name: getattr(config, name) for name in ("max_length", "instruction", "sentence_numbering")}
     train_set, val_set = load_datasets(config.train_csv, config.val_csv, tokenizer, rows=rows, **options)
@@ -406,7 +420,7 @@ def set_up(config: TrainConfig) -> Run:
     model = sft_model.add_lora(
         model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=config.target_modules, seed=config.seed
     )
-    packed, padding = sft_model.enable_packing(model), pad_token_id(tokenizer)
+    packed, padding = sft_model.enable_packing(model, config.max_length), pad_token_id(tokenizer)
     if config.gradient_checkpointing:
         sft_model.set_gradient_checkpointing(model, True)
     model.train()
@@ -416,7 +430,7 @@ def set_up(config: TrainConfig) -> Run:
     hashes = {
         "train_csv": sha256(Path(config.train_csv)),
         "val_csv": sha256(Path(config.val_csv)),
-        "base_weights": sft_model.base_weights_sha256(base_folder),
+        "base_weights": base_weights,
     }
     n_processes = accelerator.num_processes
     run = Run(
@@ -433,8 +447,11 @@ def set_up(config: TrainConfig) -> Run:
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=placement.dtype == torch.float16),
         base_name=sft_model.portable_name(config.model_name, base_folder),
-        sft_config=describe_run(config, rows, (train_set, val_set), str(placement.dtype), hashes),
-        identity=hashes | {"n_processes": n_processes} | {k: v for k, v in asdict(config).items() if k not in MAY_CHANGE},
+        sft_config=describe_run(config, rows, (train_set, val_set), str(placement.dtype), hashes)
+        | {"base_model_is_local": sft_model.is_local(config.model_name)},
+        identity={k: v for k, v in asdict(config).items() if k not in MAY_CHANGE}
+        | {"n_processes": n_processes, "base_dtype": str(placement.dtype), "packed": packed}
+        | hashes,
         progress=Progress(),
     )
     describe_plan(run, quantization, packed, sum(row.label == "hallucinated" for row in rows[0]))
@@ -474,7 +491,7 @@ def describe_run(config: TrainConfig, rows, datasets: tuple[SFTDataset, SFTDatas
         for name, part, dataset in zip(("train", "validation"), rows, datasets)
     }
     training = {k: Path(v).name if isinstance(v, str) and Path(v).is_absolute() else v for k, v in asdict(config).items()}
-    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    packages = [name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)]
     return {
         "format_version": 1,
         "prompt": asdict(datasets[0].encoder.template),
@@ -562,7 +579,7 @@ def restore(run: Run) -> None:
         raise InputError(
             f"--resume: {folder} belongs to a run with other options: {was}", "use the same options, or --overwrite to start anew"
         )
-    sft_model.load_adapter_weights(run.model, folder)
+    sft_model.load_adapter_weights(run.model, folder, may_be_zero=True)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
@@ -577,14 +594,19 @@ def check_finite(run: Run, step: int, loss: float, grad_norm: float, examples: l
     """Stops a run whose loss or gradient is not finite, before it spoils the weights; float16 overflow is only counted."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
-    if math.isfinite(loss) and run.scaler.is_enabled():
-        run.progress.skipped_updates += 1
+    if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() > 1:
+        run.progress.skipped_updates += 1  # the scale is halved, until it fits
         return
-    saved = sorted(path.name for path in run.output_dir.glob("checkpoint_*"))
-    raise RunError(
-        f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; its rows have the ids {some((safe_id(e.row_id) for e in examples), 16)}",
-        f"lower --learning_rate (now {run.config.learning_rate:g}) or use --dtype float32; {saved[-1] if saved else 'no checkpoint'} is the last saved",
-    )
+    ids = some((safe_id(example.row_id) for example in examples), 16)
+    raise RunError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; its rows have the ids {ids}", advice_for_faults(run))
+
+
+def advice_for_faults(run: Run) -> str:
+    try:
+        saved = f"{newest_checkpoint(run.output_dir).name} is whole"
+    except InputError:
+        saved = "nothing is saved yet"
+    return f"lower --learning_rate (now {run.config.learning_rate:g}) or use --dtype float32; {saved}"
 
 
 # ------------------------------------------------------------------------------------------------ after the loop

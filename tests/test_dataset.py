@@ -205,7 +205,7 @@ def test_examples_fit_and_keep_their_summaries(sizes, max_length, chat):
     encoder = encoder_for(chat)
     rows = rows_of([("Fever and cough. " * n, "No chest pain. " * m) for n, m in sizes])
     dataset = SFTDataset(rows, encoder, max_length)
-    assert {example.row_id for example in dataset.examples} | dataset.refused.keys() == {row.id for row in rows}
+    assert {example.row_id for example in dataset.examples} | {row_id for row_id, _ in dataset.refused} == {row.id for row in rows}
     for example in dataset.examples:
         row = next(row for row in rows if row.id == example.row_id)
         assert len(example.input_ids) <= max_length and example.n_target_tokens > 1
@@ -215,7 +215,7 @@ def test_examples_fit_and_keep_their_summaries(sizes, max_length, chat):
         ]
         assert example.input_ids[: len(encoder.prefix_ids)] == encoder.prefix_ids
         assert example.input_ids[: example.n_prompt][-len(encoder.suffix_ids) :] == encoder.suffix_ids
-    for row_id, needed in dataset.refused.items():
+    for row_id, needed in dataset.refused:
         assert not SFTDataset([row for row in rows if row.id == row_id], encoder, needed).refused
         assert SFTDataset([row for row in rows if row.id == row_id], encoder, needed - 1).refused
 
@@ -228,8 +228,8 @@ def test_a_row_that_would_lose_a_cited_sentence_is_refused():
         Row(3, "late", note, "Cough. [Evidence: S30; Conf: 0.95]", "factual"),
     ]
     dataset = SFTDataset(rows, encoder, 200)
-    assert dataset.shortened == ["early"] and list(dataset.refused) == ["late"]
-    assert not SFTDataset(rows[1:], encoder, dataset.refused["late"]).refused
+    assert dataset.shortened == ["early"] and [row_id for row_id, _ in dataset.refused] == ["late"]
+    assert not SFTDataset(rows[1:], encoder, dataset.refused[0][1]).refused
 
 
 def test_numbering_follows_the_citations(tmp_path):
@@ -240,6 +240,26 @@ def test_numbering_follows_the_citations(tmp_path):
         train, _ = load_datasets(path, path, tiny_tokenizer())
         assert train.encoder.template.number_sentences is numbered
         assert ("S1: Fever.\nS2: Cough." in train.encoder.tokenizer.decode(train.examples[0].input_ids)) is numbered
+
+
+def test_half_characters_and_unknown_ones_do_no_harm():
+    encoder = encoder_for("chatml")
+    assert encoder.encode_texts([clean_text("fever \ud83d today")])[0]
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "fever": 2, "of": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    assert PromptEncoder(tokenizer, build_template(tokenizer)).encode_texts(["fever of µ </s>"])[0][:3] == [2, 3, 0]  # <unk> stays
+
+
+def test_a_template_that_hides_the_answer_does_not_end_it_with_a_start_token():
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"].replace("m['content'] }}", "m['content'] if m['role'] != 'assistant' else '' }}")
+    assert build_template(tokenizer).end_token_id == tokenizer.eos_token_id
 
 
 def test_template_survives_json():

@@ -55,12 +55,14 @@ def test_loss_and_gradients_equal_cross_entropy_one_by_one(architecture, seed, s
 
     packs = sft_model.enable_packing(model)
     assert packs is (architecture in PACKING)
-    for batch in [padded_batch(examples, 0)] if not packs else [packed_batch(examples)]:
-        model.zero_grad()
-        loss = summed_loss(model, batch)
+    # a packed model takes packed rows alone; the padded path is checked on a second copy
+    copy = with_lora(tiny_model(architecture, seed), seed)
+    for trained, batch in [(copy, padded_batch(examples, 0)), *([(model, packed_batch(examples))] if packs else [])]:
+        trained.zero_grad()
+        loss = summed_loss(trained, batch)
         loss.backward()
         assert loss.item() == pytest.approx(reference.item(), rel=2e-5)
-        for name, gradient in gradients(model).items():
+        for name, gradient in gradients(trained).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-4)
 
 
@@ -83,6 +85,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         sft_model.enable_packing(model)
         sft_model.set_gradient_checkpointing(model, on)
         model.train()
+        assert model.get_base_model().is_activation_checkpointing is on
         loss = summed_loss(model, packed_batch(examples_of()))
         loss.backward()
         results.append((loss.item(), gradients(model)))
@@ -167,10 +170,11 @@ def test_merged_model_is_loaded_by_transformers_alone(adapter, tmp_path):
 
     folder, model = adapter
     expected, base_logits = model(IDS).logits, tiny_model()(IDS).logits
-    sft_model.save_merged(load(folder), tiny_tokenizer(), tmp_path / "merged")
+    sft_model.save_merged(load(folder), tiny_tokenizer(), [4, 2], tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged(IDS).logits, base_logits, atol=1e-2)
+    assert merged.generation_config.eos_token_id == [4, 2]  # it stops where the specialist stops
 
 
 def change_weights(change):
@@ -260,3 +264,68 @@ def test_device_that_is_not_there():
 def test_target_modules_that_are_not_there():
     with pytest.raises(InputError, match=r"no w_pack[\s\S]*q_proj"):
         sft_model.add_lora(tiny_model(), r=4, alpha=8, dropout=0.0, target_modules=["w_pack"], seed=0)
+
+
+def test_a_base_model_with_missing_weights_is_refused(model_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "holes"
+    shutil.copytree(model_folder(), folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match=r"3 of the model's weights are missing.*layers\.1\.mlp"):
+        sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(InputError, match="cannot be loaded"):
+        sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("use", ["8bit", "4bit"])
+def test_quantised_models_pass_gradients_to_every_layer(model_folder, use):
+    """Also after an evaluation, and in the direction of the unquantised model's."""
+    folder, found = model_folder("llama-wide"), {}
+    for quantization in (None, use):
+        model = with_lora(sft_model.load_base_model(folder, torch.device("cpu"), torch.float32, quantization))
+        sft_model.enable_packing(model)
+        model.eval()
+        with torch.no_grad():
+            summed_loss(model, packed_batch(examples_of()))
+        model.train()
+        summed_loss(model, packed_batch(examples_of())).backward()
+        found[quantization] = gradients(model)
+    assert found[None].keys() == found[use].keys()
+    for name, gradient in found[None].items():
+        assert F.cosine_similarity(gradient.flatten(), found[use][name].flatten(), dim=0) > (0.8 if use == "8bit" else 0.3), name
+
+
+def test_only_the_text_part_of_a_multimodal_model_gets_an_adapter():
+    import transformers
+    from conftest import tiny_config
+
+    text = {**tiny_config("llama").to_dict(), "model_type": "gemma3_text", "sliding_window": 24}
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "sliding_window",
+    )
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = transformers.Gemma3Config(text_config={key: text[key] for key in keys}, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for targets in (["q_proj", "v_proj"], ["all-linear"]):
+        names = [name for name, _ in with_lora(model, targets=targets).named_parameters() if "lora_" in name]
+        assert names and not any("vision" in name for name in names)
+        model = transformers.AutoModelForCausalLM.from_config(config)
