@@ -44,6 +44,7 @@ def log(message: str = "") -> None:
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function; exit status 0 done, 1 failed (with a traceback), 2 the user can mend it, 130 interrupted."""
+    os.umask(0o077)  # what a script writes is for the user alone
     try:
         main()
         sys.stdout.flush()
@@ -114,7 +115,11 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
             arguments.setdefault("type", kind)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         group.add_argument(f"--{field.name}", default=default, help=field.metadata["help"].replace("%", "%%"), **arguments)
-    return config_class(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    empty = [name for name, value in values.items() if isinstance(value, str) and not value.strip() and name != "clinical_note"]
+    if empty:
+        raise InputError(f"--{empty[0]} is empty", "give it a value, or leave it out")
+    return config_class(**values)
 
 
 def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool = False) -> Callable:
@@ -137,7 +142,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool
 
 
 def private_folder(path: Path) -> Path:
-    """Creates `path`, readable by the user alone where we create it: adapters and summaries count as patient data."""
+    """Creates `path`, readable by the user alone where it is new: adapters and summaries count as patient data."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -161,6 +166,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 def write_json(path: Path, value) -> None:
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_new_file(option_name: str, path: str | Path | None, endings: tuple[str, ...] = ()) -> None:
+    """Raises InputError unless a new file (or folder) can be made at `path`; nothing that exists is overwritten."""
+    if path is None:
+        return
+    path = Path(path)
+    if endings and path.suffix.lower() not in endings:
+        raise InputError(f"{option_name} {path}: the ending says no format", f"use {' or '.join(endings)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{option_name} {path}: no folder {path.parent}", "create it first")
+    if path.exists():
+        raise InputError(f"{option_name} {path} exists", "name another, or move it away")
 
 
 def sync_folder(folder: Path, inside: bool = True) -> None:

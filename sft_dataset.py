@@ -11,14 +11,14 @@ import functools
 import io
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_common import ROOT, InputError, log, number, option, parse_options, run_script, safe_id, sha256, some, write_whole
-from sft_grounding import cited_sentence_numbers, has_citation
+from sft_common import ROOT, InputError, check_new_file, log, number, option, parse_options, run_script, safe_id, sha256, some, write_whole
+from sft_grounding import cited_sentence_numbers, has_citation, parse_citations
 from sft_prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
 
 if TYPE_CHECKING:
@@ -52,17 +52,25 @@ def clean_text(text: str) -> str:
     return _CONTROL_CHARACTERS.sub("", text).strip()
 
 
+def is_blank(text: str) -> bool:
+    """Whether a text shows nothing: white space, zero-width and control characters alone."""
+    return not any(character.isprintable() and not character.isspace() for character in text)
+
+
 def decode_text(path: Path) -> str:
     """A file's text, UTF-8 with or without BOM. Raises InputError where there is no such file or it is not UTF-8."""
     if not path.is_file():
         raise InputError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}", "check the path")
-    data = path.read_bytes()
+    return decode_bytes(path.read_bytes(), str(path))
+
+
+def decode_bytes(data: bytes, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(
-            f"{path}: not UTF-8: byte 0x{data[error.start]:02x} on line {line:,}", "save it as UTF-8 (in Excel: 'CSV UTF-8')"
+            f"{name}: not UTF-8: byte 0x{data[error.start]:02x} on line {line:,}", "save it as UTF-8 (in Excel: 'CSV UTF-8')"
         ) from None
 
 
@@ -125,9 +133,9 @@ def _problems(row: Row, too_many_fields: bool) -> Iterator[str]:
         yield "more fields than the header has columns (a comma outside quotes?)"
     if not row.id:
         yield "id is empty"
-    if not row.clinical_note:
+    if is_blank(row.clinical_note):
         yield "clinical_note is empty"
-    if not row.model_summary:
+    if is_blank(row.model_summary):
         yield "model_summary is empty"
     if row.label not in LABELS:
         yield f"label is neither {' nor '.join(LABELS)} (or a comma outside quotes shifts the columns)"
@@ -406,16 +414,24 @@ class ReportConfig:
 def warn_about_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) -> None:
     """Says what was shortened, refused or repeated, by row id."""
     if dataset.shortened:
-        ids = some(map(safe_id, dataset.shortened))
-        log(
-            f"warning: {path}: {len(dataset.shortened):,} notes shortened at a sentence boundary to fit --max_length {dataset.max_length}: ids {ids}"
-        )
+        ids = some(map(safe_id, dataset.shortened))  # the note's end is missing there
+        log(f"warning: {path}: {len(dataset.shortened):,} notes shortened to fit --max_length {dataset.max_length}: ids {ids}")
     if dataset.refused:
         ids, needed = some(safe_id(row_id) for row_id, _ in dataset.refused), max(needed for _, needed in dataset.refused)
         log(
             f"warning: {path}: {len(dataset.refused):,} rows refused, since their summaries (and the sentences these cite) do not fit"
             f" --max_length {dataset.max_length}; --max_length {needed} would hold them all: ids {ids}"
         )
+    if dataset.encoder.template.number_sentences:
+        wrong = [row.id for row in rows if any(citation["missing"] for citation in parse_citations(row.model_summary, row.clinical_note))]
+        if wrong:
+            log(f"warning: {path}: {len(wrong):,} summaries cite sentences that their notes do not have: ids {some(map(safe_id, wrong))}")
+    texts = defaultdict(set)
+    for row in rows:
+        texts[same_note_key(row.clinical_note), same_note_key(row.model_summary)].add(row.label)
+    contradictions = sum(len(labels) > 1 for labels in texts.values())
+    if contradictions:
+        log(f"warning: {path}: {contradictions:,} pairs of note and summary are labelled both factual and hallucinated")
     repeated = repeated_rows(rows)
     if repeated:
         log(
@@ -487,7 +503,7 @@ def preference_pairs(rows: Sequence[Row], template: PromptTemplate) -> Iterator[
             factual.setdefault(same_note_key(row.clinical_note), row)
     for row in rows:
         chosen = factual.get(same_note_key(row.clinical_note))
-        if row.label == "hallucinated" and chosen:
+        if row.label == "hallucinated" and chosen and same_note_key(row.model_summary) != same_note_key(chosen.model_summary):
             yield {
                 "id": row.id,
                 "factual_id": chosen.id,
@@ -502,6 +518,7 @@ def main() -> None:
     config = parse_options(
         ReportConfig, "Checks training data and reports on it: counts, token lengths, what will be shortened or refused."
     )
+    check_new_file("--export_preferences", config.export_preferences)
     rows = read_rows(config.train_csv), read_rows(config.val_csv)
     for part, path in zip(rows, (config.train_csv, config.val_csv)):
         factual_rows(part, path)

@@ -20,8 +20,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_common import InputError, log, number, option, parse_options, run_script, some
-from sft_dataset import clean_text, decode_text, read_table
+from sft_common import InputError, check_new_file, log, number, option, parse_options, run_script, some
+from sft_dataset import clean_text, decode_bytes, decode_text, is_blank, read_table
 from sft_grounding import parse_citations, sentence_spans, unsupported_numbers
 from sft_prompt import PromptEncoder, PromptTemplate, pad_token_id
 
@@ -47,7 +47,7 @@ class InferenceConfig:
     temperature: float = option(
         0.0, "0 writes the likeliest summary; above 0 draws from the probabilities", type=number(float, 0), group=WRITING
     )
-    seed: int = option(0, "of the drawing", type=number(int, 0), group=WRITING)
+    seed: int = option(0, "of the drawing", type=number(int, 0, 2**32 - 1), group=WRITING)
     max_length: int | None = option(
         None, "tokens of the longest prompt (default: all the model takes)", type=number(int, 32), group=WRITING
     )
@@ -87,11 +87,14 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
             raise InputError(f"--model_path {folder}: {name} is not valid JSON", "restore it or train again") from None
     try:
         PromptTemplate.from_dict(configs[0]["prompt"])
-        configs[1]["base_model_name_or_path"]
+        texts = *(configs[0]["sha256"][name] for name in ("base_weights", "adapter")), configs[1]["base_model_name_or_path"]
+        whole = all(isinstance(text, str) for text in texts) and isinstance(configs[0]["max_length"], int)
     except (KeyError, TypeError):
+        whole = False
+    if not whole:
         raise InputError(
-            f"--model_path {folder}: its configuration lacks the prompt or the base model", "restore it or train again"
-        ) from None
+            f"--model_path {folder}: its configuration lacks the prompt, base model or check sums", "restore it or train again"
+        )
     return folder, *configs
 
 
@@ -175,11 +178,15 @@ class SFTInference:
     ) -> list[dict]:
         """The summaries of many notes, in their order; greedy ones are the same as one by one. A note that cannot be
         summarised gets a dict with `error` and an empty `generated_summary`."""
-        results: list[dict] = [{"generated_summary": "", "error": "the note is empty"} for _ in clinical_notes]
+        if batch_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
+            raise InputError("batch_size and max_new_tokens must be 1 or more, temperature 0 or more", "see the guide, section 7")
+        results: list[dict] = [{} for _ in clinical_notes]
         prompts = {}
         for i, note in enumerate(clinical_notes):
-            if clean_text(note):
+            if isinstance(note, str) and not is_blank(clean_text(note)):
                 prompts[i] = self._prompt(clean_text(note), max_new_tokens)
+            else:
+                results[i] = {"generated_summary": "", "error": "the note is empty" if isinstance(note, str) else "the note is not text"}
         by_length = sorted(prompts, key=lambda i: len(prompts[i][0]))  # so that little is padded
         for start in range(0, len(by_length), batch_size):
             chosen = by_length[start : start + batch_size]
@@ -197,7 +204,8 @@ class SFTInference:
         if len(note_ids) > room:
             note_ids, kept = self.encoder.shorten(note, room)
             total = len(sentence_spans(note))
-            warnings.append(f"note shortened: only its first {kept or 'part of its first'} of {total} sentences fit {self.window} tokens")
+            what = f"its first {kept} of {total} sentences" if kept else "the beginning of its first sentence"
+            warnings.append(f"note shortened: only {what} fit {self.window} tokens")
         ids = self.encoder.prompt(note_ids)
         trained = self.sft_config.get("max_length")
         if trained and len(ids) > trained:
@@ -217,7 +225,8 @@ class SFTInference:
         for row, ids in enumerate(prompts):  # on the left, so that every prompt ends where its summary begins
             input_ids[row, longest - len(ids) :] = torch.tensor(ids)
             attention_mask[row, longest - len(ids) :] = 1
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+        greedy = temperature < 0.01  # below that the division overflows, and the likeliest token is drawn anyway
+        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         recorder = _chosen_log_probs()
         torch.manual_seed(seed)
         with torch.inference_mode():
@@ -301,9 +310,9 @@ def _text_streamer(tokenizer, on_text: Callable[[str], None]):
 # ------------------------------------------------------------------------------------------------ files
 
 
-def read_notes(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yields (id, note) of a .txt, .csv or .jsonl file; where there is no id the row's number stands for it. Raises
-    InputError where the file cannot be read."""
+def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
+    """Yields (id, note) of a .txt, .csv or .jsonl file; where there is no id the row's number stands for it, and a note
+    of .jsonl may be no text. Raises InputError where the file cannot be read."""
     path = Path(path)
     kind = path.suffix.lower()
     if kind == ".csv":
@@ -323,7 +332,8 @@ def read_notes(path: str | Path) -> Iterator[tuple[str, str]]:
             note = row["clinical_note"]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}: line {line_number}: no JSON object with a clinical_note", "write one object a line") from None
-        yield str(row.get("id", line_number)), note if isinstance(note, str) else ""
+        row_id = row.get("id")
+        yield str(row_id if isinstance(row_id, str | int) else line_number), note
 
 
 def defuse(cell: str) -> str:
@@ -402,16 +412,10 @@ def check_files(config: InferenceConfig) -> list[tuple[str, str]] | None:
         raise InputError("--clinical_note and --input_file together", "choose one")
     if config.output_file and not config.input_file:
         raise InputError("--output_file without --input_file", "name the file with the notes; one note's summary goes to standard output")
-    if config.output_file:
-        target = Path(config.output_file)
-        if target.suffix.lower() not in (".jsonl", ".csv"):
-            raise InputError(f"--output_file {target}: the ending says no format", "use .jsonl or .csv")
-        if not target.parent.is_dir():
-            raise InputError(f"--output_file {target}: no folder {target.parent}", "create it first")
-        if target.exists():
-            raise InputError(f"--output_file {target} exists", "name another file, or move it away")
-    if config.merge_to and Path(config.merge_to).exists():
-        raise InputError(f"--merge_to {config.merge_to} exists", "name a new folder")
+    if config.merge_to and (config.clinical_note is not None or config.input_file):
+        raise InputError("--merge_to together with notes", "merge first, then summarise")
+    check_new_file("--output_file", config.output_file, (".jsonl", ".csv"))
+    check_new_file("--merge_to", config.merge_to)
     if not config.input_file:
         return None
     notes = list(read_notes(config.input_file))
@@ -484,6 +488,8 @@ def converse(inference: SFTInference, config: InferenceConfig) -> None:
                 log("(stopped)")
             except InputError as error:
                 log(f"error: {error.problem}")
+            except RuntimeError as error:  # too little memory for this note, say: the conversation goes on
+                log(f"error: no summary of this note ({type(error).__name__})")
         word, _, value = command.partition(" ")
         try:
             if word in ("/quit", "/exit", "/q"):
@@ -530,8 +536,8 @@ def main() -> None:
     notes = check_files(config)
     read_adapter_folder(config.model_path)
     if config.clinical_note == "-":
-        config.clinical_note = sys.stdin.read()
-    if config.clinical_note is not None and not clean_text(config.clinical_note):
+        config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
+    if config.clinical_note is not None and is_blank(clean_text(config.clinical_note)):
         raise InputError("--clinical_note is empty", "give a note with text")
     inference = SFTInference(
         config.model_path,

@@ -10,6 +10,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import re
 import shutil
 import warnings
@@ -280,7 +281,7 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
         for name, module in model.named_modules()
         if "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
     }
-    targets: list[str] | str = "all-linear" if target_modules == ["all-linear"] else target_modules
+    targets: list[str] | str = "all-linear" if "all-linear" in target_modules else target_modules
     if targets == ["q_proj", "v_proj"] and not linear.intersection(targets):
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
         targets = list(known) if known else "all-linear"
@@ -419,7 +420,8 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer, base_name: str, sft_
         # Without False PEFT would ask the hub whether the base model's vocabulary has been resized
         model.save_pretrained(aside, save_embedding_layers=False)
         tokenizer.save_pretrained(aside)
-        hashes = {**sft_config["sha256"], "adapter": sha256(aside / "adapter_model.safetensors")}
+        written = {"adapter": "adapter_model.safetensors", "adapter_config": "adapter_config.json"}
+        hashes = sft_config["sha256"] | {name: sha256(aside / file) for name, file in written.items()}
         write_json(aside / "sft_config.json", {**sft_config, "sha256": hashes})
         write_whole(aside / "README.md", card)
         if state is not None:
@@ -444,8 +446,15 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 
 def read_state(folder: Path) -> dict:
-    """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled."""
-    return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled. Raises InputError
+    if it is damaged."""
+    try:
+        return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{folder}: its training state is damaged ({type(error).__name__})",
+            "delete this folder; --resume then goes on from the one before",
+        ) from None
 
 
 def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = False) -> None:
@@ -509,6 +518,9 @@ def load_specialist(
             f"{folder}: its LoRA configuration does not fit the base model: {_first_line(error)}", "name the right one with --base_model"
         ) from None
     load_adapter_weights(model, folder)
+    for name, file in (("adapter", "adapter_model.safetensors"), ("adapter_config", "adapter_config.json")):
+        if sft_config["sha256"].get(name, sha256(folder / file)) != sha256(folder / file):
+            raise InputError(f"{folder}: {file} is not the file that training wrote (SHA-256 differs)", "restore it or train again")
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -80,7 +80,7 @@ class TrainConfig:
     early_stopping_patience: int = option(
         0, "stop after this many epochs without a lower validation loss; 0 = never", type=number(int, 0), group=TRAINING
     )
-    seed: int = option(42, "of row order, dropout and LoRA's first weights", type=number(int, 0), group=TRAINING)
+    seed: int = option(42, "of row order, dropout and LoRA's first weights", type=number(int, 0, 2**32 - 1), group=TRAINING)
 
     lora_r: int = option(16, "rank", type=number(int, 1), group=LORA)
     lora_alpha: float = option(32, "scale: the adapter counts alpha / r times", type=number(float, 0, open_low=True), group=LORA)
@@ -507,9 +507,17 @@ def describe_run(config: TrainConfig, rows, datasets: tuple[SFTDataset, SFTDatas
 
 
 def own_files(output_dir: Path) -> list[Path]:
-    """What an earlier run left in `output_dir`; files of others are never touched."""
-    names = ("final_model", "checkpoint_*", ".checkpoint_*", ".final_model*", "training_stats.json", "metrics.jsonl", "loss_curve.png")
-    return [path for name in names for path in sorted(output_dir.glob(name))]
+    """What an earlier run left in `output_dir`, whole or half done; what others put there stays."""
+    files = [output_dir / name for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png")]
+    folders = [
+        folder for name in ("final_model", "checkpoint_*") for folder in output_dir.glob(name) if (folder / "sft_config.json").is_file()
+    ]
+    return [path for path in (*files, *folders, *half_done(output_dir)) if path.exists()]
+
+
+def half_done(output_dir: Path) -> list[Path]:
+    """Folders that a killed run was about to write."""
+    return [path for name in (".checkpoint_*", ".final_model*") for path in output_dir.glob(name)]
 
 
 def check_output_dir(output_dir: Path, config: TrainConfig) -> None:
@@ -560,7 +568,8 @@ def newest_checkpoint(output_dir: Path) -> Path:
     steps = {}
     for folder in output_dir.glob("checkpoint_*"):
         if (folder / "training_state.pt").is_file() and (folder / "sft_config.json").is_file():
-            steps[folder] = json.loads((folder / "sft_config.json").read_text())["step"]
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                steps[folder] = json.loads((folder / "sft_config.json").read_text())["step"]
     if not steps:
         raise InputError(f"--resume: {output_dir} holds no checkpoint", "leave out --resume to start anew, or name the run's --output_dir")
     return max(steps, key=steps.get)
@@ -583,6 +592,13 @@ def restore(run: Run) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.progress = Progress(**state["progress"])
+    if run.progress.step > run.plan.total_steps:
+        done = len(run.progress.epochs)
+        raise InputError(
+            f"--resume: {done} epochs are done, more than --num_epochs {run.config.num_epochs}", f"--num_epochs {done} or more"
+        )
+    for path in half_done(run.output_dir) if run.accelerator.is_main_process else ():
+        shutil.rmtree(path)
     if run.accelerator.is_main_process:  # metrics of updates that will be done again
         file = run.output_dir / "metrics.jsonl"
         lines = file.read_text().splitlines(keepends=True) if file.is_file() else []

@@ -17,6 +17,7 @@ from sft_dataset import (
     clean_text,
     create_sft_dataloaders,
     epoch_order,
+    is_blank,
     leaked_rows,
     load_datasets,
     packed_batch,
@@ -24,6 +25,7 @@ from sft_dataset import (
     preference_pairs,
     read_rows,
     repeated_rows,
+    warn_about_rows,
 )
 from sft_grounding import number_sentences, sentence_spans
 from sft_prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
@@ -118,7 +120,11 @@ def test_a_text_in_the_id_column_is_not_shown(tmp_path):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda pair: all(map(clean_text, pair))), min_size=1, max_size=5)
+    st.lists(
+        st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda pair: not any(is_blank(clean_text(text)) for text in pair)),
+        min_size=1,
+        max_size=5,
+    )
 )
 def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
     pairs = [tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs]  # no lone surrogates
@@ -336,6 +342,26 @@ def test_report_holds_counts_and_no_text(csv_files, model_folder, tmp_path):
     (pair,) = [json.loads(line) for line in pairs.read_text().splitlines()]
     assert (pair["chosen"], pair["rejected"], pair["factual_id"]) == (NOTES[0][1], "Influenza B with fever.", "t0")
     assert NOTES[0][0] in pair["prompt"] and pair["prompt"].endswith("<|im_start|>assistant\n")
+
+
+def test_preferences_overwrite_nothing(csv_files, model_folder):
+    before = csv_files[0].read_bytes()
+    arguments = ["--train_csv", csv_files[0], "--val_csv", csv_files[1], "--model_name", model_folder()]
+    assert_mendable(run_python("sft_dataset.py", *arguments, "--export_preferences", csv_files[0]), "exists")
+    assert csv_files[0].read_bytes() == before
+
+
+def test_contradictions_and_wrong_citations_are_said(tmp_path, capfd):
+    rows = [
+        Row(2, "a", "One. Two.", "One. [Evidence: S1; Conf: 0.95]", "factual"),
+        Row(3, "b", "One. Two.", "One. [Evidence: S1; Conf: 0.95]", "hallucinated"),
+        Row(4, "c", "One. Two.", "Two. [Evidence: S9; Conf: 0.95]", "factual"),
+    ]
+    warn_about_rows("x.csv", rows, SFTDataset(rows[:1], encoder_for("none", number_sentences=True)))
+    said = capfd.readouterr().err
+    assert (
+        "1 pairs of note and summary are labelled both" in said and "1 summaries cite sentences that their notes do not have: ids c" in said
+    )
 
 
 def test_preferences_need_a_factual_twin():

@@ -129,7 +129,11 @@ def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
     assert re.search(r"only its first \d+ of 20000 sentences", " ".join(result["warnings"]))
     with pytest.raises(InputError, match="empty"):
         specialist.generate_summary(" \n\x00 ")
-    assert [("error" in result) for result in specialist.generate_batch(["", "Fever."], 3)] == [True, False]
+    results = specialist.generate_batch(["\u200b", "Fever.", None, 5, "half \ud83d character"], 3)
+    assert ["error" in result for result in results] == [True, False, True, True, False]
+    with pytest.raises(InputError, match="temperature"):
+        specialist.generate_summary("Fever.", 3, temperature=-1)
+    assert specialist.generate_summary("Fever.", 3, temperature=1e-300) == specialist.generate_summary("Fever.", 3)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -218,6 +222,8 @@ def test_spreadsheet_formulas_are_defused():
         (["--clinical_note", "x", "--output_file", "a.jsonl"], "--input_file"),
         (["--clinical_note", " ", "--model_path", "ADAPTER"], "empty"),
         (["--clinical_note", "x", "--temperature", "-1"], "temperature"),
+        (["--clinical_note", "x", "--merge_to", "m"], "together"),
+        (["--merge_to", ""], "empty"),
         (["--clinical_note", "x", "--max_new_tokens", "5000", "--model_path", "ADAPTER"], "max_new_tokens"),
     ],
 )

@@ -128,7 +128,7 @@ def adapter(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = sft_model.load_base_model(base_folder, torch.device("cpu"), torch.float32)
     model, tokenizer = with_lora(base), sft_model.load_tokenizer(base_folder)
-    config = {"sha256": {"base_weights": sft_model.base_weights_sha256(base_folder)}, "prompt": {}}
+    config = {"max_length": 512, "sha256": {"base_weights": sft_model.base_weights_sha256(base_folder)}, "prompt": {}}
     folder = tmp_path / "out" / "final_model"
     name = sft_model.portable_name(str(base_folder), base_folder)
     sft_model.save_adapter(folder, model, tokenizer, name, config, "card")
@@ -196,6 +196,13 @@ def change_weights(change):
         (change_weights(lambda w: {k: v * float("nan") for k, v in w.items()}), "NaN"),
         (change_weights(lambda w: {k: v[..., :1].contiguous() for k, v in w.items()}), "shape"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"torn"), "not a readable safetensors"),
+        (change_weights(lambda w: {k: v + 1e-3 for k, v in w.items()}), "SHA-256 differs"),
+        (
+            lambda f: (f / "adapter_config.json").write_text(
+                (f / "adapter_config.json").read_text().replace('"lora_alpha": 8', '"lora_alpha": 800')
+            ),
+            "SHA",
+        ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
         (lambda folder: shutil.rmtree(folder.parent.parent / "models" / "base"), "base model"),
         (lambda folder: tiny_model(seed=9).save_pretrained(folder.parent.parent / "models" / "base"), "other weights"),

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -167,7 +168,7 @@ def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
         place = said.index(words, place) + len(words)
     saved = json.loads((out / "final_model" / "sft_config.json").read_text())
     assert saved["rows"]["train"] == {"factual": 11, "hallucinated": 1, "used": 11, "shortened": 0, "refused": 0}
-    assert saved["sha256"].keys() == {"train_csv", "val_csv", "base_weights", "adapter"}
+    assert saved["sha256"].keys() == {"train_csv", "val_csv", "base_weights", "adapter", "adapter_config"}
     written = [path.read_text(errors="replace") for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
     assert not any(path in text for path in (f'"{tmp_path}', f'"{config.model_name}') for text in written)  # no absolute path
     phrases = {phrase for note, _ in NOTES for phrase in re.findall(r"\w+ \w+ \w+", note)}
@@ -288,6 +289,20 @@ def test_changed_data_is_not_resumed_and_moved_data_is(configured, csv_files, tm
         train(configured(num_epochs=3, resume=True, train_csv=str(moved)))
 
 
+def test_damaged_checkpoints_and_fewer_epochs_are_refused(configured, tmp_path):
+    train(configured())
+    with pytest.raises(InputError, match="2 epochs are done"):
+        train(configured(num_epochs=1, resume=True))
+    (tmp_path / "out" / ".checkpoint_step_9.123").mkdir()  # of a killed run
+    state = tmp_path / "out" / "checkpoint_epoch_2" / "training_state.pt"
+    state.write_bytes(state.read_bytes()[:5000])
+    with pytest.raises(InputError, match=r"checkpoint_epoch_2: its training state is damaged"):
+        train(configured(resume=True))
+    shutil.rmtree(state.parent)
+    train(configured(resume=True))
+    assert not list((tmp_path / "out").glob(".*"))
+
+
 def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(configured, tmp_path):
     train(configured(num_epochs=1))
     with pytest.raises(InputError, match=r"learning_rate was 0\.005, is 0\.1"):
@@ -392,6 +407,9 @@ def test_memory_saving_options_train_and_infer(configured, options, capfd):
         (["--no_such_option"], "no_such_option"),
         (["--batch_size", "0"], "batch_size"),
         (["--learning_rate", "fast"], "learning_rate"),
+        (["--learning_rate", "inf"], "learning_rate"),
+        (["--seed", "9" * 30], "seed"),
+        (["--instruction", ""], "empty"),
         (["--use_8bit", "--use_4bit"], "choose one"),
         (["--model_name", "mistralai/Mistral-7B"], "mistralai/Mistral-7B-v0.3"),
         (["--model_name", "./nowhere"], "no such folder"),
