@@ -27,10 +27,14 @@ finally:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_and_errors_come_before_the_slow_imports(script):
+def test_help_and_errors_come_before_the_slow_imports(script, tmp_path):
     shown = run_python("-c", WATCHED, script, "--help")
     assert shown.returncode == 0 and "slow imports: []" in shown.stderr and "--model_" in shown.stdout
-    wrong = {"sft_inference.py": ["--model_path", "nowhere"]}.get(script, ["--train_csv", "nowhere.csv"])
+    wrong = {
+        "sft_dataset.py": ["--train_csv", "nowhere.csv"],
+        "stage_a_sft_training.py": ["--train_csv", "nowhere.csv", "--output_dir", tmp_path / "out"],
+        "sft_inference.py": ["--model_path", "nowhere"],
+    }[script]
     refused = run_python("-c", WATCHED, script, *wrong)
     assert refused.returncode == 2 and "slow imports: []" in refused.stderr and "nowhere" in refused.stderr
 
