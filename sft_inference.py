@@ -22,7 +22,7 @@ from pathlib import Path
 
 from sft_common import InputError, check_new_file, log, number, option, parse_options, run_script, some
 from sft_dataset import clean_text, decode_bytes, decode_text, is_blank, read_table
-from sft_grounding import parse_citations, sentence_spans, unsupported_numbers
+from sft_grounding import parse_citations, sentence_spans, split_sentences, strip_citations, unsupported_numbers
 from sft_prompt import PromptEncoder, PromptTemplate, pad_token_id
 
 MODEL, INPUT, WRITING, MACHINE = "model", "notes", "writing", "machine"
@@ -256,6 +256,9 @@ class SFTInference:
             warnings.append(f"summary cut after {len(ids)} tokens: raise max_new_tokens")
         if not summary:
             warnings.append("the model wrote nothing")
+        sentences = split_sentences(strip_citations(summary))
+        if len(set(sentences)) < len(sentences):
+            warnings.append("the summary repeats itself")
         if missing:
             warnings.append(f"cites sentences the note does not have: {some(missing)}")
         numbers = unsupported_numbers(summary, note)

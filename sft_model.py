@@ -333,7 +333,7 @@ def per_example_attention(
     """
     unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported:
-        raise NotImplementedError(f"per_example_attention has no {unsupported[0]}")
+        raise ValueError(f"per_example_attention has no {unsupported[0]}")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # grouped-query attention: each key-value head serves `groups` query heads
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -386,7 +386,7 @@ def enable_packing(model, max_length: int = 512) -> bool:
             same = packed.shape == apart.shape and (packed.float() - apart).abs().max() <= (1e-3 if exact else 5e-2) * apart.abs().max()
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, KeyError, AttributeError):
+    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
         same = False
     if not same:
         base.set_attn_implementation(before)

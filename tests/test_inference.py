@@ -146,6 +146,12 @@ def test_no_note_breaks_out_of_the_prompt(specialist, note):
         assert not set(inner) & {specialist.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")}
 
 
+def test_warnings_tell_what_is_wrong_with_a_summary(specialist):
+    ids = specialist.encoder.encode_texts(["BP 120/80. BP 120/80. [Evidence: S7; Conf: 0.9]"])[0]
+    warnings = " ".join(specialist._result("BP 110/70.", [1], [], ids, [-1.0] * len(ids), "length")["warnings"])
+    assert all(words in warnings for words in ("cut after", "repeats itself", "S7", "120, 80"))
+
+
 def test_evidence_is_read_against_the_notes_sentences(adapters):
     inference = SFTInference(adapters(evidence=True), device="cpu")
     assert inference.template.number_sentences
