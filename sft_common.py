@@ -5,7 +5,6 @@ import dataclasses
 import errno
 import hashlib
 import json
-import math
 import os
 import re
 import sys
@@ -130,7 +129,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, open_low: bool
             value = kind(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a{'n integer' if kind is int else ' number'}") from None
-        if not math.isfinite(value) or not (low < value if open_low else low <= value) or not value <= high:
+        if abs(value) == float("inf") or not (low < value if open_low else low <= value) or not value <= high:
             bounds = f"{'above' if open_low else 'at least'} {low}" + (f" and at most {high}" if high != float("inf") else "")
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
