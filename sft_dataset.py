@@ -414,7 +414,7 @@ class ReportConfig:
 def warn_about_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) -> None:
     """Says what was shortened, refused or repeated, by row id."""
     if dataset.shortened:
-        ids = some(map(safe_id, dataset.shortened))  # the note's end is missing there
+        ids = some(map(safe_id, dataset.shortened))
         log(f"warning: {path}: {len(dataset.shortened):,} notes shortened to fit --max_length {dataset.max_length}: ids {ids}")
     if dataset.refused:
         ids, needed = some(safe_id(row_id) for row_id, _ in dataset.refused), max(needed for _, needed in dataset.refused)
