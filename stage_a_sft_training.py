@@ -12,27 +12,25 @@ import hashlib
 import json
 import math
 import platform
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from sft_checkpoint import check_output_dir, full_disk_said, keep_as_final, restore, save_checkpoint, start_anew
 from sft_common import (
     InputError,
     RunError,
     log,
+    noted_signals,
     number,
     option,
     parse_options,
-    private_folder,
     run_script,
-    safe_id,
     sha256,
-    some,
     write_json,
     write_whole,
 )
@@ -49,10 +47,12 @@ from sft_dataset import (
     warn_about_leaks,
     warn_about_rows,
 )
+from sft_faults import advice_for_faults, check_finite, in_memory, stop_if_asked
 from sft_prompt import pad_token_id
-from sft_report import ProgressBar, advise, best_epoch, draw_losses, model_card
+from sft_report import ProgressBar, advise, best_epoch, draw_losses, duration
 
 DATA, MODEL, TRAINING, LORA, MACHINE, RUN = "data", "model", "training", "LoRA", "machine", "run"
+TRACKERS = ("tensorboard", "wandb", "mlflow")  # accelerate's; each is a package of its own
 
 
 @dataclass
@@ -95,8 +95,11 @@ class TrainConfig:
     save_steps: int = option(
         0, "also save every so many updates, keeping the newest; 0 = at epoch ends only", type=number(int, 0), group=RUN
     )
+    keep_checkpoints: int = option(0, "of the epochs' checkpoints keep so many, and the best one; 0 = all", type=number(int, 0), group=RUN)
     resume: bool = option(False, "go on from the newest checkpoint in output_dir", group=RUN)
     overwrite: bool = option(False, "replace an earlier run in output_dir", group=RUN)
+    dry_run: bool = option(False, "try the largest update, say what the run would take, write nothing", group=RUN)
+    report_to: str = option("none", "also send numbers (no text) to a tracker", choices=["none", *TRACKERS], group=RUN)
 
 
 # What may differ between a run and the run that goes on from its checkpoint; all else changes the mathematics
@@ -111,6 +114,9 @@ MAY_CHANGE = {
     "save_steps",
     "resume",
     "overwrite",
+    "keep_checkpoints",
+    "dry_run",
+    "report_to",
     "gradient_checkpointing",
     "early_stopping_patience",
 }
@@ -121,8 +127,10 @@ class Progress:
     """Where a run stands: with the weights and the optimizer's state, all that a checkpoint needs."""
 
     step: int = 0  # updates done
+    micro_batch_size: int = 0  # rows in one forward pass: batch_size, or less after memory ran out
     untrained_val_loss: float | None = None
     epochs: list[dict] = field(default_factory=list)  # as in training_stats.json
+    kept_epoch: int = 0  # the one that is or would be final_model
     # sums over the epoch under way
     loss_sum: float = 0.0
     n_tokens: int = 0
@@ -151,6 +159,7 @@ class Progress:
                 "peak_memory_mb": peak_memory_mb,
             }
         )
+        self.kept_epoch = best_epoch(self.epochs)["epoch"]
         self.loss_sum, self.n_tokens, self.n_target_tokens, self.seconds = 0.0, 0, 0, 0.0
 
     def out_of_patience(self, patience: int) -> bool:
@@ -190,10 +199,10 @@ class Plan:
         start = step_in_epoch * self.rows_per_step
         return epoch_order(self.n_examples, self.seed, epoch)[start : start + self.rows_per_step]
 
-    def micro_batches(self, rows: list, process: int) -> list[list]:
-        """The share of `rows` that one process takes, by forward pass. Every process gets as many forward passes as the
-        others; in a short last group some are empty."""
-        batches = [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+    def micro_batches(self, rows: list, process: int, size: int) -> list[list]:
+        """The share of `rows` that one process takes, by forward pass of at most `size` rows. Every process gets as many
+        forward passes as the others; in a short last group some are empty."""
+        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
         batches += [[]] * (-len(batches) % self.n_processes)
         return batches[process :: self.n_processes]
 
@@ -206,6 +215,13 @@ def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
     left = 1 - (step - warmup_steps) / max(1, total_steps - warmup_steps)
     shape = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}
     return config.learning_rate * shape[config.lr_scheduler]
+
+
+def timed(work: Callable) -> tuple[float, object]:
+    """(seconds that `work()` took, what it returned)."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
 
 
 def dropout_seed(*numbers: int) -> int:
@@ -224,19 +240,21 @@ def summed_loss(model, batch: Batch):
 # ------------------------------------------------------------------------------------------------ the loop
 
 
-def evaluate(run: "Run") -> float:
-    """Validation loss: cross-entropy in nats per target token over the whole set, whatever the batch size and the number
+def evaluate(run: "Run", examples: Sequence[Example]) -> float:
+    """Validation loss: cross-entropy in nats per target token over all `examples`, whatever the batch size and the number
     of processes."""
     import torch
 
-    accelerator, examples = run.accelerator, sorted(run.val_set.examples, key=lambda example: len(example.input_ids))
+    accelerator, examples = run.accelerator, sorted(examples, key=lambda example: len(example.input_ids))
     share = examples[accelerator.process_index :: accelerator.num_processes]
-    total = 0.0
+    total, size = 0.0, run.progress.micro_batch_size
     run.model.eval()
     with torch.no_grad():
-        for start in range(0, len(share), run.config.batch_size):
-            batch = run.make_batch(share[start : start + run.config.batch_size]).to(accelerator.device)
+        for start in range(0, len(share), size):
+            batch = run.make_batch(share[start : start + size]).to(accelerator.device)
             total += summed_loss(run.model, batch).item()
+            if accelerator.num_processes == 1:  # else all would have to leave at the same place
+                stop_if_asked(run)
     run.model.train()
     total = accelerator.reduce(torch.tensor(total, device=accelerator.device)).item()
     loss = total / sum(example.n_target_tokens for example in examples)
@@ -255,7 +273,7 @@ def update(run: "Run", step: int) -> dict:
         group["lr"] = learning_rate
     examples = [run.train_set.examples[i] for i in plan.rows(step)]
     n_target_tokens = sum(example.n_target_tokens for example in examples)  # over all processes
-    micro_batches = plan.micro_batches(examples, accelerator.process_index)
+    micro_batches = plan.micro_batches(examples, accelerator.process_index, run.progress.micro_batch_size)
     loss_sum = torch.zeros((), device=accelerator.device)
     for j, micro_batch in enumerate(micro_batches):
         torch.manual_seed(dropout_seed(config.seed, step, j, accelerator.process_index))
@@ -288,36 +306,78 @@ def update(run: "Run", step: int) -> dict:
 
 
 def train(config: TrainConfig) -> dict:
-    """A whole run; returns what training_stats.json holds.
+    """A whole run; returns what training_stats.json holds (with dry_run, what `dry_run` measured).
 
-    Raises InputError for what the user can mend before it starts, RunError where it cannot go on.
+    Raises InputError for what the user can mend, RunError where it cannot go on, Stopped after SIGTERM or Ctrl-C.
     """
     run = set_up(config)
+    if config.dry_run:
+        return dry_run(run)
     progress, plan, say = run.progress, run.plan, run.say
-    if progress.untrained_val_loss is None:
-        progress.untrained_val_loss = evaluate(run)
-        say(f"Untrained Val Loss: {progress.untrained_val_loss:.4f}")
+    with noted_signals() as run.signals:
+        if progress.untrained_val_loss is None:
+            progress.untrained_val_loss = in_memory(run, lambda: evaluate(run, run.val_set.examples))
+            say(f"Untrained Val Loss: {progress.untrained_val_loss:.4f}")
 
-    while progress.step < plan.total_steps and not progress.out_of_patience(config.early_stopping_patience):
-        epoch = progress.step // plan.steps_per_epoch + 1
-        say(f"\nEpoch {epoch}/{config.num_epochs}\n{'=' * 60}")
-        bar = ProgressBar(plan.steps_per_epoch, progress.step % plan.steps_per_epoch, quiet=not run.accelerator.is_main_process)
-        while progress.step < epoch * plan.steps_per_epoch:
-            started = time.perf_counter()
-            metrics = update(run, progress.step)
-            progress.add(metrics, time.perf_counter() - started)
-            run.write_metrics(metrics)
-            bar.update(metrics["loss"], progress.n_tokens / progress.seconds)
-            if config.save_steps and progress.step % config.save_steps == 0 and progress.step % plan.steps_per_epoch:
-                save_checkpoint(run, f"checkpoint_step_{progress.step}")
-        bar.close()
-        progress.end_epoch(epoch, evaluate(run), metrics["learning_rate"], run.peak_memory_mb())
-        say("Train Loss: {train_loss:.4f}\nVal Loss: {val_loss:.4f}\nLearning Rate: {learning_rate:.2e}".format(**progress.epochs[-1]))
-        folder = save_checkpoint(run, f"checkpoint_epoch_{epoch}")
-        say(f"Saved checkpoint to {folder}")
-        run.write_stats()
-    finish(run)
+        while len(progress.epochs) < config.num_epochs and not progress.out_of_patience(config.early_stopping_patience):
+            epoch = len(progress.epochs) + 1
+            say(f"\nEpoch {epoch}/{config.num_epochs}\n{'=' * 60}")
+            bar = ProgressBar(plan.steps_per_epoch, progress.step - (epoch - 1) * plan.steps_per_epoch, not run.accelerator.is_main_process)
+            while progress.step < epoch * plan.steps_per_epoch:
+                seconds, metrics = timed(lambda: in_memory(run, lambda: update(run, progress.step)))
+                progress.add(metrics, seconds)
+                run.write_metrics(metrics)
+                bar.update(metrics["loss"], progress.n_tokens / progress.seconds)
+                if config.save_steps and progress.step % config.save_steps == 0 and progress.step % plan.steps_per_epoch:
+                    save_checkpoint(run, f"checkpoint_step_{progress.step}")
+                stop_if_asked(run)
+            bar.close()
+            val_loss = in_memory(run, lambda: evaluate(run, run.val_set.examples))
+            progress.end_epoch(epoch, val_loss, learning_rate_at(progress.step - 1, plan.total_steps, config), run.peak_memory_mb())
+            say("Train Loss: {train_loss:.4f}\nVal Loss: {val_loss:.4f}\nLearning Rate: {learning_rate:.2e}".format(**progress.epochs[-1]))
+            folder = save_checkpoint(run, f"checkpoint_epoch_{epoch}")
+            say(f"Saved checkpoint to {folder}")
+            run.write_stats()
+        finish(run)
     return run.stats()
+
+
+def dry_run(run: "Run") -> dict:
+    """Does the update with the largest forward pass, then a usual one and a validation, and says what the whole run would
+    take. The weights it changes are thrown away; nothing is written. Returns the numbers it says."""
+    config, plan, train_examples, val_examples = run.config, run.plan, run.train_set.examples, run.val_set.examples
+    n_tokens = [len(example.input_ids) for example in train_examples]
+
+    def largest_pass(step: int) -> int:
+        rows = list(plan.rows(step))
+        passes = (rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size))
+        return max(sum(n_tokens[row] for row in part) for part in passes)
+
+    steps = sorted(range(plan.total_steps), key=largest_pass)
+    in_memory(run, lambda: update(run, steps[-1]))
+    update_seconds, metrics = timed(lambda: update(run, steps[len(steps) // 2]))
+    some_examples = sorted(val_examples, key=lambda example: len(example.input_ids))[:: max(1, len(val_examples) // config.batch_size)]
+    validation_seconds, _ = timed(lambda: evaluate(run, some_examples))
+    validation_seconds *= sum(len(e.input_ids) for e in val_examples) / sum(len(e.input_ids) for e in some_examples)
+    epoch_seconds = update_seconds / metrics["n_tokens"] * sum(n_tokens)
+    seconds = config.num_epochs * epoch_seconds + (config.num_epochs + 1) * validation_seconds
+    measured = {
+        "total_steps": plan.total_steps,
+        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
+        "micro_batch_size": run.progress.micro_batch_size,
+        "largest_forward_pass_tokens": largest_pass(steps[-1]),
+        "peak_memory_mb": run.peak_memory_mb(),
+        "seconds_per_update": update_seconds,
+        "tokens_per_second": metrics["n_tokens"] / update_seconds,
+        "estimated_seconds": seconds,
+    }
+    run.say(
+        "\nDry run: the data and the model can be used; nothing was written\n"
+        "  largest forward pass {largest_forward_pass_tokens:,} tokens: peak memory {peak_memory_mb:,.0f} MB\n"
+        "  a usual update takes {seconds_per_update:.1f} s ({tokens_per_second:,.0f} tokens/s)".format(**measured)
+    )
+    run.say(f"  the whole run about {duration(seconds)}: {config.num_epochs} epochs, {config.num_epochs + 1} validations")
+    return measured
 
 
 # ------------------------------------------------------------------------------------------------ before the loop
@@ -343,6 +403,7 @@ class Run:
     sft_config: dict
     identity: dict  # what a run that goes on from a checkpoint must share with the run that wrote it
     progress: Progress
+    signals: list[int] = field(default_factory=list)  # SIGTERM or Ctrl-C, once it has come
 
     @property
     def output_dir(self) -> Path:
@@ -361,12 +422,14 @@ class Run:
         if self.accelerator.is_main_process:
             with open(self.output_dir / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        if self.config.report_to != "none":
+            self.accelerator.log({key: value for key, value in metrics.items() if key != "step" and value is not None}, metrics["step"])
 
     def stats(self) -> dict:
         trainable, total = self.model.get_nb_trainable_parameters()
         return {
             "untrained_val_loss": self.progress.untrained_val_loss,
-            "kept_epoch": best_epoch(self.progress.epochs)["epoch"],
+            "kept_epoch": self.progress.kept_epoch,
             "epochs": self.progress.epochs,
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -383,7 +446,11 @@ def set_up(config: TrainConfig) -> Run:
     """Everything before the first update: checked files, model, data, optimizer, and the checkpoint with --resume."""
     # Options and files are checked before the slow imports
     output_dir = Path(config.output_dir)
-    check_output_dir(output_dir, config)
+    checkpoint = None if config.dry_run else check_output_dir(output_dir, resume=config.resume, overwrite=config.overwrite)
+    if config.report_to != "none" and not any(
+        map(find_spec, {"tensorboard": ("tensorboard", "tensorboardX")}.get(config.report_to, (config.report_to,)))
+    ):
+        raise InputError(f"--report_to {config.report_to}: the package is not installed", f"pip install {config.report_to}")
     if config.use_8bit and config.use_4bit:
         raise InputError("--use_8bit and --use_4bit together", "choose one")
     rows = read_rows(config.train_csv), read_rows(config.val_csv)
@@ -397,7 +464,13 @@ def set_up(config: TrainConfig) -> Run:
 
     placement = sft_model.pick_device(config.device, config.dtype)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one process may be downloading a model
-    accelerator = Accelerator(cpu=placement.device.type == "cpu", mixed_precision="no", kwargs_handlers=[patience])
+    accelerator = Accelerator(
+        cpu=placement.device.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[patience],
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=output_dir,
+    )
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours; accelerate's division (set by the environment) is not wanted
     say = log if accelerator.is_main_process else lambda message: None
     say(f"Device: {accelerator.device}, {str(placement.dtype).removeprefix('torch.')} ({placement.why})")
@@ -455,11 +528,19 @@ def set_up(config: TrainConfig) -> Run:
         progress=Progress(),
     )
     describe_plan(run, quantization, packed, sum(row.label == "hallucinated" for row in rows[0]))
-    if config.resume:
-        restore(run)
+    run.progress.micro_batch_size = config.batch_size
+    if config.dry_run:
+        return run
+    if checkpoint:
+        restore(run, checkpoint)
     elif accelerator.is_main_process:
-        clear_output_dir(output_dir)
+        if config.resume:
+            say("The earlier run was interrupted before its first checkpoint: starting anew")
+        start_anew(output_dir)
     accelerator.wait_for_everyone()
+    if config.report_to != "none":
+        numbers = {name: value for name, value in asdict(config).items() if isinstance(value, int | float)}  # no text, no paths
+        accelerator.init_trackers("tracker", numbers)
     return run
 
 
@@ -503,150 +584,18 @@ def describe_run(config: TrainConfig, rows, datasets: tuple[SFTDataset, SFTDatas
     }
 
 
-# ------------------------------------------------------------------------------------------------ output folder and checkpoints
-
-
-def own_files(output_dir: Path) -> list[Path]:
-    """What an earlier run left in `output_dir`, whole or half done; what others put there stays."""
-    files = [output_dir / name for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png")]
-    folders = [
-        folder for name in ("final_model", "checkpoint_*") for folder in output_dir.glob(name) if (folder / "sft_config.json").is_file()
-    ]
-    return [path for path in (*files, *folders, *half_done(output_dir)) if path.exists()]
-
-
-def half_done(output_dir: Path) -> list[Path]:
-    """Folders that a killed run was about to write."""
-    return [path for name in (".checkpoint_*", ".final_model*") for path in output_dir.glob(name)]
-
-
-def check_output_dir(output_dir: Path, config: TrainConfig) -> None:
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file", "name a folder")
-    if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite together", "choose one")
-    if config.resume:
-        newest_checkpoint(output_dir)
-    elif not config.overwrite and own_files(output_dir):
-        raise InputError(
-            f"{output_dir} holds an earlier run", "--resume goes on with it, --overwrite replaces it, --output_dir names another folder"
-        )
-
-
-def clear_output_dir(output_dir: Path) -> None:
-    for path in own_files(output_dir):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    private_folder(output_dir)
-
-
-def save_checkpoint(run: Run, name: str) -> Path:
-    """Saves adapter and training state to output_dir/name; of the folders that --save_steps writes, the newest stays."""
-    from sft_model import save_adapter
-
-    folder = run.output_dir / name
-    if run.accelerator.is_main_process:
-        progress = run.progress
-        state = {
-            "identity": run.identity,
-            "progress": asdict(progress),
-            "optimizer": run.optimizer.state_dict(),
-            "scaler": run.scaler.state_dict(),
-        }
-        sft_config = run.sft_config | {"step": progress.step, "epoch": len(progress.epochs)}
-        targets = sorted(run.model.peft_config["default"].target_modules)
-        card = model_card(sft_config, run.base_name, targets, progress.untrained_val_loss, progress.epochs)
-        save_adapter(folder, run.model, run.tokenizer, run.base_name, sft_config, card, state)
-        for older in run.output_dir.glob("checkpoint_step_*"):
-            if older != folder:
-                shutil.rmtree(older)
-    run.accelerator.wait_for_everyone()
-    return folder
-
-
-def newest_checkpoint(output_dir: Path) -> Path:
-    """The checkpoint that is furthest on. Raises InputError if there is none."""
-    steps = {}
-    for folder in output_dir.glob("checkpoint_*"):
-        if (folder / "training_state.pt").is_file() and (folder / "sft_config.json").is_file():
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                steps[folder] = json.loads((folder / "sft_config.json").read_text())["step"]
-    if not steps:
-        raise InputError(f"--resume: {output_dir} holds no checkpoint", "leave out --resume to start anew, or name the run's --output_dir")
-    return max(steps, key=steps.get)
-
-
-def restore(run: Run) -> None:
-    """Takes up the run where its newest checkpoint left it. Raises InputError if it was another run."""
-    import sft_model
-
-    folder = newest_checkpoint(run.output_dir)
-    state = sft_model.read_state(folder)
-    saved, now = state["identity"], run.identity
-    differences = [name for name in now if saved.get(name) != now[name]]
-    if differences:
-        was = ", ".join(f"{name} was {saved.get(name)}, is {now[name]}" for name in differences)
-        raise InputError(
-            f"--resume: {folder} belongs to a run with other options: {was}", "use the same options, or --overwrite to start anew"
-        )
-    sft_model.load_adapter_weights(run.model, folder, may_be_zero=True)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    run.progress = Progress(**state["progress"])
-    if run.progress.step > run.plan.total_steps:
-        done = len(run.progress.epochs)
-        raise InputError(
-            f"--resume: {done} epochs are done, more than --num_epochs {run.config.num_epochs}", f"--num_epochs {done} or more"
-        )
-    for path in half_done(run.output_dir) if run.accelerator.is_main_process else ():
-        shutil.rmtree(path)
-    if run.accelerator.is_main_process:  # metrics of updates that will be done again
-        file = run.output_dir / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        write_whole(file, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= run.progress.step))
-    run.say(f"Going on from {folder}: {run.progress.step:,} of {run.plan.total_steps:,} updates are done")
-
-
-def check_finite(run: Run, step: int, loss: float, grad_norm: float, examples: list[Example]) -> None:
-    """Stops a run whose loss or gradient is not finite, before it spoils the weights; float16 overflow is only counted."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() > 1:
-        run.progress.skipped_updates += 1  # the scale is halved, until it fits
-        return
-    ids = some((safe_id(example.row_id) for example in examples), 16)
-    raise RunError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; its rows have the ids {ids}", advice_for_faults(run))
-
-
-def advice_for_faults(run: Run) -> str:
-    try:
-        saved = f"{newest_checkpoint(run.output_dir).name} is whole"
-    except InputError:
-        saved = "nothing is saved yet"
-    return f"lower --learning_rate (now {run.config.learning_rate:g}) or use --dtype float32; {saved}"
-
-
 # ------------------------------------------------------------------------------------------------ after the loop
 
 
 def finish(run: Run) -> None:
     """Keeps the best epoch as final_model, draws the losses and says how the run went."""
-    from sft_model import replace_folder
-
-    best = best_epoch(run.progress.epochs)
     if run.accelerator.is_main_process:
-        aside = run.output_dir / ".final_model.new"
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(
-            run.output_dir / f"checkpoint_epoch_{best['epoch']}",
-            private_folder(aside),
-            ignore=shutil.ignore_patterns("*.pt"),
-            dirs_exist_ok=True,
-        )
-        replace_folder(aside, run.output_dir / "final_model")
+        run.progress.kept_epoch = keep_as_final(run.output_dir, run.progress.epochs)
         run.write_stats()
         metrics = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
-        curve = draw_losses(metrics, run.progress.untrained_val_loss, run.progress.epochs)
-        write_whole(run.output_dir / "loss_curve.png", curve)
+        with full_disk_said(run.output_dir):
+            write_whole(run.output_dir / "loss_curve.png", draw_losses(metrics, run.progress.untrained_val_loss, run.progress.epochs))
+    best = run.progress.epochs[run.progress.kept_epoch - 1]
     run.say("\nTraining completed!")
     run.say(f"Saved final model to {run.output_dir / 'final_model'} (epoch {best['epoch']}, the lowest Val Loss: {best['val_loss']:.4f})")
     for advice in advise(run.progress.untrained_val_loss, run.progress.epochs, run.progress.skipped_updates):

@@ -2,10 +2,12 @@
 
 import csv
 import functools
+import json
 import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -185,3 +187,64 @@ def assert_mendable(result: subprocess.CompletedProcess, *words: str) -> None:
     assert "Traceback" not in result.stderr and result.stdout == ""
     assert len(lines) <= 2 and lines[0].startswith("error: "), result.stderr
     assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.fixture
+def configured(csv_files, model_folder, tmp_path):
+    """configured(output name, **options): the configuration of a short run of a tiny model."""
+
+    def make(name: str = "out", architecture: str = "llama", chat: str = "chatml", **options):
+        from stage_a_sft_training import TrainConfig
+
+        values = {
+            "num_epochs": 2,
+            "batch_size": 4,
+            "lora_r": 4,
+            "lora_dropout": 0.1,
+            "learning_rate": 5e-3,
+            "max_length": 256,
+            "device": "cpu",
+        }
+        paths = {"train_csv": str(csv_files[0]), "val_csv": str(csv_files[1]), "output_dir": str(tmp_path / name)}
+        return TrainConfig(**{**paths, "model_name": str(model_folder(architecture, chat)), **values, **options})
+
+    return make
+
+
+def arguments_of(config) -> list[str]:
+    """The command line of a configuration."""
+    arguments = []
+    for name, value in vars(config).items():
+        if value is True:
+            arguments.append(f"--{name}")
+        elif isinstance(value, list):
+            arguments += [f"--{name}", *value]
+        elif value is not None and value is not False:
+            arguments.append(f"--{name}={value}")
+    return arguments
+
+
+def metrics_of(config) -> list[dict]:
+    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter_of(folder) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(f"{folder}/adapter_model.safetensors")
+
+
+def assert_same_adapter(one, two) -> None:
+    import torch
+
+    first, second = adapter_of(one), adapter_of(two)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def wait_for_updates(output_dir: Path, updates: int, seconds: float = 120) -> None:
+    """Until a run in another process has done so many updates."""
+    metrics, end = output_dir / "metrics.jsonl", time.monotonic() + seconds
+    while not metrics.is_file() or metrics.read_text().count("\n") < updates:
+        assert time.monotonic() < end, "the run does not come forward"
+        time.sleep(0.005)

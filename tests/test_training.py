@@ -1,59 +1,19 @@
 import json
 import math
 import re
-import shutil
 
 import pytest
 import torch
-from conftest import NOTES, ROOT, assert_mendable, run_python, write_csv
+from conftest import NOTES, ROOT, assert_mendable, assert_same_adapter, metrics_of, run_python, write_csv
 from hypothesis import given
 from hypothesis import strategies as st
 
 import sft_model
 import stage_a_sft_training as training
-from sft_common import InputError, RunError
 from sft_report import advise
 from stage_a_sft_training import Plan, TrainConfig, learning_rate_at, train
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2", "bloom"]
-
-
-@pytest.fixture
-def configured(csv_files, model_folder, tmp_path):
-    """configured(output name, **options): the configuration of a short run of a tiny model."""
-
-    def make(name: str = "out", architecture: str = "llama", chat: str = "chatml", **options) -> TrainConfig:
-        values = {
-            "num_epochs": 2,
-            "batch_size": 4,
-            "lora_r": 4,
-            "lora_dropout": 0.1,
-            "learning_rate": 5e-3,
-            "max_length": 256,
-            "device": "cpu",
-        }
-        paths = {"train_csv": str(csv_files[0]), "val_csv": str(csv_files[1]), "output_dir": str(tmp_path / name)}
-        return TrainConfig(**{**paths, "model_name": str(model_folder(architecture, chat)), **values, **options})
-
-    return make
-
-
-def metrics_of(config: TrainConfig) -> list[dict]:
-    from pathlib import Path
-
-    return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
-
-
-def adapter_of(folder) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(f"{folder}/adapter_model.safetensors")
-
-
-def assert_same_adapter(one, two) -> None:
-    first, second = adapter_of(one), adapter_of(two)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 # ------------------------------------------------------------------------------------------------ pure functions
@@ -66,7 +26,7 @@ def test_each_row_once_an_epoch(n, batch_size, accumulation, processes, seed):
     for epoch in range(2):
         seen = []
         for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-            shares = [plan.micro_batches(list(plan.rows(step)), process) for process in range(processes)]
+            shares = [plan.micro_batches(list(plan.rows(step)), process, max(1, batch_size - seed % 3)) for process in range(processes)]
             assert len({len(share) for share in shares}) == 1  # every process takes part in every forward pass
             assert all(len(batch) <= batch_size for share in shares for batch in share)
             seen += [row for share in shares for batch in share for row in batch]
@@ -240,80 +200,6 @@ def test_one_batch_is_learnt_by_heart_and_written_down(configured, tmp_path):
     assert all(result["finish_reason"] == "stop" for result in results)
 
 
-# ------------------------------------------------------------------------------------------------ going on
-
-
-@pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
-def test_a_resumed_run_is_the_uninterrupted_one(configured, monkeypatch, tmp_path, stop_after):
-    """Killed after any update, resumed from the newest checkpoint: adapter, metrics and losses to the bit."""
-    options = {"save_steps": 2, "lora_dropout": 0.3, "gradient_accumulation_steps": 2, "batch_size": 2}
-    whole = configured("whole", **options)
-    stats = train(whole)
-    real_update = training.update
-
-    def killed(run, step):
-        if step == stop_after:
-            raise KeyboardInterrupt
-        return real_update(run, step)
-
-    config = configured("part", **options)
-    monkeypatch.setattr(training, "update", killed)
-    with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(training, "update", real_update)
-    if stop_after == 1:  # nothing saved yet
-        with pytest.raises(InputError, match="no checkpoint"):
-            train(configured("part", **options, resume=True))
-        return
-    resumed = train(configured("part", **options, resume=True))
-    assert_same_adapter(tmp_path / "whole" / "final_model", tmp_path / "part" / "final_model")
-    assert metrics_of(config) == metrics_of(whole)
-    assert [epoch["train_loss"] for epoch in resumed["epochs"]] == [epoch["train_loss"] for epoch in stats["epochs"]]
-
-
-def test_a_finished_run_goes_on_for_more_epochs(configured):
-    train(configured(num_epochs=1, lr_scheduler="constant"))
-    train(configured("whole", lr_scheduler="constant"))
-    stats = train(configured(resume=True, lr_scheduler="constant"))
-    assert [epoch["epoch"] for epoch in stats["epochs"]] == [1, 2]
-    assert_same_adapter(f"{configured().output_dir}/checkpoint_epoch_2", f"{configured('whole').output_dir}/checkpoint_epoch_2")
-
-
-def test_changed_data_is_not_resumed_and_moved_data_is(configured, csv_files, tmp_path):
-    train(configured(num_epochs=1))
-    moved = tmp_path / "moved.csv"
-    moved.write_bytes(csv_files[0].read_bytes())
-    train(configured(num_epochs=2, resume=True, train_csv=str(moved)))
-    moved.write_text(moved.read_text().replace("Fell from", "Slid from"))
-    with pytest.raises(InputError, match="train_csv was"):
-        train(configured(num_epochs=3, resume=True, train_csv=str(moved)))
-
-
-def test_damaged_checkpoints_and_fewer_epochs_are_refused(configured, tmp_path):
-    train(configured())
-    with pytest.raises(InputError, match="2 epochs are done"):
-        train(configured(num_epochs=1, resume=True))
-    (tmp_path / "out" / ".checkpoint_step_9.123").mkdir()  # of a killed run
-    state = tmp_path / "out" / "checkpoint_epoch_2" / "training_state.pt"
-    state.write_bytes(state.read_bytes()[:5000])
-    with pytest.raises(InputError, match=r"checkpoint_epoch_2: its training state is damaged"):
-        train(configured(resume=True))
-    shutil.rmtree(state.parent)
-    train(configured(resume=True))
-    assert not list((tmp_path / "out").glob(".*"))
-
-
-def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(configured, tmp_path):
-    train(configured(num_epochs=1))
-    with pytest.raises(InputError, match=r"learning_rate was 0\.005, is 0\.1"):
-        train(configured(resume=True, learning_rate=0.1))
-    with pytest.raises(InputError, match="holds an earlier run"):
-        train(configured())
-    (tmp_path / "out" / "mine.txt").write_text("not of the toolkit")
-    train(configured(overwrite=True, num_epochs=1))
-    assert (tmp_path / "out" / "mine.txt").exists()
-
-
 def test_the_update_is_adamw_on_the_clipped_mean_gradient(configured, monkeypatch):
     """The first update against torch's own, from the gradient of F.cross_entropy's mean."""
     from sft_dataset import packed_batch
@@ -342,51 +228,12 @@ def test_the_update_is_adamw_on_the_clipped_mean_gradient(configured, monkeypatc
 
 def test_early_stopping_keeps_the_best_epoch(configured, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
-    monkeypatch.setattr(training, "evaluate", lambda run: next(losses))
+    monkeypatch.setattr(training, "evaluate", lambda run, examples: next(losses))
     stats = train(configured(num_epochs=5, early_stopping_patience=2))
     assert [epoch["val_loss"] for epoch in stats["epochs"]] == [2.0, 2.5, 2.4] and stats["kept_epoch"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ faults
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(configured, monkeypatch, tmp_path):
-    real_loss, calls = training.summed_loss, []
-
-    def loss(model, batch):
-        if model.training:
-            calls.append(1)
-        return real_loss(model, batch) * (float("nan") if len(calls) == 4 and model.training else 1)
-
-    monkeypatch.setattr(training, "summed_loss", loss)
-    with pytest.raises(RunError, match=r"update 4: loss nan.*ids t[\s\S]*learning_rate") as error:
-        train(configured())
-    assert "checkpoint_epoch_1" in str(error.value)
-    assert all(weight.isfinite().all() for weight in adapter_of(tmp_path / "out" / "checkpoint_epoch_1").values())
-
-
-def test_float16_overflow_skips_the_update_and_is_counted(configured, monkeypatch):
-    real = torch.amp.GradScaler
-    monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000)
-    )
-    stats = train(configured(dtype="float16", num_epochs=12))
-    assert 0 < stats["skipped_updates"] < 36
-    assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
-
-
-def test_gradients_that_are_never_finite_stop_a_float16_run(configured, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(math.inf))
-    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 1.0)  # halved as often as it can be
-    with pytest.raises(RunError, match="gradient norm inf"):
-        train(configured(dtype="float16"))
-
-
-def test_a_validation_loss_that_is_not_finite_stops_the_run(configured, monkeypatch):
-    real_loss = training.summed_loss
-    monkeypatch.setattr(training, "summed_loss", lambda model, batch: real_loss(model, batch) * (1 if model.training else math.nan))
-    with pytest.raises(RunError, match="validation loss is nan"):
-        train(configured())
+# ------------------------------------------------------------------------------------------------ options
 
 
 @pytest.mark.parametrize("options", [{"use_8bit": True}, {"use_4bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
@@ -425,33 +272,3 @@ def test_bad_options_are_refused_in_two_lines(arguments, words, csv_files, tmp_p
     result.stderr = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("Device:"))
     assert_mendable(result, words)
     assert not (tmp_path / "out").exists()
-
-
-def test_two_processes_equal_one(configured, tmp_path):
-    """DDP over gloo: (4, 1) on two processes has the losses of (8, 1) on one, the short last group of 11 rows included."""
-    one = configured("one", batch_size=8, lora_dropout=0.0)
-    train(one)
-    two = configured("two", batch_size=4, lora_dropout=0.0)
-    options = [
-        f"--{name}={getattr(two, name)}"
-        for name in (
-            "train_csv",
-            "val_csv",
-            "model_name",
-            "output_dir",
-            "batch_size",
-            "learning_rate",
-            "lora_r",
-            "lora_dropout",
-            "max_length",
-            "device",
-        )
-    ]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run_python(*launch, "stage_a_sft_training.py", *options, OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("Training completed!") == 1
-    for key in ("loss", "grad_norm"):
-        assert [line[key] for line in metrics_of(two)] == pytest.approx([line[key] for line in metrics_of(one)], rel=1e-3)
-    stats = [json.loads((tmp_path / name / "training_stats.json").read_text()) for name in ("one", "two")]
-    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx([e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4)

@@ -1,0 +1,249 @@
+"""Signals, too little memory, numbers that are not finite, full disks, several processes."""
+
+import errno
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NOTES, ROOT, adapter_of, arguments_of, assert_same_adapter, metrics_of, run_python, wait_for_updates
+
+import stage_a_sft_training as training
+from sft_checkpoint import newest_checkpoint
+from sft_common import InputError, RunError, Stopped, noted_signals
+from stage_a_sft_training import train
+
+# ------------------------------------------------------------------------------------------------ faults
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(configured, monkeypatch, tmp_path):
+    real_loss, calls = training.summed_loss, []
+
+    def loss(model, batch):
+        if model.training:
+            calls.append(1)
+        return real_loss(model, batch) * (float("nan") if len(calls) == 4 and model.training else 1)
+
+    monkeypatch.setattr(training, "summed_loss", loss)
+    with pytest.raises(RunError, match=r"update 4: loss nan.*ids t[\s\S]*learning_rate") as error:
+        train(configured())
+    assert "checkpoint_epoch_1" in str(error.value)
+    assert all(weight.isfinite().all() for weight in adapter_of(tmp_path / "out" / "checkpoint_epoch_1").values())
+
+
+def test_float16_overflow_skips_the_update_and_is_counted(configured, monkeypatch):
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000)
+    )
+    stats = train(configured(dtype="float16", num_epochs=12))
+    assert 0 < stats["skipped_updates"] < 36
+    assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
+
+
+def test_gradients_that_are_never_finite_stop_a_float16_run(configured, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, norm: torch.tensor(math.inf))
+    monkeypatch.setattr(torch.amp.GradScaler, "get_scale", lambda scaler: 1.0)  # halved as often as it can be
+    with pytest.raises(RunError, match="gradient norm inf"):
+        train(configured(dtype="float16"))
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run(configured, monkeypatch):
+    real_loss = training.summed_loss
+    monkeypatch.setattr(training, "summed_loss", lambda model, batch: real_loss(model, batch) * (1 if model.training else math.nan))
+    with pytest.raises(RunError, match="validation loss is nan"):
+        train(configured())
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def started(config, updates: int) -> subprocess.Popen:
+    """The script in a process of its own, once it has done so many updates."""
+    process = subprocess.Popen(
+        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for_updates(Path(config.output_dir), updates)
+    return process
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_run_goes_on_where_it_was(configured, tmp_path, number, status):
+    options = {"num_epochs": 8, "batch_size": 3}
+    process = started(configured("part", **options), updates=5)
+    process.send_signal(number)
+    out, said = process.communicate(timeout=60)
+    assert process.returncode == status and out == "" and "Traceback" not in said
+    assert re.search(r"stopped after update \d+ of 32; saved to .*checkpoint_step_\d+\n.*--resume", said)
+    train(configured("part", **options, resume=True))
+    train(configured("whole", **options))
+    assert metrics_of(configured("part")) == metrics_of(configured("whole"))
+    assert_same_adapter(tmp_path / "part" / "final_model", tmp_path / "whole" / "final_model")
+
+
+def test_a_second_interrupt_stops_at_once_and_harms_nothing(configured, tmp_path):
+    options = {"num_epochs": 8, "batch_size": 3, "save_steps": 2}
+    process = started(configured("part", **options), updates=9)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.001)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    train(configured("part", **options, resume=True))
+    train(configured("whole", **options))
+    assert_same_adapter(tmp_path / "part" / "final_model", tmp_path / "whole" / "final_model")
+
+
+def test_the_first_signal_is_noted_and_the_second_raised(capfd):
+    with noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted == [signal.SIGTERM] and "SIGTERM" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_signal_during_validation_saves_too(configured, monkeypatch, tmp_path):
+    """The validation is done again, and the epoch counted once."""
+    real_loss = training.summed_loss
+
+    def loss(model, batch):
+        if not model.training and len(metrics_of(configured())) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_loss(model, batch)
+
+    monkeypatch.setattr(training, "summed_loss", loss)
+    with pytest.raises(Stopped, match="after update 3 of 6; saved"):
+        train(configured())
+    monkeypatch.setattr(training, "summed_loss", real_loss)
+    stats, whole = train(configured(resume=True)), train(configured("whole"))
+    assert [e["val_loss"] for e in stats["epochs"]] == [e["val_loss"] for e in whole["epochs"]]
+    assert_same_adapter(tmp_path / "out" / "final_model", tmp_path / "whole" / "final_model")
+
+
+# ------------------------------------------------------------------------------------------------ memory and disk
+
+
+@pytest.mark.parametrize("fits, batch_size", [(1, 4), (2, 7)])
+def test_out_of_memory_halves_the_forward_pass_and_keeps_the_losses(configured, monkeypatch, capfd, tmp_path, fits, batch_size):
+    options = {"lora_dropout": 0.0, "batch_size": batch_size}
+    train(configured("whole", **options))
+    real_loss = training.summed_loss
+
+    def loss(model, batch):
+        if len(batch.inputs["example_lengths"]) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return real_loss(model, batch)
+
+    monkeypatch.setattr(training, "summed_loss", loss)
+    train(configured("out", **options))
+    assert capfd.readouterr().err.count("out of memory with") == 2  # 4 -> 2 -> 1, 7 -> 4 -> 2
+    for key in ("loss", "grad_norm", "n_examples"):
+        assert [line[key] for line in metrics_of(configured("out"))] == pytest.approx(
+            [line[key] for line in metrics_of(configured("whole"))], rel=1e-3
+        )
+    train(configured("out", **{**options, "num_epochs": 3}, resume=True))
+    assert "out of memory" not in capfd.readouterr().err  # a resumed run knows
+
+
+def test_memory_too_small_for_one_row_is_said_in_two_lines(configured, monkeypatch):
+    def loss(model, batch):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(training, "summed_loss", loss)
+    with pytest.raises(RunError, match=r"out of memory with 1 row [\s\S]*--gradient_checkpointing"):
+        train(configured())
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(configured, monkeypatch, tmp_path):
+    """On a disk of 1.5 MB: the second checkpoint does not fit. Once there is space the run goes on to the same end."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    try:
+        options = {"lora_r": 64, "num_epochs": 6}
+        result = run_python("stage_a_sft_training.py", *arguments_of(configured("disk/out", **options)))
+        assert result.returncode == 2 and "Traceback" not in result.stderr
+        error, mend = result.stderr.strip().split("\n")[-2:]
+        assert "the disk is full" in error and "free some space" in mend
+        assert newest_checkpoint(disk / "out")
+        subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
+        train(configured("disk/out", **options, resume=True))
+        train(configured("whole", **options))
+        assert metrics_of(configured("disk/out")) == metrics_of(configured("whole"))
+        assert_same_adapter(disk / "out" / "final_model", tmp_path / "whole" / "final_model")
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize("n", range(1, 12, 2))
+def test_a_write_that_fails_half_way_leaves_the_earlier_checkpoint(configured, monkeypatch, tmp_path, n):
+    """The n-th fsync after the first checkpoint finds the disk full."""
+    real, calls = os.fsync, []
+
+    def fsync(descriptor):
+        if (tmp_path / "out" / "checkpoint_epoch_1").exists():
+            calls.append(1)
+            if len(calls) >= n + 2:  # two belong to the first checkpoint's folder and the statistics
+                raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises((InputError, OSError), match=r"full|No space"):
+        train(configured())
+    monkeypatch.setattr(os, "fsync", real)
+    train(configured(resume=True))
+    train(configured("whole"))
+    assert_same_adapter(tmp_path / "out" / "final_model", tmp_path / "whole" / "final_model")
+
+
+# ------------------------------------------------------------------------------------------------ trying out
+
+
+def test_a_dry_run_measures_and_writes_nothing(configured, capfd, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    measured = train(configured(dry_run=True))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert measured["total_steps"] == 6 and measured["peak_memory_mb"] > 50 and measured["estimated_seconds"] > 0
+    said = capfd.readouterr().err
+    assert "nothing was written" in said and "parameters train" in said and "Plan: 6 updates" in said
+
+
+def test_a_tracker_gets_numbers_alone(configured, tmp_path):
+    pytest.importorskip("tensorboardX")
+    train(configured(report_to="tensorboard"))
+    events = b"".join(path.read_bytes() for path in (tmp_path / "out" / "tracker").rglob("*events*"))
+    assert b"grad_norm" in events and str(tmp_path).encode() not in events
+    assert not any(note[:20].encode() in events for note, _ in NOTES)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def test_two_processes_equal_one(configured, tmp_path):
+    """DDP over gloo: (4, 1) on two processes has the losses of (8, 1) on one, the short last group of 11 rows included."""
+    one = configured("one", batch_size=8, lora_dropout=0.0)
+    train(one)
+    two = configured("two", batch_size=4, lora_dropout=0.0)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run_python(*launch, "stage_a_sft_training.py", *arguments_of(two), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("Training completed!") == 1
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in metrics_of(two)] == pytest.approx([line[key] for line in metrics_of(one)], rel=1e-3)
+    stats = [json.loads((tmp_path / name / "training_stats.json").read_text()) for name in ("one", "two")]
+    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx([e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4)
