@@ -286,3 +286,7 @@ def some(items: Iterable[str], most: int = 5) -> str:
     """ "a, b, c and 4 more"."""
     items = list(items)
     return ", ".join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+
+
+def plural(n: int, word: str) -> str:
+    return f"{n:,} {word}{'' if n == 1 else 's'}"

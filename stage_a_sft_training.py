@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ from sft_common import (
     number,
     option,
     parse_options,
+    plural,
     run_script,
     sha256,
     write_json,
@@ -376,7 +378,7 @@ def dry_run(run: "Run") -> dict:
         "  largest forward pass {largest_forward_pass_tokens:,} tokens: peak memory {peak_memory_mb:,.0f} MB\n"
         "  a usual update takes {seconds_per_update:.1f} s ({tokens_per_second:,.0f} tokens/s)".format(**measured)
     )
-    run.say(f"  the whole run about {duration(seconds)}: {config.num_epochs} epochs, {config.num_epochs + 1} validations")
+    run.say(f"  the whole run about {duration(seconds)}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations")
     return measured
 
 
@@ -473,6 +475,8 @@ def set_up(config: TrainConfig) -> Run:
     )
     accelerator.gradient_accumulation_steps = 1  # accumulation is ours; accelerate's division (set by the environment) is not wanted
     say = log if accelerator.is_main_process else lambda message: None
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        log("warning: accelerate launch --cpu starts one process alone; for more use torchrun --nproc_per_node")
     say(f"Device: {accelerator.device}, {str(placement.dtype).removeprefix('torch.')} ({placement.why})")
     with accelerator.main_process_first():  # one process converts or downloads the base model
         base_folder = sft_model.resolve_model(config.model_name)
@@ -554,7 +558,7 @@ def describe_plan(run: Run, quantization: str | None, packed: bool, n_hallucinat
         f"Data: {len(run.train_set):,} training rows, {len(run.val_set):,} validation rows; {n_hallucinated:,} hallucinated rows kept for Stage B"
     )
     run.say(
-        f"Plan: {plan.total_steps:,} updates in {config.num_epochs} epochs, {plan.rows_per_step} rows each (batch {config.batch_size}"
+        f"Plan: {plural(plan.total_steps, 'update')} in {plural(config.num_epochs, 'epoch')}, {plan.rows_per_step} rows each (batch {config.batch_size}"
         f" x accumulation {config.gradient_accumulation_steps} x processes {plan.n_processes})"
     )
 

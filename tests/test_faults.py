@@ -234,16 +234,48 @@ def test_a_tracker_gets_numbers_alone(configured, tmp_path):
 # ------------------------------------------------------------------------------------------------ several processes
 
 
-def test_two_processes_equal_one(configured, tmp_path):
-    """DDP over gloo: (4, 1) on two processes has the losses of (8, 1) on one, the short last group of 11 rows included."""
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"],
+    "accelerate": [
+        *("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1"),
+        *("--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"),
+    ],
+}
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+
+
+@pytest.mark.parametrize("launcher, accumulation", [("torchrun", 1), ("accelerate", 2)])
+def test_two_processes_equal_one(configured, tmp_path, launcher, accumulation):
+    """DDP over gloo: two processes have the losses of one with the same rows in an update, the short last group of 11
+    rows included."""
     one = configured("one", batch_size=8, lora_dropout=0.0)
     train(one)
-    two = configured("two", batch_size=4, lora_dropout=0.0)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = run_python(*launch, "stage_a_sft_training.py", *arguments_of(two), OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+    two = configured("two", batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, lora_dropout=0.0)
+    result = run_python(*LAUNCHERS[launcher], "stage_a_sft_training.py", *arguments_of(two), **ONE_THREAD)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Training completed!") == 1
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "grad_norm", "n_examples", "n_target_tokens"):
         assert [line[key] for line in metrics_of(two)] == pytest.approx([line[key] for line in metrics_of(one)], rel=1e-3)
     stats = [json.loads((tmp_path / name / "training_stats.json").read_text()) for name in ("one", "two")]
     assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx([e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_the_end_of_one_process_ends_all_and_the_run_goes_on(configured, tmp_path, number):
+    """One of two processes is killed, or told to stop; what is saved is whole, and resuming leads to the same end."""
+    options = {"num_epochs": 12, "save_steps": 2, "batch_size": 2}
+    config, launch = configured("part", **options), [sys.executable, *LAUNCHERS["torchrun"], "stage_a_sft_training.py"]
+    environment = {**os.environ, **ONE_THREAD}
+    process = subprocess.Popen([*launch, *arguments_of(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    wait_for_updates(tmp_path / "part", 5)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(workers[1]), number)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode != 0 and not Path(f"/proc/{workers[0]}").exists()
+    if number == signal.SIGTERM:
+        assert "saved to" in said
+    for output, more in (("part", {"resume": True}), ("whole", {})):
+        result = run_python(*launch[1:], *arguments_of(configured(output, **options, **more)), **ONE_THREAD)
+        assert result.returncode == 0, result.stderr
+    assert metrics_of(configured("part")) == metrics_of(configured("whole"))
+    assert_same_adapter(tmp_path / "part" / "final_model", tmp_path / "whole" / "final_model")

@@ -1,0 +1,151 @@
+"""Kills short training runs with SIGKILL at random moments, resumes them, and compares what they end with.
+
+    python benchmarks/kill_training.py --kills 100
+
+Half of the kills are aimed at a moment when a checkpoint is being written. A killed run is resumed until it ends; a
+third of the resumed runs are killed again. Every final adapter and metrics.jsonl must equal the uninterrupted run's to
+the byte. The model is a small random one with the bundled model's tokenizer; a run of it takes seconds.
+"""
+
+# ruff: noqa: E402, I001
+import argparse
+import csv
+import hashlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import sft_model  # first: it imports torch and peft, once before the forks
+import torch
+
+from sft_dataset import COLUMNS
+from stage_a_sft_training import TrainConfig, train
+
+
+def small_model(folder: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base = sft_model.bundled_model()
+    config = AutoConfig.from_pretrained(base)
+    config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1})
+    config.head_dim = 16
+    config.layer_types = None
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    sft_model.load_tokenizer(base).save_pretrained(folder)
+
+
+def rows_of(source: Path, target: Path, n: int) -> None:
+    with open(source, encoding="utf-8", newline="") as file, open(target, "w", encoding="utf-8", newline="") as out:
+        rows = [row for row in csv.DictReader(file) if row["label"] == "factual"][:n]
+        writer = csv.DictWriter(out, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def start(config: TrainConfig) -> int:
+    """A training run in a process of its own; returns its process id."""
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        train(config)
+        os._exit(0)
+    except BaseException as error:
+        os.write(1, f"{type(error).__name__}: {error}\n".encode())
+        os._exit(1)
+
+
+def wait(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def is_saving(output_dir: Path) -> bool:
+    return any(output_dir.glob(".checkpoint_*")) or any(output_dir.glob(".final_model*"))
+
+
+def kill_at_random(child: int, output_dir: Path, seconds: float, dice: random.Random) -> bool:
+    """Kills `child` at a moment of up to `seconds` from now, or at its first save after it; False if it ended before."""
+    moment, aimed = time.monotonic() + dice.uniform(0, seconds), dice.random() < 0.5
+    while time.monotonic() < moment or (aimed and not is_saving(output_dir)):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return False
+        time.sleep(0.0005)
+    time.sleep(dice.uniform(0, 0.03) if aimed else 0)
+    os.kill(child, signal.SIGKILL)
+    return True
+
+
+def result(output_dir: Path) -> str:
+    digest = hashlib.sha256((output_dir / "metrics.jsonl").read_bytes())
+    digest.update((output_dir / "final_model" / "adapter_model.safetensors").read_bytes())
+    return digest.hexdigest()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100, help="runs to kill")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    dice = random.Random(arguments.seed)
+    torch.set_num_threads(1)  # a pool of threads would not survive the forks
+    killed, resumed_and_killed, saving = 0, 0, 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small_model(folder / "model")
+        rows_of(ROOT / "phase1_data" / "sft" / "train_set_processed.csv", folder / "train.csv", 40)
+        rows_of(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv", folder / "val.csv", 8)
+
+        def config(output: str, **options) -> TrainConfig:
+            paths = {"train_csv": folder / "train.csv", "val_csv": folder / "val.csv", "model_name": folder / "model"}
+            paths = {key: str(path) for key, path in paths.items()}
+            return TrainConfig(**paths, output_dir=str(folder / output), batch_size=4, save_steps=2, device="cpu", **options)
+
+        began = time.monotonic()
+        assert wait(start(config("whole"))) == 0
+        seconds, expected = time.monotonic() - began, result(folder / "whole")
+        print(f"uninterrupted: {seconds:.1f} s, 20 updates, a checkpoint every 2", flush=True)
+        for run in range(arguments.kills):
+            output = folder / f"run_{run}"
+            child = start(config(run_name := output.name))
+            while not kill_at_random(child, output, seconds, dice):  # it ended first: once more
+                wait(child)
+                shutil.rmtree(output)
+                child = start(config(run_name))
+            saving += is_saving(output)
+            wait(child)
+            killed += 1
+            while True:
+                resume = (output / "metrics.jsonl").exists()  # killed before it began to write: from the beginning
+                child = start(config(run_name, resume=resume))
+                if dice.random() < 1 / 3 and kill_at_random(child, output, seconds, dice):
+                    saving += is_saving(output)
+                    resumed_and_killed += 1
+                    wait(child)
+                    continue
+                status = wait(child)
+                break
+            if status or result(output) != expected:
+                sys.exit(
+                    f"run {run}: exit status {status}, result {'the same' if not status else 'missing or other'}; seed {arguments.seed}"
+                )
+            shutil.rmtree(output)
+            if (run + 1) % 10 == 0:
+                print(f"{run + 1} runs killed and resumed, all with the same adapter and metrics", flush=True)
+    print(
+        f"{killed} runs killed, {resumed_and_killed} of the resumed ones killed again, {saving} of all kills while a checkpoint was"
+        " being written: every final adapter and metrics.jsonl is that of the uninterrupted run, to the byte"
+    )
+
+
+if __name__ == "__main__":
+    main()
