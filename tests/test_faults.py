@@ -224,7 +224,6 @@ def test_a_dry_run_measures_and_writes_nothing(configured, capfd, tmp_path):
 
 
 def test_a_tracker_gets_numbers_alone(configured, tmp_path):
-    pytest.importorskip("tensorboardX")
     train(configured(report_to="tensorboard"))
     events = b"".join(path.read_bytes() for path in (tmp_path / "out" / "tracker").rglob("*events*"))
     assert b"grad_norm" in events and str(tmp_path).encode() not in events
