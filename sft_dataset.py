@@ -9,6 +9,7 @@ The prompt and its tokens are sft_prompt.py's.
 import csv
 import functools
 import io
+import itertools
 import json
 import re
 from collections import Counter, defaultdict
@@ -321,6 +322,7 @@ def packed_batch(examples: Sequence[Example]) -> Batch:
         "position_ids": positions[None],
         "logits_to_keep": carries_loss - 1,  # a token is predicted at the place before it
         "example_lengths": lengths,
+        "example_starts": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
     }
     return Batch(inputs, input_ids[carries_loss], None)
 

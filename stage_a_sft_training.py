@@ -232,11 +232,11 @@ def dropout_seed(*numbers: int) -> int:
 
 def summed_loss(model, batch: Batch):
     """Cross-entropy in nats, summed over the batch's target tokens: a float32 scalar tensor."""
-    import torch.nn.functional as F
+    from sft_kernels import SummedCrossEntropy
 
     logits = model(**batch.inputs, use_cache=False).logits  # packed (1, n_target_tokens, vocabulary)
     logits = logits[0] if batch.where is None else logits[batch.where]  # (n_target_tokens, vocabulary)
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return SummedCrossEntropy.apply(logits, batch.targets)
 
 
 # ------------------------------------------------------------------------------------------------ the loop

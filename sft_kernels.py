@@ -1,0 +1,121 @@
+"""The operations of a training step that the libraries do slower, or in more memory, than they need to be.
+
+Attention over packed rows, cross-entropy summed in place, dropout from cheap random bits. Each is compared with
+PyTorch's own in tests/test_kernels.py, value and gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+# ------------------------------------------------------------------------------------------------ attention
+
+
+def per_example_attention(
+    module, query, key, value, attention_mask, *, example_lengths, scaling=None, dropout=0.0, sliding_window=None, **kwargs
+):
+    """Causal attention inside each example of a packed row, no example seeing another, no dense mask.
+
+    query (1, heads, tokens, head_dim), key and value (1, key-value heads, tokens, head_dim); `example_lengths` are
+    Python integers that add up to `tokens`. Returns (1, tokens, heads, head_dim) and None, as transformers'
+    AttentionInterface asks (https://huggingface.co/docs/transformers/attention_interface).
+    """
+    _refuse_what_is_not_computed(kwargs)
+    outputs = []
+    for q, k, v in zip(*(states.split(example_lengths, dim=2) for states in (query, key, value))):
+        n, seen = q.shape[2], None
+        if sliding_window is not None and n > sliding_window:
+            position = torch.arange(n, device=q.device)
+            distance = position[:, None] - position[None, :]
+            seen = (distance >= 0) & (distance < sliding_window)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def varlen_attention(
+    module, query, key, value, attention_mask, *, example_starts, example_lengths, scaling=None, dropout=0.0, sliding_window=None, **kwargs
+):
+    """The same in one FlashAttention call on a CUDA GPU, in 16 bit; `example_starts` (examples + 1,) is an int32 tensor there."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    _refuse_what_is_not_computed(kwargs)
+    if dropout:
+        raise ValueError("varlen_attention has no dropout")
+    longest = max(example_lengths)
+    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))  # (tokens, heads, head_dim)
+    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys to the left and to the right
+    grouped = q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, example_starts, example_starts, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped)[
+        None
+    ], None
+
+
+def _refuse_what_is_not_computed(kwargs: dict) -> None:
+    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    if unsupported:
+        raise ValueError(f"packed attention has no {unsupported[0]}")
+
+
+AttentionInterface.register("per_example", per_example_attention)
+AttentionInterface.register("varlen", varlen_attention)
+
+
+# ------------------------------------------------------------------------------------------------ loss
+
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(logits.float(), targets, reduction="sum") in the memory of the logits alone.
+
+    logits (n, vocabulary), targets (n,) -> a float32 scalar. The softmax is done in float32 over a part of the rows at a time;
+    the gradient takes the place of the logits, which nobody needs any more (F.cross_entropy holds two more tensors of
+    their size).
+    """
+
+    ROWS = 128
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        total = logits.new_zeros((), dtype=torch.float32)
+        normalizers = logits.new_empty(len(targets), dtype=torch.float32)
+        for i in range(0, len(targets), SummedCrossEntropy.ROWS):
+            rows = slice(i, i + SummedCrossEntropy.ROWS)
+            part = logits[rows].float()
+            normalizers[rows] = part.logsumexp(-1)
+            total += (normalizers[rows] - part.gather(1, targets[rows, None])[:, 0]).sum()
+        ctx.save_for_backward(logits, targets, normalizers)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, targets, normalizers = ctx.saved_tensors
+        for i in range(0, len(targets), SummedCrossEntropy.ROWS):
+            rows = slice(i, i + SummedCrossEntropy.ROWS)
+            part = logits[rows].float()  # no copy if it is float32 already
+            part.sub_(normalizers[rows, None]).exp_()
+            part.scatter_add_(1, targets[rows, None], part.new_full((len(part), 1), -1.0))
+            logits[rows] = part.mul_(grad)
+        return logits, None
+
+
+# ------------------------------------------------------------------------------------------------ dropout
+
+
+class CheapDropout(nn.Module):
+    """Dropout whose mask is drawn from 16 random bits an element, sixteen times as fast as nn.Dropout on a CPU and kept
+    in one byte an element, not four. The share of zeros is `p` to within 1 / 65,536; what is kept is scaled by 1 / (1 - p)."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.p:
+            return x
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        kept = (bits[: x.numel()] >= round(self.p * 2**16) - 2**15).view(x.shape)
+        return x * kept * (1 / (1 - round(self.p * 2**16) / 2**16))
