@@ -406,7 +406,10 @@ def set_up(config: TrainConfig) -> Run:
         base_weights = sft_model.base_weights_sha256(base_folder)
     tokenizer = sft_model.load_tokenizer(base_folder)
     options = {name: getattr(config, name) for name in ("max_length", "instruction", "sentence_numbering")}
-    train_set, val_set = load_datasets(config.train_csv, config.val_csv, tokenizer, rows=rows, **options)
+    with accelerator.main_process_first():  # one process tokenises, the others read its cache
+        train_set, val_set = load_datasets(
+            config.train_csv, config.val_csv, tokenizer, rows=rows, cache_dir=output_dir / "token_cache", **options
+        )
     if accelerator.is_main_process:
         warn_about_rows(config.train_csv, rows[0], train_set)
         warn_about_rows(config.val_csv, rows[1], val_set)
