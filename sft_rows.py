@@ -85,8 +85,6 @@ def find_encoding(data: bytes, name: str, mended: Counter) -> str:
         if data.startswith(start):
             raise InputError(f"{name}: {what}, not a text file", mend)
     encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), None) or _utf_16_without_mark(data)
-    if encoding is None and (len(data) - len(data.translate(None, bytes([*range(9), *range(14, 32), 127])))) * 20 > len(data):
-        raise InputError(f"{name}: a binary file, not text", "save it as 'CSV UTF-8', or as a text file")
     try:
         pieces = (data[i : i + (1 << 20)] for i in range(0, len(data), 1 << 20))  # never the whole text in memory
         for _ in codecs.iterdecode(pieces, encoding or "utf-8"):
@@ -120,6 +118,8 @@ def _windows_1252_characters(data: bytes) -> int:
 
 
 def _refuse_encoding(data: bytes, encoding: str, name: str) -> None:
+    if b"\0" in data and encoding == "utf-8":
+        raise InputError(f"{name}: a binary file, not text", "save it as 'CSV UTF-8', or as a text file")
     try:
         data.decode(encoding)
     except UnicodeDecodeError as error:
@@ -177,7 +177,7 @@ def read_table(path: str | Path, required: Sequence[str], mended: Counter | None
     """
     counts = Counter() if mended is None else mended
     data = read_bytes(Path(path))
-    if not data.strip():
+    if not data.strip(b"\0 \t\r\n"):
         raise InputError(f"{path}: the file is empty", f"its first row names the columns {','.join(COLUMNS)}")
     encoding = find_encoding(data, str(path), counts)
     csv.field_size_limit(1 << 30)  # a note may be longer than the csv module's 128 KiB

@@ -208,7 +208,7 @@ def quotes_swallow(position: int) -> str:
         (b"\xd0\xcf\x11\xe0SECRET", ["Excel workbook"]),
         (gzip.compress(b"SECRET"), ["gzip", "unpack"]),
         (bytes(range(256)) * 9, ["binary"]),
-        (b"\0" * 999, ["binary"]),
+        (b"\0" * 999, ["empty"]),
         (b" \n \n", ["empty"]),
         (table(GOOD).encode("utf-16")[:-1], ["UTF-16"]),
         ("SECRET,note\n", ["no column id", "2 columns, of which none are known"]),
