@@ -12,7 +12,7 @@ import json
 import math
 import mmap
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -110,8 +110,7 @@ def tokenize(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> di
     """
     import numpy as np
 
-    names = {"tokens": 1, "examples": 4, "refused": 2, "lengths": 2}
-    tokens, examples, refused, lengths = store = [array("i") for _ in names]
+    tokens, examples, refused, lengths = (array("i") for _ in range(4))
     for start in range(0, len(rows), 1000):
         part = rows[start : start + 1000]
         notes = encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in part])
@@ -126,13 +125,11 @@ def tokenize(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> di
                 tokens.extend(ids)
                 examples.extend((i, len(ids), n_prompt, shortened))
     return {
-        name: _columns(np.frombuffer(values, np.int32) if values else np.empty(0, np.int32), n)
-        for (name, n), values in zip(names.items(), store)
+        "tokens": np.asarray(tokens),
+        "examples": np.asarray(examples).reshape(-1, 4),
+        "refused": np.asarray(refused).reshape(-1, 2),
+        "lengths": np.asarray(lengths).reshape(-1, 2),
     }
-
-
-def _columns(values: "np.ndarray", n: int) -> "np.ndarray":
-    return values.reshape(-1, n) if n > 1 else values
 
 
 class SFTDataset:
@@ -191,7 +188,7 @@ def cache_key(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> s
         max_length,
         version("transformers"),
     )
-    digest.update(repr(settings).encode() + backend.to_str().encode())
+    digest.update(f"{settings}{backend.to_str()}".encode())
     for row in rows:
         for text in (row.clinical_note, row.model_summary):
             data = text.encode("utf-8", "surrogatepass")
@@ -221,18 +218,18 @@ def read_cache(path: Path, key: str) -> dict[str, "np.ndarray"] | None:
 
     try:
         with open(path, "rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # no file; an empty one
         return None
-    if bytes(data[:32]) != hashlib.sha256(data[32:]).digest():
+    if mapped[:32] != hashlib.sha256(memoryview(mapped)[32:]).digest():
         return None
-    end = bytes(data[32:]).index(b"\n") + 33
-    header = json.loads(bytes(data[32:end]))
+    end = mapped.find(b"\n", 32) + 1
+    header = json.loads(mapped[32:end])
     if header["key"] != key:
         return None
     arrays = {}
     for name, shape in header["shapes"].items():
-        arrays[name] = np.frombuffer(data, "<i4", math.prod(shape), end).reshape(shape)
+        arrays[name] = np.frombuffer(mapped, "<i4", math.prod(shape), end).reshape(shape)
         end += arrays[name].nbytes
     return arrays
 
@@ -417,12 +414,13 @@ def warn_about_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) 
         wrong = [row.id for row in cited if any(citation["missing"] for citation in parse_citations(row.model_summary, row.clinical_note))]
         if wrong:
             log(f"warning: {path}: {len(wrong):,} summaries cite sentences that their notes do not have: ids {some(map(safe_id, wrong))}")
-    labels = defaultdict(set)
+    labels, contradictions = {}, set()
     for row in rows:
-        labels[row.note_key, row.summary_key].add(row.label)
-    contradictions = sum(len(both) > 1 for both in labels.values())
+        texts = (row.note_key, row.summary_key)
+        if labels.setdefault(texts, row.label) != row.label:
+            contradictions.add(texts)
     if contradictions:
-        log(f"warning: {path}: {contradictions:,} pairs of note and summary are labelled both factual and hallucinated")
+        log(f"warning: {path}: {len(contradictions):,} pairs of note and summary are labelled both factual and hallucinated")
     repeated = repeated_rows(rows)
     if repeated:
         log(
