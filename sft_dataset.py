@@ -206,7 +206,8 @@ def write_cache(path: Path, key: str, arrays: dict[str, "np.ndarray"]) -> None:
     for part in parts:
         digest.update(part)
     try:
-        private_folder(path.parent)
+        for torn in private_folder(path.parent).glob(f".{path.name}.*"):  # by a run that was killed while it wrote
+            torn.unlink()
         write_whole(path, b"".join([digest.digest(), header, *parts]))
     except OSError as error:
         log(f"warning: the tokens are not kept for the next start: {error.strerror}: {path}")

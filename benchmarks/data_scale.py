@@ -2,7 +2,7 @@
 
     python benchmarks/data_scale.py [--rows 2000 20000 200000] [--model_name smollm2-135m-instruct]
 
-Rows are invented from word lists, always the same: notes of 20 to 300 words, one row in ten hallucinated. Each start is a
+Rows are invented from word lists, always the same: notes of 4 to 45 sentences, one row in ten hallucinated. Each start is a
 process of its own, the first without a token cache, the second with it; the baseline is a process with the tokenizer alone.
 """
 

@@ -134,7 +134,9 @@ def test_a_damaged_cache_is_built_again(tmp_path):
         damages.append(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
     for damage in damages:
         cache.write_bytes(damage)
+        (tmp_path / f".{cache.name}.half").write_bytes(damage)
         assert same(SFTDataset(rows, encoder, 200, cache), expected) and cache.read_bytes() == whole
+        assert list(tmp_path.iterdir()) == [cache]
 
 
 def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, capfd):
