@@ -1,5 +1,6 @@
 """Tokens at scale: the compact store, its cache on disk, and work that grows with the rows alone."""
 
+import copy
 import os
 import random
 
@@ -12,6 +13,7 @@ from test_dataset import any_text, encoder_for, rows_of
 
 import sft_dataset
 from sft_dataset import SFTDataset, describe_rows, encode_example, load_datasets, warn_about_leaks, warn_about_rows
+from sft_prompt import INSTRUCTION, PromptEncoder, build_template
 from sft_rows import clean_text, read_rows
 
 
@@ -114,7 +116,11 @@ def test_a_second_start_reads_the_same_tokens_and_encodes_nothing(csv_files, tmp
 
 def test_rows_tokenizer_and_prompt_are_part_of_the_key(tmp_path):
     rows, cache = many_rows(20), tmp_path / "a.tokens"
+    other_tokenizer = copy.deepcopy(tiny_tokenizer("none"))
+    other_tokenizer.backend_tokenizer.add_tokens(["fever"])
     others = [
+        (rows, PromptEncoder(other_tokenizer, build_template(other_tokenizer))),
+        (rows, encoder_for("none", number_sentences=True, instruction=INSTRUCTION)),
         (many_rows(21)[:20], encoder_for("none")),
         (rows, encoder_for("none", number_sentences=True)),
         (rows, encoder_for("none", instruction="Be brief.")),
@@ -122,7 +128,8 @@ def test_rows_tokenizer_and_prompt_are_part_of_the_key(tmp_path):
     ]
     for other_rows, encoder in others:
         SFTDataset(rows, encoder_for("none"), cache=cache)
-        assert same(SFTDataset(other_rows, encoder, cache=cache), SFTDataset(other_rows, encoder))
+        expected = SFTDataset(other_rows, encoder)
+        assert same(SFTDataset(other_rows, encoder, cache=cache), expected) and not same(SFTDataset(rows, encoder_for("none")), expected)
 
 
 def test_a_damaged_cache_is_built_again(tmp_path):
