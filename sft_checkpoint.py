@@ -15,12 +15,12 @@ from pathlib import Path
 from sft_common import InputError, log, private_folder, sums_differ, write_sums, write_whole
 from sft_report import model_card
 
-TOKEN_CACHE = ".token_cache"
+TOKEN_CACHE = "token_cache"
 
 
 def own_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in `output_dir`, whole or half done; what others put there stays."""
-    files = [output_dir / name for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png", "tracker", TOKEN_CACHE)]
+    files = [output_dir / name for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png", "tracker")]
     folders = [
         folder for name in ("final_model", "checkpoint_*") for folder in output_dir.glob(name) if (folder / "sft_config.json").is_file()
     ]
@@ -50,7 +50,7 @@ def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Path
         raise InputError(
             f"{output_dir} holds an earlier run", "--resume goes on with it, --overwrite replaces it, --output_dir names another folder"
         )
-    if not overwrite and any(not path.name.startswith(".") for path in output_dir.glob("*")):
+    if not overwrite and any(not path.name.startswith(".") and path.name != TOKEN_CACHE for path in output_dir.glob("*")):
         raise InputError(f"--output_dir {output_dir} is not empty", "name another, or --overwrite: what is not of a run stays")
     return None
 

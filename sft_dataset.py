@@ -1,178 +1,50 @@
-"""CSV -> checked rows -> prompt -> tokens -> batches. Knows no model and no device.
+"""Checked rows -> prompt -> tokens -> batches, and the report on them. Knows no model and no device.
 
     python sft_dataset.py                       # check the bundled data and report on it
     python sft_dataset.py --train_csv my.csv    # check your own
 
-The prompt and its tokens are sft_prompt.py's.
+Reading the CSV is sft_rows.py's, the prompt and its tokens are sft_prompt.py's.
 """
 
-import csv
 import functools
-import io
+import hashlib
 import itertools
 import json
-import re
-from collections import Counter, defaultdict
+import math
+import mmap
+from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft_common import ROOT, InputError, check_new_file, log, number, option, parse_options, run_script, safe_id, sha256, some, write_whole
+from sft_common import (
+    ROOT,
+    InputError,
+    check_new_file,
+    log,
+    number,
+    option,
+    parse_options,
+    private_folder,
+    run_script,
+    safe_id,
+    sha256,
+    some,
+    write_whole,
+)
 from sft_grounding import cited_sentence_numbers, has_citation, parse_citations
 from sft_prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
+from sft_rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
-REQUIRED_COLUMNS = ("id", "clinical_note", "model_summary", "label")
-COLUMNS = (*REQUIRED_COLUMNS, "hallucination_type")
-LABELS = ("factual", "hallucinated")
 IGNORE_INDEX = -100  # the label of a token that carries no loss, as in torch's cross_entropy
 MIN_NOTE_TOKENS = 8  # a row that leaves its note less room than this is refused
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-_SURROGATES = re.compile(r"[\ud800-\udfff]")  # half characters, which JSON can hold and UTF-8 cannot
-
-
-# ------------------------------------------------------------------------------------------------ rows
-
-
-@dataclass(frozen=True)
-class Row:
-    number: int  # as a spreadsheet counts: the header is row 1
-    id: str
-    clinical_note: str
-    model_summary: str
-    label: str  # one of LABELS
-    hallucination_type: str = ""
-
-
-def clean_text(text: str) -> str:
-    """Text as the model reads it: line ends are \\n, no control characters, no white space at the ends."""
-    text = _SURROGATES.sub("\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
-    return _CONTROL_CHARACTERS.sub("", text).strip()
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: white space, zero-width and control characters alone."""
-    return not any(character.isprintable() and not character.isspace() for character in text)
-
-
-def decode_text(path: Path) -> str:
-    """A file's text, UTF-8 with or without BOM. Raises InputError where there is no such file or it is not UTF-8."""
-    if not path.is_file():
-        raise InputError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}", "check the path")
-    return decode_bytes(path.read_bytes(), str(path))
-
-
-def decode_bytes(data: bytes, name: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{name}: not UTF-8: byte 0x{data[error.start]:02x} on line {line:,}", "save it as UTF-8 (in Excel: 'CSV UTF-8')"
-        ) from None
-
-
-def read_table(path: str | Path, required: Sequence[str]) -> Iterator[tuple[int, dict[str, str], bool]]:
-    """Yields (row number, fields by column, whether there are more fields than columns) of a CSV's rows. Values are text
-    as they stand: "NA" is sodium, not a missing value.
-
-    Raises InputError where the file cannot be read as a CSV with the `required` columns.
-    """
-    text = decode_text(Path(path))
-    csv.field_size_limit(1 << 30)  # a note may be longer than the csv module's 128 KiB
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [name.strip().lower() for name in next(reader, [])]
-        missing = [name for name in required if name not in header]
-        if missing:
-            raise InputError(
-                f"{path}: no column {some(missing)} in the header", f"name the columns {','.join(COLUMNS)}, separated by commas"
-            )
-        repeated = [name for name in required if header.count(name) > 1]
-        if repeated:
-            raise InputError(f"{path}: column {some(repeated)} stands twice in the header", "keep one of each")
-        for row, fields in enumerate(reader, 2):
-            if any(field.strip() for field in fields):  # a blank row is no row
-                yield row, dict(zip(header, fields)), any(field.strip() for field in fields[len(header) :])
-    except csv.Error as error:
-        raise InputError(
-            f"{path}: near line {reader.line_num:,}: {error}", "check the quotes: a quote inside a cell is doubled, the cell itself quoted"
-        ) from None
-
-
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a CSV in the toolkit's form, checked. Raises InputError naming every bad row (by number and id, never text)."""
-    rows, problems = [], []
-    for row_number, fields, too_many in read_table(path, REQUIRED_COLUMNS):
-        row = Row(
-            row_number,
-            fields.get("id", "").strip(),
-            clean_text(fields.get("clinical_note", "")),
-            clean_text(fields.get("model_summary", "")),
-            fields.get("label", "").strip().lower(),
-            fields.get("hallucination_type", "").strip(),
-        )
-        rows.append(row)
-        for problem in _problems(row, too_many):
-            problems.append(f"row {row.number} (id {safe_id(row.id) if row.id else 'empty'}): {problem}")
-    if problems:
-        what = "1 problem" if len(problems) == 1 else f"{len(problems):,} problems"
-        raise InputError(
-            f"{path}: {what}: " + "; ".join(problems[:5]) + (f"; and {len(problems) - 5:,} more" if problems[5:] else ""),
-            "mend or delete these rows",
-        )
-    if not rows:
-        raise InputError(f"{path}: no rows below the header", "add rows, at least one of them labelled factual")
-    return rows
-
-
-def _problems(row: Row, too_many_fields: bool) -> Iterator[str]:
-    if too_many_fields:
-        yield "more fields than the header has columns (a comma outside quotes?)"
-    if not row.id:
-        yield "id is empty"
-    if is_blank(row.clinical_note):
-        yield "clinical_note is empty"
-    if is_blank(row.model_summary):
-        yield "model_summary is empty"
-    if row.label not in LABELS:
-        yield f"label is neither {' nor '.join(LABELS)} (or a comma outside quotes shifts the columns)"
-
-
-def factual_rows(rows: Sequence[Row], path: str | Path) -> list[Row]:
-    """The rows Stage A trains on. Raises InputError if there are none."""
-    factual = [row for row in rows if row.label == "factual"]
-    if not factual:
-        raise InputError(
-            f"{path}: no row is labelled factual ({len(rows):,} rows)", "Stage A trains on factual rows only: label them 'factual'"
-        )
-    return factual
-
-
-def same_note_key(note: str) -> str:
-    """Equal for two notes that differ in case and white space alone."""
-    return " ".join(note.casefold().split())
-
-
-def leaked_rows(train: Sequence[Row], validation: Sequence[Row]) -> list[Row]:
-    """The validation rows whose note stands in the training rows too."""
-    known = {same_note_key(row.clinical_note) for row in train}
-    return [row for row in validation if same_note_key(row.clinical_note) in known]
-
-
-def repeated_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows that repeat an earlier row's id, or its note together with its summary."""
-    ids, texts, repeated = set(), set(), []
-    for row in rows:
-        text = (same_note_key(row.clinical_note), same_note_key(row.model_summary))
-        if row.id in ids or text in texts:
-            repeated.append(row)
-        ids.add(row.id)
-        texts.add(text)
-    return repeated
 
 
 # ------------------------------------------------------------------------------------------------ examples
@@ -183,26 +55,37 @@ def cites_evidence(rows: Sequence[Row]) -> bool:
     return sum(has_citation(row.model_summary) for row in rows) > len(rows) / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One training example: prompt, summary and end token, of which the last two carry loss."""
 
     row_id: str
-    input_ids: list[int]
+    tokens: "np.ndarray"  # int32 (n_tokens,), a view into the dataset's
     n_prompt: int  # the first n_prompt tokens carry no loss
     shortened: bool = False
 
     @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
     def n_target_tokens(self) -> int:
-        return len(self.input_ids) - self.n_prompt
+        return len(self.tokens) - self.n_prompt
+
+    @property
+    def input_ids(self) -> list[int]:
+        return self.tokens.tolist()
 
     @property
     def labels(self) -> list[int]:
         return [IGNORE_INDEX] * self.n_prompt + self.input_ids[self.n_prompt :]
 
 
-def encode_example(row: Row, note_ids: list[int], summary_ids: list[int], encoder: PromptEncoder, max_length: int) -> Example | int:
-    """One row as an Example of at most `max_length` tokens; or, where it is refused, the max_length that it needs.
+def encode_example(
+    row: Row, note_ids: list[int], summary_ids: list[int], encoder: PromptEncoder, max_length: int
+) -> tuple[list[int], int, bool] | int:
+    """One row as (at most `max_length` token ids, number of prompt tokens, whether its note was shortened); or, where it is
+    refused, the max_length that it needs.
 
     The note alone is shortened, at a sentence boundary; the template, the summary and its end never are. A row whose
     summary leaves no room for a note, or cites a sentence that would be cut off, is refused.
@@ -217,7 +100,37 @@ def encode_example(row: Row, note_ids: list[int], summary_ids: list[int], encode
         if encoder.template.number_sentences and max(cited_sentence_numbers(row.model_summary), default=0) > kept:
             return max_length - room + whole
     prompt = encoder.prompt(note_ids)
-    return Example(row.id, prompt + summary_ids + [encoder.template.end_token_id], len(prompt), shortened)
+    return prompt + summary_ids + [encoder.template.end_token_id], len(prompt), shortened
+
+
+def tokenize(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> dict[str, "np.ndarray"]:
+    """All rows as int32 arrays, 4 bytes a token where a list of Python's takes 36.
+
+    `tokens`: the examples end to end; `examples` (n_examples, 4): row, n_tokens, n_prompt, shortened; `refused`
+    (n_refused, 2): row, the max_length it needs; `lengths` (n_rows, 2): tokens of the whole note and of the summary.
+    """
+    import numpy as np
+
+    tokens, examples, refused, lengths = (array("i") for _ in range(4))
+    for start in range(0, len(rows), 1000):
+        part = rows[start : start + 1000]
+        notes = encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in part])
+        summaries = encoder.encode_texts([row.model_summary for row in part])
+        for i, (row, note_ids, summary_ids) in enumerate(zip(part, notes, summaries), start):
+            lengths.extend((len(note_ids), len(summary_ids)))
+            example = encode_example(row, note_ids, summary_ids, encoder, max_length)
+            if isinstance(example, int):
+                refused.extend((i, example))
+            else:
+                ids, n_prompt, shortened = example
+                tokens.extend(ids)
+                examples.extend((i, len(ids), n_prompt, shortened))
+    return {
+        "tokens": np.asarray(tokens),
+        "examples": np.asarray(examples).reshape(-1, 4),
+        "refused": np.asarray(refused).reshape(-1, 2),
+        "lengths": np.asarray(lengths).reshape(-1, 2),
+    }
 
 
 class SFTDataset:
@@ -225,22 +138,24 @@ class SFTDataset:
 
     `dataset[i]` is a dict of `input_ids` and `labels` (lists of equal length, -100 where no loss is carried).
     `examples` holds the same with row ids; `refused` the id of each row that does not fit, with the max_length it needs.
+    With `cache`, a file, the tokens are kept there and read from there when rows, tokenizer, prompt and max_length are the same.
     """
 
-    def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int = 512):
+    def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int = 512, cache: Path | None = None):
         self.encoder, self.max_length = encoder, max_length
+        key = cache_key(rows, encoder, max_length) if cache else None
+        arrays = read_cache(cache, key) if key else None
+        if arrays is None:
+            arrays = tokenize(rows, encoder, max_length)
+            if key:
+                write_cache(cache, key, arrays)
+        self.lengths = arrays["lengths"]
+        self.refused: list[tuple[str, int]] = [(rows[i].id, needed) for i, needed in arrays["refused"].tolist()]
         self.examples: list[Example] = []
-        self.refused: list[tuple[str, int]] = []
-        for start in range(0, len(rows), 1000):
-            part = rows[start : start + 1000]
-            notes = encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in part])
-            summaries = encoder.encode_texts([row.model_summary for row in part])
-            for row, note_ids, summary_ids in zip(part, notes, summaries):
-                example = encode_example(row, note_ids, summary_ids, encoder, max_length)
-                if isinstance(example, int):
-                    self.refused.append((row.id, example))
-                else:
-                    self.examples.append(example)
+        end = 0
+        for i, n_tokens, n_prompt, shortened in arrays["examples"].tolist():
+            start, end = end, end + n_tokens
+            self.examples.append(Example(rows[i].id, arrays["tokens"][start:end], n_prompt, bool(shortened)))
 
     @property
     def shortened(self) -> list[str]:
@@ -254,6 +169,76 @@ class SFTDataset:
         return {"input_ids": example.input_ids, "labels": example.labels}
 
 
+# ------------------------------------------------------------------------------------------------ token cache
+
+
+def cache_key(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> str | None:
+    """SHA-256 of all that the tokens depend on: rows, tokenizer, prompt, max_length and this code. None for a tokenizer
+    that cannot be written down (a slow one)."""
+    backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return None
+    digest = hashlib.sha256()
+    for name in ("sft_dataset.py", "sft_prompt.py", "sft_grounding.py"):
+        digest.update((ROOT / name).read_bytes())
+    settings = (
+        asdict(encoder.template),
+        encoder.prefix_ids,
+        encoder.suffix_ids,
+        sorted(encoder.control_ids),
+        max_length,
+        version("transformers"),
+    )
+    digest.update(f"{settings}{backend.to_str()}".encode())
+    for row in rows:
+        for text in (row.clinical_note, row.model_summary):
+            data = text.encode("utf-8", "surrogatepass")
+            digest.update(len(data).to_bytes(8) + data)
+    return digest.hexdigest()
+
+
+def write_cache(path: Path, key: str, arrays: dict[str, "np.ndarray"]) -> None:
+    """The file: SHA-256 of what follows (32 bytes), a line of JSON padded with spaces, the arrays as int32 (little-endian).
+    It holds the notes as tokens: the user alone may read it. A disk that takes no cache stops nothing."""
+    header = json.dumps({"key": key, "shapes": {name: values.shape for name, values in arrays.items()}}).encode()
+    header += b" " * (-(len(header) + 1) % 64) + b"\n"
+    digest = hashlib.sha256(header)
+    parts = [values.astype("<i4", copy=False).reshape(-1).data for values in arrays.values()]
+    for part in parts:
+        digest.update(part)
+    try:
+        for torn in private_folder(path.parent).glob(f".{path.name}.*"):  # by a run that was killed while it wrote
+            torn.unlink()
+        write_whole(path, b"".join([digest.digest(), header, *parts]))
+    except OSError as error:
+        log(f"warning: the tokens are not kept for the next start: {error.strerror}: {path}")
+
+
+def read_cache(path: Path, key: str) -> dict[str, "np.ndarray"] | None:
+    """The arrays, mapped into memory; None where there is no whole cache with this key."""
+    import numpy as np
+
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # no file; an empty one
+        return None
+    if mapped[:32] != hashlib.sha256(memoryview(mapped)[32:]).digest():
+        return None
+    end = mapped.find(b"\n", 32) + 1
+    header = json.loads(mapped[32:end])
+    if header["key"] != key:
+        return None
+    arrays = {}
+    for name, shape in header["shapes"].items():
+        arrays[name] = np.frombuffer(mapped, "<i4", math.prod(shape), end).reshape(shape)
+        end += arrays[name].nbytes
+    return arrays
+
+
+# ------------------------------------------------------------------------------------------------ both sets
+
+
 def load_datasets(
     train_csv: str | Path,
     val_csv: str | Path,
@@ -263,19 +248,21 @@ def load_datasets(
     instruction: str | None = None,
     sentence_numbering: str = "auto",
     rows: tuple[list[Row], list[Row]] | None = None,
+    cache_dir: Path | None = None,
 ) -> tuple[SFTDataset, SFTDataset]:
     """The training and the validation set, with one prompt template between them.
 
     `sentence_numbering`: "on", "off", or "auto" (on where the training summaries carry citations). `rows` are both
-    files' rows where they have been read already. Raises InputError where a file cannot be used.
+    files' rows where they have been read already. `cache_dir` keeps the tokens for the next start. Raises InputError where a
+    file cannot be used.
     """
     read = rows or (read_rows(train_csv), read_rows(val_csv))
     train, validation = (factual_rows(part, path) for part, path in zip(read, (train_csv, val_csv)))
     numbered = cites_evidence(train) if sentence_numbering == "auto" else sentence_numbering == "on"
     encoder = PromptEncoder(tokenizer, build_template(tokenizer, instruction=instruction, number_sentences=numbered))
     datasets = []
-    for part, path in ((train, train_csv), (validation, val_csv)):
-        datasets.append(SFTDataset(part, encoder, max_length))
+    for name, part, path in (("train", train, train_csv), ("validation", validation, val_csv)):
+        datasets.append(SFTDataset(part, encoder, max_length, cache_dir and cache_dir / f"{name}.tokens"))
         if not datasets[-1].examples:
             needed = max(needed for _, needed in datasets[-1].refused)
             raise InputError(f"{path}: no row fits --max_length {max_length}", f"--max_length {needed} would hold them all")
@@ -311,12 +298,13 @@ class Batch:
 
 def packed_batch(examples: Sequence[Example]) -> Batch:
     """The examples end to end in one row without padding, positions anew for each, logits only where there is a target."""
+    import numpy as np
     import torch
 
-    lengths = [len(example.input_ids) for example in examples]
-    input_ids = torch.tensor([token for example in examples for token in example.input_ids])
+    lengths = [example.n_tokens for example in examples]
+    input_ids = torch.from_numpy(np.concatenate([example.tokens for example in examples]).astype(np.int64))
     positions = torch.cat([torch.arange(n) for n in lengths])
-    carries_loss = torch.cat([torch.arange(len(e.input_ids)) >= e.n_prompt for e in examples]).nonzero()[:, 0]
+    carries_loss = torch.cat([torch.arange(e.n_tokens) >= e.n_prompt for e in examples]).nonzero()[:, 0]
     inputs = {
         "input_ids": input_ids[None],
         "position_ids": positions[None],
@@ -425,15 +413,17 @@ def warn_about_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) 
             f" --max_length {dataset.max_length}; --max_length {needed} would hold them all: ids {ids}"
         )
     if dataset.encoder.template.number_sentences:
-        wrong = [row.id for row in rows if any(citation["missing"] for citation in parse_citations(row.model_summary, row.clinical_note))]
+        cited = [row for row in rows if has_citation(row.model_summary)]
+        wrong = [row.id for row in cited if any(citation["missing"] for citation in parse_citations(row.model_summary, row.clinical_note))]
         if wrong:
             log(f"warning: {path}: {len(wrong):,} summaries cite sentences that their notes do not have: ids {some(map(safe_id, wrong))}")
-    texts = defaultdict(set)
+    labels, contradictions = {}, set()
     for row in rows:
-        texts[same_note_key(row.clinical_note), same_note_key(row.model_summary)].add(row.label)
-    contradictions = sum(len(labels) > 1 for labels in texts.values())
+        texts = (row.note_key, row.summary_key)
+        if labels.setdefault(texts, row.label) != row.label:
+            contradictions.add(texts)
     if contradictions:
-        log(f"warning: {path}: {contradictions:,} pairs of note and summary are labelled both factual and hallucinated")
+        log(f"warning: {path}: {len(contradictions):,} pairs of note and summary are labelled both factual and hallucinated")
     repeated = repeated_rows(rows)
     if repeated:
         log(
@@ -452,7 +442,7 @@ def warn_about_leaks(train: Sequence[Row], validation: Sequence[Row]) -> None:
 
 def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) -> str:
     """The report on one file: counts and token lengths, never text."""
-    import pandas as pd
+    import numpy as np
 
     labels = Counter(row.label for row in rows)
     lines = [
@@ -463,17 +453,11 @@ def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) ->
     lines.append(f"  hallucinated    {labels['hallucinated']:>6,}   kept for Stage B, never trained on here")
     types = Counter(safe_id(row.hallucination_type or "unnamed") for row in rows if row.label == "hallucinated")
     lines += [f"    {name:<24} {count:>4,}" for name, count in types.most_common()]
-    encoder, factual = dataset.encoder, [row for row in rows if row.label == "factual"]
-    tokens = pd.DataFrame(
-        {
-            "note": [len(ids) for ids in encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in factual])],
-            "summary": [len(ids) for ids in encoder.encode_texts([row.model_summary for row in factual])],
-        }
-    )
-    tokens["all"] = tokens["note"] + tokens["summary"] + encoder.n_template_tokens + 1
+    note, summary = dataset.lengths.T
+    spans = (("note", note), ("summary", summary), ("prompt and summary", note + summary + dataset.encoder.n_template_tokens + 1))
     lines.append("  tokens                    median   95th percentile   longest")
-    for column, name in (("note", "note"), ("summary", "summary"), ("all", "prompt and summary")):
-        median, high, longest = tokens[column].quantile([0.5, 0.95, 1.0])
+    for name, n_tokens in spans:
+        median, high, longest = np.quantile(n_tokens, [0.5, 0.95, 1.0])
         lines.append(f"    {name:<20} {median:>9,.0f} {high:>17,.0f} {longest:>9,.0f}")
     fit = f"shortened, {len(dataset.refused):,} rows refused at --max_length {dataset.max_length}"
     return "\n".join([*lines, f"  {len(dataset.shortened):,} notes {fit}; {len(repeated_rows(rows)):,} repeated rows"])
@@ -502,10 +486,10 @@ def preference_pairs(rows: Sequence[Row], template: PromptTemplate) -> Iterator[
     factual = {}
     for row in rows:
         if row.label == "factual":
-            factual.setdefault(same_note_key(row.clinical_note), row)
+            factual.setdefault(row.note_key, row)
     for row in rows:
-        chosen = factual.get(same_note_key(row.clinical_note))
-        if row.label == "hallucinated" and chosen and same_note_key(row.model_summary) != same_note_key(chosen.model_summary):
+        chosen = factual.get(row.note_key)
+        if row.label == "hallucinated" and chosen and row.summary_key != chosen.summary_key:
             yield {
                 "id": row.id,
                 "factual_id": chosen.id,

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft_common import InputError, check_new_file, log, number, option, parse_options, run_script, some
-from sft_dataset import clean_text, decode_bytes, decode_text, is_blank, read_table
 from sft_grounding import parse_citations, sentence_spans, split_sentences, strip_citations, unsupported_numbers
 from sft_prompt import PromptEncoder, PromptTemplate, pad_token_id
+from sft_rows import clean_text, decode_bytes, decode_text, is_blank, read_table
 
 MODEL, INPUT, WRITING, MACHINE = "model", "notes", "writing", "machine"
 

@@ -4,6 +4,7 @@ Both build their prompts here, with the same functions, so that they cannot diff
 """
 
 import bisect
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -118,7 +119,7 @@ class PromptEncoder:
         self.prefix_ids: list[int] = prefix
         self.suffix_ids: list[int] = tokenizer(template.suffix, add_special_tokens=False).input_ids
         self.n_template_tokens = len(self.prefix_ids) + len(self.suffix_ids)
-        self._control_ids = control_token_ids(tokenizer)
+        self.control_ids = control_token_ids(tokenizer)
         strings = sorted((s for s in control_token_strings(tokenizer) if len(s) > 1), key=len, reverse=True)
         self._control_strings = re.compile("|".join(map(re.escape, strings)) or r"(?!)")
 
@@ -126,15 +127,15 @@ class PromptEncoder:
         """Token ids of plain texts, without control tokens whatever the texts hold."""
         if not texts:
             return []
-        encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
-        return [ids if self._control_ids.isdisjoint(ids) else self._encode_apart(text) for text, ids in zip(texts, encoded)]
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False).input_ids
+        return [ids if self.control_ids.isdisjoint(ids) else self._encode_apart(text) for text, ids in zip(texts, encoded)]
 
     def _encode_apart(self, text: str) -> list[int]:
         """For what split_special_tokens lets through (it knows special tokens only): control strings are cut in two."""
         cuts = [0, *(match.start() + 1 for match in self._control_strings.finditer(text)), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
         encoded = self.tokenizer(pieces, add_special_tokens=False, split_special_tokens=True).input_ids
-        return [token for ids in encoded for token in ids if token not in self._control_ids]
+        return [token for ids in encoded for token in ids if token not in self.control_ids]
 
     def prompt(self, note_ids: list[int]) -> list[int]:
         return self.prefix_ids + note_ids + self.suffix_ids
@@ -158,8 +159,20 @@ class PromptEncoder:
 
     def _most_that_fits(self, text: str, ends: list[int], room: int) -> tuple[list[int], int]:
         """The longest text[:end] of at most `room` tokens: (its token ids, how many of `ends` it reaches)."""
-        kept = bisect.bisect_right(ends, room, key=lambda end: len(self.encode_texts([text[:end]])[0]))
-        return (self.encode_texts([text[: ends[kept - 1]]])[0] if kept else []), kept
+        encodings = functools.cache(lambda kept: self.encode_texts([text[: ends[kept - 1]]])[0] if kept else [])
+        kept = self._estimate(text, ends, room)
+        if len(encodings(kept)) > room or (kept < len(ends) and len(encodings(kept + 1)) <= room):  # rare: search
+            kept = bisect.bisect_right(range(1, len(ends) + 1), room, key=lambda kept: len(encodings(kept)))
+        return encodings(kept), kept
+
+    def _estimate(self, text: str, ends: list[int], room: int) -> int:
+        """How many of `ends` the first `room` tokens of the whole text reach: off only where a text's end changes its tokens."""
+        if not self.tokenizer.is_fast:
+            return 0
+        offsets = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True, return_attention_mask=False
+        ).offset_mapping
+        return bisect.bisect_right(ends, offsets[room][0]) if len(offsets) > room else len(ends)
 
 
 def pad_token_id(tokenizer) -> int:

@@ -21,7 +21,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sft_checkpoint import check_output_dir, full_disk_said, keep_as_final, restore, save_checkpoint, start_anew
+from sft_checkpoint import TOKEN_CACHE, check_output_dir, full_disk_said, keep_as_final, restore, save_checkpoint, start_anew
 from sft_common import (
     InputError,
     RunError,
@@ -247,7 +247,7 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     of processes."""
     import torch
 
-    accelerator, examples = run.accelerator, sorted(examples, key=lambda example: len(example.input_ids))
+    accelerator, examples = run.accelerator, sorted(examples, key=lambda example: example.n_tokens)
     share = examples[accelerator.process_index :: accelerator.num_processes]
     total, size = 0.0, run.progress.micro_batch_size
     run.model.eval()
@@ -302,7 +302,7 @@ def update(run: "Run", step: int) -> dict:
         "learning_rate": learning_rate,
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
         "n_examples": len(examples),
-        "n_tokens": sum(len(example.input_ids) for example in examples),
+        "n_tokens": sum(example.n_tokens for example in examples),
         "n_target_tokens": n_target_tokens,
     }
 
@@ -348,7 +348,7 @@ def dry_run(run: "Run") -> dict:
     """Does the update with the largest forward pass, then a usual one and a validation, and says what the whole run would
     take. The weights it changes are thrown away; nothing is written. Returns the numbers it says."""
     config, plan, train_examples, val_examples = run.config, run.plan, run.train_set.examples, run.val_set.examples
-    n_tokens = [len(example.input_ids) for example in train_examples]
+    n_tokens = [example.n_tokens for example in train_examples]
 
     def largest_pass(step: int) -> int:
         rows = list(plan.rows(step))
@@ -358,9 +358,9 @@ def dry_run(run: "Run") -> dict:
     steps = sorted(range(plan.total_steps), key=largest_pass)
     in_memory(run, lambda: update(run, steps[-1]))
     update_seconds, metrics = timed(lambda: update(run, steps[len(steps) // 2]))
-    some_examples = sorted(val_examples, key=lambda example: len(example.input_ids))[:: max(1, len(val_examples) // config.batch_size)]
+    some_examples = sorted(val_examples, key=lambda example: example.n_tokens)[:: max(1, len(val_examples) // config.batch_size)]
     validation_seconds, _ = timed(lambda: evaluate(run, some_examples))
-    validation_seconds *= sum(len(e.input_ids) for e in val_examples) / sum(len(e.input_ids) for e in some_examples)
+    validation_seconds *= sum(e.n_tokens for e in val_examples) / sum(e.n_tokens for e in some_examples)
     epoch_seconds = update_seconds / metrics["n_tokens"] * sum(n_tokens)
     seconds = config.num_epochs * epoch_seconds + (config.num_epochs + 1) * validation_seconds
     measured = {
@@ -483,7 +483,9 @@ def set_up(config: TrainConfig) -> Run:
         base_weights = sft_model.base_weights_sha256(base_folder)
     tokenizer = sft_model.load_tokenizer(base_folder)
     options = {name: getattr(config, name) for name in ("max_length", "instruction", "sentence_numbering")}
-    train_set, val_set = load_datasets(config.train_csv, config.val_csv, tokenizer, rows=rows, **options)
+    with accelerator.main_process_first():  # one process tokenises, the others read its cache
+        cache_dir = None if config.dry_run else output_dir / TOKEN_CACHE
+        train_set, val_set = load_datasets(config.train_csv, config.val_csv, tokenizer, rows=rows, cache_dir=cache_dir, **options)
     if accelerator.is_main_process:
         warn_about_rows(config.train_csv, rows[0], train_set)
         warn_about_rows(config.val_csv, rows[1], val_set)

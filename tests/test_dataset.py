@@ -11,24 +11,19 @@ from hypothesis import strategies as st
 from sft_common import InputError
 from sft_dataset import (
     IGNORE_INDEX,
-    Row,
     SFTCollator,
     SFTDataset,
-    clean_text,
     create_sft_dataloaders,
     epoch_order,
-    is_blank,
-    leaked_rows,
     load_datasets,
     packed_batch,
     padded_batch,
     preference_pairs,
-    read_rows,
-    repeated_rows,
     warn_about_rows,
 )
 from sft_grounding import number_sentences, sentence_spans
 from sft_prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
+from sft_rows import Row, clean_text, read_rows
 
 CHATS = list(CHAT_TEMPLATES)
 any_text = st.text(max_size=120) | st.lists(
@@ -59,83 +54,6 @@ def encoder_for(chat: str, **options) -> PromptEncoder:
 
 def rows_of(pairs) -> list[Row]:
     return [Row(i + 2, f"r{i}", note, summary, "factual") for i, (note, summary) in enumerate(pairs)]
-
-
-# ------------------------------------------------------------------------------------------------ the CSV
-
-
-def test_rows_are_text_as_they_stand(tmp_path):
-    note = 'NA 128, "low";\r\nnext line, =SUM(A1) null'
-    path = write_csv(tmp_path / "a.csv", [("1", note, "NA", " Factual ", ""), ("2", "None", "null", "hallucinated", "wrong_number")])
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    first, second = read_rows(path)
-    assert first == Row(2, "1", note.replace("\r\n", "\n"), "NA", "factual", "")
-    assert (second.clinical_note, second.model_summary, second.label, second.hallucination_type) == (
-        "None",
-        "null",
-        "hallucinated",
-        "wrong_number",
-    )
-
-
-HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [
-        (b"", ["no column"]),
-        (b"id,clinical_note,label\n1,a,factual\n", ["model_summary", "header"]),
-        (HEADER_LINE.encode(), ["no rows"]),
-        (HEADER_LINE.encode() + b"7,SECRET note,SECRET summary,hallucinated,x\n", ["no row is labelled factual"]),
-        (HEADER_LINE.encode() + b"7,SECRET note,  ,factual,\n", ["row 2", "id 7", "model_summary is empty"]),
-        (
-            HEADER_LINE.encode() + b"7,,SECRET,factual,\n\n8,SECRET,SECRET,true,\n",
-            ["row 2", "clinical_note is empty", "row 4", "id 8", "label"],
-        ),
-        (HEADER_LINE.encode() + b"7,SECRET,SECRET,factual,,SECRET\n", ["row 2", "more fields"]),
-        (HEADER_LINE.encode() + b'7,"SECRET,SECRET,factual,\n8,a,b,factual,\n', ["line", "quote"]),
-        (HEADER_LINE.encode() + b"7,SECRET caf\xe9,SECRET,factual,\n", ["UTF-8", "line 2"]),
-        (b"id,clinical_note,clinical_note,model_summary,label\n1,a,b,c,factual\n", ["clinical_note", "twice"]),
-        (None, ["no such file"]),
-    ],
-)
-@pytest.mark.parametrize("script", ["stage_a_sft_training.py", "sft_dataset.py"])
-def test_bad_files_are_refused_in_two_lines(tmp_path, content, words, script):
-    path = tmp_path / "bad.csv"
-    if content is not None:
-        path.write_bytes(content)
-    arguments = ["--output_dir", tmp_path / "out"] if script.startswith("stage") else []
-    result = run_python(script, "--train_csv", path, *arguments)
-    assert_mendable(result, "bad.csv", *words)
-    assert "SECRET" not in result.stderr and not (tmp_path / "out").exists()
-
-
-def test_a_text_in_the_id_column_is_not_shown(tmp_path):
-    path = write_csv(tmp_path / "a.csv", [("SECRET patient story", "note", "", "factual", "")])
-    with pytest.raises(InputError) as error:
-        read_rows(path)
-    assert "SECRET" not in str(error.value) and "row 2" in str(error.value)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(
-        st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda pair: not any(is_blank(clean_text(text)) for text in pair)),
-        min_size=1,
-        max_size=5,
-    )
-)
-def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
-    pairs = [tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs]  # no lone surrogates
-    path = write_csv(tmp_path_factory.mktemp("csv") / "a.csv", [(i + 1, *pair, "factual", "") for i, pair in enumerate(pairs)])
-    assert [(row.clinical_note, row.model_summary) for row in read_rows(path)] == [tuple(map(clean_text, pair)) for pair in pairs]
-
-
-def test_leaks_and_repeats():
-    train = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
-    assert [row.id for row in leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))] == ["r1"]
-    assert [row.id for row in repeated_rows(train)] == ["r2"]
 
 
 # ------------------------------------------------------------------------------------------------ prompt and tokens

@@ -9,8 +9,8 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from sft_dataset import COLUMNS, leaked_rows, read_rows, repeated_rows
 from sft_grounding import parse_citations, split_sentences, strip_citations, unsupported_numbers
+from sft_rows import COLUMNS, leaked_rows, read_rows, repeated_rows
 
 FOLDER = ROOT / "phase1_data" / "sft"
 SPLITS = {"train": 120, "validation": 24, "test": 40}  # the least number of factual rows

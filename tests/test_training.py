@@ -91,6 +91,7 @@ def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
         "training_stats.json",
         "metrics.jsonl",
         "loss_curve.png",
+        "token_cache",
     }
     assert json.loads((out / "training_stats.json").read_text()) == stats
     needed = {

@@ -1,0 +1,274 @@
+"""What real exports hold: mended and counted, or refused by row and id."""
+
+import csv
+import gzip
+import io
+
+import pytest
+from conftest import HEADER, NOTES, assert_mendable, run_python, write_csv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_common import InputError
+from sft_inference import read_notes
+from sft_rows import Row, clean_text, decode_bytes, is_blank, leaked_rows, read_rows, repeated_rows
+
+
+def rows_of(pairs) -> list[Row]:
+    return [Row(i + 2, f"r{i}", note, summary, "factual") for i, (note, summary) in enumerate(pairs)]
+
+
+def test_rows_are_text_as_they_stand(tmp_path):
+    note = 'NA 128, "low";\r\nnext line, =SUM(A1) null'
+    path = write_csv(tmp_path / "a.csv", [("1", note, "NA", " Factual ", ""), ("2", "None", "null", "hallucinated", "wrong_number")])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    first, second = read_rows(path)
+    assert first == Row(2, "1", note.replace("\r\n", "\n"), "NA", "factual", "")
+    assert (second.clinical_note, second.model_summary, second.label, second.hallucination_type) == (
+        "None",
+        "null",
+        "hallucinated",
+        "wrong_number",
+    )
+
+
+HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", ["empty"]),
+        (b"id,clinical_note,label\n1,a,factual\n", ["model_summary", "header"]),
+        (HEADER_LINE.encode(), ["no rows"]),
+        (HEADER_LINE.encode() + b"7,SECRET note,SECRET summary,hallucinated,x\n", ["no row is labelled factual"]),
+        (HEADER_LINE.encode() + b"7,SECRET note,  ,factual,\n", ["row 2", "id 7", "model_summary is empty"]),
+        (
+            HEADER_LINE.encode() + b"7,,SECRET,factual,\n\n8,SECRET,SECRET,true,\n",
+            ["row 2", "clinical_note is empty", "row 4", "id 8", "label"],
+        ),
+        (HEADER_LINE.encode() + b"7,SECRET,SECRET,factual,,SECRET\n", ["row 2", "more fields"]),
+        (HEADER_LINE.encode() + b'7,"SECRET,SECRET,factual,\n8,a,b,factual,\n', ["row 2", "line 2", "quote"]),
+        (HEADER_LINE.encode() + "7,SECRET café,SECRET,factual,\n".encode() + b"8,SECRET caf\xe9,SECRET,factual,\n", ["UTF-8", "line 3"]),
+        (b"id,clinical_note,clinical_note,model_summary,label\n1,a,b,c,factual\n", ["clinical_note", "twice"]),
+        (None, ["no such file"]),
+    ],
+)
+@pytest.mark.parametrize("script", ["stage_a_sft_training.py", "sft_dataset.py"])
+def test_bad_files_are_refused_in_two_lines(tmp_path, content, words, script):
+    path = tmp_path / "bad.csv"
+    if content is not None:
+        path.write_bytes(content)
+    arguments = ["--output_dir", tmp_path / "out"] if script.startswith("stage") else []
+    result = run_python(script, "--train_csv", path, *arguments)
+    assert_mendable(result, "bad.csv", *words)
+    assert "SECRET" not in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_a_text_in_the_id_column_is_not_shown(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("SECRET patient story", "note", "", "factual", "")])
+    with pytest.raises(InputError) as error:
+        read_rows(path)
+    assert "SECRET" not in str(error.value) and "row 2" in str(error.value)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda pair: not any(is_blank(clean_text(text)) for text in pair)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
+    pairs = [tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs]  # no lone surrogates
+    path = write_csv(tmp_path_factory.mktemp("csv") / "a.csv", [(i + 1, *pair, "factual", "") for i, pair in enumerate(pairs)])
+    assert [(row.clinical_note, row.model_summary) for row in read_rows(path)] == [tuple(map(clean_text, pair)) for pair in pairs]
+
+
+def test_leaks_and_repeats():
+    train = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
+    assert [row.id for row in leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))] == ["r1"]
+    assert [row.id for row in repeated_rows(train)] == ["r2"]
+
+
+# ------------------------------------------------------------------------------------------------ mended
+
+GOOD = [("1", "Température 38,5 °C; toux.", "Fièvre.", "factual", ""), ("2", 'A\tB, "x"\nC', "B – c 😀", "hallucinated", "wrong_number")]
+READ = [
+    Row(2, "1", "Température 38,5 °C; toux.", "Fièvre.", "factual", ""),
+    Row(3, "2", 'A\tB, "x"\nC', "B – c 😀", "hallucinated", "wrong_number"),
+]
+
+
+def table(rows=GOOD, header=HEADER, **form) -> str:
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, **form).writerows([header, *rows])
+    return buffer.getvalue()
+
+
+def read(tmp_path, content: str | bytes) -> list[Row]:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return read_rows(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
+def test_every_common_form_reads_the_same(tmp_path, capfd, encoding, delimiter, line_end, quoting):
+    assert read(tmp_path, table(delimiter=delimiter, lineterminator=line_end, quoting=quoting).encode(encoding)) == READ
+    said = capfd.readouterr().err
+    assert said == "" if encoding.startswith("utf-8") else said.count("\n") == 1 and f"read as {encoding[:6].upper()}" in said
+
+
+def test_columns_in_any_order_case_and_number(tmp_path, capfd):
+    header = ["Extra", " LABEL", "Model Summary", "extra", "\u200bClinical-Note ", "ID", ""]
+    rows = [("x", row[3], row[2], "y", row[1], row[0], "") for row in GOOD]
+    assert read(tmp_path, table(rows, header)) == [Row(row.number, row.id, row.clinical_note, row.model_summary, row.label) for row in READ]
+    assert capfd.readouterr().err == ""
+
+
+def test_windows_1252_is_read_and_counted(tmp_path, capfd):
+    rows = [GOOD[0], ("2", "Müller’s café – stable", "Stable", "factual", "")]
+    assert read(tmp_path, table(rows).encode("windows-1252"))[1].clinical_note == "Müller’s café – stable"
+    count = sum(ord(character) > 127 for character in table(rows))
+    assert f"read as Windows-1252 ({count} characters that are not UTF-8)" in capfd.readouterr().err
+    assert decode_bytes("38.5 °C".encode("latin-1"), "x") == "38.5 °C"
+
+
+@pytest.mark.parametrize(
+    "note, encoding",
+    [
+        ("Præoperativ Ödem präoperativ", "cp850"),
+        ("Sténose opérée", "mac_roman"),
+        ("Пациент", "cp1251"),
+        ("т а б л е т к и " * 9, "cp1251"),
+        ("患者発熱あり", "shift_jis"),
+        ("发烧三天", "gbk"),
+    ],
+)
+def test_other_code_pages_are_refused(tmp_path, note, encoding):
+    with pytest.raises(InputError, match=r"not UTF-8: byte 0x.. on line 2"):
+        read(tmp_path, table([("1", note, "ok", "factual", "")]).encode(encoding))
+
+
+def test_what_is_mended_is_counted_in_one_line_a_kind(tmp_path, capfd):
+    text = (
+        table([("1", "a\0b\x07", "x", "Factual ", ""), ("2", "c", "y", "FACTUAL", ""), ("3", "d", "z", "factual\u200b", "")])
+        + "\r\n,,,,\r\n"
+    )
+    text += "\ufeff" + table([("4", "e\x0cf", "v", "hallucination", "")])
+    rows = read(tmp_path, text)
+    assert [(row.number, row.clinical_note, row.label) for row in rows] == [
+        (2, "ab", "factual"),
+        (3, "c", "factual"),
+        (4, "d", "factual"),
+        (8, "e\nf", "hallucinated"),
+    ]
+    said = [line.split("a.csv: ")[1] for line in capfd.readouterr().err.splitlines()]
+    assert sorted(said) == [
+        "1 repeated header rows skipped",
+        "2 blank rows skipped",
+        "2 control characters (NUL and the like) dropped",
+        "4 labels spelled otherwise, read as factual or hallucinated",
+    ]
+
+
+def test_excels_separator_line(tmp_path):
+    rows = read(tmp_path, "sep=;\r\n" + table(delimiter=";"))
+    assert [row.clinical_note for row in rows] == [row.clinical_note for row in READ]
+
+
+def test_texts_that_only_look_odd_stay(tmp_path, capfd):
+    notes = ["NA", "null", "None", "=SUM(A1:A3)", "-", "\u200fימין\u200e left", "👩\u200d⚕️ seen", "nan", '5" wound']
+    rows = read(tmp_path, table([(str(i), note, note, "factual", "") for i, note in enumerate(notes)]))
+    assert [row.clinical_note for row in rows] == notes == [row.model_summary for row in rows] and capfd.readouterr().err == ""
+
+
+def test_a_10_mb_cell(tmp_path):
+    note = "Fever, cough. " * 750_000
+    assert read(tmp_path, table([("1", note, "Fever.", "factual", "")]))[0].clinical_note == note.strip()
+
+
+# ------------------------------------------------------------------------------------------------ refused
+
+
+def quotes_swallow(position: int) -> str:
+    rows = [(str(i), f"SECRET note {i}, stable", "SECRET", "factual", "") for i in range(2, 40)]
+    lines = table(rows, lineterminator="\n").splitlines(keepends=True)
+    lines[position] = lines[position].replace('stable"', "stable")  # never closed
+    return "".join(lines)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"PK\x03\x04SECRET", ["Excel workbook", "CSV UTF-8"]),
+        (b"\xd0\xcf\x11\xe0SECRET", ["Excel workbook"]),
+        (gzip.compress(b"SECRET"), ["gzip", "unpack"]),
+        (bytes(range(256)) * 9, ["binary"]),
+        (b"\0" * 999, ["empty"]),
+        (b" \n \n", ["empty"]),
+        (table(GOOD).encode("utf-16")[:-1], ["UTF-16"]),
+        ("SECRET,note\n", ["no column id", "2 columns, of which none are known"]),
+        ("1,SECRET,SECRET,label,\n", ["no column id", "5 columns, of which label is known"]),
+        (table(header=["ID", "id", "clinical_note", "model_summary", "label"]), ["id stands twice"]),
+        (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["row 2 (id 7)", "label"]),
+        (table([("\u200b", "SECRET", "SECRET", "factual", "")]), ["row 2 (id empty)", "id is empty"]),
+        (table([("7", " \u200b\t", "SECRET\0", "factual", "")]), ["row 2 (id 7)", "clinical_note is empty"]),
+        (table([*GOOD, ("7", "SECRET", "SECRET")]), ["row 4 (id 7)", "label"]),
+        (
+            table([(str(i), "SECRET", "", "factual", "") for i in range(9)]),
+            ["9 problems", "row 2 (id 0)", "row 6 (id 4): model_summary is empty; and 4 more"],
+        ),
+        (quotes_swallow(1), ["row 2,", "line 2", "quotes"]),
+        (quotes_swallow(20), ["row 21,", "line 21", "quotes"]),
+        (quotes_swallow(38), ["row 39,", "line 39", "quotes"]),
+        (
+            'id,clinical_note,model_summary,label\n7,"SECRET\n8,SECRET,SECRET,factual\n9,SECRET",SECRET,factual\n',
+            ["row 2 (id 7)", "other rows"],
+        ),
+    ],
+)
+def test_what_cannot_be_mended_is_refused_by_row_and_id(tmp_path, capfd, content, words):
+    with pytest.raises(InputError) as error:
+        read(tmp_path, content)
+    said = str(error.value) + capfd.readouterr().err
+    assert all(word in said for word in ["a.csv", *words]) and "SECRET" not in said and said.count("\n") <= 1, said
+
+
+def test_a_folder_is_no_csv(tmp_path):
+    with pytest.raises(InputError, match="a folder"):
+        read_rows(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ anything at all
+
+MARKER = "SECRETNOTE"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "windows-1252"]),
+    st.lists(
+        st.tuples(
+            st.floats(0, 1), st.binary(max_size=4) | st.sampled_from([b'"', b",", b"\n", b"\0", b";", b"factual"]), st.integers(0, 9)
+        ),
+        max_size=6,
+    ),
+)
+def test_no_file_ends_in_anything_but_rows_or_a_refusal(tmp_path_factory, encoding, changes):
+    rows = [(i, f"{MARKER} {note}", f"{MARKER} {summary}", "factual", "") for i, (note, summary) in enumerate(NOTES[:4])]
+    data = table(rows).encode(encoding)
+    for where, inserted, cut in changes:
+        at = int(where * len(data))
+        data = data[:at] + inserted + data[at + cut :]
+    path = tmp_path_factory.mktemp("any") / "a.csv"
+    path.write_bytes(data)
+    for reader in (read_rows, lambda path: list(read_notes(path))):
+        try:
+            reader(path)
+        except InputError as error:
+            assert str(error).count("\n") <= 1 and MARKER not in str(error)
