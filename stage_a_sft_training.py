@@ -54,6 +54,7 @@ from sft_prompt import pad_token_id
 from sft_report import ProgressBar, advise, best_epoch, draw_losses, duration
 
 DATA, MODEL, TRAINING, LORA, MACHINE, RUN = "data", "model", "training", "LoRA", "machine", "run"
+CPU_TOKENS = 1024  # in one forward pass on a CPU: its matrix products gain nothing from more
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # accelerate's; each is a package of its own
 
 
@@ -73,8 +74,8 @@ class TrainConfig:
 
     num_epochs: int = option(2, "passes over the training rows", type=number(int, 1), group=TRAINING)
     learning_rate: float = option(2e-4, "the highest, reached after warm-up", type=number(float, 0, open_low=True), group=TRAINING)
-    batch_size: int = option(8, "rows in one forward pass", type=number(int, 1), group=TRAINING)
-    gradient_accumulation_steps: int = option(1, "forward passes in one update", type=number(int, 1), group=TRAINING)
+    batch_size: int = option(8, "rows in one forward pass, at most", type=number(int, 1), group=TRAINING)
+    gradient_accumulation_steps: int = option(1, "an update takes this many times batch_size rows", type=number(int, 1), group=TRAINING)
     warmup_ratio: float = option(0.03, "share of the updates over which the learning rate rises", type=number(float, 0, 1), group=TRAINING)
     lr_scheduler: str = option("cosine", "how it falls afterwards", choices=["cosine", "linear", "constant"], group=TRAINING)
     weight_decay: float = option(0.0, "AdamW's weight decay", type=number(float, 0), group=TRAINING)
@@ -91,6 +92,12 @@ class TrainConfig:
 
     device: str = option("auto", "where to train", choices=["auto", "cuda", "mps", "cpu"], group=MACHINE)
     dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"], group=MACHINE)
+    max_tokens_per_batch: int | None = option(
+        None,
+        f"split forward passes at about so many tokens: less memory, the same update (default: {CPU_TOKENS:,} on a CPU, else no limit)",
+        type=number(int, 1),
+        group=MACHINE,
+    )
     gradient_checkpointing: bool = option(False, "less memory, about a third more time", group=MACHINE)
 
     output_dir: str = option("models/sft_specialist", "where everything is written", group=RUN)
@@ -201,11 +208,18 @@ class Plan:
         start = step_in_epoch * self.rows_per_step
         return epoch_order(self.n_examples, self.seed, epoch)[start : start + self.rows_per_step]
 
-    def micro_batches(self, rows: list, process: int, size: int) -> list[list]:
-        """The share of `rows` that one process takes, by forward pass of at most `size` rows. Every process gets as many
-        forward passes as the others; in a short last group some are empty."""
-        batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-        batches += [[]] * (-len(batches) % self.n_processes)
+    def micro_batches(self, examples: list[Example], process: int, most_rows: int, most_tokens: int | None, padded: bool) -> list[list]:
+        """The share of an update's `examples` that one process takes, by forward pass: at most `most_rows` each, about
+        `most_tokens`, alike in size. Every process gets as many passes; where examples are few, some are empty."""
+        ordered = sorted(examples, key=lambda example: -example.n_tokens)
+        n_tokens = len(ordered) * ordered[0].n_tokens if padded else sum(example.n_tokens for example in ordered)
+        n = min(len(ordered), max(math.ceil(len(ordered) / most_rows), math.ceil(n_tokens / (most_tokens or n_tokens))))
+        batches = [[] for _ in range(math.ceil(n / self.n_processes) * self.n_processes)]
+        for i, example in enumerate(ordered):
+            if padded:  # beside others of its length
+                batches[i * len(batches) // len(ordered)].append(example)
+            else:
+                min(batches, key=lambda batch: (len(batch) >= most_rows, sum(e.n_tokens for e in batch))).append(example)
         return batches[process :: self.n_processes]
 
 
@@ -247,13 +261,13 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     of processes."""
     import torch
 
-    accelerator, examples = run.accelerator, sorted(examples, key=lambda example: example.n_tokens)
-    share = examples[accelerator.process_index :: accelerator.num_processes]
-    total, size = 0.0, run.progress.micro_batch_size
+    accelerator, total = run.accelerator, 0.0
     run.model.eval()
     with torch.no_grad():
-        for start in range(0, len(share), size):
-            batch = run.make_batch(share[start : start + size]).to(accelerator.device)
+        ordered = sorted(examples, key=lambda example: example.n_tokens)[accelerator.process_index :: accelerator.num_processes]
+        size = run.progress.micro_batch_size
+        for start in range(0, len(ordered), size):
+            batch = run.make_batch(ordered[start : start + size]).to(accelerator.device)
             total += summed_loss(run.model, batch).item()
             if accelerator.num_processes == 1:  # else all would have to leave at the same place
                 stop_if_asked(run)
@@ -275,7 +289,7 @@ def update(run: "Run", step: int) -> dict:
         group["lr"] = learning_rate
     examples = [run.train_set.examples[i] for i in plan.rows(step)]
     n_target_tokens = sum(example.n_target_tokens for example in examples)  # over all processes
-    micro_batches = plan.micro_batches(examples, accelerator.process_index, run.progress.micro_batch_size)
+    micro_batches = run.micro_batches(examples, accelerator.process_index)
     loss_sum = torch.zeros((), device=accelerator.device)
     for j, micro_batch in enumerate(micro_batches):
         torch.manual_seed(dropout_seed(config.seed, step, j, accelerator.process_index))
@@ -348,12 +362,11 @@ def dry_run(run: "Run") -> dict:
     """Does the update with the largest forward pass, then a usual one and a validation, and says what the whole run would
     take. The weights it changes are thrown away; nothing is written. Returns the numbers it says."""
     config, plan, train_examples, val_examples = run.config, run.plan, run.train_set.examples, run.val_set.examples
-    n_tokens = [example.n_tokens for example in train_examples]
 
     def largest_pass(step: int) -> int:
-        rows = list(plan.rows(step))
-        passes = (rows[i : i + config.batch_size] for i in range(0, len(rows), config.batch_size))
-        return max(sum(n_tokens[row] for row in part) for part in passes)
+        examples = [train_examples[i] for i in plan.rows(step)]
+        passes = [batch for process in range(plan.n_processes) for batch in run.micro_batches(examples, process)]
+        return max(sum(example.n_tokens for example in batch) for batch in passes)
 
     steps = sorted(range(plan.total_steps), key=largest_pass)
     in_memory(run, lambda: update(run, steps[-1]))
@@ -361,7 +374,7 @@ def dry_run(run: "Run") -> dict:
     some_examples = sorted(val_examples, key=lambda example: example.n_tokens)[:: max(1, len(val_examples) // config.batch_size)]
     validation_seconds, _ = timed(lambda: evaluate(run, some_examples))
     validation_seconds *= sum(e.n_tokens for e in val_examples) / sum(e.n_tokens for e in some_examples)
-    epoch_seconds = update_seconds / metrics["n_tokens"] * sum(n_tokens)
+    epoch_seconds = update_seconds / metrics["n_tokens"] * sum(e.n_tokens for e in train_examples)
     seconds = config.num_epochs * epoch_seconds + (config.num_epochs + 1) * validation_seconds
     measured = {
         "total_steps": plan.total_steps,
@@ -397,6 +410,8 @@ class Run:
     train_set: SFTDataset
     val_set: SFTDataset
     make_batch: Callable[[list[Example]], Batch]
+    padded: bool  # what make_batch makes; else packed rows
+    most_tokens: int | None  # in one forward pass, about
     plan: Plan
     parameters: list  # the trainable ones
     optimizer: object
@@ -410,6 +425,9 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
+
+    def micro_batches(self, examples: list[Example], process: int) -> list[list[Example]]:
+        return self.plan.micro_batches(examples, process, self.progress.micro_batch_size, self.most_tokens, self.padded)
 
     def say(self, message: str = "") -> None:
         if self.accelerator.is_main_process:
@@ -521,6 +539,8 @@ def set_up(config: TrainConfig) -> Run:
         train_set=train_set,
         val_set=val_set,
         make_batch=packed_batch if packed else lambda examples: padded_batch(examples, padding),
+        padded=not packed,
+        most_tokens=config.max_tokens_per_batch or (CPU_TOKENS if accelerator.device.type == "cpu" else None),
         plan=Plan(len(train_set), config.batch_size, config.gradient_accumulation_steps, n_processes, config.num_epochs, config.seed),
         parameters=parameters,
         optimizer=optimizer,

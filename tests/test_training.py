@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,18 +20,30 @@ ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2",
 # ------------------------------------------------------------------------------------------------ pure functions
 
 
-@given(st.integers(1, 200), st.integers(1, 9), st.integers(1, 5), st.integers(1, 4), st.integers(0, 99))
-def test_each_row_once_an_epoch(n, batch_size, accumulation, processes, seed):
-    """However the rows are split over micro-batches and processes."""
-    plan = Plan(n, batch_size, accumulation, processes, 2, seed)
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=120),
+    *(st.integers(1, high) for high in (9, 5, 4)),
+    st.none() | st.integers(1, 3000),
+    st.booleans(),
+)
+def test_each_row_once_an_epoch(lengths, batch_size, accumulation, processes, most_tokens, padded):
+    """However the rows are split over forward passes and processes; a pass keeps near its tokens."""
+    examples = [SimpleNamespace(n_tokens=n, i=i) for i, n in enumerate(lengths)]
+    plan = Plan(len(lengths), batch_size, accumulation, processes, 2, 7)
     for epoch in range(2):
         seen = []
         for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-            shares = [plan.micro_batches(list(plan.rows(step)), process, max(1, batch_size - seed % 3)) for process in range(processes)]
+            rows = [examples[i] for i in plan.rows(step)]
+            shares = [plan.micro_batches(rows, process, batch_size, most_tokens, padded) for process in range(processes)]
             assert len({len(share) for share in shares}) == 1  # every process takes part in every forward pass
-            assert all(len(batch) <= batch_size for share in shares for batch in share)
-            seen += [row for share in shares for batch in share for row in batch]
-        assert sorted(seen) == list(range(n))
+            batches = [batch for share in shares for batch in share if batch]
+            assert all(len(batch) <= batch_size for batch in batches)
+            for batch in batches:
+                longest = max(example.n_tokens for example in batch)
+                size = len(batch) * longest if padded else sum(example.n_tokens for example in batch)
+                assert most_tokens is None or len(batch) == 1 or size <= 2 * most_tokens + 2 * longest
+            seen += [example.i for batch in batches for example in batch]
+        assert sorted(seen) == list(range(len(lengths)))
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"]))
@@ -137,10 +150,17 @@ def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
 
 
 def test_losses_do_not_depend_on_the_split_of_a_batch(configured):
-    """(8,1), (4,2), (1,8): the same losses and gradients, the short last group of 11 rows included."""
+    """(8,1), (4,2), (1,8), and 8 in passes of about 150 tokens: the same losses and gradients, the short last group of 11
+    rows included."""
     runs = []
-    for batch_size, accumulation in ((8, 1), (4, 2), (1, 8)):
-        config = configured(f"out{batch_size}", batch_size=batch_size, gradient_accumulation_steps=accumulation, lora_dropout=0.0)
+    for batch_size, accumulation, most_tokens in ((8, 1, None), (4, 2, None), (1, 8, None), (8, 1, 150)):
+        config = configured(
+            f"out{len(runs)}",
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_tokens_per_batch=most_tokens,
+            lora_dropout=0.0,
+        )
         stats = train(config)
         lines = [(line["loss"], line["grad_norm"]) for line in metrics_of(config)]  # the norm shows what AdamW hides: the scale
         runs.append(
