@@ -505,9 +505,12 @@ def comparison_table(shape: str, section: dict) -> str:
             f"| {label} | {r['examples']:.2f} | {r['examples'] / default['examples']:.2f} | {r['examples'] / results[best]['examples']:.2f} "
             f"| {r['targets']:,.0f} | {r['memory'] * 2**20 / 1e9:.2f} | {r['memory'] / default['memory']:.2f} | {r['floor']:.0%} | {r['loss']:.5f} |"
         )
+    losses = section["losses"].values()
     return "\n".join(
         [
             *lines,
+            "",
+            f"The losses differ by {max(losses) - min(losses):.1e} at most.",
             "",
             f"Floor: {counts['needed_flop'] / 1e12:.2f} TFLOP needed (4·{counts['n_weights']:,}·{counts['n_tokens']:,} + "
             f"4·{counts['n_head_weights']:,}·{counts['n_target_tokens']:,}) take {floor:.1f} s at the measured matrix rate. "
@@ -567,10 +570,10 @@ completion mask, with these changes: bf16=False on a CPU (its default there is b
 log line each step. TRL's best is the fastest of three: without gradient checkpointing; padding-free besides, which it
 recommends for FlashAttention alone but which is right with torch's attention too (its dense mask keeps the rows apart: the
 losses agree); or without checkpointing on rows sorted by length, the best that train_sampling_strategy="group_by_length"
-could do (its batches are others, so its loss is too). packing=True puts other rows into a batch and needs the same dense mask.
+could do. packing=True puts other rows into a batch and needs the same dense mask.
 
-The losses agree to four digits. What is left in the fifth or sixth is torch's float32 cross-entropy on a CPU, which adds up the
-vocabulary in another order than TRL's loss does (TRL's is the nearer to float64).
+The losses are those of the first two steps (the second sees the first one's update). TRL's differ from the others' by some
+1e-5 on a CPU: it adds up the vocabulary in another order than torch's float32 cross-entropy, and is the nearer to float64.
 """
 
 
