@@ -22,6 +22,9 @@ def per_example_attention(
     AttentionInterface asks (https://huggingface.co/docs/transformers/attention_interface).
     """
     _refuse_what_is_not_computed(kwargs)
+    dtype = query.dtype
+    if query.device.type == "cpu":  # whose 16-bit attention is slower than that in float32
+        query, key, value = query.float(), key.float(), value.float()
     outputs = []
     for q, k, v in zip(*(states.split(example_lengths, dim=2) for states in (query, key, value))):
         n, seen = q.shape[2], None
@@ -34,7 +37,7 @@ def per_example_attention(
                 q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
             )
         )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2).contiguous(), None
 
 
 def varlen_attention(

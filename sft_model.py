@@ -77,6 +77,8 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
     if not available[kind]:
         raise InputError(f"--device {device}: torch {torch.__version__} sees no such device", "use --device auto or cpu")
     why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[kind]
+    if kind == "cpu" and dtype == "auto" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+        why += "; --dtype bfloat16 would be faster on this CPU"
     if device != "auto":
         why = "as asked"
     if dtype != "auto":

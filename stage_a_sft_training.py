@@ -54,7 +54,7 @@ from sft_prompt import pad_token_id
 from sft_report import ProgressBar, advise, best_epoch, draw_losses, duration
 
 DATA, MODEL, TRAINING, LORA, MACHINE, RUN = "data", "model", "training", "LoRA", "machine", "run"
-CPU_TOKENS = 1024  # in one forward pass on a CPU: its matrix products gain nothing from more
+CPU_TOKENS = 800  # in one forward pass on a CPU: its matrix products gain little from more, and memory grows with them
 TRACKERS = ("tensorboard", "wandb", "mlflow")  # accelerate's; each is a package of its own
 
 

@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import sft_model  # first: it imports torch and peft, once before the forks
 import torch
 
-from sft_dataset import COLUMNS
+from sft_rows import COLUMNS
 from stage_a_sft_training import TrainConfig, train
 
 

@@ -31,14 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft_common import ROOT, log
 from sft_dataset import (
-    COLUMNS,
-    Row,
     SFTDataset,
     epoch_order,
     factual_rows,
     load_datasets,
-    read_rows,
 )  # none of them imports torch by itself
+from sft_rows import COLUMNS, Row, read_rows
 
 MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog" / "train.csv"
 BATCH_SIZE, LEARNING_RATE, SEED, MAX_LENGTH = 8, 2e-4, 42, 512
@@ -117,8 +115,8 @@ def write_rows(options: argparse.Namespace) -> dict:
     head = model.get_output_embeddings().weight
     embeddings = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, head)}
     n_weights = sum(parameter.numel() for parameter in model.parameters()) - sum(embeddings.values())
-    n_tokens, n_target_tokens = (sum(counts) for counts in zip(*((len(e.input_ids), e.n_target_tokens) for e in timed)))
-    lengths = [len(e.input_ids) for e in timed]
+    n_tokens, n_target_tokens = (sum(counts) for counts in zip(*((e.n_tokens, e.n_target_tokens) for e in timed)))
+    lengths = [e.n_tokens for e in timed]
     n_padded = sum(BATCH_SIZE * max(lengths[i : i + BATCH_SIZE]) for i in range(0, len(lengths), BATCH_SIZE))
     return {
         "n_rows": len(timed),
@@ -311,7 +309,7 @@ def trl(options: argparse.Namespace, *, by_length: bool = False, **settings) -> 
 
     examples, tokenizer = load_rows(options)
     if by_length:
-        examples[BATCH_SIZE:] = sorted(examples[BATCH_SIZE:], key=lambda e: len(e.input_ids), reverse=True)
+        examples[BATCH_SIZE:] = sorted(examples[BATCH_SIZE:], key=lambda e: e.n_tokens, reverse=True)
     rows = Dataset.from_dict(
         {
             "input_ids": [e.input_ids for e in examples],

@@ -1,0 +1,81 @@
+"""Each operation of ours against PyTorch's own: value and gradient, at several sizes and seeds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sft_kernels import CheapDropout, SummedCrossEntropy, per_example_attention
+
+
+@pytest.mark.parametrize("n, vocabulary, seed", [(1, 2, 0), (7, 50, 1), (128, 300, 2), (129, 1000, 3), (400, 49, 4)])
+@pytest.mark.parametrize("scale", [1.0, 200.0])
+def test_summed_cross_entropy(n, vocabulary, seed, scale):
+    torch.manual_seed(seed)
+    hidden, head = torch.randn(n, 16, requires_grad=True), torch.randn(vocabulary, 16) * scale
+    targets, weight = torch.randint(vocabulary, (n,)), torch.rand(())
+    expected = F.cross_entropy((hidden.double() @ head.double().T), targets, reduction="sum")
+    (expected_grad,) = torch.autograd.grad(expected * weight, hidden)
+    ours = SummedCrossEntropy.apply(hidden @ head.T, targets)
+    (grad,) = torch.autograd.grad(ours * weight, hidden)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), expected, rtol=2e-5, atol=1e-4)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-3, atol=2e-5 * scale)
+
+
+def test_summed_cross_entropy_of_16_bit_logits_is_that_of_their_float32_values():
+    torch.manual_seed(0)
+    logits = (torch.randn(200, 500) * 5).bfloat16().requires_grad_()
+    targets = torch.randint(500, (200,))
+    (expected_grad,) = torch.autograd.grad(F.cross_entropy(logits.float(), targets, reduction="sum"), logits)
+    expected = F.cross_entropy(logits.float(), targets, reduction="sum").item()
+    ours = SummedCrossEntropy.apply(logits * 1, targets)
+    (grad,) = torch.autograd.grad(ours, logits)
+    assert ours.item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_a_loss_that_is_not_finite_stays_so():
+    logits = torch.zeros(3, 5).index_fill_(0, torch.tensor([1]), torch.nan)
+    assert SummedCrossEntropy.apply(logits, torch.tensor([0, 1, 2])).isnan()
+
+
+@pytest.mark.parametrize("lengths", [[1], [5, 1, 40], [33, 90, 2, 17]])
+@pytest.mark.parametrize(
+    "heads, kv_heads, window, dtype", [(4, 4, None, "float32"), (6, 2, None, "float32"), (4, 2, 8, "float32"), (4, 1, 8, "bfloat16")]
+)
+def test_attention_in_a_packed_row_is_that_of_a_dense_mask(lengths, heads, kv_heads, window, dtype):
+    torch.manual_seed(len(lengths))
+    dtype = getattr(torch, dtype)
+    states = [torch.randn(1, n, sum(lengths), 16).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    distance = torch.arange(len(example))[:, None] - torch.arange(len(example))
+    seen = (example[:, None] == example) & (distance >= 0) & (distance < (window or len(example)))
+    double = [state.double() for state in states]
+    expected = F.scaled_dot_product_attention(*double, attn_mask=seen, scale=0.3, enable_gqa=True).transpose(1, 2)
+    ours, _ = per_example_attention(None, *states, None, example_lengths=lengths, scaling=0.3, sliding_window=window)
+    direction = torch.randn(expected.shape, dtype=torch.float64)
+    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.double(), expected, **close)
+    for mine, theirs in zip(torch.autograd.grad(ours, states, direction.to(dtype)), torch.autograd.grad(expected, states, direction)):
+        torch.testing.assert_close(mine, theirs, **close)
+
+
+@pytest.mark.parametrize("p, shape", [(0.05, (300, 577)), (0.5, (1, 100, 1001)), (0.9, (100_003,))])
+def test_dropout(p, shape):
+    dropout = CheapDropout(p)
+    x = torch.rand(shape).add_(1).requires_grad_()
+    torch.manual_seed(3)
+    y = dropout(x)
+    dropped = y == 0
+    n = x.numel()
+    assert abs(dropped.float().mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2**-16
+    torch.testing.assert_close(y[~dropped], x[~dropped] / (1 - p), rtol=1e-4, atol=0)
+    y.sum().backward()
+    assert torch.equal(x.grad == 0, dropped) and x.grad[~dropped].unique().numel() == 1
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x), y)  # the seed decides
+    assert not torch.equal(dropout(x), y)
+    neighbours = (dropped.flatten()[1:] & dropped.flatten()[:-1]).float().mean().item()  # drawn one apart from the other
+    assert abs(neighbours - p * p) < 6 * (p * p / n) ** 0.5 + 1e-4
+    assert dropout.eval()(x) is x and CheapDropout(0.0)(x) is x
