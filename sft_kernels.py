@@ -119,6 +119,8 @@ class CheapDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.p:
             return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = (bits[: x.numel()] >= round(self.p * 2**16) - 2**15).view(x.shape)
         return x * kept * (1 / (1 - round(self.p * 2**16) / 2**16))

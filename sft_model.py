@@ -309,9 +309,24 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
         autocast_adapter_dtype=True,  # float32, also on a 16-bit base
     )
     for module in model.modules():
-        if isinstance(module, LoraLayer) and model.device.type == "cpu" and dropout:
+        if isinstance(module, LoraLayer) and dropout:
             module.lora_dropout["default"] = CheapDropout(dropout)
     return model
+
+
+def shard_base(model: PeftModel, device: torch.device, n_processes: int) -> None:
+    """Splits the frozen base weights over the processes (FSDP2: torch.distributed.fsdp.fully_shard). Each process gathers a
+    layer for as long as it computes it; the adapter stays whole in every process."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    base, mesh = model.get_base_model(), init_device_mesh(device.type, (n_processes,))
+    adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    for parameter in adapter:
+        parameter.data = parameter.data.to(device)
+    layers = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or ())]
+    for module in (*layers, base):
+        fully_shard(module, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)  # saving finds all processes alike
 
 
 def set_gradient_checkpointing(model, on: bool) -> None:

@@ -98,6 +98,9 @@ class TrainConfig:
         type=number(int, 1),
         group=MACHINE,
     )
+    shard_base: bool = option(
+        False, "split the base model's weights over the processes (FSDP): for models larger than one GPU", group=MACHINE
+    )
     gradient_checkpointing: bool = option(False, "less memory, about a third more time", group=MACHINE)
 
     output_dir: str = option("models/sft_specialist", "where everything is written", group=RUN)
@@ -126,6 +129,7 @@ MAY_CHANGE = {
     "keep_checkpoints",
     "dry_run",
     "report_to",
+    "shard_base",
     "gradient_checkpointing",
     "early_stopping_patience",
 }
@@ -264,11 +268,11 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     accelerator, total = run.accelerator, 0.0
     run.model.eval()
     with torch.no_grad():
-        ordered = sorted(examples, key=lambda example: example.n_tokens)[accelerator.process_index :: accelerator.num_processes]
-        size = run.progress.micro_batch_size
-        for start in range(0, len(ordered), size):
-            batch = run.make_batch(ordered[start : start + size]).to(accelerator.device)
-            total += summed_loss(run.model, batch).item()
+        ordered, size = sorted(examples, key=lambda example: example.n_tokens), run.progress.micro_batch_size
+        for start in range(0, len(ordered), size * accelerator.num_processes):
+            share = ordered[start : start + size * accelerator.num_processes][accelerator.process_index :: accelerator.num_processes]
+            batch = run.make_batch(share or ordered[:1]).to(accelerator.device)  # one with no rows left takes part, weighing nothing
+            total += summed_loss(run.model, batch).item() * bool(share)
             if accelerator.num_processes == 1:  # else all would have to leave at the same place
                 stop_if_asked(run)
     run.model.train()
@@ -302,9 +306,12 @@ def update(run: "Run", step: int) -> dict:
         loss_sum += loss.detach()
     if any(parameter.grad is None for parameter in run.parameters):
         raise RunError("some LoRA weights get no gradient", "use other --target_modules, or leave out --use_4bit and --use_8bit")
-    loss = accelerator.reduce(loss_sum).item() / n_target_tokens
+    if accelerator.num_processes > 1 and run.wrapped is run.model:  # a split base has no DDP around it to do this
+        for parameter in run.parameters:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
     run.scaler.unscale_(run.optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf).item()
+    grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
+    loss, grad_norm = torch.stack((accelerator.reduce(loss_sum) / n_target_tokens, grad_norm)).tolist()  # the one wait for a GPU
     check_finite(run, step, loss, grad_norm, examples)
     run.scaler.step(run.optimizer)  # skipped where a float16 gradient overflowed
     run.scaler.update()
@@ -471,8 +478,10 @@ def set_up(config: TrainConfig) -> Run:
         map(find_spec, {"tensorboard": ("tensorboard", "tensorboardX")}.get(config.report_to, (config.report_to,)))
     ):
         raise InputError(f"--report_to {config.report_to}: the package is not installed", f"pip install {config.report_to}")
-    if config.use_8bit and config.use_4bit:
-        raise InputError("--use_8bit and --use_4bit together", "choose one")
+    if config.use_8bit + config.use_4bit + config.shard_base > 1:
+        raise InputError("--use_8bit, --use_4bit and --shard_base exclude each other", "choose one")
+    if "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")):
+        raise InputError("accelerate's FSDP and DeepSpeed do not fit this loop", "accelerate launch --multi_gpu, and --shard_base")
     rows = read_rows(config.train_csv), read_rows(config.val_csv)
     for part, path in zip(rows, (config.train_csv, config.val_csv)):
         factual_rows(part, path)
@@ -510,13 +519,17 @@ def set_up(config: TrainConfig) -> Run:
         warn_about_leaks(*rows)
 
     quantization = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
-    model = sft_model.load_base_model(base_folder, accelerator.device, placement.dtype, quantization)
+    sharded = config.shard_base and accelerator.num_processes > 1
+    device = torch.device("cpu") if sharded else accelerator.device
+    model = sft_model.load_base_model(base_folder, device, placement.dtype, quantization)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if config.max_length > longest:
         raise InputError(f"--max_length {config.max_length}: {config.model_name} takes {longest} tokens at most", f"--max_length {longest}")
     model = sft_model.add_lora(
         model, r=config.lora_r, alpha=config.lora_alpha, dropout=config.lora_dropout, target_modules=config.target_modules, seed=config.seed
     )
+    if sharded:
+        sft_model.shard_base(model, accelerator.device, accelerator.num_processes)
     packed, padding = sft_model.enable_packing(model, config.max_length), pad_token_id(tokenizer)
     if config.gradient_checkpointing:
         sft_model.set_gradient_checkpointing(model, True)
@@ -534,7 +547,7 @@ def set_up(config: TrainConfig) -> Run:
         config=config,
         accelerator=accelerator,
         model=model,
-        wrapped=accelerator.prepare_model(model),
+        wrapped=model if sharded else accelerator.prepare_model(model),
         tokenizer=tokenizer,
         train_set=train_set,
         val_set=val_set,

@@ -243,13 +243,13 @@ LAUNCHERS = {
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-@pytest.mark.parametrize("launcher, accumulation", [("torchrun", 1), ("accelerate", 2)])
-def test_two_processes_equal_one(configured, tmp_path, launcher, accumulation):
-    """DDP over gloo: two processes have the losses of one with the same rows in an update, the short last group of 11
+@pytest.mark.parametrize("launcher, accumulation, options", [("torchrun", 1, {"shard_base": True}), ("accelerate", 2, {})])
+def test_two_processes_equal_one(configured, tmp_path, launcher, accumulation, options):
+    """Over gloo, with DDP or with the base split by FSDP: two processes have the losses of one with the same rows in an update, the short last group of 11
     rows included."""
     one = configured("one", batch_size=8, lora_dropout=0.0)
     train(one)
-    two = configured("two", batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, lora_dropout=0.0)
+    two = configured("two", batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, lora_dropout=0.0, **options)
     result = run_python(*LAUNCHERS[launcher], "stage_a_sft_training.py", *arguments_of(two), **ONE_THREAD)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Training completed!") == 1
