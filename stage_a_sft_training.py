@@ -265,18 +265,18 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     of processes."""
     import torch
 
-    accelerator, total = run.accelerator, 0.0
+    accelerator, losses = run.accelerator, []
     run.model.eval()
     with torch.no_grad():
         ordered, size = sorted(examples, key=lambda example: example.n_tokens), run.progress.micro_batch_size
         for start in range(0, len(ordered), size * accelerator.num_processes):
             share = ordered[start : start + size * accelerator.num_processes][accelerator.process_index :: accelerator.num_processes]
             batch = run.make_batch(share or ordered[:1]).to(accelerator.device)  # one with no rows left takes part, weighing nothing
-            total += summed_loss(run.model, batch).item() * bool(share)
+            losses.append(summed_loss(run.model, batch) * bool(share))
             if accelerator.num_processes == 1:  # else all would have to leave at the same place
                 stop_if_asked(run)
     run.model.train()
-    total = accelerator.reduce(torch.tensor(total, device=accelerator.device)).item()
+    total = accelerator.reduce(torch.tensor(sum(torch.stack(losses).tolist()), device=accelerator.device)).item()
     loss = total / sum(example.n_target_tokens for example in examples)
     if not math.isfinite(loss):
         raise RunError(f"the validation loss is {loss}", f"{advice_for_faults(run)}")
