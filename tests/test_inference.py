@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft_common import InputError
-from sft_inference import SFTInference, defuse, read_adapter_folder, read_notes
+from sft_inference import SFTInference, read_adapter_folder
+from sft_note_files import defuse, read_notes
 from stage_a_sft_training import TrainConfig, train
 
 
@@ -275,13 +276,11 @@ def test_conversation_through_a_pipe(adapters, specialist):
 
 SLOW_MOTION = """
 import time, sft_inference
-fast = sft_inference._text_streamer
-def slow(tokenizer, on_text):
-    streamer = fast(tokenizer, on_text)
-    put = streamer.put
-    streamer.put = lambda value: (time.sleep(0.05), put(value))
-    return streamer
-sft_inference._text_streamer = slow
+fast = sft_inference.text_stream
+def slow(*arguments):
+    on_token = fast(*arguments)
+    return lambda written: (time.sleep(0.05), on_token(written))
+sft_inference.text_stream = slow
 sft_inference.run_script(sft_inference.main)
 """
 
