@@ -225,7 +225,7 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
     kind = target.suffix.lower() if target else ".jsonl" if config.json else ".txt"
     header = ",".join(CSV_COLUMNS) + "\n" if kind == ".csv" and rank == 0 else ""
     own = partial_path(target, rank, n_processes) if target else None
-    out = PartialFile(own, {**belongs_to, "rows": [first, last]}, config.resume, header) if own else StandardOutput()
+    out = PartialFile(own, {**belongs_to, "part of the notes": [first, last]}, config.resume, header) if own else StandardOutput()
     begun, started = first + out.record["done"], time.perf_counter()
     if begun > first:
         log(f"Going on after {begun - first:,} of {last - first:,} notes")

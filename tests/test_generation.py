@@ -116,7 +116,7 @@ def test_draws_depend_on_seed_and_number_alone(write):
 
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -1.0, -torch.inf, 2.0]]).repeat(4000, 1)
-    sequences = new_sequences(dict.fromkeys(range(4000), [1]), 0)
+    sequences = new_sequences({i: [1] for i in range(4000)}, 0)
     for temperature in (0.5, 1.0, 2.0):
         tokens, log_probs = choose(logits, temperature, sequences)
         share = torch.bincount(torch.tensor(tokens), minlength=5) / 4000

@@ -1,4 +1,3 @@
-import csv
 import json
 import math
 import os
@@ -11,54 +10,13 @@ import time
 
 import pytest
 import torch
-from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_python, tiny_tokenizer, write_csv
+from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_inference, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sft_common import InputError
 from sft_inference import SFTInference, read_adapter_folder
-from sft_note_files import defuse, read_notes
-from stage_a_sft_training import TrainConfig, train
-
-
-@pytest.fixture(scope="session")
-def adapters(model_folder, tmp_path_factory):
-    """adapters(architecture, chat, **options): the final_model folder of a short run."""
-    made = {}
-
-    def make(architecture="llama", chat="chatml", evidence=False):
-        key = (architecture, chat, evidence)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("adapter")
-            rows = [
-                (f"r{i}", n, f"{s} [Evidence: S1; Conf: 0.95]" if evidence else s, "factual", "")
-                for i, (n, s) in enumerate(NOTES * (4 if evidence else 2))
-            ]
-            path = str(write_csv(folder / "rows.csv", rows))
-            train(
-                TrainConfig(
-                    train_csv=path,
-                    val_csv=path,
-                    model_name=str(model_folder(architecture, chat)),
-                    output_dir=str(folder / "out"),
-                    num_epochs=2 if not evidence else 12,
-                    learning_rate=1e-2,
-                    target_modules=["all-linear"],
-                    lora_dropout=0.0,
-                    max_length=256,
-                    device="cpu",
-                )
-            )
-            made[key] = folder / "out" / "final_model"
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def specialist(adapters):
-    return SFTInference(adapters(), device="cpu")
-
+from sft_note_files import read_notes
 
 ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
 
@@ -167,10 +125,6 @@ def test_evidence_is_read_against_the_notes_sentences(adapters):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def run_inference(*arguments, **options):
-    return run_python("sft_inference.py", "--device", "cpu", *arguments, **options)
-
-
 def test_one_note(adapters, specialist):
     note = NOTES[0][0]
     expected = specialist.generate_summary(note, 20)
@@ -178,44 +132,6 @@ def test_one_note(adapters, specialist):
     assert (result.returncode, result.stdout.strip()) == (0, expected["generated_summary"]), result.stderr
     piped = run_inference("--model_path", adapters(), "--clinical_note", "-", "--json", "--max_new_tokens", 20, stdin=note)
     assert json.loads(piped.stdout)["generated_summary"] == expected["generated_summary"]
-
-
-@pytest.mark.parametrize("kind", [".txt", ".csv", ".jsonl"])
-@pytest.mark.parametrize("out", [".jsonl", ".csv"])
-def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
-    source, target = tmp_path / f"notes{kind}", tmp_path / f"summaries{out}"
-    notes = [note.replace("\n", " ") for note, _ in NOTES[:4]]
-    if kind == ".txt":
-        source.write_text("\n\n".join(notes))
-        ids = ["1", "3", "5", "7"]
-    else:
-        notes[1], ids = 'Two\nlines, "quoted".', ["a", "b", "c", "d"]
-        if kind == ".csv":
-            write_csv(source, [*zip(ids, notes), ("e", " ")], header=["id", "clinical_note"])
-        else:
-            source.write_text("".join(json.dumps({"id": i, "clinical_note": n}) + "\n" for i, n in [*zip(ids, notes), ("e", "")]))
-    result = run_inference(
-        "--model_path", adapters(), "--input_file", source, "--output_file", target, "--max_new_tokens", 15, "--batch_size", 2
-    )
-    assert result.returncode == 0, result.stderr
-    written = target.read_text().splitlines(keepends=True)
-    lines = list(csv.DictReader(written)) if out == ".csv" else [json.loads(line) for line in written]
-    expected = [specialist.generate_summary(note, 15)["generated_summary"] for note in notes]
-    assert [(line["id"], line["generated_summary"].removeprefix("'")) for line in lines[:4]] == list(zip(ids, expected))
-    failed = len(lines) - 4
-    assert f"4 done, 0 of them shortened, {failed} failed" in result.stderr and failed == (kind != ".txt")
-    assert not list(tmp_path.glob("*.partial")) and target.stat().st_mode & 0o077 == 0
-
-
-def test_spreadsheet_formulas_are_defused():
-    assert [defuse(cell) for cell in ("=1+1", "+1", "-1", "@x", "fine", "")] == [
-        "'=1+1",
-        "'+1",
-        "'-1",
-        "'@x",
-        "fine",
-        "",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -237,15 +153,6 @@ def test_spreadsheet_formulas_are_defused():
 def test_refusals_on_the_command_line(adapters, arguments, words):
     arguments = [str(adapters()) if argument == "ADAPTER" else argument for argument in arguments]
     assert_mendable(run_inference(*arguments), words)
-
-
-def test_bad_rows_of_input_files(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"clinical_note": "ok"}\n{"text": 1}\n')
-    with pytest.raises(InputError, match="line 2"):
-        list(read_notes(tmp_path / "a.jsonl"))
-    write_csv(tmp_path / "a.csv", [(1,)], header=["text"])
-    with pytest.raises(InputError, match="clinical_note"):
-        list(read_notes(tmp_path / "a.csv"))
 
 
 def test_a_folder_that_holds_the_adapter_folder_is_named(adapters):
