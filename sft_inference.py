@@ -251,8 +251,9 @@ class SFTInference:
         room, warnings = self.window - max_new_tokens - self.encoder.n_template_tokens, []
         if room < 1:
             raise InputError(f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens", "lower it")
-        note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0]
-        if len(note_ids) > room:
+        # A token of text is hardly ever 100 characters: of an enormous note only the beginning is tokenised
+        note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0] if len(note) <= room * 100 else None
+        if note_ids is None or len(note_ids) > room:
             note_ids, kept = self.encoder.shorten(note, room)
             total = len(sentence_spans(note))
             what = f"its first {kept} of {total} sentences" if kept else "the beginning of its first sentence"

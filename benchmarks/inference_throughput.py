@@ -137,14 +137,19 @@ def main() -> None:
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.peer == "prepare":
+        work = prepare(arguments, Path(arguments.folder))
+        (Path(arguments.folder) / "work.json").write_text(json.dumps(work))
+        return
     if arguments.peer:
         work = json.loads((Path(arguments.folder) / "work.json").read_text())
         return print(json.dumps(run_peer(arguments.peer, work, arguments.model_path, f"{arguments.folder}/merged")))
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        work = prepare(arguments, folder)
-        (folder / "work.json").write_text(json.dumps(work))
+        # In a process of its own too: what this one holds would count in the peers' peak memory
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peer", "prepare", "--folder", name], check=True)
+        work = json.loads((folder / "work.json").read_text())
         commands = {
             peer: [sys.executable, __file__, "--model_path", arguments.model_path, "--peer", peer, "--folder", name]
             for peer in arguments.peers
