@@ -169,7 +169,7 @@ def test_a_tokenizer_that_differs_is_refused(adapters, tmp_path):
     (folder / "sft_config.json").write_text(json.dumps(sft_config))
     assert SFTInference(folder, device="cpu").tokenizer
     (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
-    with pytest.raises(InputError, match="tokenizer.json is not the file"):
+    with pytest.raises(InputError, match=r"tokenizer\.json is not the file"):
         SFTInference(folder, device="cpu")
 
 
