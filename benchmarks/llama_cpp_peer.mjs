@@ -7,10 +7,11 @@ import {pathToFileURL} from "node:url";
 
 const {getLlama} = await import(pathToFileURL(createRequire(process.cwd() + "/").resolve("node-llama-cpp")).href);
 const [work, modelPath, parallel] = [JSON.parse(readFileSync(process.argv[2], "utf8")), process.argv[3], Number(process.argv[4])];
-const llama = await getLlama({gpu: false, build: "never", maxThreads: 2, logLevel: "error"});
+const threads = Number(process.env.OMP_NUM_THREADS ?? 2);
+const llama = await getLlama({gpu: false, build: "never", maxThreads: threads, logLevel: "error"});
 const model = await llama.loadModel({modelPath});
 const longest = Math.max(...work.prompts.map((prompt, i) => prompt.length + work.n_new[i]));
-const context = await model.createContext({sequences: parallel, contextSize: longest + 8, batchSize: 512, threads: 2});
+const context = await model.createContext({sequences: parallel, contextSize: longest + 8, batchSize: 512, threads});
 
 async function write(sequence, prompt, nNew) {
     await sequence.clearHistory();
@@ -27,7 +28,8 @@ const started = performance.now();
 await Promise.all(sequences.map(async (sequence) => {
     while (next < work.prompts.length) {
         const i = next++;
-        nNew += await write(sequence, work.prompts[i], work.n_new[i]);
+        const n = await write(sequence, work.prompts[i], work.n_new[i]); // not `nNew += await`, which would read nNew before
+        nNew += n;
     }
 }));
 const seconds = (performance.now() - started) / 1000;
