@@ -8,22 +8,23 @@ from sft_inference import SFTInference
 result = SFTInference("models/sft_specialist/final_model").generate_summary("Patient reports ...")
 """
 
-import csv
-import io
+import functools
 import json
 import math
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_common import InputError, check_new_file, log, number, option, parse_options, run_script, some
+from sft_common import InputError, RunError, check_new_file, log, number, option, parse_options, run_script, sha256, some
 from sft_grounding import parse_citations, sentence_spans, split_sentences, strip_citations, unsupported_numbers
-from sft_prompt import PromptEncoder, PromptTemplate, pad_token_id
-from sft_rows import clean_text, decode_bytes, decode_text, is_blank, read_table
+from sft_note_files import check_output, processes, read_notes, summarize_file
+from sft_prompt import PromptEncoder, PromptTemplate
+from sft_rows import clean_text, decode_bytes, is_blank
 
 MODEL, INPUT, WRITING, MACHINE = "model", "notes", "writing", "machine"
 
@@ -41,6 +42,7 @@ class InferenceConfig:
     output_file: str | None = option(
         None, "where the summaries of input_file go: .jsonl or .csv (default: standard output)", group=INPUT, metavar="FILE"
     )
+    resume: bool = option(False, "go on with an output_file that was interrupted", group=INPUT)
     json: bool = option(False, "print whole results as JSON, one a line", group=INPUT)
 
     max_new_tokens: int = option(150, "the longest summary, in tokens", type=number(int, 1), group=WRITING)
@@ -52,9 +54,10 @@ class InferenceConfig:
         None, "tokens of the longest prompt (default: all the model takes)", type=number(int, 32), group=WRITING
     )
 
-    batch_size: int = option(8, "notes at a time", type=number(int, 1), group=MACHINE)
+    batch_size: int = option(32, "notes at a time", type=number(int, 1), group=MACHINE)
     device: str = option("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"], group=MACHINE)
     dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"], group=MACHINE)
+    no_merge: bool = option(False, "leave the weights as they were loaded, the adapter beside them: slower", group=MACHINE)
     use_8bit: bool = option(False, "load the base model in 8 bit (bitsandbytes)", group=MACHINE)
     use_4bit: bool = option(False, "load the base model in 4 bit (bitsandbytes, NF4)", group=MACHINE)
 
@@ -101,7 +104,8 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
 class SFTInference:
     """A trained adapter on its base model, ready to summarise.
 
-    Raises InputError if the folder, the base model or the device cannot be used.
+    With `merge` (the default) a float32 adapter is merged into the weights, and a CPU's weights are packed for speed;
+    without it `model` is the PeftModel as it was loaded. Raises InputError if the folder, the base model or the device cannot be used.
     """
 
     def __init__(
@@ -114,13 +118,16 @@ class SFTInference:
         use_8bit: bool = False,
         use_4bit: bool = False,
         max_length: int | None = None,
+        merge: bool = True,
     ):
         if use_8bit and use_4bit:
             raise InputError("--use_8bit and --use_4bit together", "choose one")
         folder, self.sft_config, adapter_config = read_adapter_folder(model_path)
 
+        import torch
         from transformers import GenerationConfig
 
+        import sft_generation
         import sft_model
 
         self.placement = sft_model.pick_device(device, dtype)
@@ -128,20 +135,24 @@ class SFTInference:
         self.model, self.tokenizer = sft_model.load_specialist(
             folder, self.sft_config, adapter_config, self.placement, quantization=quantization, base_model=base_model
         )
-        self.template = PromptTemplate.from_dict(self.sft_config["prompt"])
-        self.encoder = PromptEncoder(self.tokenizer, self.template)
         base = self.model.get_base_model()
         window = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
         self.window = min(window, max_length or math.inf)  # tokens of prompt and summary together
         own_stops = base.generation_config.eos_token_id
-        self.stop_ids = sorted(
-            {
-                *self.template.stop_token_ids,
-                *(own_stops if isinstance(own_stops, list) else [own_stops] if own_stops is not None else []),
-            }
-        )
+        own_stops = own_stops if isinstance(own_stops, list) else [own_stops] if own_stops is not None else []
         base.generation_config = GenerationConfig()  # a model's own sampling settings must not leak in
         base.config.use_cache = True
+        self.template = PromptTemplate.from_dict(self.sft_config["prompt"])
+        self.encoder = PromptEncoder(self.tokenizer, self.template)
+        self.stop_ids = sorted({*self.template.stop_token_ids, *own_stops})
+        if merge and not quantization and self.placement.dtype is torch.float32:  # 16 bits would round some of the adapter away
+            self.model = base = self.model.merge_and_unload()
+        if merge and not quantization and self.placement.device.type == "cpu":
+            sft_generation.pack_linear_layers(base)
+        self.decode = functools.partial(sft_generation.decode, base, stop_ids=self.stop_ids)
+        if not sft_generation.takes_slots(base):
+            log("note: this model's attention cannot run in the decoding loop; transformers' generate writes instead, more slowly")
+            self.decode = functools.partial(sft_generation.decode_with_generate, base, stop_ids=self.stop_ids)
 
     def generate_summary(
         self,
@@ -159,11 +170,14 @@ class SFTInference:
         words, not whether they are true); `warnings` (list of str); `n_prompt_tokens`; `n_new_tokens` (with the end
         token); `finish_reason` ("stop", or "length" where max_new_tokens cut it).
 
-        Raises InputError for an empty note.
+        Raises InputError for an empty note, RunError where memory does not suffice.
         """
-        result = self.generate_batch([clinical_note], max_new_tokens, temperature, seed=seed, on_text=on_text)[0]
+        if not isinstance(clinical_note, str) or is_blank(clean_text(clinical_note)):
+            raise InputError("the note is empty" if isinstance(clinical_note, str) else "the note is not text", "give a note with text")
+        on_token = text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None
+        result = self._summarize({0: clinical_note}, max_new_tokens, temperature, 1, seed, on_token=on_token)[0]
         if "error" in result:
-            raise InputError(result["error"], "give a note with text")
+            raise RunError(result["error"], "lower --max_length, or use a smaller model or --use_4bit")
         return result
 
     def generate_batch(
@@ -172,27 +186,64 @@ class SFTInference:
         max_new_tokens: int = 150,
         temperature: float = 0.0,
         *,
-        batch_size: int = 8,
+        batch_size: int = 32,
         seed: int = 0,
-        on_text: Callable[[str], None] | None = None,
+        first_index: int = 0,
+        on_done: Callable[[], None] | None = None,
     ) -> list[dict]:
-        """The summaries of many notes, in their order; greedy ones are the same as one by one. A note that cannot be
-        summarised gets a dict with `error` and an empty `generated_summary`."""
-        if batch_size < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf:
-            raise InputError("batch_size and max_new_tokens must be 1 or more, temperature 0 or more", "see the guide, section 7")
-        results: list[dict] = [{} for _ in clinical_notes]
-        prompts = {}
-        for i, note in enumerate(clinical_notes):
-            if isinstance(note, str) and not is_blank(clean_text(note)):
-                prompts[i] = self._prompt(clean_text(note), max_new_tokens)
+        """The summaries of many notes, in their order; greedy ones are the same as one by one. Drawn ones depend on the
+        seed and the note's number (the first is `first_index`), not on its neighbours. A note that cannot be summarised
+        gets a dict with `error` and an empty `generated_summary`. `on_done` is called as each summary ends."""
+        if batch_size < 1:
+            raise InputError(f"batch_size {batch_size}", "give 1 or more")
+        numbered = dict(enumerate(clinical_notes, first_index))
+        results = self._summarize(numbered, max_new_tokens, temperature, batch_size, seed, on_done=on_done)
+        return [results[i] for i in numbered]
+
+    def _summarize(
+        self,
+        notes: dict[int, object],
+        max_new_tokens: int,
+        temperature: float,
+        batch_size: int,
+        seed: int,
+        *,
+        on_token: Callable | None = None,
+        on_done: Callable[[], None] | None = None,
+    ) -> dict[int, dict]:
+        """The results by the notes' numbers. Where memory does not suffice, half as many notes at a time are tried."""
+        if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+            raise InputError("max_new_tokens must be 1 or more, temperature 0 or more", "see the guide, section 7")
+        results, prompts, texts = {}, {}, {}
+        for i, note in notes.items():
+            texts[i] = clean_text(note) if isinstance(note, str) else ""
+            if not is_blank(texts[i]):
+                prompts[i] = self._prompt(texts[i], max_new_tokens)
             else:
-                results[i] = {"generated_summary": "", "error": "the note is empty" if isinstance(note, str) else "the note is not text"}
-        by_length = sorted(prompts, key=lambda i: len(prompts[i][0]))  # so that little is padded
-        for start in range(0, len(by_length), batch_size):
-            chosen = by_length[start : start + batch_size]
-            written = self._generate([prompts[i][0] for i in chosen], max_new_tokens, temperature, seed, on_text)
-            for i, (ids, log_probs, finish_reason) in zip(chosen, written):
-                results[i] = self._result(clean_text(clinical_notes[i]), *prompts[i], ids, log_probs, finish_reason)
+                results[i] = failure("the note is empty" if isinstance(note, str) else "the note is not text")
+        left = {i: ids for i, (ids, _) in prompts.items()}
+        while left:
+            try:
+                options = {"temperature": temperature, "batch_size": batch_size, "seed": seed, "on_token": on_token}
+                for written in self.decode(dict(left), max_new_tokens, **options):
+                    ended = written.finish_reason == "stop"
+                    ids = written.ids[: len(written.ids) - ended]
+                    results[written.index] = self._result(
+                        texts[written.index], *prompts[written.index], ids, written.log_probs, written.finish_reason
+                    )
+                    del left[written.index]
+                    if on_done:
+                        on_done()
+            except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+                if batch_size > 1 and len(left) > 1:
+                    batch_size = min(batch_size, len(left)) // 2
+                else:
+                    longest = max(left, key=lambda i: len(left[i]))  # it was the first to be tried
+                    del left[longest]
+                    memory = isinstance(error, MemoryError) or "memory" in str(error)
+                    results[longest] = failure(
+                        "too little memory for this note" if memory else f"the model failed on this note ({type(error).__name__})"
+                    )
         return results
 
     def _prompt(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
@@ -200,8 +251,9 @@ class SFTInference:
         room, warnings = self.window - max_new_tokens - self.encoder.n_template_tokens, []
         if room < 1:
             raise InputError(f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens", "lower it")
-        note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0]
-        if len(note_ids) > room:
+        # A token of text is hardly ever 100 characters: of an enormous note only the beginning is tokenised
+        note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0] if len(note) <= room * 100 else None
+        if note_ids is None or len(note_ids) > room:
             note_ids, kept = self.encoder.shorten(note, room)
             total = len(sentence_spans(note))
             what = f"its first {kept} of {total} sentences" if kept else "the beginning of its first sentence"
@@ -211,40 +263,6 @@ class SFTInference:
         if trained and len(ids) > trained:
             warnings.append(f"prompt of {len(ids)} tokens: longer than any in training ({trained})")
         return ids, warnings
-
-    def _generate(
-        self, prompts: list[list[int]], max_new_tokens: int, temperature: float, seed: int, on_text
-    ) -> list[tuple[list[int], list[float], str]]:
-        """For each prompt (token ids without the end token, log-probability of each with it, finish reason)."""
-        import torch
-        from transformers import GenerationConfig, LogitsProcessorList
-
-        longest, padding = max(map(len, prompts)), pad_token_id(self.tokenizer)
-        input_ids = torch.full((len(prompts), longest), padding)
-        attention_mask = torch.zeros((len(prompts), longest), dtype=torch.long)
-        for row, ids in enumerate(prompts):  # on the left, so that every prompt ends where its summary begins
-            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, longest - len(ids) :] = 1
-        greedy = temperature < 0.01  # below that the division overflows, and the likeliest token is drawn anyway
-        sampling = {"do_sample": False} if greedy else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        recorder = _chosen_log_probs()
-        torch.manual_seed(seed)
-        with torch.inference_mode():
-            output = self.model.generate(
-                input_ids=input_ids.to(self.placement.device),
-                attention_mask=attention_mask.to(self.placement.device),
-                generation_config=GenerationConfig(
-                    max_new_tokens=max_new_tokens, eos_token_id=self.stop_ids, pad_token_id=padding, use_cache=True, **sampling
-                ),
-                logits_processor=LogitsProcessorList([recorder]),
-                streamer=_text_streamer(self.tokenizer, on_text) if on_text else None,
-            )
-        new_ids, log_probs = output[:, longest:].tolist(), recorder.finish(output)
-        written = []
-        for ids, probs in zip(new_ids, log_probs):
-            end = next((i for i, token in enumerate(ids) if token in self.stop_ids), None)
-            written.append((ids[:end], probs[: len(ids) if end is None else end + 1], "length" if end is None else "stop"))
-        return written
 
     def _result(
         self, note: str, prompt: list[int], warnings: list[str], ids: list[int], log_probs: list[float], finish_reason: str
@@ -267,7 +285,7 @@ class SFTInference:
         return {
             "generated_summary": summary,
             "evidence": evidence,
-            "confidence": math.exp(sum(log_probs) / len(log_probs)) if log_probs else 0.0,
+            "confidence": round(math.exp(sum(log_probs) / len(log_probs)), 4),
             "warnings": warnings,
             "n_prompt_tokens": len(prompt),
             "n_new_tokens": len(log_probs),
@@ -275,156 +293,23 @@ class SFTInference:
         }
 
 
-def _chosen_log_probs():
-    """A logits processor that changes nothing and remembers the log-probability of each token chosen, at temperature 1."""
-    import torch
-    from transformers import LogitsProcessor
-
-    class ChosenLogProbs(LogitsProcessor):
-        def __init__(self):
-            self.before, self.chosen = None, []
-
-        def __call__(self, input_ids, scores):
-            self._look_up(input_ids)
-            self.before = scores.float().log_softmax(-1)  # (batch, vocabulary)
-            return scores
-
-        def _look_up(self, input_ids):
-            if self.before is not None:
-                self.chosen.append(self.before.gather(1, input_ids[:, -1:]))
-
-        def finish(self, sequences) -> list[list[float]]:
-            self._look_up(sequences)
-            return torch.cat(self.chosen, dim=1).tolist()
-
-    return ChosenLogProbs()
+def failure(reason: str) -> dict:
+    return {"generated_summary": "", "error": reason}
 
 
-def _text_streamer(tokenizer, on_text: Callable[[str], None]):
-    from transformers import TextStreamer
+def text_stream(tokenizer, stop_ids: Sequence[int], on_text: Callable[[str], None]) -> Callable:
+    """A function for each new token of one sequence that hands on the text it adds; half a character waits for its rest."""
+    shown = ""
 
-    class Streamer(TextStreamer):
-        def on_finalized_text(self, text: str, stream_end: bool = False):
-            on_text(text)
+    def on_token(written) -> None:
+        nonlocal shown
+        text = tokenizer.decode([token for token in written.ids if token not in stop_ids], skip_special_tokens=True)
+        if text.endswith("\ufffd") and not written.finish_reason:
+            return
+        on_text(text[len(shown) :])
+        shown = text
 
-    return Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-# ------------------------------------------------------------------------------------------------ files
-
-
-def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yields (id, note) of a .txt, .csv or .jsonl file; where there is no id the row's number stands for it, and a note
-    of .jsonl may be no text. Raises InputError where the file cannot be read."""
-    path = Path(path)
-    kind = path.suffix.lower()
-    if kind == ".csv":
-        for row_number, fields, _ in read_table(path, ("clinical_note",)):
-            yield fields.get("id", "").strip() or str(row_number), fields.get("clinical_note", "")
-        return
-    if kind not in (".txt", ".jsonl"):
-        raise InputError(f"{path}: the ending says no format", "use .txt (one note a line), .csv or .jsonl")
-    for line_number, line in enumerate(io.StringIO(decode_text(path)), 1):
-        if not line.strip():
-            continue
-        if kind == ".txt":
-            yield str(line_number), line
-            continue
-        try:
-            row = json.loads(line)
-            note = row["clinical_note"]
-        except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}: line {line_number}: no JSON object with a clinical_note", "write one object a line") from None
-        row_id = row.get("id")
-        yield str(row_id if isinstance(row_id, str | int) else line_number), note
-
-
-def defuse(cell: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
-    return "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
-
-
-CSV_COLUMNS = ("id", "generated_summary", "confidence", "finish_reason", "n_prompt_tokens", "n_new_tokens", "warnings", "evidence", "error")
-
-
-def format_result(result: dict, kind: str) -> str:
-    """One result as a line of .jsonl, a row of .csv, or readable text."""
-    if kind == ".jsonl":
-        return json.dumps(result, ensure_ascii=False) + "\n"
-    if kind == ".csv":
-        cells = {
-            **result,
-            "warnings": "; ".join(result.get("warnings", [])),
-            "evidence": json.dumps(result.get("evidence", []), ensure_ascii=False),
-        }
-        row = io.StringIO()
-        csv.writer(row, lineterminator="\n").writerow(
-            [defuse(cells[c]) if isinstance(cells.get(c), str) else cells.get(c, "") for c in CSV_COLUMNS]
-        )
-        return row.getvalue()
-    return f"[{result['id']}] {result.get('error') or result['generated_summary']}\n\n"
-
-
-def summarize_file(inference: SFTInference, notes: list[tuple[str, str]], config: InferenceConfig) -> None:
-    """Summaries of all notes, in their order, to the output file (which appears once it is complete) or standard output."""
-    from tqdm import tqdm
-
-    target = Path(config.output_file) if config.output_file else None
-    kind = target.suffix.lower() if target else ".jsonl" if config.json else ".txt"
-    partial = target.with_name(target.name + ".partial") if target else None
-    opener = (lambda path, flags: os.open(path, flags, 0o600)) if target else None
-    out = open(partial, "w", encoding="utf-8", newline="", opener=opener) if target else sys.stdout  # noqa: SIM115
-    counts, started = {"done": 0, "shortened": 0, "failed": 0}, time.perf_counter()
-    bar = tqdm(total=len(notes), unit="note", file=sys.stderr, disable=None)
-    try:
-        if kind == ".csv":
-            out.write(",".join(CSV_COLUMNS) + "\n")
-        window = config.batch_size * 8  # sorted by length inside a window, written in order at its end
-        for start in range(0, len(notes), window):
-            part = notes[start : start + window]
-            results = inference.generate_batch(
-                [note for _, note in part], config.max_new_tokens, config.temperature, batch_size=config.batch_size, seed=config.seed
-            )
-            for (note_id, _), result in zip(part, results):
-                out.write(format_result({"id": note_id, **result}, kind))
-                counts["failed" if "error" in result else "done"] += 1
-                counts["shortened"] += any(warning.startswith("note shortened") for warning in result.get("warnings", []))
-            out.flush()
-            bar.update(len(part))
-        if target:
-            os.fsync(out.fileno())
-            os.replace(partial, target)
-    except BaseException:
-        if target:
-            log(f"\nnot complete: what is done so far is in {partial}")
-        raise
-    finally:
-        bar.close()
-        if target:
-            out.close()
-    seconds = time.perf_counter() - started
-    where = f", written to {target}" if target else ""
-    log(
-        f"{counts['done']:,} done, {counts['shortened']:,} of them shortened, {counts['failed']:,} failed; {len(notes) / seconds:.2f} notes/s{where}"
-    )
-
-
-def check_files(config: InferenceConfig) -> list[tuple[str, str]] | None:
-    """The notes of input_file, once it is clear that they can be read and their summaries written."""
-    if config.clinical_note is not None and config.input_file:
-        raise InputError("--clinical_note and --input_file together", "choose one")
-    if config.output_file and not config.input_file:
-        raise InputError("--output_file without --input_file", "name the file with the notes; one note's summary goes to standard output")
-    if config.merge_to and (config.clinical_note is not None or config.input_file):
-        raise InputError("--merge_to together with notes", "merge first, then summarise")
-    check_new_file("--output_file", config.output_file, (".jsonl", ".csv"))
-    check_new_file("--merge_to", config.merge_to)
-    if not config.input_file:
-        return None
-    notes = list(read_notes(config.input_file))
-    if not notes:
-        raise InputError(f"{config.input_file}: no notes in it", "check the file")
-    return notes
+    return on_token
 
 
 # ------------------------------------------------------------------------------------------------ conversation
@@ -489,10 +374,8 @@ def converse(inference: SFTInference, config: InferenceConfig) -> None:
             except KeyboardInterrupt:
                 print(flush=True)
                 log("(stopped)")
-            except InputError as error:
+            except (InputError, RunError) as error:  # too little memory for this note, say: the conversation goes on
                 log(f"error: {error.problem}")
-            except RuntimeError as error:  # too little memory for this note, say: the conversation goes on
-                log(f"error: no summary of this note ({type(error).__name__})")
         word, _, value = command.partition(" ")
         try:
             if word in ("/quit", "/exit", "/q"):
@@ -534,14 +417,76 @@ def tell(result: dict, seconds: float) -> None:
         log(f"warning: {warning}")
 
 
+# ------------------------------------------------------------------------------------------------ command line
+
+
+def check_files(config: InferenceConfig) -> list[tuple[str, object]] | None:
+    """The notes of input_file, once it is clear that they can be read and their summaries written."""
+    if config.clinical_note is not None and config.input_file:
+        raise InputError("--clinical_note and --input_file together", "choose one")
+    if config.output_file and not config.input_file:
+        raise InputError("--output_file without --input_file", "name the file with the notes; one note's summary goes to standard output")
+    if config.merge_to and (config.clinical_note is not None or config.input_file):
+        raise InputError("--merge_to together with notes", "merge first, then summarise")
+    if config.resume and not config.output_file:
+        raise InputError("--resume without --output_file", "name the file to go on with")
+    if processes()[1] > 1 and not config.output_file:
+        raise InputError("several processes, but no --output_file", "they share the notes of an --input_file and join their --output_file")
+    check_new_file("--merge_to", config.merge_to)
+    if not config.input_file:
+        return None
+    notes = list(read_notes(config.input_file))
+    if not notes:
+        raise InputError(f"{config.input_file}: no notes in it", "check the file")
+    return notes
+
+
+def write_file(inference: SFTInference, notes: list[tuple[str, object]], config: InferenceConfig) -> None:
+    """All notes of input_file. SIGTERM stops it as Ctrl-C does."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    sums = inference.sft_config["sha256"]
+    belongs_to = {
+        "input_file": sha256(Path(config.input_file)),
+        "adapter": sums["adapter"],
+        "base model": sums["base_weights"],
+        "dtype": str(inference.placement.dtype),
+        **{name: getattr(config, name) for name in ("max_new_tokens", "temperature", "seed", "max_length", "batch_size", "no_merge")},
+        **{name: getattr(config, name) for name in ("use_8bit", "use_4bit")},
+    }
+
+    def summarize(part: list, first: int, tick: Callable) -> list[dict]:
+        return inference.generate_batch(
+            part,
+            config.max_new_tokens,
+            config.temperature,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            first_index=first,
+            on_done=tick,
+        )
+
+    summarize_file(notes, config, belongs_to, summarize)
+
+
 def main() -> None:
     config = parse_options(InferenceConfig, "Summarises clinical notes with a trained adapter: one note, a file, or interactively.")
     notes = check_files(config)
+    if config.output_file and check_output(config.output_file, config.resume):
+        return log(f"{config.output_file} is there and complete: nothing to do")
     read_adapter_folder(config.model_path)
     if config.clinical_note == "-":
         config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
     if config.clinical_note is not None and is_blank(clean_text(config.clinical_note)):
         raise InputError("--clinical_note is empty", "give a note with text")
+    if processes()[1] > 1 and config.device in ("auto", "cuda"):
+        import torch
+
+        if torch.cuda.is_available():
+            config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     inference = SFTInference(
         config.model_path,
         config.device,
@@ -550,6 +495,7 @@ def main() -> None:
         use_8bit=config.use_8bit,
         use_4bit=config.use_4bit,
         max_length=config.max_length,
+        merge=not (config.no_merge or config.merge_to),
     )
     if config.merge_to:
         from sft_model import save_merged
@@ -557,7 +503,7 @@ def main() -> None:
         save_merged(inference.model, inference.tokenizer, inference.stop_ids, Path(config.merge_to))
         log(f"Saved the merged model to {config.merge_to}")
     elif notes is not None:
-        summarize_file(inference, notes, config)
+        write_file(inference, notes, config)
     elif config.clinical_note is not None:
         started = time.perf_counter()
         stream = not config.json and sys.stdout.isatty()

@@ -496,6 +496,7 @@ def load_specialist(
             f"{folder}: the base model in {base_folder.name} has other weights than the one this adapter was trained on",
             "name the right one with --base_model",
         )
+    _check_written(folder, sft_config, "tokenizer", "tokenizer.json")
     tokenizer = load_tokenizer(folder)
     base = load_base_model(base_folder, placement.device, placement.dtype, quantization)
     try:
@@ -507,10 +508,16 @@ def load_specialist(
             f"{folder}: its LoRA configuration does not fit the base model: {_first_line(error)}", "name the right one with --base_model"
         ) from None
     load_adapter_weights(model, folder)
-    for name, file in (("adapter", "adapter_model.safetensors"), ("adapter_config", "adapter_config.json")):
-        if sft_config["sha256"].get(name, sha256(folder / file)) != sha256(folder / file):
-            raise InputError(f"{folder}: {file} is not the file that training wrote (SHA-256 differs)", "restore it or train again")
+    _check_written(folder, sft_config, "adapter", "adapter_model.safetensors")
+    _check_written(folder, sft_config, "adapter_config", "adapter_config.json")
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _check_written(folder: Path, sft_config: dict, name: str, file: str) -> None:
+    """Raises InputError if a file is not the one whose SHA-256 training wrote down (if it did) under `name`."""
+    recorded = sft_config["sha256"].get(name)
+    if recorded and not ((folder / file).is_file() and sha256(folder / file) == recorded):
+        raise InputError(f"{folder}: {file} is not the file that training wrote (SHA-256 differs)", "restore it or train again")
 
 
 def find_base_model(sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:

@@ -16,9 +16,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft_common import log
-from sft_dataset import factual_rows, read_rows
 from sft_grounding import cited_sentence_numbers, split_sentences, strip_citations, unsupported_numbers
 from sft_inference import SFTInference
+from sft_rows import factual_rows, read_rows
 
 
 def main() -> None:

@@ -180,6 +180,53 @@ def run_python(*arguments, stdin: str | None = None, timeout: float = 300, **env
     )
 
 
+@pytest.fixture(scope="session")
+def adapters(model_folder, tmp_path_factory):
+    """adapters(architecture, chat, **options): the final_model folder of a short run."""
+    from stage_a_sft_training import TrainConfig, train
+
+    made = {}
+
+    def make(architecture="llama", chat="chatml", evidence=False):
+        key = (architecture, chat, evidence)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("adapter")
+            rows = [
+                (f"r{i}", n, f"{s} [Evidence: S1; Conf: 0.95]" if evidence else s, "factual", "")
+                for i, (n, s) in enumerate(NOTES * (4 if evidence else 2))
+            ]
+            path = str(write_csv(folder / "rows.csv", rows))
+            train(
+                TrainConfig(
+                    train_csv=path,
+                    val_csv=path,
+                    model_name=str(model_folder(architecture, chat)),
+                    output_dir=str(folder / "out"),
+                    num_epochs=2 if not evidence else 12,
+                    learning_rate=1e-2,
+                    target_modules=["all-linear"],
+                    lora_dropout=0.0,
+                    max_length=256,
+                    device="cpu",
+                )
+            )
+            made[key] = folder / "out" / "final_model"
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def specialist(adapters):
+    from sft_inference import SFTInference
+
+    return SFTInference(adapters(), device="cpu")
+
+
+def run_inference(*arguments, **options) -> subprocess.CompletedProcess:
+    return run_python("sft_inference.py", "--device", "cpu", *arguments, **options)
+
+
 def assert_mendable(result: subprocess.CompletedProcess, *words: str) -> None:
     """Exit status 2, at most two lines, no traceback, the given words in them."""
     lines = result.stderr.strip().split("\n")

@@ -1,63 +1,23 @@
-import csv
 import json
 import math
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import sys
 import time
 
 import pytest
 import torch
-from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_python, tiny_tokenizer, write_csv
+from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_inference, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sft_common import InputError
-from sft_inference import SFTInference, defuse, read_adapter_folder, read_notes
-from stage_a_sft_training import TrainConfig, train
-
-
-@pytest.fixture(scope="session")
-def adapters(model_folder, tmp_path_factory):
-    """adapters(architecture, chat, **options): the final_model folder of a short run."""
-    made = {}
-
-    def make(architecture="llama", chat="chatml", evidence=False):
-        key = (architecture, chat, evidence)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("adapter")
-            rows = [
-                (f"r{i}", n, f"{s} [Evidence: S1; Conf: 0.95]" if evidence else s, "factual", "")
-                for i, (n, s) in enumerate(NOTES * (4 if evidence else 2))
-            ]
-            path = str(write_csv(folder / "rows.csv", rows))
-            train(
-                TrainConfig(
-                    train_csv=path,
-                    val_csv=path,
-                    model_name=str(model_folder(architecture, chat)),
-                    output_dir=str(folder / "out"),
-                    num_epochs=2 if not evidence else 12,
-                    learning_rate=1e-2,
-                    target_modules=["all-linear"],
-                    lora_dropout=0.0,
-                    max_length=256,
-                    device="cpu",
-                )
-            )
-            made[key] = folder / "out" / "final_model"
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def specialist(adapters):
-    return SFTInference(adapters(), device="cpu")
-
+from sft_common import InputError, sha256
+from sft_inference import SFTInference, read_adapter_folder
+from sft_note_files import read_notes
 
 ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
 
@@ -66,14 +26,15 @@ ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
 
 
 @pytest.mark.parametrize(
-    "architecture, chat", [("llama", "chatml"), ("mistral", "mistral"), ("qwen2", "llama3"), ("gemma", "none"), ("gpt2", "none")]
+    "architecture, chat",
+    [("llama", "chatml"), ("mistral", "mistral"), ("qwen2", "llama3"), ("gemma", "none"), ("gpt2", "none"), ("bloom", "none")],
 )
 def test_greedy_batches_equal_one_by_one(adapters, architecture, chat):
     inference = SFTInference(adapters(architecture, chat), device="cpu")
     alone = [inference.generate_summary(note, 20) for note in ALL_NOTES]
     for batch_size in (3, 14):
         together = inference.generate_batch(ALL_NOTES, 20, batch_size=batch_size)
-        assert [result["confidence"] for result in together] == pytest.approx([result["confidence"] for result in alone], rel=1e-3)
+        assert [result["confidence"] for result in together] == pytest.approx([result["confidence"] for result in alone], abs=2e-4)
         assert [{**result, "confidence": 0} for result in together] == [{**result, "confidence": 0} for result in alone]
 
 
@@ -91,7 +52,7 @@ def test_result_against_a_loop_written_out(specialist):
     assert result["generated_summary"] == specialist.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True).strip()
     assert (result["n_prompt_tokens"], result["n_new_tokens"]) == (len(prompt), len(new))
     assert result["finish_reason"] == ("stop" if ended else "length")
-    assert result["confidence"] == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), rel=1e-4)
+    assert result["confidence"] == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), abs=1e-4)
 
 
 def test_training_and_inference_build_the_same_prompt(adapters, specialist):
@@ -166,10 +127,6 @@ def test_evidence_is_read_against_the_notes_sentences(adapters):
 # ------------------------------------------------------------------------------------------------ command line
 
 
-def run_inference(*arguments, **options):
-    return run_python("sft_inference.py", "--device", "cpu", *arguments, **options)
-
-
 def test_one_note(adapters, specialist):
     note = NOTES[0][0]
     expected = specialist.generate_summary(note, 20)
@@ -177,44 +134,6 @@ def test_one_note(adapters, specialist):
     assert (result.returncode, result.stdout.strip()) == (0, expected["generated_summary"]), result.stderr
     piped = run_inference("--model_path", adapters(), "--clinical_note", "-", "--json", "--max_new_tokens", 20, stdin=note)
     assert json.loads(piped.stdout)["generated_summary"] == expected["generated_summary"]
-
-
-@pytest.mark.parametrize("kind", [".txt", ".csv", ".jsonl"])
-@pytest.mark.parametrize("out", [".jsonl", ".csv"])
-def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
-    source, target = tmp_path / f"notes{kind}", tmp_path / f"summaries{out}"
-    notes = [note.replace("\n", " ") for note, _ in NOTES[:4]]
-    if kind == ".txt":
-        source.write_text("\n\n".join(notes))
-        ids = ["1", "3", "5", "7"]
-    else:
-        notes[1], ids = 'Two\nlines, "quoted".', ["a", "b", "c", "d"]
-        if kind == ".csv":
-            write_csv(source, [*zip(ids, notes), ("e", " ")], header=["id", "clinical_note"])
-        else:
-            source.write_text("".join(json.dumps({"id": i, "clinical_note": n}) + "\n" for i, n in [*zip(ids, notes), ("e", "")]))
-    result = run_inference(
-        "--model_path", adapters(), "--input_file", source, "--output_file", target, "--max_new_tokens", 15, "--batch_size", 2
-    )
-    assert result.returncode == 0, result.stderr
-    written = target.read_text().splitlines(keepends=True)
-    lines = list(csv.DictReader(written)) if out == ".csv" else [json.loads(line) for line in written]
-    expected = [specialist.generate_summary(note, 15)["generated_summary"] for note in notes]
-    assert [(line["id"], line["generated_summary"].removeprefix("'")) for line in lines[:4]] == list(zip(ids, expected))
-    failed = len(lines) - 4
-    assert f"4 done, 0 of them shortened, {failed} failed" in result.stderr and failed == (kind != ".txt")
-    assert not list(tmp_path.glob("*.partial")) and target.stat().st_mode & 0o077 == 0
-
-
-def test_spreadsheet_formulas_are_defused():
-    assert [defuse(cell) for cell in ("=1+1", "+1", "-1", "@x", "fine", "")] == [
-        "'=1+1",
-        "'+1",
-        "'-1",
-        "'@x",
-        "fine",
-        "",
-    ]
 
 
 @pytest.mark.parametrize(
@@ -238,18 +157,37 @@ def test_refusals_on_the_command_line(adapters, arguments, words):
     assert_mendable(run_inference(*arguments), words)
 
 
-def test_bad_rows_of_input_files(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"clinical_note": "ok"}\n{"text": 1}\n')
-    with pytest.raises(InputError, match="line 2"):
-        list(read_notes(tmp_path / "a.jsonl"))
-    write_csv(tmp_path / "a.csv", [(1,)], header=["text"])
-    with pytest.raises(InputError, match="clinical_note"):
-        list(read_notes(tmp_path / "a.csv"))
-
-
 def test_a_folder_that_holds_the_adapter_folder_is_named(adapters):
     with pytest.raises(InputError, match="final_model"):
         read_adapter_folder(adapters().parent)
+
+
+def test_a_tokenizer_that_differs_is_refused(adapters, tmp_path):
+    folder = shutil.copytree(adapters(), tmp_path / "adapter")
+    sft_config = json.loads((folder / "sft_config.json").read_text())
+    sft_config["sha256"]["tokenizer"] = sha256(folder / "tokenizer.json")
+    (folder / "sft_config.json").write_text(json.dumps(sft_config))
+    assert SFTInference(folder, device="cpu").tokenizer
+    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
+    with pytest.raises(InputError, match=r"tokenizer\.json is not the file"):
+        SFTInference(folder, device="cpu")
+
+
+def test_a_merged_adapter_writes_what_the_adapter_writes(adapters, specialist):
+    from peft import PeftModel
+
+    apart = SFTInference(adapters(), device="cpu", merge=False)
+    assert isinstance(apart.model, PeftModel) and not isinstance(specialist.model, PeftModel)
+    results = [{**result, "confidence": 0} for result in apart.generate_batch(ALL_NOTES, 20)]
+    assert results == [{**result, "confidence": 0} for result in specialist.generate_batch(ALL_NOTES, 20)]
+
+
+def test_text_arrives_as_it_is_written(specialist):
+    pieces = []
+    for temperature in (0.0, 1.5):
+        pieces.clear()
+        result = specialist.generate_summary(NOTES[0][0], 40, temperature, on_text=pieces.append)
+        assert len(pieces) > 1 and "".join(pieces).strip() == result["generated_summary"]
 
 
 def test_merge_to(adapters, specialist, tmp_path):
@@ -275,13 +213,11 @@ def test_conversation_through_a_pipe(adapters, specialist):
 
 SLOW_MOTION = """
 import time, sft_inference
-fast = sft_inference._text_streamer
-def slow(tokenizer, on_text):
-    streamer = fast(tokenizer, on_text)
-    put = streamer.put
-    streamer.put = lambda value: (time.sleep(0.05), put(value))
-    return streamer
-sft_inference._text_streamer = slow
+fast = sft_inference.text_stream
+def slow(*arguments):
+    on_token = fast(*arguments)
+    return lambda written: (time.sleep(0.05), on_token(written))
+sft_inference.text_stream = slow
 sft_inference.run_script(sft_inference.main)
 """
 

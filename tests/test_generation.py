@@ -1,0 +1,136 @@
+"""The decoding loop against transformers' generate, one prompt after the other."""
+
+import random
+
+import pytest
+import torch
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft_generation import (
+    PackedLinear,
+    choose,
+    decode,
+    decode_with_generate,
+    new_sequences,
+    pack_linear_layers,
+    shared_length,
+    takes_slots,
+)
+
+STOPS = list(range(2, 420, 12))  # many, so that some sequences end early and others enter
+ARCHITECTURES = ["llama", "llama-wide", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2"]
+
+
+def alone(model, prompt: list[int], max_new_tokens: int) -> tuple[list[int], list[float]]:
+    """Greedy ids with the end token, and their log-probabilities, as transformers has them."""
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=STOPS,
+            pad_token_id=0,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+    ids = out.sequences[0, len(prompt) :].tolist()
+    return ids, [logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, ids)]
+
+
+def random_prompts(seed: int, n: int, longest: int = 60) -> dict[int, list[int]]:
+    source = random.Random(seed)
+    shared = [source.randrange(400) for _ in range(source.randrange(8))]
+    return {10 * i: shared + [source.randrange(400) for _ in range(source.randrange(1, longest))] for i in range(n)}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_greedy_equals_one_by_one_generate(architecture):
+    for seed in (0, 1):
+        model, prompts = tiny_model(architecture, seed), random_prompts(seed, 9)
+        assert takes_slots(model)
+        expected = {i: alone(model, prompt, 20) for i, prompt in prompts.items()}
+        assert len({len(ids) for ids, _ in expected.values()}) > 1
+        for batch_size in (1, 4, 20):
+            written = {sequence.index: sequence for sequence in decode(model, prompts, 20, STOPS, batch_size=batch_size)}
+            assert {i: sequence.ids for i, sequence in written.items()} == {i: ids for i, (ids, _) in expected.items()}
+            for i, (ids, log_probs) in expected.items():
+                assert written[i].log_probs == pytest.approx(log_probs, abs=2e-3)
+                assert written[i].finish_reason == ("stop" if ids[-1] in STOPS else "length")
+
+
+def test_models_without_slots_go_through_generate():
+    model, prompts = tiny_model("bloom"), random_prompts(3, 7)
+    implementation = model.config._attn_implementation
+    assert not takes_slots(model) and model.config._attn_implementation == implementation
+    expected = {i: alone(model, prompt, 15)[0] for i, prompt in prompts.items()}
+    for batch_size in (1, 3):
+        written = decode_with_generate(model, prompts, 15, STOPS, batch_size=batch_size)
+        assert {sequence.index: sequence.ids for sequence in written} == expected
+
+
+def test_chunked_attention_and_wrong_windows_are_found_out():
+    model = tiny_model("llama")
+    model.config.attention_chunk_size = 8
+    assert not takes_slots(model)
+    model = tiny_model("mistral")
+    model.model.layers[0].self_attn.layer_idx = 1  # two layers in one slot
+    assert not takes_slots(model)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=5))
+def test_shared_length(prompts):
+    expected = 0
+    if len(prompts) > 1:
+        while all(len(p) > expected + 1 and p[expected] == prompts[0][expected] for p in prompts):
+            expected += 1
+    assert shared_length(prompts) == expected
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 399), min_size=1, max_size=30), min_size=1, max_size=6), st.integers(1, 7))
+def test_any_prompts_in_any_grouping(prompts, batch_size):
+    model = MODELS.setdefault("llama", tiny_model("llama"))
+    numbered = dict(enumerate(prompts))
+    expected = {i: alone(model, prompt, 6)[0] for i, prompt in numbered.items()}
+    assert {s.index: s.ids for s in decode(model, numbered, 6, STOPS, batch_size=batch_size)} == expected
+
+
+MODELS: dict = {}
+
+
+@pytest.mark.parametrize("write", [decode, decode_with_generate])
+def test_draws_depend_on_seed_and_number_alone(write):
+    model, prompts = tiny_model("llama"), random_prompts(5, 8)
+
+    def drawn(seed, batch_size, chosen=prompts):
+        return {s.index: s.ids for s in write(model, chosen, 12, STOPS, temperature=1.3, seed=seed, batch_size=batch_size)}
+
+    together = drawn(1, 8)
+    assert together == drawn(1, 3) == drawn(1, 1) and together != drawn(2, 8)
+    assert drawn(1, 2, {30: prompts[30]}) == {30: together[30]}
+
+
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([[0.0, 1.0, -1.0, -torch.inf, 2.0]]).repeat(4000, 1)
+    sequences = new_sequences({i: [1] for i in range(4000)}, 0)
+    for temperature in (0.5, 1.0, 2.0):
+        tokens, log_probs = choose(logits, temperature, sequences)
+        share = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
+        torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=0.03)
+        assert log_probs == pytest.approx(logits[0].log_softmax(-1)[torch.tensor(tokens)].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_layers_give_the_same_logits(architecture, dtype):
+    model, ids = tiny_model(architecture).to(dtype), torch.arange(40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        pack_linear_layers(model)
+        assert sum(isinstance(module, PackedLinear) for module in model.modules()) >= 9
+        tolerance = 1e-4 if dtype == torch.float32 else 5e-2
+        assert (model(ids).logits - before).abs().max() <= tolerance * before.abs().max()
