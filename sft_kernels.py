@@ -1,8 +1,11 @@
 """The operations of a training step that the libraries do slower, or in more memory, than they need to be.
 
-Attention over packed rows, cross-entropy summed in place, dropout from cheap random bits. Each is compared with
+Attention over packed rows, cross-entropy summed in place, products with frozen weights, dropout from cheap random bits. Each is compared with
 PyTorch's own in tests/test_kernels.py, value and gradient.
 """
+
+import platform
+import types
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +106,45 @@ class SummedCrossEntropy(torch.autograd.Function):
             part.scatter_add_(1, targets[rows, None], part.new_full((len(part), 1), -1.0))
             logits[rows] = part.mul_(grad)
         return logits, None
+
+
+# ------------------------------------------------------------------------------------------------ frozen linear layers
+
+
+class FrozenLinear(torch.autograd.Function):
+    """F.linear with a weight that is not trained, in float32, by oneDNN.
+
+    torch gives float32 products to MKL, which uses half of the vector units of an AMD CPU with AVX-512. The operator is the one
+    that torch.compile puts into its code; it takes x (..., in), weight (out, in) in any strides, bias (out,) or None.
+    """
+
+    @staticmethod
+    def product(x, weight, bias):
+        return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(weight)
+        return FrozenLinear.product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        return FrozenLinear.product(grad, weight.t(), None), None, None
+
+
+def speed_up_frozen_layers(model: nn.Module) -> None:
+    """Lets the frozen float32 linear layers of a model on an x86 CPU use FrozenLinear."""
+    if not (
+        torch.backends.mkldnn.is_available()
+        and platform.machine() in ("x86_64", "AMD64")
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
+        return
+    for module in model.modules():
+        frozen = type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters())
+        if frozen and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+            module.forward = types.MethodType(lambda self, x: FrozenLinear.apply(x, self.weight, self.bias), module)
 
 
 # ------------------------------------------------------------------------------------------------ dropout

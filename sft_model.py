@@ -407,8 +407,8 @@ def save_adapter(folder: Path, model: PeftModel, tokenizer, base_name: str, sft_
         # Without False PEFT would ask the hub whether the base model's vocabulary has been resized
         model.save_pretrained(aside, save_embedding_layers=False)
         tokenizer.save_pretrained(aside)
-        written = {"adapter": "adapter_model.safetensors", "adapter_config": "adapter_config.json"}
-        hashes = sft_config["sha256"] | {name: sha256(aside / file) for name, file in written.items()}
+        written = {"adapter": "adapter_model.safetensors", "adapter_config": "adapter_config.json", "tokenizer": "tokenizer.json"}
+        hashes = sft_config["sha256"] | {name: sha256(aside / file) for name, file in written.items() if (aside / file).is_file()}
         write_json(aside / "sft_config.json", {**sft_config, "sha256": hashes})
         write_whole(aside / "README.md", card)
         if state is not None:

@@ -490,6 +490,7 @@ def set_up(config: TrainConfig) -> Run:
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     import sft_model
+    from sft_kernels import speed_up_frozen_layers
 
     placement = sft_model.pick_device(config.device, config.dtype)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one process may be downloading a model
@@ -530,6 +531,8 @@ def set_up(config: TrainConfig) -> Run:
     )
     if sharded:
         sft_model.shard_base(model, accelerator.device, accelerator.num_processes)
+    else:
+        speed_up_frozen_layers(model)
     packed, padding = sft_model.enable_packing(model, config.max_length), pad_token_id(tokenizer)
     if config.gradient_checkpointing:
         sft_model.set_gradient_checkpointing(model, True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_kernels import CheapDropout, SummedCrossEntropy, per_example_attention
+from sft_kernels import CheapDropout, FrozenLinear, SummedCrossEntropy, per_example_attention, speed_up_frozen_layers
 
 
 @pytest.mark.parametrize("n, vocabulary, seed", [(1, 2, 0), (7, 50, 1), (128, 300, 2), (129, 1000, 3), (400, 49, 4)])
@@ -79,3 +79,38 @@ def test_dropout(p, shape):
     neighbours = (dropped.flatten()[1:] & dropped.flatten()[:-1]).float().mean().item()  # drawn one apart from the other
     assert abs(neighbours - p * p) < 6 * (p * p / n) ** 0.5 + 1e-4
     assert dropout.eval()(x) is x and CheapDropout(0.0)(x) is x
+
+
+needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    "shape, n_out, bias", [((1, 1), 1, False), ((1, 7, 33), 20, True), ((300, 64), 129, True), ((2, 5, 96), 48, False)]
+)
+def test_frozen_linear(shape, n_out, bias):
+    torch.manual_seed(n_out)
+    layer = torch.nn.Linear(shape[-1], n_out, bias=bias).requires_grad_(False)
+    wide = torch.randn(*shape[:-1], 2 * shape[-1])
+    for x in (wide[..., : shape[-1]].contiguous(), wide[..., ::2]):  # with and without gaps
+        x = x.detach().requires_grad_()
+        expected = layer.double()(x.double())
+        direction = torch.randn(n_out, dtype=torch.float64).expand_as(expected)  # strides of 0
+        (expected_grad,) = torch.autograd.grad(expected, x, direction)
+        layer.float()
+        ours = FrozenLinear.apply(x, layer.weight, layer.bias)
+        (grad,) = torch.autograd.grad(ours, x, direction.float())
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
+
+
+@needs_onednn
+def test_only_frozen_float32_layers_are_sped_up():
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+    layers[0].requires_grad_(False)
+    layers[1].requires_grad_(False).bfloat16()
+    x = torch.randn(2, 8)
+    before = layers[0](x)
+    speed_up_frozen_layers(layers)
+    assert ["forward" in vars(layer) for layer in layers] == [True, False, False]
+    torch.testing.assert_close(layers[0](x), before)

@@ -142,7 +142,7 @@ def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
         place = said.index(words, place) + len(words)
     saved = json.loads((out / "final_model" / "sft_config.json").read_text())
     assert saved["rows"]["train"] == {"factual": 11, "hallucinated": 1, "used": 11, "shortened": 0, "refused": 0}
-    assert saved["sha256"].keys() == {"train_csv", "val_csv", "base_weights", "adapter", "adapter_config"}
+    assert saved["sha256"].keys() == {"train_csv", "val_csv", "base_weights", "adapter", "adapter_config", "tokenizer"}
     written = [path.read_text(errors="replace") for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
     assert not any(path in text for path in (f'"{tmp_path}', f'"{config.model_name}') for text in written)  # no absolute path
     phrases = {phrase for note, _ in NOTES for phrase in re.findall(r"\w+ \w+ \w+", note)}
