@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AttentionInterface, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from sft_kernels import has_onednn
+
 PROMPT_TOKENS = 1024  # prompts enter a forward pass until they have this many tokens: more only takes more memory
 GREEDY_BELOW = 0.01  # a temperature below which division would overflow, and the likeliest token is drawn anyway
 
@@ -350,7 +352,7 @@ class PackedLinear(nn.Module):
 
 def pack_linear_layers(model) -> None:
     """Puts PackedLinear in the place of a CPU model's linear layers; the model then gives no gradient and cannot be saved."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not has_onednn():
         return
     for name, module in list(model.named_modules()):
         kind = type(module).__name__

@@ -133,13 +133,17 @@ class FrozenLinear(torch.autograd.Function):
         return FrozenLinear.product(grad, weight.t(), None), None, None
 
 
-def speed_up_frozen_layers(model: nn.Module) -> None:
-    """Lets the frozen float32 linear layers of a model on an x86 CPU use FrozenLinear."""
-    if not (
+def has_onednn() -> bool:
+    return (
         torch.backends.mkldnn.is_available()
         and platform.machine() in ("x86_64", "AMD64")
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    ):
+    )
+
+
+def speed_up_frozen_layers(model: nn.Module) -> None:
+    """Lets the frozen float32 linear layers of a model on an x86 CPU use FrozenLinear."""
+    if not has_onednn():
         return
     for module in model.modules():
         frozen = type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters())

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sft_kernels import CheapDropout, FrozenLinear, SummedCrossEntropy, per_example_attention, speed_up_frozen_layers
+from sft_kernels import CheapDropout, FrozenLinear, SummedCrossEntropy, has_onednn, per_example_attention, speed_up_frozen_layers
 
 
 @pytest.mark.parametrize("n, vocabulary, seed", [(1, 2, 0), (7, 50, 1), (128, 300, 2), (129, 1000, 3), (400, 49, 4)])
@@ -81,7 +81,7 @@ def test_dropout(p, shape):
     assert dropout.eval()(x) is x and CheapDropout(0.0)(x) is x
 
 
-needs_onednn = pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no oneDNN")
+needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
 
 
 @needs_onednn
