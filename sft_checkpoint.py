@@ -20,11 +20,21 @@ TOKEN_CACHE = "token_cache"
 
 def own_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in `output_dir`, whole or half done; what others put there stays."""
-    files = [output_dir / name for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png", "tracker")]
+    files = [output_dir / name for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png", "sft_tracker")]
     folders = [
         folder for name in ("final_model", "checkpoint_*") for folder in output_dir.glob(name) if (folder / "sft_config.json").is_file()
     ]
+    if not folders and not _is_ours(output_dir / "metrics.jsonl"):  # files of those names that no run of ours wrote
+        files = []
     return [path for path in (*files, *folders, *half_done(output_dir)) if path.exists()]
+
+
+def _is_ours(metrics: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        with open(metrics, encoding="utf-8") as file:
+            line = file.readline()
+        return not line or "n_target_tokens" in json.loads(line)
+    return False
 
 
 def half_done(output_dir: Path) -> list[Path]:
@@ -60,6 +70,10 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
     Torn ones are skipped with a warning. Raises InputError if there was no run, or if all its checkpoints are torn.
     """
+    for old in output_dir.glob(".checkpoint_*.old"):  # its successor was not yet in its place
+        with contextlib.suppress(OSError):
+            place = output_dir / old.name.removeprefix(".").removesuffix(".old")
+            place.exists() or old.rename(place)
     whole, torn = [], False
     for folder in sorted(output_dir.glob("checkpoint_*")):
         wrong = "it has no SHA256SUMS" if not (folder / "SHA256SUMS").is_file() else sums_differ(folder)
@@ -73,7 +87,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
         return max(whole, key=_step)
     if torn:
         raise InputError(f"--resume: {output_dir} holds no whole checkpoint", "restore one, or --overwrite to start anew")
-    if not (output_dir / "metrics.jsonl").is_file():
+    if not _is_ours(output_dir / "metrics.jsonl") and not (output_dir / TOKEN_CACHE).is_dir():
         raise InputError(f"--resume: {output_dir} holds no checkpoint", "leave out --resume to start anew, or name the run's --output_dir")
     return None
 
@@ -92,7 +106,8 @@ def save_checkpoint(run, name: str) -> Path:
     from sft_model import save_adapter
 
     folder = run.output_dir / name
-    if run.accelerator.is_main_process:
+    is_there = name.startswith("checkpoint_step_") and folder.is_dir() and not sums_differ(folder)
+    if run.accelerator.is_main_process and not is_there:
         progress = run.progress
         state = {
             "identity": run.identity,
@@ -174,7 +189,7 @@ def start_anew(output_dir: Path) -> None:
 def truncate_metrics(file: Path, step: int) -> None:
     """Leaves out the updates after `step`, which will be done again, and a last line torn by a kill."""
     kept = []
-    for line in file.read_text().splitlines(keepends=True) if file.is_file() else []:
+    for line in file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)

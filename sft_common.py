@@ -57,14 +57,14 @@ def noted_signals() -> Iterator[list[int]]:
     def handler(number, frame):
         nonlocal heard_at
         now = time.monotonic()
-        if not noted:
-            log(f"\n{signal.Signals(number).name}: finishing the step under way, then saving; a second one stops at once")
-        elif "WORLD_SIZE" not in os.environ or now - heard_at > 1:  # launchers hand on the signal that the terminal sent already
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            sys.exit(128 + number)
-        heard_at = now
         noted.append(number)
+        if len(noted) == 1:
+            log(f"\n{signal.Signals(number).name}: finishing the step under way, then saving; a second one stops at once")
+        elif number == signal.SIGINT and ("WORLD_SIZE" not in os.environ or now - heard_at > 1):
+            raise KeyboardInterrupt
+        elif number == signal.SIGTERM and ("WORLD_SIZE" not in os.environ or now - heard_at > 1):
+            sys.exit(128 + number)
+        heard_at = now  # launchers hand on the signal that the terminal sent already; shell and kernel both send SIGHUP
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
@@ -81,8 +81,9 @@ def noted_signals() -> Iterator[list[int]]:
 
 
 def log(message: str = "") -> None:
-    """Progress and logs go to stderr; stdout is for results."""
-    print(message, file=sys.stderr, flush=True)
+    """Progress and logs go to stderr; stdout is for results. A terminal that is gone stops nothing."""
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a signal's message in the midst of another
+        print(message, file=sys.stderr, flush=True)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -105,9 +106,10 @@ def run_script(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)  # as a shell reports SIGPIPE
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
+        words = "out of memory", "can't allocate memory"  # CUDA's and MPS's, and the CPU's; torch is not imported here
+        if type(error).__name__ != "OutOfMemoryError" and not any(word in str(error) for word in words):
             raise
-        log("error: the device has too little memory\nmend:  halve --batch_size (and double --gradient_accumulation_steps), or --use_4bit")
+        log("error: the device has too little memory\nmend:  a smaller --batch_size, or --use_4bit")
         sys.exit(1)
     except OSError as error:
         mends = {

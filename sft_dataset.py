@@ -287,7 +287,7 @@ class Batch:
 
     inputs: dict  # the model's arguments
     targets: "torch.Tensor"  # LongTensor (n_target_tokens,)
-    where: "torch.Tensor | None"  # BoolTensor (batch, longest): the logits that predict `targets`; None: all of them do
+    where: "torch.Tensor | None"  # LongTensor: of the batch * longest logits those that predict `targets`; None: all do
 
     def to(self, device) -> "Batch":
         def move(value):
@@ -322,8 +322,8 @@ def padded_batch(examples: Sequence[Example], pad_token_id: int) -> Batch:
     items = [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
     inputs = SFTCollator(pad_token_id)(items)
     labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)  # a token is predicted at the place before it
-    where = labels != IGNORE_INDEX
-    return Batch(inputs, labels[where], where)
+    where = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
+    return Batch(inputs, labels.flatten()[where], where)
 
 
 class SFTCollator:

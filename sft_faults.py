@@ -40,14 +40,12 @@ def in_memory(run, work: Callable):
             rows = f"{rows} row{'s' * (rows > 1)} of up to {run.config.max_length} tokens in a forward pass"
             mend = "--gradient_checkpointing, --use_4bit or a smaller --max_length"
             if run.accelerator.num_processes > 1:
-                mend = f"halve --batch_size and double --gradient_accumulation_steps; or {mend}"
+                mend = f"start anew with half the --batch_size and twice the --gradient_accumulation_steps; or {mend}"
             raise RunError(f"out of memory with {rows}", mend)
         run.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
         run.progress.micro_batch_size = math.ceil(rows / 2)
-        run.say(
-            f"out of memory with {rows} rows in a forward pass: going on with {run.progress.micro_batch_size}, and more passes in an update"
-        )
+        run.say(f"out of memory with up to {rows} rows in a forward pass: going on with {run.progress.micro_batch_size}, and more passes")
 
 
 def check_finite(run, step: int, loss: float, grad_norm: float, examples: Sequence) -> None:
@@ -66,4 +64,5 @@ def advice_for_faults(run) -> str:
         saved = f"{newest_checkpoint(run.output_dir).name} is whole"
     except (InputError, AttributeError):  # torn, or none
         saved = "nothing is saved yet"
-    return f"lower --learning_rate (now {run.config.learning_rate:g}) or use --dtype float32; {saved}"
+    advice = f"start anew with a lower --learning_rate (now {run.config.learning_rate:g}) or --dtype float32"
+    return f"{advice}, in another --output_dir or with --overwrite; {saved}"

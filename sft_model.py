@@ -94,6 +94,8 @@ def peak_memory_mb(device: torch.device) -> float:
     """The most memory held so far in MiB: allocated on the GPU, resident in the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**20
     if os.name == "nt":
         return 0.0  # not known there
     import resource
@@ -288,7 +290,8 @@ def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[
     if targets == ["q_proj", "v_proj"] and not linear.intersection(targets):
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
         targets = list(known) if known else "all-linear"
-        log(f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}")
+        if os.environ.get("RANK", "0") == "0":
+            log(f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}")
     absent = [name for name in targets if name not in linear] if isinstance(targets, list) else []
     if absent:
         raise InputError(f"--target_modules: the model has no {some(absent)}", f"choose from {some(sorted(linear), 12)}, or all-linear")
@@ -333,7 +336,10 @@ def set_gradient_checkpointing(model, on: bool) -> None:
     """Trades time for memory in training; must be off for generation, which needs the key-value cache."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if on:
-        base.activation_checkpointing_enable({"use_reentrant": False})
+        try:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+        except ValueError:
+            raise InputError("--gradient_checkpointing: this model does not support it", "leave it out") from None
         base.enable_input_require_grads()  # the embeddings are frozen; without this no gradient would flow
     else:
         base.activation_checkpointing_disable()
@@ -352,6 +358,8 @@ def enable_packing(model, max_length: int = 512) -> bool:
     before, training = base.config._attn_implementation, base.training
     if before in ("per_example", "varlen"):
         return True
+    if model.device.type == "mps":  # not measured there
+        return False
     text = base.config.get_text_config()
     device, vocabulary = base.get_input_embeddings().weight.device, text.vocab_size
     windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]

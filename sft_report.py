@@ -1,5 +1,6 @@
 """What a training run tells people: progress, advice, the loss curve, the model card. No note text, no absolute path."""
 
+import contextlib
 import io
 import sys
 import time
@@ -36,14 +37,14 @@ def advise(untrained: float, epochs: list[dict], skipped_updates: int = 0) -> li
     return advice
 
 
-def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict]) -> bytes:
+def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps_per_epoch: int) -> bytes:
     """loss_curve.png: training loss by update, validation loss by epoch, the kept epoch marked."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ends = [max(line["step"] for line in metrics if line["epoch"] == epoch["epoch"]) for epoch in epochs]
+    ends = [epoch["epoch"] * steps_per_epoch for epoch in epochs]
     best, half = best_epoch(epochs), ends[0] / 2
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     axes.plot(
@@ -118,7 +119,8 @@ class ProgressBar:
     def update(self, loss: float, tokens_per_second: float) -> None:
         self.done += 1
         self.bar.set_postfix_str(f"loss {loss:.3f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
-        self.bar.update()
+        with contextlib.suppress(OSError):  # the terminal is gone; the run goes on
+            self.bar.update()
         now = time.monotonic()
         if self.bar.disable and not self.quiet and now - self.said > 30:
             left = (now - self.started) / (self.done - self.first) * (self.total - self.done)
@@ -128,4 +130,5 @@ class ProgressBar:
             self.said = now
 
     def close(self) -> None:
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()

@@ -55,7 +55,6 @@ from sft_report import ProgressBar, advise, best_epoch, draw_losses, duration
 
 DATA, MODEL, TRAINING, LORA, MACHINE, RUN = "data", "model", "training", "LoRA", "machine", "run"
 CPU_TOKENS = 800  # in one forward pass on a CPU: its matrix products gain little from more, and memory grows with them
-TRACKERS = ("tensorboard", "wandb", "mlflow")  # accelerate's; each is a package of its own
 
 
 @dataclass
@@ -111,7 +110,7 @@ class TrainConfig:
     resume: bool = option(False, "go on from the newest checkpoint in output_dir", group=RUN)
     overwrite: bool = option(False, "replace an earlier run in output_dir", group=RUN)
     dry_run: bool = option(False, "try the largest update, say what the run would take, write nothing", group=RUN)
-    report_to: str = option("none", "also send numbers (no text) to a tracker", choices=["none", *TRACKERS], group=RUN)
+    report_to: str = option("none", "also write the numbers (no text) for a tracker", choices=["none", "tensorboard"], group=RUN)
 
 
 # What may differ between a run and the run that goes on from its checkpoint; all else changes the mathematics
@@ -253,7 +252,7 @@ def summed_loss(model, batch: Batch):
     from sft_kernels import SummedCrossEntropy
 
     logits = model(**batch.inputs, use_cache=False).logits  # packed (1, n_target_tokens, vocabulary)
-    logits = logits[0] if batch.where is None else logits[batch.where]  # (n_target_tokens, vocabulary)
+    logits = logits[0] if batch.where is None else logits.flatten(0, 1)[batch.where]  # (n_target_tokens, vocabulary)
     return SummedCrossEntropy.apply(logits, batch.targets)
 
 
@@ -270,9 +269,9 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     with torch.no_grad():
         ordered, size = sorted(examples, key=lambda example: example.n_tokens), run.progress.micro_batch_size
         for start in range(0, len(ordered), size * accelerator.num_processes):
-            share = ordered[start : start + size * accelerator.num_processes][accelerator.process_index :: accelerator.num_processes]
-            batch = run.make_batch(share or ordered[:1]).to(accelerator.device)  # one with no rows left takes part, weighing nothing
-            losses.append(summed_loss(run.model, batch) * bool(share))
+            for share in run.micro_batches(ordered[start : start + size * accelerator.num_processes], accelerator.process_index):
+                batch = run.make_batch(share or ordered[:1]).to(accelerator.device)  # one with no rows left takes part, weighing nothing
+                losses.append(summed_loss(run.model, batch) * bool(share))
             if accelerator.num_processes == 1:  # else all would have to leave at the same place
                 stop_if_asked(run)
     run.model.train()
@@ -283,8 +282,26 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     return loss
 
 
+def gradients(run: "Run", step: int, examples: list[Example], n_target_tokens: int):
+    """Forward and backward over this process's share of an update's rows. Returns its summed loss, a scalar tensor."""
+    import torch
+
+    accelerator, micro_batches = run.accelerator, run.micro_batches(examples, run.accelerator.process_index)
+    loss_sum = torch.zeros((), device=accelerator.device)
+    for j, micro_batch in enumerate(micro_batches):
+        torch.manual_seed(dropout_seed(run.config.seed, step, j, accelerator.process_index))
+        batch = run.make_batch(micro_batch or examples[:1]).to(accelerator.device)
+        more_to_come = j + 1 < len(micro_batches)
+        with accelerator.no_sync(run.wrapped) if more_to_come else contextlib.nullcontext():
+            loss = summed_loss(run.wrapped, batch) * bool(micro_batch)  # a process with no rows left takes part, weighing nothing
+            # The mean over the update's target tokens; DDP averages over the processes, which is undone here
+            accelerator.backward(run.scaler.scale(loss * accelerator.num_processes / n_target_tokens))
+        loss_sum += loss.detach()
+    return loss_sum
+
+
 def update(run: "Run", step: int) -> dict:
-    """One update of the weights: forward and backward over its rows, then the optimizer. Returns its line of metrics."""
+    """One update of the weights: gradients of its rows, then the optimizer. Returns its line of metrics."""
     import torch
 
     config, accelerator, plan = run.config, run.accelerator, run.plan
@@ -293,17 +310,7 @@ def update(run: "Run", step: int) -> dict:
         group["lr"] = learning_rate
     examples = [run.train_set.examples[i] for i in plan.rows(step)]
     n_target_tokens = sum(example.n_target_tokens for example in examples)  # over all processes
-    micro_batches = run.micro_batches(examples, accelerator.process_index)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for j, micro_batch in enumerate(micro_batches):
-        torch.manual_seed(dropout_seed(config.seed, step, j, accelerator.process_index))
-        batch = run.make_batch(micro_batch or examples[:1]).to(accelerator.device)
-        more_to_come = j + 1 < len(micro_batches)
-        with accelerator.no_sync(run.wrapped) if more_to_come else contextlib.nullcontext():
-            loss = summed_loss(run.wrapped, batch) * bool(micro_batch)  # a process with no rows left takes part, weighing nothing
-            # The mean over the update's target tokens; DDP averages over the processes, which is undone here
-            accelerator.backward(run.scaler.scale(loss * accelerator.num_processes / n_target_tokens))
-        loss_sum += loss.detach()
+    loss_sum = in_memory(run, lambda: gradients(run, step, examples, n_target_tokens))
     if any(parameter.grad is None for parameter in run.parameters):
         raise RunError("some LoRA weights get no gradient", "use other --target_modules, or leave out --use_4bit and --use_8bit")
     if accelerator.num_processes > 1 and run.wrapped is run.model:  # a split base has no DDP around it to do this
@@ -347,7 +354,7 @@ def train(config: TrainConfig) -> dict:
             say(f"\nEpoch {epoch}/{config.num_epochs}\n{'=' * 60}")
             bar = ProgressBar(plan.steps_per_epoch, progress.step - (epoch - 1) * plan.steps_per_epoch, not run.accelerator.is_main_process)
             while progress.step < epoch * plan.steps_per_epoch:
-                seconds, metrics = timed(lambda: in_memory(run, lambda: update(run, progress.step)))
+                seconds, metrics = timed(lambda: update(run, progress.step))
                 progress.add(metrics, seconds)
                 run.write_metrics(metrics)
                 bar.update(metrics["loss"], progress.n_tokens / progress.seconds)
@@ -373,13 +380,15 @@ def dry_run(run: "Run") -> dict:
     def largest_pass(step: int) -> int:
         examples = [train_examples[i] for i in plan.rows(step)]
         passes = [batch for process in range(plan.n_processes) for batch in run.micro_batches(examples, process)]
+        if run.padded:
+            return max(len(batch) * max((example.n_tokens for example in batch), default=0) for batch in passes)
         return max(sum(example.n_tokens for example in batch) for batch in passes)
 
     steps = sorted(range(plan.total_steps), key=largest_pass)
-    in_memory(run, lambda: update(run, steps[-1]))
+    update(run, steps[-1])
     update_seconds, metrics = timed(lambda: update(run, steps[len(steps) // 2]))
     some_examples = sorted(val_examples, key=lambda example: example.n_tokens)[:: max(1, len(val_examples) // config.batch_size)]
-    validation_seconds, _ = timed(lambda: evaluate(run, some_examples))
+    validation_seconds, _ = timed(lambda: in_memory(run, lambda: evaluate(run, some_examples)))
     validation_seconds *= sum(e.n_tokens for e in val_examples) / sum(e.n_tokens for e in some_examples)
     epoch_seconds = update_seconds / metrics["n_tokens"] * sum(e.n_tokens for e in train_examples)
     seconds = config.num_epochs * epoch_seconds + (config.num_epochs + 1) * validation_seconds
@@ -434,7 +443,10 @@ class Run:
         return Path(self.config.output_dir)
 
     def micro_batches(self, examples: list[Example], process: int) -> list[list[Example]]:
-        return self.plan.micro_batches(examples, process, self.progress.micro_batch_size, self.most_tokens, self.padded)
+        rows, tokens = self.progress.micro_batch_size, self.most_tokens
+        if tokens and rows < self.config.batch_size:  # memory ran out
+            tokens = math.ceil(tokens * rows / self.config.batch_size)
+        return self.plan.micro_batches(examples, process, rows, tokens, self.padded)
 
     def say(self, message: str = "") -> None:
         if self.accelerator.is_main_process:
@@ -474,10 +486,8 @@ def set_up(config: TrainConfig) -> Run:
     # Options and files are checked before the slow imports
     output_dir = Path(config.output_dir)
     checkpoint = None if config.dry_run else check_output_dir(output_dir, resume=config.resume, overwrite=config.overwrite)
-    if config.report_to != "none" and not any(
-        map(find_spec, {"tensorboard": ("tensorboard", "tensorboardX")}.get(config.report_to, (config.report_to,)))
-    ):
-        raise InputError(f"--report_to {config.report_to}: the package is not installed", f"pip install {config.report_to}")
+    if config.report_to != "none" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
+        raise InputError("--report_to tensorboard: the package is not installed", "pip install tensorboardX")
     if config.use_8bit + config.use_4bit + config.shard_base > 1:
         raise InputError("--use_8bit, --use_4bit and --shard_base exclude each other", "choose one")
     if "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")):
@@ -521,6 +531,8 @@ def set_up(config: TrainConfig) -> Run:
 
     quantization = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
     sharded = config.shard_base and accelerator.num_processes > 1
+    if config.shard_base and not sharded:
+        say("--shard_base: there is one process, so nothing to split")
     device = torch.device("cpu") if sharded else accelerator.device
     model = sft_model.load_base_model(base_folder, device, placement.dtype, quantization)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -582,7 +594,7 @@ def set_up(config: TrainConfig) -> Run:
     accelerator.wait_for_everyone()
     if config.report_to != "none":
         numbers = {name: value for name, value in asdict(config).items() if isinstance(value, int | float)}  # no text, no paths
-        accelerator.init_trackers("tracker", numbers)
+        accelerator.init_trackers("sft_tracker", numbers)
     return run
 
 
@@ -636,10 +648,14 @@ def finish(run: Run) -> None:
         run.write_stats()
         metrics = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
         with full_disk_said(run.output_dir):
-            write_whole(run.output_dir / "loss_curve.png", draw_losses(metrics, run.progress.untrained_val_loss, run.progress.epochs))
+            write_whole(
+                run.output_dir / "loss_curve.png",
+                draw_losses(metrics, run.progress.untrained_val_loss, run.progress.epochs, run.plan.steps_per_epoch),
+            )
     best = run.progress.epochs[run.progress.kept_epoch - 1]
+    lowest = "the lowest" if best is best_epoch(run.progress.epochs) else "the lowest that is whole,"
     run.say("\nTraining completed!")
-    run.say(f"Saved final model to {run.output_dir / 'final_model'} (epoch {best['epoch']}, the lowest Val Loss: {best['val_loss']:.4f})")
+    run.say(f"Saved final model to {run.output_dir / 'final_model'} (epoch {best['epoch']}, {lowest} Val Loss: {best['val_loss']:.4f})")
     for advice in advise(run.progress.untrained_val_loss, run.progress.epochs, run.progress.skipped_updates):
         run.say(advice)
     run.accelerator.wait_for_everyone()

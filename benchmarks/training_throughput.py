@@ -15,6 +15,7 @@ chart beside it are drawn anew from all sections.
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import platform
@@ -337,30 +338,35 @@ def trl_by_length(options):
 
 
 def matrix_rate(options: argparse.Namespace) -> dict:
-    """FLOP/s of matrix products of the model's shapes (those of its MLP at 2048 tokens, its head at 256), in the run's dtype."""
+    """FLOP/s of matrix products of the model's shapes (those of its MLP at 2048 tokens, its head at 256), in the run's dtype:
+    torch's own, and on an x86 CPU oneDNN's, which this toolkit uses."""
     import torch
     from transformers import AutoConfig
 
+    from sft_kernels import FrozenLinear, has_onednn
     from sft_model import resolve_model
 
     config = AutoConfig.from_pretrained(resolve_model(options.model_name)).get_text_config()
+    linear = {"": torch.nn.functional.linear}
+    if options.device == "cpu" and has_onednn():
+        linear[" by oneDNN"] = lambda x, weight: FrozenLinear.product(x, weight, None)
     width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     rates = {}
-    for m, k, n in ((2048, width, inner), (2048, inner, width), (256, width, vocabulary)):
+    for (m, k, n), name in itertools.product(((2048, width, inner), (2048, inner, width), (256, width, vocabulary)), linear):
         x, weight = torch.randn(m, k, device=options.device, dtype=dtype), torch.randn(n, k, device=options.device, dtype=dtype)
         seconds = []
         for _ in range(5):
             started, repeats = time.perf_counter(), 0
             while repeats < 5 or time.perf_counter() - started < 0.5:
-                torch.nn.functional.linear(x, weight)
+                linear[name](x, weight)
                 repeats += 1
                 if options.device == "cuda" and repeats % 100 == 0:
                     torch.cuda.synchronize()
             if options.device == "cuda":
                 torch.cuda.synchronize()
             seconds.append((time.perf_counter() - started) / repeats)
-        rates[f"{m}x{k}x{n}"] = 2 * m * k * n / statistics.median(seconds[1:])
+        rates[f"{m}x{k}x{n}{name}"] = 2 * m * k * n / statistics.median(seconds[1:])
     return rates
 
 
@@ -487,6 +493,8 @@ def comparison_table(shape: str, section: dict) -> str:
     default, best = results["trl"], section["best_of_trl"]
     rates = ", ".join(f"{product} {rate / 1e9:,.0f}" for product, rate in section["rates"].items())
     floor = counts["needed_flop"] / next(iter(section["rates"].values()))
+    fast_rate = max((rate for product, rate in section["rates"].items() if product.endswith("oneDNN")), default=0)
+    fast_floor = fast_rate and counts["needed_flop"] / fast_rate
     lines = [
         f"## {SHAPES[shape]}",
         "",
@@ -512,7 +520,12 @@ def comparison_table(shape: str, section: dict) -> str:
             "",
             f"Floor: {counts['needed_flop'] / 1e12:.2f} TFLOP needed (4·{counts['n_weights']:,}·{counts['n_tokens']:,} + "
             f"4·{counts['n_head_weights']:,}·{counts['n_target_tokens']:,}) take {floor:.1f} s at the measured matrix rate. "
-            f"Matrix rates in GFLOP/s: {rates}; the first is the floor's.",
+            f"Matrix rates in GFLOP/s: {rates}; the first is the floor's."
+            + (
+                f" At oneDNN's rate the floor is {fast_floor:.1f} s, and this toolkit reaches {results['toolkit']['floor'] * fast_floor / floor:.0%} of it."
+                if fast_floor
+                else ""
+            ),
             "",
             *described(section),
         ]

@@ -105,6 +105,21 @@ def test_a_torn_checkpoint_is_left_out(configured, tmp_path, capfd, damage):
         train(configured(resume=True))
 
 
+def test_a_checkpoint_that_was_being_replaced_is_put_back(configured, tmp_path):
+    train(configured(num_epochs=1))
+    folder = tmp_path / "out" / "checkpoint_epoch_1"
+    folder.rename(tmp_path / "out" / ".checkpoint_epoch_1.old")
+    assert newest_checkpoint(tmp_path / "out") == folder
+
+
+def test_lost_metrics_lose_no_run(configured, tmp_path):
+    train(configured(num_epochs=1, lr_scheduler="constant"))
+    (tmp_path / "out" / "metrics.jsonl").write_bytes(b"\xff torn")
+    train(configured(resume=True, lr_scheduler="constant"))
+    assert [line["step"] for line in metrics_of(configured())] == [4, 5, 6]
+    assert (tmp_path / "out" / "loss_curve.png").exists()
+
+
 def test_the_sums_are_those_of_sha256sum(configured, tmp_path):
     train(configured(num_epochs=1))
     for folder in ("checkpoint_epoch_1", "final_model"):
@@ -160,7 +175,14 @@ def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(conf
     (tmp_path / "out" / "mine.txt").write_text("not of the toolkit")
     train(configured(overwrite=True, num_epochs=1))
     assert (tmp_path / "out" / "mine.txt").exists()
+    (tmp_path / "out" / "sft_tracker").mkdir()
+    train(configured(overwrite=True, num_epochs=1))
+    assert not (tmp_path / "out" / "sft_tracker").exists()
     (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"mine": 1}\n')  # not of the toolkit, though of the name
+    with pytest.raises(InputError, match="is not empty"):
+        train(configured("other"))
+    assert (tmp_path / "other" / "metrics.jsonl").exists()
     (tmp_path / "other" / "mine.txt").write_text("not of the toolkit")
     with pytest.raises(InputError, match="is not empty"):
         train(configured("other"))

@@ -92,6 +92,16 @@ def test_a_signal_saves_and_the_run_goes_on_where_it_was(configured, tmp_path, n
     assert_same_adapter(tmp_path / "part" / "final_model", tmp_path / "whole" / "final_model")
 
 
+def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(configured, tmp_path):
+    """As with `... 2>&1 | tee log` and Ctrl-C: the reader of the messages dies of the same signal."""
+    config = configured("part", num_epochs=8, batch_size=3)
+    process = started(config, updates=3)
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert newest_checkpoint(tmp_path / "part").name.startswith("checkpoint_")
+
+
 def test_a_second_interrupt_stops_at_once_and_harms_nothing(configured, tmp_path):
     options = {"num_epochs": 8, "batch_size": 3, "save_steps": 2}
     process = started(configured("part", **options), updates=9)
@@ -225,7 +235,7 @@ def test_a_dry_run_measures_and_writes_nothing(configured, capfd, tmp_path):
 
 def test_a_tracker_gets_numbers_alone(configured, tmp_path):
     train(configured(report_to="tensorboard"))
-    events = b"".join(path.read_bytes() for path in (tmp_path / "out" / "tracker").rglob("*events*"))
+    events = b"".join(path.read_bytes() for path in (tmp_path / "out" / "sft_tracker").rglob("*events*"))
     assert b"grad_norm" in events and str(tmp_path).encode() not in events
     assert not any(note[:20].encode() in events for note, _ in NOTES)
 
@@ -243,7 +253,9 @@ LAUNCHERS = {
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
-@pytest.mark.parametrize("launcher, accumulation, options", [("torchrun", 1, {"shard_base": True}), ("accelerate", 2, {})])
+@pytest.mark.parametrize(
+    "launcher, accumulation, options", [("torchrun", 1, {"shard_base": True, "gradient_checkpointing": True}), ("accelerate", 2, {})]
+)
 def test_two_processes_equal_one(configured, tmp_path, launcher, accumulation, options):
     """Over gloo, with DDP or with the base split by FSDP: two processes have the losses of one with the same rows in an update, the short last group of 11
     rows included."""
