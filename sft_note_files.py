@@ -256,7 +256,7 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
 
             def stop_if_asked(_) -> None:
                 if noted:
-                    raise Stopped(noted[0], "stopped")
+                    raise Stopped(noted[0], "stopped: not all summaries are written")
 
             for start in range(begun, last, window):
                 part = notes[start : min(start + window, last)]
