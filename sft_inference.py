@@ -106,7 +106,7 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
 class SFTInference:
     """A trained adapter on its base model, ready to summarise.
 
-    With `merge` (the default) a float32 adapter is merged into the weights, and a CPU's weights are packed for speed;
+    With `merge` (the default) a float32 adapter is merged into the weights, and these are packed for speed on a CPU;
     without it `model` is the PeftModel as it was loaded. Raises InputError if the folder, the base model or the device cannot be used.
     """
 
@@ -149,8 +149,8 @@ class SFTInference:
         self.stop_ids = sorted({*self.template.stop_token_ids, *own_stops})
         if merge and not quantization and self.placement.dtype is torch.float32:  # 16 bits would round some of the adapter away
             self.model = base = self.model.merge_and_unload()
-        if merge and not quantization and self.placement.device.type == "cpu":
-            sft_generation.pack_linear_layers(base)
+            if self.placement.device.type == "cpu":
+                sft_generation.pack_linear_layers(base)
         self.decode = functools.partial(sft_generation.decode, base, stop_ids=self.stop_ids)
         if not sft_generation.takes_slots(base):
             log("note: this model's attention cannot run in the decoding loop; transformers' generate writes instead, more slowly")

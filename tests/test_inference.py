@@ -15,6 +15,7 @@ from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_inference, t
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import sft_generation
 from sft_common import InputError, sha256
 from sft_inference import SFTInference, own_device, read_adapter_folder
 from sft_note_files import read_notes
@@ -185,7 +186,7 @@ def test_a_merged_adapter_writes_what_the_adapter_writes(adapters, specialist):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_on_a_cpu(adapters, dtype):
     inference = SFTInference(adapters(), device="cpu", dtype=dtype)
-    assert inference.model.dtype == getattr(torch, dtype)
+    assert inference.model.dtype == getattr(torch, dtype) and inference.decode.func is sft_generation.decode
     alone = [inference.generate_summary(note, 8)["n_prompt_tokens"] for note in ALL_NOTES[:4]]
     together = inference.generate_batch(ALL_NOTES[:4], 8)
     assert [result["n_prompt_tokens"] for result in together] == alone and all(0 < result["confidence"] <= 1 for result in together)
