@@ -351,12 +351,13 @@ class PackedLinear(nn.Module):
 
 
 def pack_linear_layers(model) -> None:
-    """Puts PackedLinear in the place of a CPU model's linear layers; the model then gives no gradient and cannot be saved."""
+    """Puts PackedLinear in the place of a CPU model's float32 linear layers (oneDNN refuses 16 bits on CPUs without the
+    instructions); the model then gives no gradient and cannot be saved."""
     if not has_onednn():
         return
     for name, module in list(model.named_modules()):
         kind = type(module).__name__
-        if kind not in ("Linear", "Conv1D"):
+        if kind not in ("Linear", "Conv1D") or module.weight.dtype != torch.float32:
             continue
         parent, _, own = name.rpartition(".")
         weight = module.weight if kind == "Linear" else module.weight.t()  # GPT-2's Conv1D keeps it transposed

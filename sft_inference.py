@@ -8,11 +8,13 @@ from sft_inference import SFTInference
 result = SFTInference("models/sft_specialist/final_model").generate_summary("Patient reports ...")
 """
 
+import argparse
+import errno
 import functools
 import json
 import math
 import os
-import signal
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_common import InputError, RunError, check_new_file, log, number, option, parse_options, run_script, sha256, some
+from sft_common import InputError, RunError, check_new_file, log, number, option, parse_options, plural, run_script, sha256, some
 from sft_grounding import parse_citations, sentence_spans, split_sentences, strip_citations, unsupported_numbers
 from sft_note_files import check_output, processes, read_notes, summarize_file
 from sft_prompt import PromptEncoder, PromptTemplate
@@ -104,7 +106,7 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
 class SFTInference:
     """A trained adapter on its base model, ready to summarise.
 
-    With `merge` (the default) a float32 adapter is merged into the weights, and a CPU's weights are packed for speed;
+    With `merge` (the default) a float32 adapter is merged into the weights, and these are packed for speed on a CPU;
     without it `model` is the PeftModel as it was loaded. Raises InputError if the folder, the base model or the device cannot be used.
     """
 
@@ -147,8 +149,8 @@ class SFTInference:
         self.stop_ids = sorted({*self.template.stop_token_ids, *own_stops})
         if merge and not quantization and self.placement.dtype is torch.float32:  # 16 bits would round some of the adapter away
             self.model = base = self.model.merge_and_unload()
-        if merge and not quantization and self.placement.device.type == "cpu":
-            sft_generation.pack_linear_layers(base)
+            if self.placement.device.type == "cpu":
+                sft_generation.pack_linear_layers(base)
         self.decode = functools.partial(sft_generation.decode, base, stop_ids=self.stop_ids)
         if not sft_generation.takes_slots(base):
             log("note: this model's attention cannot run in the decoding loop; transformers' generate writes instead, more slowly")
@@ -190,14 +192,18 @@ class SFTInference:
         seed: int = 0,
         first_index: int = 0,
         on_done: Callable[[], None] | None = None,
+        on_token: Callable | None = None,
     ) -> list[dict]:
         """The summaries of many notes, in their order; greedy ones are the same as one by one. Drawn ones depend on the
         seed and the note's number (the first is `first_index`), not on its neighbours. A note that cannot be summarised
-        gets a dict with `error` and an empty `generated_summary`. `on_done` is called as each summary ends."""
+        gets a dict with `error` and an empty `generated_summary`. `on_done` is called as each summary ends, `on_token` with
+        a sft_generation.Written after each token.
+
+        Raises InputError for settings that fit no note, RunError where the model fails otherwise than for want of memory."""
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size}", "give 1 or more")
         numbered = dict(enumerate(clinical_notes, first_index))
-        results = self._summarize(numbered, max_new_tokens, temperature, batch_size, seed, on_done=on_done)
+        results = self._summarize(numbered, max_new_tokens, temperature, batch_size, seed, on_token=on_token, on_done=on_done)
         return [results[i] for i in numbered]
 
     def _summarize(
@@ -234,23 +240,30 @@ class SFTInference:
                     del left[written.index]
                     if on_done:
                         on_done()
-            except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
+            except (MemoryError, RuntimeError, OSError) as error:
+                if not lacks_memory(error):
+                    if not isinstance(error, RuntimeError):
+                        raise
+                    reason = str(error).partition("\n")[0]
+                    raise RunError(f"the model failed ({type(error).__name__}: {reason})", "check the device and its driver") from error
                 if batch_size > 1 and len(left) > 1:
                     batch_size = min(batch_size, len(left)) // 2
                 else:
                     longest = max(left, key=lambda i: len(left[i]))  # it was the first to be tried
                     del left[longest]
-                    memory = isinstance(error, MemoryError) or "memory" in str(error)
-                    results[longest] = failure(
-                        "too little memory for this note" if memory else f"the model failed on this note ({type(error).__name__})"
-                    )
+                    results[longest] = failure("too little memory for this note")
         return results
+
+    def room(self, max_new_tokens: int) -> float:
+        """Tokens that are left for a note. Raises InputError where there are none."""
+        room = self.window - max_new_tokens - self.encoder.n_template_tokens
+        if room < 1:
+            raise InputError(f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens", "lower it")
+        return room
 
     def _prompt(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
         """(token ids of the prompt, warnings); a note too long for the model is shortened at a sentence boundary."""
-        room, warnings = self.window - max_new_tokens - self.encoder.n_template_tokens, []
-        if room < 1:
-            raise InputError(f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens", "lower it")
+        room, warnings = self.room(max_new_tokens), []
         # A token of text is hardly ever 100 characters: of an enormous note only the beginning is tokenised
         note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0] if len(note) <= room * 100 else None
         if note_ids is None or len(note_ids) > room:
@@ -293,6 +306,18 @@ class SFTInference:
         }
 
 
+def lacks_memory(error: BaseException) -> bool:
+    """Whether torch, Python or the operating system has no memory left: another batch size, or another note, may fit."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    return (
+        isinstance(error, MemoryError)
+        or should_reduce_batch_size(error)
+        or "DefaultCPUAllocator: not enough memory" in str(error)  # its words on Windows
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)  # from mmap
+    )
+
+
 def failure(reason: str) -> dict:
     return {"generated_summary": "", "error": reason}
 
@@ -320,6 +345,7 @@ HELP = """Type or paste a note and press Enter; it may have many lines. Lines ty
   /evidence        the sentences the last summary cites, and its warnings
   /help            this
   /quit            leave (also Ctrl-D). Ctrl-C stops a summary being written."""
+COMMAND = re.compile(r"/((temperature|tokens)(\s+\S+)?|evidence|help|quit|exit|q)\s*")  # any other line is patients' text: never echoed
 
 
 def read_block(prompt: str) -> str:
@@ -342,7 +368,7 @@ def read_block(prompt: str) -> str:
                 lines.append(input(""))
     else:
         with suppress(EOFError):
-            while lines[-1].strip() and not lines[-1].startswith("/"):
+            while lines[-1].strip() and not COMMAND.fullmatch(lines[-1]):
                 lines.append(input(""))
     return "\n".join(lines)
 
@@ -361,7 +387,10 @@ def converse(inference: SFTInference, config: InferenceConfig) -> None:
         except KeyboardInterrupt:
             log("\n(/quit or Ctrl-D leaves)")
             continue
-        *note_lines, command = block.split("\n") if block.split("\n")[-1].startswith("/") else [*block.split("\n"), ""]
+        if sys.stdin.isatty() and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):
+            log("no such command; /help lists them")
+            continue
+        *note_lines, command = block.split("\n") if COMMAND.fullmatch(block.split("\n")[-1]) else [*block.split("\n"), ""]
         note = "\n".join(note_lines).strip()
         if note:
             try:
@@ -376,7 +405,7 @@ def converse(inference: SFTInference, config: InferenceConfig) -> None:
                 log("(stopped)")
             except (InputError, RunError) as error:  # too little memory for this note, say: the conversation goes on
                 log(f"error: {error.problem}")
-        word, _, value = command.partition(" ")
+        word, value = (*command.split(), "", "")[:2]
         try:
             if word in ("/quit", "/exit", "/q"):
                 return
@@ -386,14 +415,10 @@ def converse(inference: SFTInference, config: InferenceConfig) -> None:
                 max_new_tokens = number(int, 1)(value)
             elif word == "/evidence":
                 log(show_evidence(last) if last else "no summary yet")
-            elif word:
-                log(
-                    HELP.format(temperature=temperature, max_new_tokens=max_new_tokens)
-                    if word == "/help"
-                    else f"no command {word}; /help lists them"
-                )
-        except Exception as error:  # argparse's ArgumentTypeError: the value is out of range
-            log(f"error: {error}")
+            elif word == "/help":
+                log(HELP.format(temperature=temperature, max_new_tokens=max_new_tokens))
+        except argparse.ArgumentTypeError:
+            log("error: " + ("/temperature takes a number from 0" if word == "/temperature" else "/tokens takes a whole number from 1"))
 
 
 def show_evidence(result: dict) -> str:
@@ -441,24 +466,25 @@ def check_files(config: InferenceConfig) -> list[tuple[str, object]] | None:
     return notes
 
 
-def write_file(inference: SFTInference, notes: list[tuple[str, object]], config: InferenceConfig) -> None:
-    """All notes of input_file. SIGTERM stops it as Ctrl-C does."""
+def belongs_to(config: InferenceConfig, sft_config: dict) -> dict:
+    """What must be the same for a file of summaries to be the same: hashes and settings, no text."""
+    from sft_model import pick_device
 
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
-    sums = inference.sft_config["sha256"]
-    belongs_to = {
+    return {
         "input_file": sha256(Path(config.input_file)),
-        "adapter": sums["adapter"],
-        "base model": sums["base_weights"],
-        "dtype": str(inference.placement.dtype),
+        "adapter": sft_config["sha256"]["adapter"],
+        "base model": sft_config["sha256"]["base_weights"],
+        "dtype": str(pick_device(config.device, config.dtype).dtype),
         **{name: getattr(config, name) for name in ("max_new_tokens", "temperature", "seed", "max_length", "batch_size", "no_merge")},
         **{name: getattr(config, name) for name in ("use_8bit", "use_4bit")},
     }
 
-    def summarize(part: list, first: int, tick: Callable) -> list[dict]:
+
+def write_file(inference: SFTInference, notes: list[tuple[str, object]], config: InferenceConfig) -> None:
+    """All notes of input_file. Raises Stopped after SIGTERM or Ctrl-C."""
+    inference.room(config.max_new_tokens)  # refuses before a file is begun
+
+    def summarize(part: list, first: int, on_done: Callable, on_token: Callable) -> list[dict]:
         return inference.generate_batch(
             part,
             config.max_new_tokens,
@@ -466,27 +492,41 @@ def write_file(inference: SFTInference, notes: list[tuple[str, object]], config:
             batch_size=config.batch_size,
             seed=config.seed,
             first_index=first,
-            on_done=tick,
+            on_done=on_done,
+            on_token=on_token,
         )
 
-    summarize_file(notes, config, belongs_to, summarize)
+    summarize_file(notes, config, belongs_to(config, inference.sft_config), summarize)
+
+
+def own_device(device: str) -> str:
+    """Of several processes on GPUs each has one of its own. Raises InputError where there are too few."""
+    if processes()[1] == 1 or device not in ("auto", "cuda"):
+        return device
+    import torch
+
+    if not torch.cuda.is_available():
+        return device
+    rank, n_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if rank >= n_gpus:
+        raise InputError(
+            f"process {rank + 1} of this machine finds no GPU of its own: there {'is' if n_gpus == 1 else 'are'} {plural(n_gpus, 'GPU')}",
+            "start as many processes as there are GPUs, or give --device cpu",
+        )
+    return f"cuda:{rank}"
 
 
 def main() -> None:
     config = parse_options(InferenceConfig, "Summarises clinical notes with a trained adapter: one note, a file, or interactively.")
     notes = check_files(config)
-    if config.output_file and check_output(config.output_file, config.resume):
+    sft_config = read_adapter_folder(config.model_path)[1]
+    if config.output_file and check_output(config.output_file, config.resume, lambda: belongs_to(config, sft_config)):
         return log(f"{config.output_file} is there and complete: nothing to do")
-    read_adapter_folder(config.model_path)
     if config.clinical_note == "-":
         config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
     if config.clinical_note is not None and is_blank(clean_text(config.clinical_note)):
         raise InputError("--clinical_note is empty", "give a note with text")
-    if processes()[1] > 1 and config.device in ("auto", "cuda"):
-        import torch
-
-        if torch.cuda.is_available():
-            config.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    config.device = own_device(config.device)
     inference = SFTInference(
         config.model_path,
         config.device,

@@ -2,7 +2,8 @@
 
 Notes are summarised in windows of WINDOW batches: sorted by length inside a window, written in input order at its end.
 Until all is done the output is FILE.partial; beside it FILE.partial.json says what it belongs to and how many bytes of it
-are whole windows. What was written after that is computed again, so a resumed file is the same to the byte.
+are whole windows. What was written after that is computed again, so a resumed file is the same to the byte. Beside the
+complete output .FILE.done.json goes on saying what it belongs to.
 """
 
 import csv
@@ -15,8 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sft_common import InputError, check_new_file, log, sync_folder, write_json
-from sft_rows import decode_text, read_table
+from sft_common import InputError, RunError, Stopped, check_new_file, log, noted_signals, safe_id, some, sync_folder, write_json
+from sft_rows import clean_text, decode_text, read_table
 
 WINDOW = 8  # batches between two writes: the tail of a window, where the batch is no longer full, costs little
 PROGRESS_SECONDS = 60  # between two lines of progress where standard error is no terminal
@@ -31,12 +32,18 @@ def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
     path = Path(path)
     kind = path.suffix.lower()
     if kind == ".csv":
-        for row_number, fields, _ in read_table(path, ("clinical_note",)):
-            yield fields.get("id", "").strip() or str(row_number), fields.get("clinical_note", "")
+        bad = []
+        for row_number, fields, too_many in read_table(path, ("clinical_note",)):
+            row_id = fields.get("id", "").strip() or str(row_number)
+            if too_many:
+                bad.append(f"row {row_number:,} (id {safe_id(row_id)})")
+            yield row_id, fields.get("clinical_note", "")
+        if bad:
+            raise InputError(f"{path}: more fields than the header has columns (a comma outside quotes?): {some(bad)}", "mend these rows")
         return
     if kind not in (".txt", ".jsonl"):
         raise InputError(f"{path}: the ending says no format", "use .txt (one note a line), .csv or .jsonl")
-    for line_number, line in enumerate(io.StringIO(decode_text(path)), 1):
+    for line_number, line in enumerate(io.StringIO(decode_text(path), newline=None), 1):
         if not line.strip():
             continue
         if kind == ".txt":
@@ -48,7 +55,7 @@ def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{path}: line {line_number}: no JSON object with a clinical_note", "write one object a line") from None
         row_id = row.get("id")
-        yield str(row_id if isinstance(row_id, str | int) else line_number), note
+        yield (clean_text(str(row_id)) if isinstance(row_id, str | int) else "") or str(line_number), note
 
 
 def defuse(cell: str) -> str:
@@ -99,12 +106,7 @@ class PartialFile:
                 before, whole = self.record["belongs_to"], self.record["bytes"] <= path.stat().st_size
             except (ValueError, KeyError, TypeError):
                 raise InputError(f"{self.record_path} is damaged", f"delete it and {path.name}, and start anew") from None
-            other = sorted(name for name in before.keys() | belongs_to.keys() if before.get(name) != belongs_to.get(name))
-            if other:
-                raise InputError(
-                    f"{path} belongs to a run with another {', '.join(other)}",
-                    "give the same files and options, or delete it and its .json and start anew",
-                )
+            refuse_another(path, before, belongs_to, "give the same files and options, or delete it and its .json and start anew")
             if not whole:
                 raise InputError(f"{path} is shorter than its record says", "delete it and its .json, and start anew")
         self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
@@ -124,6 +126,12 @@ class PartialFile:
         write_json(self.record_path, self.record)
 
 
+def refuse_another(path: Path, before: dict, belongs_to: dict, mend: str) -> None:
+    other = sorted(name for name in before.keys() | belongs_to.keys() if before.get(name) != belongs_to.get(name))
+    if other:
+        raise InputError(f"{path} belongs to a run with another {', '.join(other)}", mend)
+
+
 class StandardOutput:
     """The same for standard output, where nothing can go on."""
 
@@ -137,8 +145,9 @@ class StandardOutput:
             self.record["counts"][name] += count
 
 
-def join_partials(parts: list[Path], target: Path) -> None:
-    """Moves the finished partial files, end to end, to `target`, which appears whole or not at all."""
+def join_partials(parts: list[Path], target: Path, belongs_to: dict) -> None:
+    """Moves the finished partial files, end to end, to `target`, which appears whole or not at all, after its record."""
+    write_json(done_path(target), belongs_to)
     if len(parts) > 1:
         with open(os.open(aside := target.with_name(f".{target.name}.joined"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
             for part in parts:
@@ -167,11 +176,23 @@ def partial_path(target: Path, rank: int, n_processes: int) -> Path:
     return target.with_name(f"{target.name}.partial" + (f"-{rank + 1}-of-{n_processes}" if n_processes > 1 else ""))
 
 
-def check_output(output_file: str, resume: bool) -> bool:
-    """Whether the output file is complete already. Raises InputError where it cannot be written or begun."""
+def done_path(target: Path) -> Path:
+    return target.with_name(f".{target.name}.done.json")
+
+
+def check_output(output_file: str, resume: bool, belongs_to: Callable[[], dict]) -> bool:
+    """Whether the output file is complete already. Raises InputError where it cannot be written or begun, or belongs to
+    something else than `belongs_to()`."""
     target = Path(output_file)
-    if resume and target.exists():  # killed after the join, perhaps: the parts have nothing more to tell
-        for left in target.parent.glob(f"{target.name}.partial*"):
+    if resume and target.exists():
+        try:
+            before = dict(json.loads(done_path(target).read_text(encoding="utf-8")))
+        except (FileNotFoundError, ValueError, TypeError):
+            raise InputError(
+                f"{target} exists, and no record ({done_path(target).name}) says what it belongs to", "name another, or move it away"
+            ) from None
+        refuse_another(target, before, belongs_to(), "name another --output_file, or move it away")
+        for left in target.parent.glob(f"{target.name}.partial*"):  # killed after the join: they have nothing more to tell
             left.unlink(missing_ok=True)
         return True
     check_new_file("--output_file", output_file, (".jsonl", ".csv"))
@@ -214,9 +235,9 @@ def count(results: list[dict]) -> dict[str, int]:
 def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, summarize: Callable) -> None:
     """Summaries of all notes, in their order, to config.output_file or standard output.
 
-    `belongs_to`: what a resumed run must share, hashes and settings. `summarize(list of notes, number of the first, tick)`
-    gives their results and calls `tick()` as each is done. With several processes each takes a part of the notes, and the
-    first joins their files.
+    `belongs_to`: what a resumed run must share, hashes and settings. `summarize(list of notes, number of the first, on_done,
+    on_token)` gives their results and calls `on_done()` as each is done, `on_token(...)` after each token. With several
+    processes each takes a part of the notes, and the first joins their files. Raises Stopped after SIGTERM or Ctrl-C.
     """
     rank, n_processes = processes()
     bounds = [len(notes) * i // n_processes for i in range(n_processes + 1)]
@@ -231,14 +252,23 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
         log(f"Going on after {begun - first:,} of {last - first:,} notes")
     progress, window = Progress(last - begun, quiet=rank > 0), config.batch_size * WINDOW
     try:
-        for start in range(begun, last, window):
-            part = notes[start : min(start + window, last)]
-            results = summarize([note for _, note in part], start, progress.tick)
-            results = [{"id": note_id, **result} for (note_id, _), result in zip(part, results)]
-            out.add("".join(format_result(result, kind) for result in results), count(results), len(results))
-    except BaseException:
+        with noted_signals() as noted:
+
+            def stop_if_asked(_) -> None:
+                if noted:
+                    raise Stopped(noted[0], "stopped: not all summaries are written")
+
+            for start in range(begun, last, window):
+                part = notes[start : min(start + window, last)]
+                results = summarize([note for _, note in part], start, progress.tick, stop_if_asked)
+                results = [{"id": note_id, **result} for (note_id, _), result in zip(part, results)]
+                out.add("".join(format_result(result, kind) for result in results), count(results), len(results))
+    except BaseException as error:
         if own:
-            log(f"\nnot complete: {own} holds {out.record['done']:,} of {last - first:,} notes; the same command with --resume goes on")
+            where = f"not complete: {own} holds {out.record['done']:,} of {last - first:,} notes; the same command with --resume goes on"
+            if isinstance(error, Stopped):
+                raise Stopped(error.signal, where) from None
+            log(f"\n{where}")
         raise
     finally:
         progress.bar.close()
@@ -253,18 +283,21 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
         paths = [partial_path(target, i, n_processes) for i in range(n_processes)]
         records = [json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8")) for path in paths]
         totals = {name: sum(record["counts"][name] for record in records) for name in totals}
-        join_partials(paths, target)
+        join_partials(paths, target, belongs_to)
         where = f", written to {target}"
     rate = f"; {(last - begun) / (time.perf_counter() - started):.2f} notes/s" if n_processes == 1 else ""
     log(f"{totals['done']:,} done, {totals['shortened']:,} of them shortened, {totals['failed']:,} failed{rate}{where}")
 
 
 def wait_for_all() -> None:
-    """Until every process has come here."""
+    """Until every process has come here. Raises RunError where one ends before."""
     from datetime import timedelta
 
     import torch.distributed
 
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    try:
+        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except RuntimeError:
+        raise RunError("another process ended before its notes were done", "the same command with --resume goes on") from None

@@ -15,8 +15,9 @@ from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_inference, t
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import sft_generation
 from sft_common import InputError, sha256
-from sft_inference import SFTInference, read_adapter_folder
+from sft_inference import SFTInference, own_device, read_adapter_folder
 from sft_note_files import read_notes
 
 ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
@@ -182,6 +183,29 @@ def test_a_merged_adapter_writes_what_the_adapter_writes(adapters, specialist):
     assert results == [{**result, "confidence": 0} for result in specialist.generate_batch(ALL_NOTES, 20)]
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_sixteen_bits_on_a_cpu(adapters, dtype):
+    inference = SFTInference(adapters(), device="cpu", dtype=dtype)
+    assert inference.model.dtype == getattr(torch, dtype) and inference.decode.func is sft_generation.decode
+    alone = [inference.generate_summary(note, 8)["n_prompt_tokens"] for note in ALL_NOTES[:4]]
+    together = inference.generate_batch(ALL_NOTES[:4], 8)
+    assert [result["n_prompt_tokens"] for result in together] == alone and all(0 < result["confidence"] <= 1 for result in together)
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_device("auto") == "auto"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in (0, 1):
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        assert own_device("auto") == own_device("cuda") == f"cuda:{rank}" and own_device("cpu") == "cpu"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert own_device("cpu") == "cpu"
+    with pytest.raises(InputError, match="process 3 of this machine finds no GPU of its own: there are 2 GPUs"):
+        own_device("auto")
+
+
 def test_text_arrives_as_it_is_written(specialist):
     pieces = []
     for temperature in (0.0, 1.5):
@@ -203,12 +227,14 @@ def test_merge_to(adapters, specialist, tmp_path):
 
 
 def test_conversation_through_a_pipe(adapters, specialist):
-    typed = f"{NOTES[1][0]}\n\n/tokens 5\n{NOTES[2][0]}\n/temperature hot\n/nonsense\n/help\n/quit\n{NOTES[3][0]}\n"
+    slashes = "/Smith, J./ seen today.\n/temperature 38.5 since Monday\n/quitting smoking\n/q8h paracetamol."  # a note, no command
+    typed = f"{NOTES[1][0]}\n\n/tokens 5\n{NOTES[2][0]}\n/temperature hot\n{slashes}\n/help\n/quit\n{NOTES[3][0]}\n"
     result = run_inference("--model_path", adapters(), "--max_new_tokens", 20, stdin=typed)
-    first, second = specialist.generate_summary(NOTES[1][0], 20), specialist.generate_summary(NOTES[2][0], 5)
+    expected = [specialist.generate_summary(note, n) for note, n in ((NOTES[1][0], 20), (NOTES[2][0], 5), (slashes, 5))]
     assert result.returncode == 0, result.stderr
-    assert [line.strip() for line in result.stdout.strip().split("\n")] == [result["generated_summary"] for result in (first, second)]
-    assert "not a number" in result.stderr and "no command /nonsense" in result.stderr and "/temperature" in result.stderr
+    assert [line.strip() for line in result.stdout.strip().split("\n")] == [one["generated_summary"] for one in expected]
+    assert "/temperature takes a number from 0" in result.stderr and "/evidence" in result.stderr
+    assert not any(words in result.stderr for words in ("hot", "Smith", "38.5", "smoking", "q8h"))
 
 
 SLOW_MOTION = """
@@ -246,6 +272,10 @@ def test_conversation_on_a_terminal(adapters):
         time.sleep(0.5)
         os.write(ours, b"\x03")
         until("(stopped)")
+        until("note> ")
+        os.write(ours, b"/Smith seen today\n")
+        until("/Smith seen today")  # the terminal's own echo
+        until("no such command; /help lists them")
         until("note> ")
         os.write(ours, b"/temperature 0\n")
         until("note> ")

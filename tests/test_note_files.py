@@ -2,19 +2,23 @@
 
 import csv
 import json
+import mmap
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import NOTES, ROOT, assert_mendable, run_inference, write_csv
+import torch
+from conftest import NOTES, assert_mendable, run_inference, run_python, write_csv
 
-from sft_common import InputError
-from sft_note_files import defuse, read_notes, summarize_file
+import sft_inference
+from sft_common import InputError, RunError, Stopped, run_script
+from sft_inference import lacks_memory
+from sft_note_files import check_output, defuse, read_notes, summarize_file
 
 
 @pytest.mark.parametrize("kind", [".txt", ".csv", ".jsonl"])
@@ -67,15 +71,38 @@ def test_bad_rows_of_input_files(tmp_path):
 # ------------------------------------------------------------------------------------------------ going on
 
 
+def test_rows_with_more_fields_than_columns_are_refused(tmp_path):
+    """An unquoted comma would leave the summary of half a note."""
+    (tmp_path / "a.csv").write_text("id,clinical_note\n11,no fever\n12,fever, cough\n13,well,\nJo Doe,pain, severe\n")
+    with pytest.raises(InputError, match=r"more fields .*: row 3 \(id 12\), row 5 \(id \(not shown\)\)") as refused:
+        list(read_notes(tmp_path / "a.csv"))
+    assert not any(word in str(refused.value) for word in ("fever", "cough", "Doe", "pain"))
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_any_line_ends(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(end.join(["Fever.", "", "Cough.", ""]).encode())
+    assert [(row_id, note.strip()) for row_id, note in read_notes(tmp_path / "a.txt")] == [("1", "Fever."), ("3", "Cough.")]
+
+
+def test_ids_that_utf_8_cannot_hold_are_mended(tmp_path):
+    ids = ["a\ud83d", " b\x00 ", "", 7, None, "\ud83d\ude00"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": i, "clinical_note": "x"}) + "\n" for i in ids))
+    source = list(read_notes(tmp_path / "a.jsonl"))
+    assert [row_id for row_id, _ in source] == ["a\ufffd", "b", "3", "7", "5", "\U0001f600"]
+    summarize_file(source, options(tmp_path / "out.jsonl"), {}, made_up)
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [row_id for row_id, _ in source]
+
+
 def options(target, resume=False, batch_size=1):
     return SimpleNamespace(output_file=str(target), resume=resume, batch_size=batch_size, json=False)
 
 
-def made_up(part, first, tick):
+def made_up(part, first, on_done, on_token):
     """A result that depends on the note, its number and the window it came in."""
     results = []
     for i, note in enumerate(part, first):
-        tick()
+        on_done()
         text = {"generated_summary": f"{note!r} is {i} of {first}", "warnings": ["note shortened: x"] if i % 5 == 0 else []}
         results.append({"generated_summary": "", "error": "empty"} if note == "" else text)
     return results
@@ -93,12 +120,12 @@ def test_a_file_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, kind, 
     while not target.exists():
         left = source.randrange(1, 40)
 
-        def interrupted(part, first, tick):
+        def interrupted(part, first, on_done, on_token):
             nonlocal left
             left -= len(part)
             if left < 0:
                 raise KeyboardInterrupt
-            return made_up(part, first, tick)
+            return made_up(part, first, on_done, on_token)
 
         try:
             summarize_file(notes, options(target, resume=True), belongs_to, interrupted)
@@ -108,7 +135,8 @@ def test_a_file_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, kind, 
                 file.write(whole.read_bytes()[: source.randrange(50)])
     assert interruptions > 1 and target.read_bytes() == whole.read_bytes()
     assert "52 done, 11 of them shortened, 9 failed" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"out{kind}", f"whole{kind}"]
+    records = [f".out{kind}.done.json", f".whole{kind}.done.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*records, f"out{kind}", f"whole{kind}"]
     assert target.stat().st_mode & 0o077 == 0
 
 
@@ -119,10 +147,10 @@ def test_partial_files_of_other_runs_are_refused(tmp_path):
         with pytest.raises(KeyboardInterrupt):
             summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, fail_later)
 
-    def fail_later(part, first, tick):
+    def fail_later(part, first, on_done, on_token):
         if first:
             raise KeyboardInterrupt
-        return made_up(part, first, tick)
+        return made_up(part, first, on_done, on_token)
 
     begin()
     record = tmp_path / "out.jsonl.partial.json"
@@ -145,6 +173,49 @@ def test_partial_files_of_other_runs_are_refused(tmp_path):
     assert len(target.read_text().splitlines()) == 30
 
 
+def test_a_complete_file_of_another_run_is_refused(tmp_path):
+    target, left = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    summarize_file([("1", "x")], options(target), {"adapter": "a", "seed": 1}, made_up)
+    left.write_text("left by a kill after the join")
+    with pytest.raises(InputError, match="another seed"):
+        check_output(str(target), True, lambda: {"adapter": "a", "seed": 2})
+    assert left.exists()
+    assert check_output(str(target), True, lambda: {"adapter": "a", "seed": 1}) and not left.exists()
+    with pytest.raises(InputError, match="exists"):
+        check_output(str(target), False, lambda: {"adapter": "a", "seed": 1})
+    for record in ("{", "5", None):
+        (tmp_path / ".out.jsonl.done.json").unlink() if record is None else (tmp_path / ".out.jsonl.done.json").write_text(record)
+        with pytest.raises(InputError, match="no record"):
+            check_output(str(target), True, lambda: {"adapter": "a", "seed": 1})
+    target.unlink()
+    assert not check_output(str(target), True, dict)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_at_the_next_token(tmp_path, number, capsys):
+    target = tmp_path / "out.jsonl"
+
+    def signalled(part, first, on_done, on_token):
+        if first:
+            os.kill(os.getpid(), number)
+            on_token(None)
+            raise AssertionError("went on")
+        return made_up(part, first, on_done, on_token)
+
+    with pytest.raises(Stopped, match="holds 8 of 20 notes; the same command with --resume goes on") as stopped:
+        summarize_file([(str(i), "x") for i in range(20)], options(target), {}, signalled)
+    assert stopped.value.signal == number and "--resume" not in capsys.readouterr().err  # said once, by the script
+    summarize_file([(str(i), "x") for i in range(20)], options(target, resume=True), {}, made_up)
+    assert len(target.read_text().splitlines()) == 20
+
+
+def test_nothing_is_begun_where_no_note_fits(adapters, tmp_path):
+    source, target = many_notes(tmp_path / "notes.csv", 2), tmp_path / "out.jsonl"
+    arguments = ["--model_path", adapters(), "--input_file", source, "--output_file", target]
+    assert_mendable(run_inference(*arguments, "--max_new_tokens", 9000), "leaves no room")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.csv"]
+
+
 def many_notes(path, n=60):
     source = random.Random(0)
     return write_csv(
@@ -154,49 +225,76 @@ def many_notes(path, n=60):
     )
 
 
-def inference_process(*arguments, launcher=()):
-    words = [sys.executable, *launcher, "sft_inference.py", "--device", "cpu", *map(str, arguments)]
-    return subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+def run_cli(arguments, stderr, environment):
+    """sft_inference.py in a process that has its imports already."""
+    os.environ.update(environment)
+    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.argv = ["sft_inference.py", "--device", "cpu", *arguments]
+    run_script(sft_inference.main)
 
 
-def test_kills_terminations_and_processes(adapters, tmp_path):
-    """SIGKILL and SIGTERM while the file is being written; then the same in two processes through torchrun. Drawn
-    summaries, since greedy ones would hide a mistake in the seeds."""
+@pytest.fixture
+def start(tmp_path):
+    """start(*arguments, **environment): (process, file of its standard error). They are forked off a server that only imports:
+    starting Python and torch is what costs time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["sft_inference", "sft_model", "sft_generation", "peft"])
+
+    def make(*arguments, **environment):
+        stderr = tmp_path / f"stderr-{time.monotonic_ns()}"
+        process = context.Process(target=run_cli, args=([str(argument) for argument in arguments], stderr, environment))
+        process.start()
+        return process, stderr
+
+    return make
+
+
+def finished(process, stderr):
+    process.join(120)
+    return process.exitcode, stderr.read_text()
+
+
+def test_kills_and_terminations(adapters, tmp_path, start):
+    """SIGKILL and SIGTERM while the file is being written. Drawn summaries, since greedy ones would hide a mistake in the
+    seeds."""
     source, whole, target = many_notes(tmp_path / "notes.csv"), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    arguments = ["--model_path", adapters(), "--input_file", source, "--max_new_tokens", 30, "--batch_size", 1, "--temperature", 0.7]
-    undisturbed = run_inference(*arguments, "--output_file", whole)
-    assert undisturbed.returncode == 0 and "60 done" in undisturbed.stderr, undisturbed.stderr
+    arguments = ["--model_path", adapters(), "--input_file", source, "--max_new_tokens", 20, "--batch_size", 1, "--temperature", 0.7]
+    status, said = finished(*start(*arguments, "--output_file", whole))
+    assert status == 0 and "60 done" in said, said
     partial, sizes = tmp_path / "out.jsonl.partial", []
-    for kill in (signal.SIGKILL, signal.SIGTERM):
+    for number in (signal.SIGKILL, signal.SIGTERM):
         before = partial.stat().st_size if partial.exists() else 0
-        process = inference_process(*arguments, "--output_file", target, "--resume")
+        process, stderr = start(*arguments, "--output_file", target, "--resume")
         deadline = time.monotonic() + 120
         while not (partial.exists() and partial.stat().st_size > before):
-            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[1]
+            assert process.is_alive() and time.monotonic() < deadline, stderr.read_text()
             time.sleep(0.01)
-        process.send_signal(kill)
-        said = process.communicate()[1]
+        os.kill(process.pid, number)
+        status, said = finished(process, stderr)
         sizes.append(partial.stat().st_size)
-        assert not target.exists() and process.returncode == (-9 if kill == signal.SIGKILL else 130)
-    assert "--resume goes on" in said and NOTES[0][0] not in said and 0 < sizes[0] < sizes[1]
-    assert_mendable(run_inference(*arguments, "--output_file", target), "--resume")
-    finished = run_inference(*arguments, "--output_file", target, "--resume")
-    assert finished.returncode == 0 and "Going on after" in finished.stderr and "60 done" in finished.stderr
+        assert not target.exists() and status == (-9 if number == signal.SIGKILL else 143)
+    assert said.count("--resume goes on") == 1 and NOTES[0][0] not in said and "Traceback" not in said and 0 < sizes[0] < sizes[1]
+    status, said = finished(*start(*arguments, "--output_file", target))
+    assert status == 2 and "--resume" in said
+    status, said = finished(*start(*arguments, "--output_file", target, "--resume"))
+    assert status == 0 and "Going on after" in said and "60 done" in said, said
     assert target.read_bytes() == whole.read_bytes()
-    again = run_inference(*arguments, "--output_file", target, "--resume")
-    assert again.returncode == 0 and "complete" in again.stderr
+    status, said = finished(*start(*arguments, "--output_file", target, "--resume"))
+    assert status == 0 and "complete" in said
+    status, said = finished(*start(*arguments, "--output_file", target, "--resume", "--seed", 1))
+    assert status == 2 and "another seed" in said
 
-    shared = tmp_path / "shared.csv"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    process = inference_process(*arguments, "--output_file", shared, launcher=torchrun)
-    said = process.communicate(timeout=300)[1]
-    assert process.returncode == 0 and said.count("60 done") == 1, said
-    with open(shared, newline="") as file:
-        rows = list(csv.DictReader(file))
-    expected = [json.loads(line) for line in whole.read_text().splitlines()]
-    assert [(row["id"], row["generated_summary"].removeprefix("'")) for row in rows] == [
-        (e["id"], e["generated_summary"]) for e in expected
-    ]
+
+def test_several_processes(adapters, specialist, tmp_path):
+    source, target = many_notes(tmp_path / "notes.csv", 7), tmp_path / "out.csv"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "sft_inference.py", "--device", "cpu")
+    options = ["--max_new_tokens", 8, "--batch_size", 1, "--temperature", 0.7]
+    result = run_python(*torchrun, "--model_path", adapters(), "--input_file", source, "--output_file", target, *options)
+    assert result.returncode == 0 and result.stderr.count("7 done") == 1, result.stderr
+    with open(target, newline="") as file:
+        written = [(row["id"], row["generated_summary"].removeprefix("'")) for row in csv.DictReader(file)]
+    ids, notes = zip(*read_notes(source))
+    assert written == list(zip(ids, (one["generated_summary"] for one in specialist.generate_batch(notes, 8, 0.7, batch_size=1))))
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -207,10 +305,30 @@ def test_one_note_without_memory_does_not_fail_the_others(specialist, monkeypatc
 
     def forgetful(prompts, *arguments, batch_size, **options):
         if longest in prompts or batch_size > 2:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory")
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
         yield from decode(prompts, *arguments, batch_size=batch_size, **options)
 
     monkeypatch.setattr(specialist, "decode", forgetful)
     results = specialist.generate_batch(notes, 5)
     assert results[longest]["error"] == "too little memory for this note"
     assert [r for i, r in enumerate(results) if i != longest] == [r for i, r in enumerate(expected) if i != longest]
+
+
+def test_a_dead_gpu_stops_the_run(specialist, monkeypatch):
+    def dead(*arguments, **options):
+        raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported")
+        yield
+
+    monkeypatch.setattr(specialist, "decode", dead)
+    with pytest.raises(RunError, match=r"the model failed \(AcceleratorError: CUDA error: device-side assert triggered\)"):
+        specialist.generate_batch([note for note, _ in NOTES], 5)
+
+
+def test_what_is_want_of_memory():
+    with pytest.raises(RuntimeError) as no_room:
+        torch.empty(1 << 55)
+    with pytest.raises(OSError) as no_map:
+        mmap.mmap(-1, 1 << 60)
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert all(lacks_memory(error) for error in (no_room.value, no_map.value, cuda, MemoryError()))
+    assert not any(lacks_memory(error) for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), OSError(5, "x")))
