@@ -1,7 +1,8 @@
 """The operations of a training step that the libraries do slower, or in more memory, than they need to be.
 
-Attention over packed rows, cross-entropy summed in place, products with frozen weights, dropout from cheap random bits. Each is compared with
-PyTorch's own in tests/test_kernels.py, value and gradient.
+Attention over packed rows, cross-entropy summed in place, products with frozen weights, dropout from cheap random bits.
+Each is compared with PyTorch's own in tests/test_kernels.py, value and gradient; varlen_attention, which needs a GPU, only
+by the probe at the start of a run (sft_model.enable_packing).
 """
 
 import platform
@@ -155,8 +156,8 @@ def speed_up_frozen_layers(model: nn.Module) -> None:
 
 
 class CheapDropout(nn.Module):
-    """Dropout whose mask is drawn from 16 random bits an element, sixteen times as fast as nn.Dropout on a CPU and kept
-    in one byte an element, not four. The share of zeros is `p` to within 1 / 65,536; what is kept is scaled by 1 / (1 - p)."""
+    """Dropout whose mask is drawn from 16 random bits an element, two and a half times as fast as nn.Dropout on a CPU and
+    kept in one byte an element, not four. The share of zeros is `p` to within 1 / 65,536; what is kept is scaled by 1 / (1 - p)."""
 
     def __init__(self, p: float):
         super().__init__()
