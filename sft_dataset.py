@@ -147,7 +147,7 @@ class SFTDataset:
         arrays = read_cache(cache, key) if key else None
         if arrays is None:
             arrays = tokenize(rows, encoder, max_length)
-            if key:
+            if key and len(arrays["examples"]):
                 write_cache(cache, key, arrays)
         self.lengths = arrays["lengths"]
         self.refused: list[tuple[str, int]] = [(rows[i].id, needed) for i, needed in arrays["refused"].tolist()]

@@ -520,15 +520,6 @@ def set_up(config: TrainConfig) -> Run:
         base_folder = sft_model.resolve_model(config.model_name)
         base_weights = sft_model.base_weights_sha256(base_folder)
     tokenizer = sft_model.load_tokenizer(base_folder)
-    options = {name: getattr(config, name) for name in ("max_length", "instruction", "sentence_numbering")}
-    with accelerator.main_process_first():  # one process tokenises, the others read its cache
-        cache_dir = None if config.dry_run else output_dir / TOKEN_CACHE
-        train_set, val_set = load_datasets(config.train_csv, config.val_csv, tokenizer, rows=rows, cache_dir=cache_dir, **options)
-    if accelerator.is_main_process:
-        warn_about_rows(config.train_csv, rows[0], train_set)
-        warn_about_rows(config.val_csv, rows[1], val_set)
-        warn_about_leaks(*rows)
-
     quantization = "8bit" if config.use_8bit else "4bit" if config.use_4bit else None
     sharded = config.shard_base and accelerator.num_processes > 1
     if config.shard_base and not sharded:
@@ -551,6 +542,16 @@ def set_up(config: TrainConfig) -> Run:
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+    # Tokenised last: its cache is the first thing written, once all else is known to be right
+    options = {name: getattr(config, name) for name in ("max_length", "instruction", "sentence_numbering")}
+    with accelerator.main_process_first():  # one process tokenises, the others read its cache
+        cache_dir = None if config.dry_run else output_dir / TOKEN_CACHE
+        train_set, val_set = load_datasets(config.train_csv, config.val_csv, tokenizer, rows=rows, cache_dir=cache_dir, **options)
+    if accelerator.is_main_process:
+        warn_about_rows(config.train_csv, rows[0], train_set)
+        warn_about_rows(config.val_csv, rows[1], val_set)
+        warn_about_leaks(*rows)
 
     hashes = {
         "train_csv": sha256(Path(config.train_csv)),

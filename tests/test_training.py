@@ -283,9 +283,13 @@ def test_memory_saving_options_train_and_infer(configured, options, capfd):
         (["--model_name", "./nowhere"], "no such folder"),
         (["--device", "cuda"], "cuda"),
         (["--resume"], "no checkpoint"),
+        (["--model_name", "TINY", "--target_modules", "nowhere"], "q_proj"),
+        (["--model_name", "TINY", "--max_length", "4096"], "1024"),
+        (["--model_name", "TINY", "--max_length", "32"], "no row fits"),
     ],
 )
-def test_bad_options_are_refused_in_two_lines(arguments, words, csv_files, tmp_path):
+def test_bad_options_are_refused_in_two_lines(arguments, words, csv_files, tmp_path, model_folder):
+    arguments = [str(model_folder()) if argument == "TINY" else argument for argument in arguments]
     if arguments[-1] == "cuda" and torch.cuda.is_available():
         pytest.skip("CUDA is here")
     data = ["--train_csv", csv_files[0], "--val_csv", csv_files[1], "--output_dir", tmp_path / "out"]
