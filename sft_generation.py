@@ -3,7 +3,8 @@
 Each forward pass takes one row of tokens without padding: the newest token of every sequence being written, then whole
 prompts that enter. Keys and values are written once, into one slot a sequence, and never moved about by concatenation; a
 sequence that ends frees its slot for the next prompt (continuous batching: Yu et al., Orca, OSDI 2022). The beginning
-that all prompts share is computed once. A model that cannot work this way is found out by `takes_slots`, and
+that all prompts share is computed once. Where few sequences are being written, what they may go on to copy from their notes
+is checked in the same pass. A model that cannot work this way is found out by `takes_slots`, and
 transformers' `generate` does it.
 """
 
@@ -16,12 +17,14 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from transformers import AttentionInterface, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sft_kernels import has_onednn
-
 PROMPT_TOKENS = 1024  # prompts enter a forward pass until they have this many tokens: more only takes more memory
+FEW, DRAFT_TOKENS = (
+    4,
+    8,
+)  # up to so many sequences are drafted for, so many tokens each: a pass of 36 tokens costs little more than one of 4
+CALL_BYTES = 1_500_000  # 75 microseconds at 20 GB/s, both measured on a CPU of two cores
 GREEDY_BELOW = 0.01  # a temperature below which division would overflow, and the likeliest token is drawn anyway
 
 
@@ -31,10 +34,14 @@ class Written:
 
     index: int
     prompt: list[int]
-    random: random.Random
+    seed: int
     ids: list[int] = field(default_factory=list)  # with the end token, where it has come
     log_probs: list[float] = field(default_factory=list)  # of each token, at temperature 1
     finish_reason: str = ""  # "stop", "length", or "" while it is being written
+
+    def height(self, ahead: int) -> float:
+        """The random number that the token after the next `ahead` ones is drawn with: by seed, number and place alone."""
+        return random.Random(f"{self.seed} {self.index} {len(self.ids) + ahead}").random()
 
     def add(self, token: int, log_prob: float, stop_ids: Sequence[int], max_new_tokens: int) -> None:
         self.ids.append(token)
@@ -43,23 +50,32 @@ class Written:
 
 
 def new_sequences(prompts: dict[int, list[int]], seed: int) -> list[Written]:
-    """A sequence for each numbered prompt, the longest first: too little memory shows at the start. What is drawn for a
-    sequence depends on the seed and its number alone, not on its neighbours."""
-    sequences = [Written(index, prompt, random.Random(f"{seed} {index}")) for index, prompt in prompts.items()]
-    return sorted(sequences, key=lambda sequence: -len(sequence.prompt))
+    """A sequence for each numbered prompt, the longest first: too little memory shows at the start."""
+    return sorted((Written(index, prompt, seed) for index, prompt in prompts.items()), key=lambda sequence: -len(sequence.prompt))
 
 
-def choose(logits: torch.Tensor, temperature: float, sequences: Sequence[Written]) -> tuple[list[int], list[float]]:
-    """The next token of each sequence and its log-probability at temperature 1; `logits` is (sequences, vocabulary)."""
+def choose(logits: torch.Tensor, temperature: float, places: Sequence[tuple[Written, int]]) -> tuple[list[int], list[float]]:
+    """A token for each place (sequence, tokens ahead) and its log-probability at temperature 1; `logits` is (places, vocabulary)."""
     logits = logits.float()
     if temperature < GREEDY_BELOW:
         tokens = logits.argmax(-1, keepdim=True)
     else:  # the token at a random height of the probabilities' running sum
-        height = torch.tensor([[sequence.random.random()] for sequence in sequences], device=logits.device)
+        height = torch.tensor([[sequence.height(ahead)] for sequence, ahead in places], device=logits.device)
         running_sum = (logits / temperature).softmax(-1).cumsum(-1)
         tokens = torch.searchsorted(running_sum, height * running_sum[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
     log_probs = logits.gather(1, tokens)[:, 0] - logits.logsumexp(-1)
     return tokens[:, 0].tolist(), log_probs.tolist()
+
+
+def draft(sequence: Written, n: int) -> list[int]:
+    """Up to `n` tokens that may come next: those that followed where the newest two tokens (else the newest one) last stood
+    before. Summaries copy from notes (prompt lookup decoding: Saxena, github.com/apoorvumang/prompt-lookup-decoding, 2023)."""
+    text = sequence.prompt + sequence.ids
+    for newest in (text[-2:], text[-1:]):
+        for end in range(len(text) - 1, len(newest) - 1, -1):
+            if text[end - len(newest) : end] == newest:
+                return text[end : end + n]
+    return []
 
 
 # ------------------------------------------------------------------------------------------------ keys and values
@@ -68,21 +84,28 @@ def choose(logits: torch.Tensor, temperature: float, sequences: Sequence[Written
 class Slots:
     """Keys and values of the sequences being written, and the layout of the present forward pass.
 
-    Slots 0 ... running-1 hold the running sequences, whose newest tokens come first in the row; then come the `entering`
-    (slot, first position, number of tokens). Memory is taken layer by layer when the model first shows its shapes.
+    Slots 0 ... running-1 hold the running sequences, whose newest tokens come first in the row; then come the `parts` of
+    sequences (slot, first position, number of tokens). Memory is taken layer by layer when the model first shows its shapes.
     """
 
     def __init__(self, n_slots: int, capacity: int):
         self.n_slots, self.capacity = n_slots, capacity
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # each (n_slots, key-value heads, capacity, head_dim)
 
-    def lay_out(self, positions: list[int], entering: list[tuple[int, int, int]], device) -> None:
-        """For the next pass: the position of each running sequence's newest token, and the entering prompts."""
-        self.n_running, self.entering = len(positions), entering
-        self.n_keys = max(positions, default=-1) + 1
+    def lay_out(self, positions: list[int], parts: list[tuple[int, int, int]], device) -> None:
+        """For the next pass: the position of each running sequence's newest token, and the parts."""
+        self.n_running, self.parts = len(positions), parts
+        self.runs = alike([position + 1 for position in positions], self.keys_per_call())
         self.positions = torch.tensor(positions, device=device)
         self.rows = torch.arange(len(positions), device=device)
         self._masks = {}
+
+    def keys_per_call(self) -> float:
+        """How many keys (with their values) of one layer memory delivers in the time that one more call of attention costs."""
+        states = next(iter(self.layers.values()), None)
+        if states is None or states[0].device.type != "cpu":  # not measured on GPUs, where many calls are worse
+            return math.inf
+        return CALL_BYTES / sum(tensor[0, :, 0].nbytes for tensor in states)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if index not in self.layers:
@@ -91,22 +114,38 @@ class Slots:
             )
         return self.layers[index]
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """(running, 1, 1, n_keys): 0 where a running sequence sees a key, -inf elsewhere. None where all see all."""
-        if self.n_running == 1 and (window is None or self.n_keys <= window):
+    def mask(self, run: tuple[int, int, int], window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
+        """(sequences of the run, 1, 1, keys): 0 where a sequence sees a key, -inf elsewhere. None where all see all."""
+        first, last, n_keys = run
+        if last - first == 1 and (window is None or n_keys <= window):
             return None
-        if window not in self._masks:
-            distance = self.positions[:, None] - torch.arange(self.n_keys, device=self.positions.device)
-            unseen = (distance < 0) | (distance >= (window or self.n_keys))
-            self._masks[window] = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)[
-                :, None, None
-            ]
-        return self._masks[window]
+        if (run, window) not in self._masks:
+            distance = self.positions[first:last, None] - torch.arange(n_keys, device=self.positions.device)
+            unseen = (distance < 0) | (distance >= (window or n_keys))
+            mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(unseen, -torch.inf)
+            self._masks[run, window] = mask[:, None, None]
+        return self._masks[run, window]
 
     def copy(self, source: int, target: int, n: int) -> None:
         """The first `n` positions of one slot to another."""
         for states in (states for layer in self.layers.values() for states in layer):
             states[target, :, :n] = states[source, :, :n]
+
+
+def alike(lengths: list[int], per_call: float) -> list[tuple[int, int, int]]:
+    """The slots split into runs (first, last + 1, longest) of sequences of like length, since attention over a run reads as many
+    keys of each sequence as of the longest: the cheapest split where a call costs as much as reading `per_call` keys."""
+    if math.isinf(per_call):
+        return [(0, len(lengths), max(lengths))] if lengths else []
+    cheapest = [(0, [])]  # for the first 0, 1, 2, ... slots: keys read, runs
+    for last in range(1, len(lengths) + 1):
+        longest, found = 0, []
+        for first in range(last - 1, -1, -1):
+            longest = max(longest, lengths[first])
+            found.append((cheapest[first][0] + longest * (last - first) + per_call, first, longest))
+        cost, first, longest = min(found)
+        cheapest.append((cost, [*cheapest[first][1], (first, last, longest)]))
+    return cheapest[-1][1]
 
 
 def zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -134,10 +173,12 @@ def slot_attention(
         values[slots.rows, :, slots.positions] = value[0, :, :start].transpose(0, 1)
         # The heads that share a key-value head stand as that many queries: (running, key-value heads, groups, head_dim)
         grouped = query[0, :, :start].transpose(0, 1).unflatten(1, (key.shape[1], -1))
-        seen = (states[:start, :, : slots.n_keys] for states in (keys, values))
-        output = attention(grouped, *seen, mask=slots.mask(sliding_window, query.dtype), **options)
-        outputs.append(output.flatten(1, 2)[None])
-    for slot, first, n in slots.entering:
+        for run in slots.runs:
+            first, last, n_keys = run
+            seen = (states[first:last, :, :n_keys] for states in (keys, values))
+            output = attention(grouped[first:last], *seen, mask=slots.mask(run, sliding_window, query.dtype), **options)
+            outputs.append(output.flatten(1, 2)[None])
+    for slot, first, n in slots.parts:
         own = slice(start, start + n)
         keys[slot, :, first : first + n] = key[0, :, own]
         values[slot, :, first : first + n] = value[0, :, own]
@@ -151,15 +192,16 @@ def causal_attention(query, key, value, *, window, scaling, softcap):
     """Attention of the last tokens of a sequence (queries) to all its tokens up to themselves (keys)."""
     n_new, n = query.shape[2], key.shape[2]
     groups = query.shape[1] // key.shape[1]
-    if softcap is None and (window is None or n <= window):
+    if softcap is None and (window is None or n <= window) and n_new > n // 4:
         query = F.pad(query, (0, 0, n - n_new, 0))  # is_causal wants a square; nobody reads the rows added
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1)[:, :, n - n_new :]
     place = torch.arange(n, device=query.device)
     distance = place[n - n_new :, None] - place
     unseen = (distance < 0) | (distance >= (window or n))
     mask = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, -torch.inf)
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    return attention(query, key, value, mask=mask, scaling=scaling, softcap=softcap)
+    grouped = query.unflatten(1, (-1, groups)).flatten(2, 3)  # the heads that share a key-value head stand as more queries
+    output = attention(grouped, key, value, mask=mask.repeat(groups, 1), scaling=scaling, softcap=softcap)
+    return output.unflatten(2, (groups, n_new)).flatten(1, 2)
 
 
 def attention(query, key, value, *, mask, scaling, softcap):
@@ -173,17 +215,17 @@ def attention(query, key, value, *, mask, scaling, softcap):
 AttentionInterface.register("slots", slot_attention)
 
 
-def forward(model, slots: Slots, running: Sequence[Written], entering: Sequence[tuple[int, int, list[int]]]) -> torch.Tensor:
-    """One pass: logits (running + entering, vocabulary) after each running sequence's newest token and after the last of
-    each entering (slot, first position, token ids)."""
+def forward(model, slots: Slots, running: Sequence[Written], parts: Sequence[tuple[int, int, list[int], int]]) -> torch.Tensor:
+    """One pass: logits (running + kept, vocabulary) after each running sequence's newest token, and after the last `kept`
+    tokens of each part (slot, first position, token ids, kept)."""
     device = model.get_input_embeddings().weight.device
     positions = [len(sequence.prompt) + len(sequence.ids) - 1 for sequence in running]
-    slots.lay_out(positions, [(slot, first, len(ids)) for slot, first, ids in entering], device)
+    slots.lay_out(positions, [(slot, first, len(ids)) for slot, first, ids, _ in parts], device)
     tokens, ends = [sequence.ids[-1] for sequence in running], list(range(len(running)))
-    for _, first, ids in entering:
+    for _, first, ids, kept in parts:
         tokens += ids
         positions += range(first, first + len(ids))
-        ends.append(len(tokens) - 1)
+        ends += range(len(tokens) - kept, len(tokens))
     before = model.config._attn_implementation
     model.config._attn_implementation = "slots"
     try:
@@ -232,8 +274,15 @@ def decode(
     n_shared = shared_length(list(prompts.values()))
     slots = Slots(n_slots + bool(n_shared), max(map(len, prompts.values()), default=0) + max_new_tokens)
     if n_shared:  # in a slot of its own, copied from there
-        forward(model, slots, [], [(n_slots, 0, waiting[0].prompt[:n_shared])])
+        forward(model, slots, [], [(n_slots, 0, waiting[0].prompt[:n_shared], 1)])
     while waiting or running:
+        few = len(running) <= FEW
+        drafts = [draft(s, min(DRAFT_TOKENS, max_new_tokens - len(s.ids) - 1)) if few else [] for s in running]
+        newest, parts = running, []
+        if any(drafts):
+            starts = [len(s.prompt) + len(s.ids) - 1 for s in running]
+            newest = []
+            parts = [(i, starts[i], [s.ids[-1], *ids], len(ids) + 1) for i, (s, ids) in enumerate(zip(running, drafts))]
         entering, n_tokens = [], 0
         while waiting and len(running) + len(entering) < n_slots and n_tokens < PROMPT_TOKENS:
             entering.append(waiting.popleft())
@@ -242,13 +291,18 @@ def decode(
         if n_shared:
             for slot in places:
                 slots.copy(n_slots, slot, n_shared)
-        prompt_parts = [(slot, n_shared, sequence.prompt[n_shared:]) for slot, sequence in zip(places, entering)]
-        logits = forward(model, slots, running, prompt_parts)
-        running += entering
-        for sequence, token, log_prob in zip(running, *choose(logits, temperature, running)):
-            sequence.add(token, log_prob, stop_ids, max_new_tokens)
-            if on_token:
-                on_token(sequence)
+        parts += [(slot, n_shared, sequence.prompt[n_shared:], 1) for slot, sequence in zip(places, entering)]
+        logits = forward(model, slots, newest, parts)
+        running, drafts = running + entering, drafts + [[]] * len(entering)
+        drawn_for = [(sequence, ahead) for sequence, ids in zip(running, drafts) for ahead in range(len(ids) + 1)]
+        drawn = zip(*choose(logits, temperature, drawn_for))
+        for sequence, ids in zip(running, drafts):
+            for expected, (token, log_prob) in zip([*ids, None], [next(drawn) for _ in range(len(ids) + 1)]):
+                sequence.add(token, log_prob, stop_ids, max_new_tokens)
+                if on_token:
+                    on_token(sequence)
+                if sequence.finish_reason or token != expected:  # what was computed after another token is worth nothing
+                    break
         for slot in reversed(range(len(running))):  # the last sequence moves into the slot of one that ended
             if running[slot].finish_reason:
                 ended, running[slot] = running[slot], running[-1]
@@ -281,7 +335,7 @@ def decode_with_generate(
 
         class Choose(LogitsProcessor):
             def __call__(self, input_ids, scores):
-                tokens, log_probs = choose(scores, temperature, batch)  # noqa: B023 (used in this turn of the loop alone)
+                tokens, log_probs = choose(scores, temperature, [(s, 0) for s in batch])  # noqa: B023 (used in this turn of the loop alone)
                 for sequence, token, log_prob in zip(batch, tokens, log_probs):  # noqa: B023
                     if not sequence.finish_reason:
                         sequence.add(token, log_prob, stop_ids, max_new_tokens)
@@ -314,10 +368,10 @@ def takes_slots(model) -> bool:
     exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
     try:
         slots = Slots(4, len(sequences[0].prompt) + 2)
-        forward(model, slots, [], [(3, 0, shared)])
+        forward(model, slots, [], [(3, 0, shared, 1)])
         for slot in range(3):
             slots.copy(3, slot, 2)
-        found = [forward(model, slots, [], [(slot, 2, s.prompt[2:]) for slot, s in enumerate(sequences)])]
+        found = [forward(model, slots, [], [(slot, 2, s.prompt[2:], 1) for slot, s in enumerate(sequences)])]
         for _ in range(2):
             for sequence in sequences:
                 sequence.ids.append((sequence.index + 11) % text.vocab_size)
@@ -332,33 +386,3 @@ def takes_slots(model) -> bool:
     except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
         return False
     return True
-
-
-# ------------------------------------------------------------------------------------------------ matrices on a CPU
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weight oneDNN has brought into its own order once, instead of for each product. For inference
-    alone. (The operators are those that torch.compile puts into frozen models.)"""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None):
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32), bias
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
-
-
-def pack_linear_layers(model) -> None:
-    """Puts PackedLinear in the place of a CPU model's float32 linear layers (oneDNN refuses 16 bits on CPUs without the
-    instructions); the model then gives no gradient and cannot be saved."""
-    if not has_onednn():
-        return
-    for name, module in list(model.named_modules()):
-        kind = type(module).__name__
-        if kind not in ("Linear", "Conv1D") or module.weight.dtype != torch.float32:
-            continue
-        parent, _, own = name.rpartition(".")
-        weight = module.weight if kind == "Linear" else module.weight.t()  # GPT-2's Conv1D keeps it transposed
-        setattr(model.get_submodule(parent), own, PackedLinear(weight, module.bias))

@@ -60,7 +60,7 @@ class InferenceConfig:
     device: str = option("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"], group=MACHINE)
     dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"], group=MACHINE)
     no_merge: bool = option(False, "leave the weights as they were loaded, the adapter beside them: slower", group=MACHINE)
-    use_8bit: bool = option(False, "load the base model in 8 bit (bitsandbytes)", group=MACHINE)
+    use_8bit: bool = option(False, "weights in 8 bit: through oneDNN on an x86 CPU, else bitsandbytes", group=MACHINE)
     use_4bit: bool = option(False, "load the base model in 4 bit (bitsandbytes, NF4)", group=MACHINE)
 
 
@@ -106,8 +106,8 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
 class SFTInference:
     """A trained adapter on its base model, ready to summarise.
 
-    With `merge` (the default) a float32 adapter is merged into the weights, and these are packed for speed on a CPU;
-    without it `model` is the PeftModel as it was loaded. Raises InputError if the folder, the base model or the device cannot be used.
+    With `merge` (the default) a float32 adapter is merged into the weights, and these are packed for speed on a CPU, in 8 bit
+    with `use_8bit`; without it `model` is the PeftModel as it was loaded. Raises InputError if the folder, the base model or the device cannot be used.
     """
 
     def __init__(
@@ -130,10 +130,14 @@ class SFTInference:
         from transformers import GenerationConfig
 
         import sft_generation
+        import sft_kernels
         import sft_model
 
         self.placement = sft_model.pick_device(device, dtype)
+        on_cpu = self.placement.device.type == "cpu"
         quantization = "8bit" if use_8bit else "4bit" if use_4bit else None
+        if use_8bit and merge and on_cpu and sft_kernels.has_int8():  # faster and more exact than bitsandbytes there
+            quantization = "int8"
         self.model, self.tokenizer = sft_model.load_specialist(
             folder, self.sft_config, adapter_config, self.placement, quantization=quantization, base_model=base_model
         )
@@ -147,10 +151,12 @@ class SFTInference:
         self.template = PromptTemplate.from_dict(self.sft_config["prompt"])
         self.encoder = PromptEncoder(self.tokenizer, self.template)
         self.stop_ids = sorted({*self.template.stop_token_ids, *own_stops})
-        if merge and not quantization and self.placement.dtype is torch.float32:  # 16 bits would round some of the adapter away
+        if quantization == "int8":
+            self.model = base = sft_model.merge_into_int8(self.model, self.placement.dtype)
+        elif merge and not quantization and self.placement.dtype is torch.float32:  # 16 bits would round some of the adapter away
             self.model = base = self.model.merge_and_unload()
-            if self.placement.device.type == "cpu":
-                sft_generation.pack_linear_layers(base)
+            if on_cpu and sft_kernels.has_onednn():
+                sft_kernels.replace_linear_layers(base, sft_kernels.PackedLinear)
         self.decode = functools.partial(sft_generation.decode, base, stop_ids=self.stop_ids)
         if not sft_generation.takes_slots(base):
             log("note: this model's attention cannot run in the decoding loop; transformers' generate writes instead, more slowly")

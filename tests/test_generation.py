@@ -1,6 +1,8 @@
 """The decoding loop against transformers' generate, one prompt after the other."""
 
+import math
 import random
+from itertools import combinations
 
 import pytest
 import torch
@@ -8,22 +10,14 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_generation import (
-    PackedLinear,
-    choose,
-    decode,
-    decode_with_generate,
-    new_sequences,
-    pack_linear_layers,
-    shared_length,
-    takes_slots,
-)
+import sft_generation
+from sft_generation import Written, alike, choose, decode, decode_with_generate, draft, new_sequences, shared_length, takes_slots
 
 STOPS = list(range(2, 420, 12))  # many, so that some sequences end early and others enter
 ARCHITECTURES = ["llama", "llama-wide", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2"]
 
 
-def alone(model, prompt: list[int], max_new_tokens: int) -> tuple[list[int], list[float]]:
+def alone(model, prompt: list[int], max_new_tokens: int, stops: list[int] = STOPS) -> tuple[list[int], list[float]]:
     """Greedy ids with the end token, and their log-probabilities, as transformers has them."""
     with torch.no_grad():
         out = model.generate(
@@ -31,7 +25,7 @@ def alone(model, prompt: list[int], max_new_tokens: int) -> tuple[list[int], lis
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=STOPS,
+            eos_token_id=stops,
             pad_token_id=0,
             output_logits=True,
             return_dict_in_generate=True,
@@ -80,6 +74,52 @@ def test_chunked_attention_and_wrong_windows_are_found_out():
     assert not takes_slots(model)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("temperature", [0, 0.7])
+def test_copied_passages_take_fewer_passes_and_change_nothing(monkeypatch, architecture, temperature):
+    """A random model writes in circles sooner or later, which drafts foresee."""
+    model, passes = tiny_model(architecture), []
+    prompts = {i: prompt * 2 for i, prompt in random_prompts(4, 3).items()}
+    counted = sft_generation.forward
+    monkeypatch.setattr(sft_generation, "forward", lambda *arguments: passes.append(1) or counted(*arguments))
+
+    def written(few: int) -> tuple[dict, int]:
+        monkeypatch.setattr(sft_generation, "FEW", few)
+        passes.clear()
+        sequences = list(decode(model, prompts, 60, [1], temperature=temperature, seed=1))
+        return {s.index: s for s in sequences}, len(passes)
+
+    (plain, n_plain), (drafted, n_drafted) = written(0), written(4)
+    for i, prompt in prompts.items():
+        assert drafted[i].ids == plain[i].ids and drafted[i].log_probs == pytest.approx(plain[i].log_probs, abs=2e-3)
+        assert temperature or drafted[i].ids == alone(model, prompt, 60, [1])[0]
+    assert n_drafted <= n_plain and (n_drafted < n_plain or temperature or architecture != "llama")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 4))
+def test_draft_is_what_followed_before(text, n):
+    found = draft(Written(0, text[:1], 0, text[1:]), n)
+    for length in (2, 1):
+        ends = [end for end in range(length, len(text)) if text[end - length : end] == text[-length:]]
+        if len(text) >= length and ends:
+            assert found == text[ends[-1] : ends[-1] + n]
+            return
+    assert found == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=7), st.integers(0, 60))
+def test_runs_of_like_length_are_the_cheapest(lengths, per_call):
+    runs = alike(lengths, per_call)
+    assert [slot for first, last, _ in runs for slot in range(first, last)] == list(range(len(lengths)))
+    assert all(longest == max(lengths[first:last]) for first, last, longest in runs)
+    splits = ([*cuts, len(lengths)] for n in range(len(lengths)) for cuts in combinations(range(1, len(lengths)), n))
+    costs = [sum(max(lengths[a:b]) * (b - a) + per_call for a, b in zip([0, *split], split)) for split in splits]
+    assert sum(longest * (last - first) + per_call for first, last, longest in runs) == min(costs, default=0)
+    assert len(alike(lengths, math.inf)) == bool(lengths)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_shared_length(prompts):
@@ -118,32 +158,7 @@ def test_draws_follow_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -1.0, -torch.inf, 2.0]]).repeat(4000, 1)
     sequences = new_sequences({i: [1] for i in range(4000)}, 0)
     for temperature in (0.5, 1.0, 2.0):
-        tokens, log_probs = choose(logits, temperature, sequences)
+        tokens, log_probs = choose(logits, temperature, [(s, 0) for s in sequences])
         share = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
         torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=0.03)
         assert log_probs == pytest.approx(logits[0].log_softmax(-1)[torch.tensor(tokens)].tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_packed_layers_give_the_same_logits(architecture):
-    model, ids = tiny_model(architecture), torch.arange(40)[None]
-    with torch.no_grad():
-        before = model(ids).logits
-        pack_linear_layers(model)
-        assert sum(isinstance(module, PackedLinear) for module in model.modules()) >= 9
-        assert (model(ids).logits - before).abs().max() <= 1e-4 * before.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bits_are_left_to_torch(monkeypatch, dtype):
-    """As on a CPU without the instructions, where oneDNN refuses to reorder such a weight."""
-
-    def refused(*_):
-        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw")
-
-    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refused)
-    model = tiny_model().to(dtype)
-    pack_linear_layers(model)
-    assert not any(isinstance(module, PackedLinear) for module in model.modules())
-    with pytest.raises(RuntimeError):
-        pack_linear_layers(tiny_model())

@@ -14,10 +14,13 @@ import torch
 from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_inference, tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
 
 import sft_generation
+import sft_model
 from sft_common import InputError, sha256
 from sft_inference import SFTInference, own_device, read_adapter_folder
+from sft_kernels import Int8Linear, has_int8
 from sft_note_files import read_notes
 
 ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
@@ -190,6 +193,24 @@ def test_sixteen_bits_on_a_cpu(adapters, dtype):
     alone = [inference.generate_summary(note, 8)["n_prompt_tokens"] for note in ALL_NOTES[:4]]
     together = inference.generate_batch(ALL_NOTES[:4], 8)
     assert [result["n_prompt_tokens"] for result in together] == alone and all(0 < result["confidence"] <= 1 for result in together)
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_eight_bits_on_a_cpu(adapters, specialist, monkeypatch, stored):
+    """Each layer is merged in float32 and rounded once, whatever the weights' dtype on the disk."""
+    load = sft_model.load_base_model
+    monkeypatch.setattr(sft_model, "load_base_model", lambda *a: load(*a).to(stored))
+    inference = SFTInference(adapters(), device="cpu", use_8bit=True)
+    assert inference.decode.func is sft_generation.decode and inference.model.dtype == torch.float32
+    layers = [module for module in inference.model.modules() if isinstance(module, Int8Linear)]
+    assert layers and not any(isinstance(module, torch.nn.Linear | LoraLayer) for module in inference.model.modules())
+    ids = torch.tensor([inference._prompt(NOTES[0][0], 10)[0]])
+    with torch.no_grad():
+        expected, found = specialist.model(ids).logits, inference.model(ids).logits
+    assert (found - expected).norm() <= 0.05 * expected.norm()
+    together = inference.generate_batch(ALL_NOTES, 20)
+    assert [inference.generate_summary(note, 20) for note in ALL_NOTES] == together
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -3,8 +3,20 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_model
 
-from sft_kernels import CheapDropout, FrozenLinear, SummedCrossEntropy, has_onednn, per_example_attention, speed_up_frozen_layers
+from sft_kernels import (
+    CheapDropout,
+    FrozenLinear,
+    Int8Linear,
+    PackedLinear,
+    SummedCrossEntropy,
+    has_int8,
+    has_onednn,
+    per_example_attention,
+    replace_linear_layers,
+    speed_up_frozen_layers,
+)
 
 
 @pytest.mark.parametrize("n, vocabulary, seed", [(1, 2, 0), (7, 50, 1), (128, 300, 2), (129, 1000, 3), (400, 49, 4)])
@@ -114,3 +126,61 @@ def test_only_frozen_float32_layers_are_sped_up():
     speed_up_frozen_layers(layers)
     assert ["forward" in vars(layer) for layer in layers] == [True, False, False]
     torch.testing.assert_close(layers[0](x), before)
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind, bound", [(PackedLinear, 1e-5), (Int8Linear, 0.05)])
+def test_layers_for_inference_give_the_same_logits(architecture, kind, bound):
+    model, ids = tiny_model(architecture), torch.arange(40)[None]
+    with torch.no_grad():
+        before = model(ids).logits
+        replace_linear_layers(model, kind)
+        assert sum(isinstance(module, kind) for module in model.modules()) >= 9
+        assert (model(ids).logits - before).norm() <= bound * before.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_left_to_torch(monkeypatch, dtype):
+    """As on a CPU without the instructions, where oneDNN refuses to reorder such a weight."""
+
+    def refused(*_):
+        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refused)
+    model = tiny_model().to(dtype)
+    replace_linear_layers(model, PackedLinear)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    with pytest.raises(RuntimeError):
+        replace_linear_layers(tiny_model(), PackedLinear)
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
+@pytest.mark.parametrize("n_in, n_out, rows, seed", [(1, 1, 1, 0), (17, 5, 3, 1), (64, 200, 1, 2), (576, 96, 40, 3), (1536, 64, 130, 4)])
+def test_int8_layer_is_the_product_of_the_rounded_weight(n_in, n_out, rows, seed):
+    torch.manual_seed(seed)
+    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
+    x = torch.randn(2, rows, n_in) * torch.logspace(-4, 4, 2 * rows).view(2, rows, 1)  # each row has a scale of its own
+    x[0, 0, 0] = 0
+    layer = Int8Linear(weight, bias)
+    scale = weight.abs().amax(1, keepdim=True).double() / 127
+    expected = x.double() @ ((weight.double() / scale).round() * scale).T
+    error = (layer(x).double() - bias.double() - expected).abs()
+    most = x.double().abs().amax(-1, keepdim=True) / 32512 * 0.51 * (scale * 127).T * n_in  # half a level of x in each product
+    assert bool((error <= most + 1e-4 * expected.abs().amax(-1, keepdim=True) + 1e-5).all())
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
+    alone = torch.stack([torch.stack([layer(row[None])[0] for row in part]) for part in x])
+    assert torch.equal(alone, layer(x))  # to the bit: no row depends on its neighbours
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
+def test_zeros_in_8_bit():
+    layer = Int8Linear(torch.zeros(8, 16), None)
+    assert torch.equal(layer(torch.zeros(3, 16)), torch.zeros(3, 8)) and torch.equal(layer(torch.ones(3, 16)), torch.zeros(3, 8))
+
+
+def test_a_cpu_whose_sums_overflow_is_found_out(monkeypatch):
+    """Without VNNI instructions oneDNN adds pairs of products in 16 bits, which saturate."""
+    forward = Int8Linear.forward
+    monkeypatch.setattr(Int8Linear, "forward", lambda self, x: forward(self, x).clamp(max=40))
+    assert not has_int8.__wrapped__()
