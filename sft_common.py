@@ -90,6 +90,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function; exit status 0 done, 1 failed (with a traceback), 2 the user can mend it, 130 interrupted,
     143 terminated."""
     os.umask(0o077)  # what a script writes is for the user alone
+    open_standard_streams()
     try:
         main()
         sys.stdout.flush()
@@ -114,12 +115,29 @@ def run_script(main: Callable[[], None]) -> None:
     except OSError as error:
         mends = {
             errno.ENOSPC: "free some space, or name a folder on another disk",
+            errno.EDQUOT: "free some of your quota, or name a folder on another disk",
+            errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
             errno.EACCES: "check who may read and write there",
+            errno.EROFS: "name a folder that can be written to",
+            errno.EIO: "check the disk",
         }
         if error.errno is None or (error.filename is None and error.errno not in mends):
             raise
         log(f"error: {error.strerror}: {error.filename or 'the output folder'}\nmend:  {mends.get(error.errno, 'check the path')}")
         sys.exit(2)
+
+
+def open_standard_streams() -> None:
+    """Lets each of them be there (cron and daemons close some), and take any text."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # else the next file that is opened would be standard output
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    with contextlib.suppress(AttributeError):  # a test's own streams
+        sys.stdin.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 # ------------------------------------------------------------------------------------------------ options
@@ -135,7 +153,10 @@ def option(default, help: str, *, group: str = "options", **argparse_arguments):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        raise InputError(message, f"see python {self.prog} --help")
+        mend = f"see python {self.prog} --help"
+        if message.endswith("expected one argument"):
+            mend = f"a value that begins with - is given with =, as in {message.split()[1].rstrip(':')}=-TEXT"
+        raise InputError(message, mend)
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -164,7 +185,13 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
             arguments.setdefault("type", kind)
         default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         group.add_argument(f"--{field.name}", default=default, help=field.metadata["help"].replace("%", "%%"), **arguments)
-    values = vars(parser.parse_args(argv))
+    values, unknown = parser.parse_known_args(argv)
+    names = [word.partition("=")[0] for word in unknown if re.fullmatch(r"--\w+(=.*)?", word, re.DOTALL)]
+    if names:
+        raise InputError(f"unrecognized arguments: {some(names)}", f"see python {parser.prog} --help")
+    if unknown:  # may be patients' text: not shown
+        raise InputError(f"{plural(len(unknown), 'word')} on the command line belong to no option", "put quotes around a text with spaces")
+    values = vars(values)
     empty = [name for name, value in values.items() if isinstance(value, str) and not value.strip() and name != "clinical_note"]
     if empty:
         raise InputError(f"--{empty[0]} is empty", "give it a value, or leave it out")

@@ -39,9 +39,10 @@ class Written:
     log_probs: list[float] = field(default_factory=list)  # of each token, at temperature 1
     finish_reason: str = ""  # "stop", "length", or "" while it is being written
 
-    def height(self, ahead: int) -> float:
-        """The random number that the token after the next `ahead` ones is drawn with: by seed, number and place alone."""
-        return random.Random(f"{self.seed} {self.index} {len(self.ids) + ahead}").random()
+    def noise(self, ahead: int, n: int) -> torch.Tensor:
+        """Gumbel noise (n,) to draw the token after the next `ahead` ones with: by seed, number and place alone."""
+        seed = random.Random(f"{self.seed} {self.index} {len(self.ids) + ahead}").getrandbits(63)
+        return -torch.empty(n).exponential_(generator=torch.Generator().manual_seed(seed)).clamp_(min=1e-30).log_()
 
     def add(self, token: int, log_prob: float, stop_ids: Sequence[int], max_new_tokens: int) -> None:
         self.ids.append(token)
@@ -57,12 +58,10 @@ def new_sequences(prompts: dict[int, list[int]], seed: int) -> list[Written]:
 def choose(logits: torch.Tensor, temperature: float, places: Sequence[tuple[Written, int]]) -> tuple[list[int], list[float]]:
     """A token for each place (sequence, tokens ahead) and its log-probability at temperature 1; `logits` is (places, vocabulary)."""
     logits = logits.float()
-    if temperature < GREEDY_BELOW:
-        tokens = logits.argmax(-1, keepdim=True)
-    else:  # the token at a random height of the probabilities' running sum
-        height = torch.tensor([[sequence.height(ahead)] for sequence, ahead in places], device=logits.device)
-        running_sum = (logits / temperature).softmax(-1).cumsum(-1)
-        tokens = torch.searchsorted(running_sum, height * running_sum[:, -1:], right=True).clamp(max=logits.shape[-1] - 1)
+    scores = logits
+    if temperature >= GREEDY_BELOW:  # the largest sum with Gumbel noise is a draw from the softmax, which rounding hardly ever changes
+        scores = logits / temperature + torch.stack([s.noise(ahead, logits.shape[-1]) for s, ahead in places]).to(logits.device)
+    tokens = scores.argmax(-1, keepdim=True)
     log_probs = logits.gather(1, tokens)[:, 0] - logits.logsumexp(-1)
     return tokens[:, 0].tolist(), log_probs.tolist()
 
@@ -71,10 +70,10 @@ def draft(sequence: Written, n: int) -> list[int]:
     """Up to `n` tokens that may come next: those that followed where the newest two tokens (else the newest one) last stood
     before. Summaries copy from notes (prompt lookup decoding: Saxena, github.com/apoorvumang/prompt-lookup-decoding, 2023)."""
     text = sequence.prompt + sequence.ids
-    for newest in (text[-2:], text[-1:]):
+    for newest, most in ((text[-2:], n), (text[-1:], min(n, 3))):  # after a single token the same words follow less often
         for end in range(len(text) - 1, len(newest) - 1, -1):
             if text[end - len(newest) : end] == newest:
-                return text[end : end + n]
+                return text[end : end + most]
     return []
 
 

@@ -208,6 +208,8 @@ class SFTInference:
         Raises InputError for settings that fit no note, RunError where the model fails otherwise than for want of memory."""
         if batch_size < 1:
             raise InputError(f"batch_size {batch_size}", "give 1 or more")
+        if isinstance(clinical_notes, str):
+            raise InputError("clinical_notes is one text", "give a list of notes, or call generate_summary")
         numbered = dict(enumerate(clinical_notes, first_index))
         results = self._summarize(numbered, max_new_tokens, temperature, batch_size, seed, on_token=on_token, on_done=on_done)
         return [results[i] for i in numbered]

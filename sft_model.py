@@ -576,5 +576,9 @@ def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: 
         merged.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         replace_folder(aside, folder)
+    except SafetensorError as error:
+        raise InputError(
+            f"{folder}: the merged model cannot be written: {_first_line(error)}", "free some space, or name another disk"
+        ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -6,10 +6,12 @@ are whole windows. What was written after that is computed again, so a resumed f
 complete output .FILE.done.json goes on saying what it belongs to.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -97,19 +99,26 @@ class PartialFile:
     def __init__(self, path: Path, belongs_to: dict, resume: bool, header: str):
         self.path, self.record_path = path, path.with_name(path.name + ".json")
         self.record = {"belongs_to": belongs_to, "done": 0, "bytes": 0, "counts": {"done": 0, "shortened": 0, "failed": 0}}
-        begun = path.exists() and self.record_path.exists()
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link", "move it away: summaries are written to a file of their own")
         if path.exists() and not resume:
             raise InputError(f"{path} is there: an earlier run was interrupted", "add --resume to go on from it, or delete it")
-        if begun:
-            try:
-                self.record = json.loads(self.record_path.read_text(encoding="utf-8"))
-                before, whole = self.record["belongs_to"], self.record["bytes"] <= path.stat().st_size
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{self.record_path} is damaged", f"delete it and {path.name}, and start anew") from None
-            refuse_another(path, before, belongs_to, "give the same files and options, or delete it and its .json and start anew")
-            if not whole:
-                raise InputError(f"{path} is shorter than its record says", "delete it and its .json, and start anew")
-        self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b")
+        begun = path.exists() and self.record_path.exists()
+        self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b")
+        try:
+            lock(self.file, path)
+            if begun:
+                self.record = read_record(self.record_path)
+                mend = "give the same files and options, or delete it and its .json and start anew"
+                refuse_another(path, self.record["belongs_to"], belongs_to, mend)
+                if path.stat().st_size < self.record["bytes"]:
+                    raise InputError(f"{path} is shorter than its record says", "delete it and its .json, and start anew")
+            elif not header.encode().startswith(self.file.read(len(header) + 1)):  # more than a start that was broken off
+                raise InputError(f"{path} is there, and no record ({self.record_path.name}) says what it belongs to", "move it away")
+        except InputError:
+            self.file.close()
+            raise
+        os.chmod(path, 0o600)
         self.file.truncate(self.record["bytes"])
         self.file.seek(self.record["bytes"])
         if not begun:
@@ -124,6 +133,33 @@ class PartialFile:
         for name, count in counts.items():
             self.record["counts"][name] += count
         write_json(self.record_path, self.record)
+
+
+def lock(file, path: Path) -> None:
+    """Keeps others from writing to `file` until it is closed or the process ends, however. Raises InputError where another
+    process has done so."""
+    with contextlib.suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another process is writing {path}", "wait for it, or name another --output_file") from None
+        except OSError:  # a file system without locks
+            pass
+
+
+def read_record(path: Path) -> dict:
+    """A partial file's record. Raises InputError where it is damaged."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        numbers = record["bytes"], record["done"], *(record["counts"][name] for name in ("done", "shortened", "failed"))
+        whole = isinstance(record["belongs_to"], dict) and all(isinstance(n, int) and n >= 0 for n in numbers)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged", f"delete it and {path.stem}, and start anew")
+    return record
 
 
 def refuse_another(path: Path, before: dict, belongs_to: dict, mend: str) -> None:
@@ -146,7 +182,12 @@ class StandardOutput:
 
 
 def join_partials(parts: list[Path], target: Path, belongs_to: dict) -> None:
-    """Moves the finished partial files, end to end, to `target`, which appears whole or not at all, after its record."""
+    """Moves the finished partial files, end to end, to `target`, which appears whole or not at all, after its record.
+    Raises InputError where another file has appeared there."""
+    if target.exists():
+        raise InputError(
+            f"{target} has appeared while its summaries were written", "move it away; the same command with --resume ends this"
+        )
     write_json(done_path(target), belongs_to)
     if len(parts) > 1:
         with open(os.open(aside := target.with_name(f".{target.name}.joined"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
@@ -169,11 +210,21 @@ def join_partials(parts: list[Path], target: Path, belongs_to: dict) -> None:
 
 def processes() -> tuple[int, int]:
     """(number of this process, number of processes), as torchrun and accelerate say in the environment."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        raise InputError("the environment's RANK or WORLD_SIZE is no number", "unset them, or start with torchrun") from None
 
 
 def partial_path(target: Path, rank: int, n_processes: int) -> Path:
     return target.with_name(f"{target.name}.partial" + (f"-{rank + 1}-of-{n_processes}" if n_processes > 1 else ""))
+
+
+def partial_paths(target: Path) -> list[Path]:
+    """Partial files of `target` that are there, of any number of processes, and those whose record alone is."""
+    pattern = re.compile(re.escape(target.name) + r"\.partial(-\d+-of-\d+)?(\.json)?")
+    names = {path.name.removesuffix(".json") for path in target.parent.iterdir() if pattern.fullmatch(path.name)}
+    return [target.with_name(name) for name in sorted(names)]
 
 
 def done_path(target: Path) -> Path:
@@ -192,13 +243,18 @@ def check_output(output_file: str, resume: bool, belongs_to: Callable[[], dict])
                 f"{target} exists, and no record ({done_path(target).name}) says what it belongs to", "name another, or move it away"
             ) from None
         refuse_another(target, before, belongs_to(), "name another --output_file, or move it away")
-        for left in target.parent.glob(f"{target.name}.partial*"):  # killed after the join: they have nothing more to tell
-            left.unlink(missing_ok=True)
+        for path in partial_paths(target):  # of this run, killed after the join: they have nothing more to tell
+            record = path.with_name(path.name + ".json")
+            if record.is_file() and {**read_record(record)["belongs_to"], "part of the notes": 0} == {**before, "part of the notes": 0}:
+                path.unlink(missing_ok=True)
+                record.unlink()
         return True
     check_new_file("--output_file", output_file, (".jsonl", ".csv"))
+    if len(os.fsencode(target.name)) > 200:  # what is added to it while it is not complete must fit too
+        raise InputError("--output_file: the name is too long", "give one of at most 200 bytes")
     rank, n_processes = processes()
     own = partial_path(target, rank, n_processes)
-    others = [path for path in target.parent.glob(f"{target.name}.partial*") if not path.name.endswith(".json")]
+    others = [path for path in partial_paths(target) if path.exists()]
     expected = {partial_path(target, i, n_processes) for i in range(n_processes)}
     odd = sorted(path.name for path in others if path not in expected)
     if odd:
@@ -272,10 +328,10 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
         raise
     finally:
         progress.bar.close()
-        out.file.flush()
+        if own:
+            out.file.close()
     totals, where = out.record["counts"], ""
     if own:
-        out.file.close()
         if n_processes > 1:
             wait_for_all()
         if rank > 0:

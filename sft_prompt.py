@@ -35,6 +35,9 @@ class PromptTemplate:
 
     @classmethod
     def from_dict(cls, values: dict) -> "PromptTemplate":
+        """Raises KeyError or TypeError where a value is missing or of another type."""
+        if not isinstance(values["prefix"], str) or not isinstance(values["suffix"], str):
+            raise TypeError("prefix and suffix are texts")
         return cls(**{**values, "stop_token_ids": tuple(values["stop_token_ids"])})
 
     def render_note(self, note: str) -> str:

@@ -113,8 +113,8 @@ def other_gguf(source: Path, target: Path, kind: str) -> None:
     reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(target, "llama")
     for name, entry in reader.fields.items():
         if not name.startswith("GGUF.") and name not in ("general.architecture", "general.file_type"):
-            kind = entry.types[0]
-            writer.add_key_value(name, entry.contents(), kind, entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+            of_array = entry.types[-1] if entry.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, entry.contents(), entry.types[0], of_array)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind}"])
     wanted = gguf.GGMLQuantizationType[kind]
     for tensor in reader.tensors:

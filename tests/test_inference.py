@@ -6,6 +6,7 @@ import re
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import time
 
@@ -211,6 +212,61 @@ def test_eight_bits_on_a_cpu(adapters, specialist, monkeypatch, stored):
     assert (found - expected).norm() <= 0.05 * expected.norm()
     together = inference.generate_batch(ALL_NOTES, 20)
     assert [inference.generate_summary(note, 20) for note in ALL_NOTES] == together
+
+
+def test_words_outside_quotes_are_not_shown():
+    assert_mendable(run_inference("--clinical_note", "Patient", "John", "Smith"), "2 words", "put quotes around")
+    result = run_inference("--clinical_note", "Patient", "John", "--bach_size=3")
+    assert_mendable(result, "unrecognized arguments: --bach_size\n")
+    assert "John" not in result.stderr
+    assert_mendable(run_inference("--clinical_note", "-Fever"), "--clinical_note=-TEXT")
+
+
+def test_one_text_is_no_batch(specialist):
+    with pytest.raises(InputError, match="a list of notes"):
+        specialist.generate_batch("Fever.")
+
+
+@pytest.mark.parametrize(
+    "code, environment, status, stdout, stderr",
+    [
+        ("print('38\u00b0')", {"PYTHONIOENCODING": "ascii"}, 0, "38\\xb0\n", ""),
+        ("print(len(input()))", {"PYTHONIOENCODING": "utf-8:strict"}, 0, "5\n", ""),
+        (
+            "import errno; raise OSError(errno.EFBIG, 'File too large')",
+            {},
+            2,
+            "",
+            "error: File too large: the output folder\nmend:  raise the limit",
+        ),
+    ],
+)
+def test_streams_and_disks_of_all_kinds(code, environment, status, stdout, stderr):
+    script = f"from sft_common import run_script\ndef main():\n    {code}\nrun_script(main)"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        input="Fi\xe8vr\n".encode("latin-1"),
+        capture_output=True,
+        env={**os.environ, **environment},
+    )
+    assert (result.returncode, result.stdout.decode()) == (status, stdout), result.stderr
+    assert result.stderr.decode().startswith(stderr)
+
+
+def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
+    command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'  # blocks of 1,024 bytes
+    arguments = ["bash", "-c", command, sys.executable, str(adapters()), str(tmp_path / "merged")]
+    assert_mendable(subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "free some space")
+    assert not list(tmp_path.iterdir())
+
+
+def test_closed_streams(tmp_path):
+    """As cron starts a program: what it opens first must not become its standard output."""
+    script = f"from sft_common import run_script, write_whole\nfrom pathlib import Path\nfile = Path({str(tmp_path / 'file')!r})"
+    script += "\ndef main():\n    descriptor = open(file, 'w')\n    print('note')\n    descriptor.close()\nrun_script(main)"
+    result = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script], cwd=ROOT)
+    assert result.returncode == 0 and (tmp_path / "file").read_text() == ""
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

@@ -164,19 +164,96 @@ def test_partial_files_of_other_runs_are_refused(tmp_path):
     (tmp_path / "out.jsonl.partial").write_text("short")
     with pytest.raises(InputError, match="shorter"):
         summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
-    record.write_text("{")
-    with pytest.raises(InputError, match="damaged"):
-        summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
+    whole = json.loads(record.read_text())
+    for damaged in (
+        "{",
+        "[]",
+        *(json.dumps({**whole, **bad}) for bad in ({"belongs_to": []}, {"bytes": -5}, {"done": "3"}, {"counts": {}})),
+    ):
+        record.write_text(damaged)
+        with pytest.raises(InputError, match="damaged"):
+            summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
     record.unlink()
-    begin()  # a partial file without a record holds nothing that counts
-    summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
-    assert len(target.read_text().splitlines()) == 30
+    with pytest.raises(InputError, match="no record"):
+        summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
+    assert (tmp_path / "out.jsonl.partial").read_text() == "short"
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_a_partial_file_killed_before_its_first_record(tmp_path, kind):
+    target, partial = tmp_path / f"out{kind}", tmp_path / f"out{kind}.partial"
+    for begun in ("", "id,generated_summary,conf"[: 25 if kind == ".csv" else 0]):
+        partial.write_text(begun)
+        summarize_file([("1", "x")], options(target, resume=True), {}, made_up)
+        assert target.stat().st_mode & 0o077 == 0
+        target.unlink()
+
+
+def test_only_files_of_its_own_are_touched(tmp_path):
+    """Other people's files whose names are like ours, files that appear meanwhile, symbolic links."""
+    target, notes = tmp_path / "s[12].jsonl", [("1", "x")]
+    strangers = [f"{target.name}.partial-notes.txt", "s1.jsonl.partial", "s2.jsonl.partial.json", f"{target.name}.partial-1-of-2"]
+    for name in strangers:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match=r"partial-1-of-2 is there: an earlier run had another number"):
+        check_output(str(target), False, dict)
+    (tmp_path / strangers[-1]).unlink()
+    summarize_file(notes, options(target), {"seed": 1}, made_up)
+    assert check_output(str(target), True, lambda: {"seed": 1})
+    assert all((tmp_path / name).read_text() == "{}" for name in strangers[:-1])
+
+    link, elsewhere = tmp_path / "b.jsonl.partial", tmp_path / "elsewhere"
+    link.symlink_to(elsewhere)
+    for content in (None, "precious"):
+        elsewhere.write_text(content) if content else None
+        with pytest.raises(InputError, match="symbolic link"):
+            summarize_file(notes, options(tmp_path / "b.jsonl", resume=True), {}, made_up)
+    assert elsewhere.read_text() == "precious"
+
+    def slowly(*arguments):
+        (tmp_path / "c.jsonl").write_text("precious")
+        return made_up(*arguments)
+
+    with pytest.raises(InputError, match="has appeared"):
+        summarize_file(notes, options(tmp_path / "c.jsonl"), {}, slowly)
+    assert (tmp_path / "c.jsonl").read_text() == "precious"
+    (tmp_path / "c.jsonl").unlink()
+    summarize_file(notes, options(tmp_path / "c.jsonl", resume=True), {}, slowly)  # nothing is left to be written
+    assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
+
+
+def test_two_processes_cannot_write_one_file(tmp_path):
+    target, refused = tmp_path / "out.jsonl", []
+
+    def meanwhile(*arguments):
+        with pytest.raises(InputError, match="another process is writing"):
+            summarize_file([("1", "x")], options(target, resume=True), {}, made_up)
+        refused.append(1)
+        return made_up(*arguments)
+
+    summarize_file([("1", "x")], options(target), {}, meanwhile)
+    assert refused and len(target.read_text().splitlines()) == 1
+
+
+def test_a_name_with_no_room_for_its_partial_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="too long"):
+        check_output(str(tmp_path / ("a" * 240 + ".jsonl")), False, dict)
 
 
 def test_a_complete_file_of_another_run_is_refused(tmp_path):
     target, left = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
     summarize_file([("1", "x")], options(target), {"adapter": "a", "seed": 1}, made_up)
     left.write_text("left by a kill after the join")
+    (tmp_path / "out.jsonl.partial.json").write_text(
+        json.dumps(
+            {
+                "belongs_to": {"adapter": "a", "seed": 1, "part of the notes": [0, 1]},
+                "done": 1,
+                "bytes": 9,
+                "counts": dict.fromkeys(("done", "shortened", "failed"), 0),
+            }
+        )
+    )
     with pytest.raises(InputError, match="another seed"):
         check_output(str(target), True, lambda: {"adapter": "a", "seed": 2})
     assert left.exists()
