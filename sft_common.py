@@ -155,7 +155,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         mend = f"see python {self.prog} --help"
         if message.endswith("expected one argument"):
-            mend = f"a value that begins with - is given with =, as in {message.split()[1].rstrip(':')}=-TEXT"
+            mend = f"give it a value; one that begins with - goes behind =, as in {message.split()[1].rstrip(':')}=-TEXT"
         raise InputError(message, mend)
 
 

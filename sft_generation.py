@@ -20,10 +20,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 PROMPT_TOKENS = 1024  # prompts enter a forward pass until they have this many tokens: more only takes more memory
-FEW, DRAFT_TOKENS = (
-    4,
-    8,
-)  # up to so many sequences are drafted for, so many tokens each: a pass of 36 tokens costs little more than one of 4
+DRAFT_TOKENS = 8  # drafted in one pass, shared out among the running sequences if each gets two or more
 CALL_BYTES = 1_500_000  # 75 microseconds at 20 GB/s, both measured on a CPU of two cores
 GREEDY_BELOW = 0.01  # a temperature below which division would overflow, and the likeliest token is drawn anyway
 
@@ -275,12 +272,11 @@ def decode(
     if n_shared:  # in a slot of its own, copied from there
         forward(model, slots, [], [(n_slots, 0, waiting[0].prompt[:n_shared], 1)])
     while waiting or running:
-        few = len(running) <= FEW
-        drafts = [draft(s, min(DRAFT_TOKENS, max_new_tokens - len(s.ids) - 1)) if few else [] for s in running]
+        share = DRAFT_TOKENS // max(len(running), 1)
+        drafts = [draft(s, min(share, max_new_tokens - len(s.ids) - 1)) if share > 1 else [] for s in running]
         newest, parts = running, []
-        if any(drafts):
-            starts = [len(s.prompt) + len(s.ids) - 1 for s in running]
-            newest = []
+        if any(drafts):  # all running sequences enter the pass as parts of several tokens
+            newest, starts = [], [len(s.prompt) + len(s.ids) - 1 for s in running]
             parts = [(i, starts[i], [s.ids[-1], *ids], len(ids) + 1) for i, (s, ids) in enumerate(zip(running, drafts))]
         entering, n_tokens = [], 0
         while waiting and len(running) + len(entering) < n_slots and n_tokens < PROMPT_TOKENS:

@@ -229,10 +229,6 @@ def has_int8() -> bool:
         return False
 
 
-def is_linear(module: nn.Module) -> bool:
-    return type(module).__name__ in ("Linear", "Conv1D")
-
-
 def of_linear(module: nn.Module, kind: type) -> nn.Module:
     """A layer of `kind` with the weight of a linear layer; GPT-2's Conv1D keeps it transposed."""
     return kind(module.weight if type(module).__name__ == "Linear" else module.weight.t(), module.bias)
@@ -241,7 +237,8 @@ def of_linear(module: nn.Module, kind: type) -> nn.Module:
 def replace_linear_layers(model: nn.Module, kind: type) -> None:
     """Puts `kind` (PackedLinear or Int8Linear) in the place of the linear layers of a model on a CPU, which then gives no gradient
     and cannot be saved. PackedLinear takes float32 alone: oneDNN refuses 16 bits on CPUs without the instructions."""
-    for name in [name for name, module in model.named_modules() if is_linear(module)]:  # names alone: the old weights go one by one
+    # Names alone, so that the old weights go one by one
+    for name in [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]:
         module = model.get_submodule(name)
         if kind is not PackedLinear or module.weight.dtype == torch.float32:
             model.set_submodule(name, of_linear(module, kind))

@@ -83,13 +83,13 @@ def test_copied_passages_take_fewer_passes_and_change_nothing(monkeypatch, archi
     counted = sft_generation.forward
     monkeypatch.setattr(sft_generation, "forward", lambda *arguments: passes.append(1) or counted(*arguments))
 
-    def written(few: int) -> tuple[dict, int]:
-        monkeypatch.setattr(sft_generation, "FEW", few)
+    def written(drafted: int) -> tuple[dict, int]:
+        monkeypatch.setattr(sft_generation, "DRAFT_TOKENS", drafted)
         passes.clear()
         sequences = list(decode(model, prompts, 60, [1], temperature=temperature, seed=1))
         return {s.index: s for s in sequences}, len(passes)
 
-    (plain, n_plain), (drafted, n_drafted) = written(0), written(4)
+    (plain, n_plain), (drafted, n_drafted) = written(0), written(12)
     for i, prompt in prompts.items():
         assert drafted[i].ids == plain[i].ids and drafted[i].log_probs == pytest.approx(plain[i].log_probs, abs=2e-3)
         assert temperature or drafted[i].ids == alone(model, prompt, 60, [1])[0]
