@@ -36,8 +36,10 @@ class PromptTemplate:
     @classmethod
     def from_dict(cls, values: dict) -> "PromptTemplate":
         """Raises KeyError or TypeError where a value is missing or of another type."""
-        if not isinstance(values["prefix"], str) or not isinstance(values["suffix"], str):
-            raise TypeError("prefix and suffix are texts")
+        texts = all(isinstance(values[name], str) for name in ("prefix", "suffix"))
+        stops = values["stop_token_ids"] and all(isinstance(token, int) for token in (*values["stop_token_ids"], values["end_token_id"]))
+        if not (texts and stops):
+            raise TypeError("the prompt's parts are of other types")
         return cls(**{**values, "stop_token_ids": tuple(values["stop_token_ids"])})
 
     def render_note(self, note: str) -> str:

@@ -167,6 +167,16 @@ def test_a_folder_that_holds_the_adapter_folder_is_named(adapters):
         read_adapter_folder(adapters().parent)
 
 
+@pytest.mark.parametrize("bad", [{"prefix": 5}, {"stop_token_ids": []}, {"stop_token_ids": ["x"]}, {"end_token_id": None}, {"more": 1}])
+def test_a_damaged_prompt_is_refused(adapters, tmp_path, bad):
+    folder = shutil.copytree(adapters(), tmp_path / "adapter")
+    sft_config = json.loads((folder / "sft_config.json").read_text())
+    sft_config["prompt"].update(bad)
+    (folder / "sft_config.json").write_text(json.dumps(sft_config))
+    with pytest.raises(InputError, match="lacks the prompt"):
+        read_adapter_folder(folder)
+
+
 def test_a_tokenizer_that_differs_is_refused(adapters, tmp_path):
     folder = shutil.copytree(adapters(), tmp_path / "adapter")
     sft_config = json.loads((folder / "sft_config.json").read_text())
