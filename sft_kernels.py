@@ -1,7 +1,8 @@
-"""The operations of a training step that the libraries do slower, or in more memory, than they need to be.
+"""The operations that the libraries do slower, or in more memory or bits, than they need to be.
 
-Attention over packed rows, cross-entropy summed in place, products with frozen weights, dropout from cheap random bits.
-Each is compared with PyTorch's own in tests/test_kernels.py, value and gradient; varlen_attention, which needs a GPU, only
+For training: attention over packed rows, cross-entropy summed in place, products with frozen weights, dropout from cheap random
+bits. For inference on a CPU: linear layers with packed or 8-bit weights. Each is compared with PyTorch's own in
+tests/test_kernels.py, those of training with their gradients; varlen_attention, which needs a GPU, only
 by the probe at the start of a run (sft_model.enable_packing).
 """
 

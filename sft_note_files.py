@@ -245,9 +245,10 @@ def check_output(output_file: str, resume: bool, belongs_to: Callable[[], dict])
         refuse_another(target, before, belongs_to(), "name another --output_file, or move it away")
         for path in partial_paths(target):  # of this run, killed after the join: they have nothing more to tell
             record = path.with_name(path.name + ".json")
-            if record.is_file() and {**read_record(record)["belongs_to"], "part of the notes": 0} == {**before, "part of the notes": 0}:
-                path.unlink(missing_ok=True)
-                record.unlink()
+            with contextlib.suppress(InputError, FileNotFoundError):  # without a whole record it is not known to be of this run
+                if before.items() <= read_record(record)["belongs_to"].items():
+                    path.unlink(missing_ok=True)
+                    record.unlink()
         return True
     check_new_file("--output_file", output_file, (".jsonl", ".csv"))
     if len(os.fsencode(target.name)) > 200:  # what is added to it while it is not complete must fit too
