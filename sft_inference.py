@@ -8,61 +8,26 @@ from sft_inference import SFTInference
 result = SFTInference("models/sft_specialist/final_model").generate_summary("Patient reports ...")
 """
 
-import argparse
 import errno
 import functools
 import json
 import math
 import os
-import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from sft_common import InputError, RunError, check_new_file, log, number, option, parse_options, plural, run_script, sha256, some
-from sft_grounding import parse_citations, sentence_spans, split_sentences, strip_citations, unsupported_numbers
-from sft_note_files import check_output, processes, read_notes, summarize_file
-from sft_prompt import PromptEncoder, PromptTemplate
-from sft_rows import clean_text, decode_bytes, is_blank
-
-MODEL, INPUT, WRITING, MACHINE = "model", "notes", "writing", "machine"
-
-
-@dataclass
-class InferenceConfig:
-    model_path: str = option("./models/sft_specialist/final_model", "the adapter folder", group=MODEL)
-    base_model: str | None = option(None, "where its base model is, if not where the adapter says", group=MODEL)
-    merge_to: str | None = option(None, "write base model and adapter merged into this folder, and stop", group=MODEL, metavar="DIR")
-
-    clinical_note: str | None = option(None, "one note; - reads it from standard input", group=INPUT, metavar="TEXT")
-    input_file: str | None = option(
-        None, "notes: .txt (one a line), .csv (column clinical_note, id if there) or .jsonl (the same keys)", group=INPUT, metavar="FILE"
-    )
-    output_file: str | None = option(
-        None, "where the summaries of input_file go: .jsonl or .csv (default: standard output)", group=INPUT, metavar="FILE"
-    )
-    resume: bool = option(False, "go on with an output_file that was interrupted", group=INPUT)
-    json: bool = option(False, "print whole results as JSON, one a line", group=INPUT)
-
-    max_new_tokens: int = option(150, "the longest summary, in tokens", type=number(int, 1), group=WRITING)
-    temperature: float = option(
-        0.0, "0 writes the likeliest summary; above 0 draws from the probabilities", type=number(float, 0), group=WRITING
-    )
-    seed: int = option(0, "of the drawing", type=number(int, 0, 2**32 - 1), group=WRITING)
-    max_length: int | None = option(
-        None, "tokens of the longest prompt (default: all the model takes)", type=number(int, 32), group=WRITING
-    )
-
-    batch_size: int = option(32, "notes at a time", type=number(int, 1), group=MACHINE)
-    device: str = option("auto", "where to run", choices=["auto", "cuda", "mps", "cpu"], group=MACHINE)
-    dtype: str = option("auto", "of the base model", choices=["auto", "float32", "bfloat16", "float16"], group=MACHINE)
-    no_merge: bool = option(False, "leave the weights as they were loaded, the adapter beside them: slower", group=MACHINE)
-    use_8bit: bool = option(False, "weights in 8 bit: through oneDNN on an x86 CPU, else bitsandbytes", group=MACHINE)
-    use_4bit: bool = option(False, "load the base model in 4 bit (bitsandbytes, NF4)", group=MACHINE)
-
+from sft.cli import InputError, RunError, log, plural, preview_list, processes, run_script
+from sft.data.prompt import PromptEncoder, PromptTemplate
+from sft.data.text import clean_text, decode_bytes, is_blank
+from sft.files import check_new_file, sha256
+from sft.grounding.citations import parse_citations, strip_citations
+from sft.grounding.numbers import unsupported_numbers
+from sft.grounding.sentences import sentence_spans, split_sentences
+from sft.inference.chat import converse, log_result
+from sft.inference.note_files import check_output, read_notes, summarize_file
+from sft.options import InferenceConfig, parse_options
 
 # ------------------------------------------------------------------------------------------------ the specialist
 
@@ -72,33 +37,50 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
     folder = Path(model_path)
     if not folder.is_dir():
         raise InputError(
-            f"--model_path {folder}: no such folder", "train first (python stage_a_sft_training.py), or name an adapter folder"
+            f"--model_path {folder}: no such folder",
+            "train first (python stage_a_sft_training.py), or name an adapter folder",
         )
     if not (folder / "adapter_config.json").is_file():
-        inside = next((path.parent for path in sorted(folder.glob("*/adapter_config.json"), reverse=True)), None)
-        raise InputError(f"--model_path {folder}: no adapter here (no adapter_config.json)", f"use {inside or 'a final_model folder'}")
+        inside = next(
+            (path.parent for path in sorted(folder.glob("*/adapter_config.json"), reverse=True)), None
+        )
+        raise InputError(
+            f"--model_path {folder}: no adapter here (no adapter_config.json)",
+            f"use {inside or 'a final_model folder'}",
+        )
     if not (folder / "adapter_model.safetensors").is_file():
-        pickle = " but a pickle file, which is not loaded here" if (folder / "adapter_model.bin").is_file() else ""
-        raise InputError(f"--model_path {folder}: no adapter_model.safetensors{pickle}", "restore it or train again")
+        pickle = (
+            " but a pickle file, which is not loaded here" if (folder / "adapter_model.bin").is_file() else ""
+        )
+        raise InputError(
+            f"--model_path {folder}: no adapter_model.safetensors{pickle}", "restore it or train again"
+        )
     configs = []
     for name in ("sft_config.json", "adapter_config.json"):
         try:
             configs.append(json.loads((folder / name).read_text(encoding="utf-8")))
         except FileNotFoundError:
             raise InputError(
-                f"--model_path {folder}: no {name}: not written by this toolkit", "train with stage_a_sft_training.py"
+                f"--model_path {folder}: no {name}: not written by this toolkit",
+                "train with stage_a_sft_training.py",
             ) from None
         except ValueError:
-            raise InputError(f"--model_path {folder}: {name} is not valid JSON", "restore it or train again") from None
+            raise InputError(
+                f"--model_path {folder}: {name} is not valid JSON", "restore it or train again"
+            ) from None
     try:
         PromptTemplate.from_dict(configs[0]["prompt"])
-        texts = *(configs[0]["sha256"][name] for name in ("base_weights", "adapter")), configs[1]["base_model_name_or_path"]
+        texts = (
+            *(configs[0]["sha256"][name] for name in ("base_weights", "adapter")),
+            configs[1]["base_model_name_or_path"],
+        )
         whole = all(isinstance(text, str) for text in texts) and isinstance(configs[0]["max_length"], int)
     except (KeyError, TypeError):
         whole = False
     if not whole:
         raise InputError(
-            f"--model_path {folder}: its configuration lacks the prompt, base model or check sums", "restore it or train again"
+            f"--model_path {folder}: its configuration lacks the prompt, base model or check sums",
+            "restore it or train again",
         )
     return folder, *configs
 
@@ -129,17 +111,23 @@ class SFTInference:
         import torch
         from transformers import GenerationConfig
 
-        import sft_generation
-        import sft_kernels
-        import sft_model
+        from sft.inference.decoding import decode, decode_with_generate, supports_kv_cache
+        from sft.model.adapter import load_specialist, merge_into_int8
+        from sft.model.base import pick_device
+        from sft.model.kernels import PackedLinear, has_int8, has_onednn, replace_linear_layers
 
-        self.placement = sft_model.pick_device(device, dtype)
+        self.placement = pick_device(device, dtype)
         on_cpu = self.placement.device.type == "cpu"
         quantization = "8bit" if use_8bit else "4bit" if use_4bit else None
-        if use_8bit and merge and on_cpu and sft_kernels.has_int8():  # faster and more exact than bitsandbytes there
+        if use_8bit and merge and on_cpu and has_int8():  # faster and more exact than bitsandbytes there
             quantization = "int8"
-        self.model, self.tokenizer = sft_model.load_specialist(
-            folder, self.sft_config, adapter_config, self.placement, quantization=quantization, base_model=base_model
+        self.model, self.tokenizer = load_specialist(
+            folder,
+            self.sft_config,
+            adapter_config,
+            self.placement,
+            quantization=quantization,
+            base_model=base_model,
         )
         base = self.model.get_base_model()
         window = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
@@ -152,15 +140,19 @@ class SFTInference:
         self.encoder = PromptEncoder(self.tokenizer, self.template)
         self.stop_ids = sorted({*self.template.stop_token_ids, *own_stops})
         if quantization == "int8":
-            self.model = base = sft_model.merge_into_int8(self.model, self.placement.dtype)
-        elif merge and not quantization and self.placement.dtype is torch.float32:  # 16 bits would round some of the adapter away
+            self.model = base = merge_into_int8(self.model, self.placement.dtype)
+        elif (
+            merge and not quantization and self.placement.dtype is torch.float32
+        ):  # 16 bits would round some of the adapter away
             self.model = base = self.model.merge_and_unload()
-            if on_cpu and sft_kernels.has_onednn():
-                sft_kernels.replace_linear_layers(base, sft_kernels.PackedLinear)
-        self.decode = functools.partial(sft_generation.decode, base, stop_ids=self.stop_ids)
-        if not sft_generation.takes_slots(base):
-            log("note: this model's attention cannot run in the decoding loop; transformers' generate writes instead, more slowly")
-            self.decode = functools.partial(sft_generation.decode_with_generate, base, stop_ids=self.stop_ids)
+            if on_cpu and has_onednn():
+                replace_linear_layers(base, PackedLinear)
+        self.decode = functools.partial(decode, base, stop_ids=self.stop_ids)
+        if not supports_kv_cache(base):
+            log(
+                "note: this model's attention cannot run in the decoding loop; transformers' generate writes instead, more slowly"
+            )
+            self.decode = functools.partial(decode_with_generate, base, stop_ids=self.stop_ids)
 
     def generate_summary(
         self,
@@ -181,9 +173,14 @@ class SFTInference:
         Raises InputError for an empty note, RunError where memory does not suffice.
         """
         if not isinstance(clinical_note, str) or is_blank(clean_text(clinical_note)):
-            raise InputError("the note is empty" if isinstance(clinical_note, str) else "the note is not text", "give a note with text")
+            raise InputError(
+                "the note is empty" if isinstance(clinical_note, str) else "the note is not text",
+                "give a note with text",
+            )
         on_token = text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None
-        result = self._summarize({0: clinical_note}, max_new_tokens, temperature, 1, seed, on_token=on_token)[0]
+        result = self._summarize({0: clinical_note}, max_new_tokens, temperature, 1, seed, on_token=on_token)[
+            0
+        ]
         if "error" in result:
             raise RunError(result["error"], "lower --max_length, or use a smaller model or --use_4bit")
         return result
@@ -203,7 +200,7 @@ class SFTInference:
         """The summaries of many notes, in their order; greedy ones are the same as one by one. Drawn ones depend on the
         seed and the note's number (the first is `first_index`), not on its neighbours. A note that cannot be summarised
         gets a dict with `error` and an empty `generated_summary`. `on_done` is called as each summary ends, `on_token` with
-        a sft_generation.Written after each token.
+        a GeneratedSequence after each token.
 
         Raises InputError for settings that fit no note, RunError where the model fails otherwise than for want of memory."""
         if batch_size < 1:
@@ -211,7 +208,9 @@ class SFTInference:
         if isinstance(clinical_notes, str):
             raise InputError("clinical_notes is one text", "give a list of notes, or call generate_summary")
         numbered = dict(enumerate(clinical_notes, first_index))
-        results = self._summarize(numbered, max_new_tokens, temperature, batch_size, seed, on_token=on_token, on_done=on_done)
+        results = self._summarize(
+            numbered, max_new_tokens, temperature, batch_size, seed, on_token=on_token, on_done=on_done
+        )
         return [results[i] for i in numbered]
 
     def _summarize(
@@ -227,7 +226,9 @@ class SFTInference:
     ) -> dict[int, dict]:
         """The results by the notes' numbers. Where memory does not suffice, half as many notes at a time are tried."""
         if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-            raise InputError("max_new_tokens must be 1 or more, temperature 0 or more", "see the guide, section 7")
+            raise InputError(
+                "max_new_tokens must be 1 or more, temperature 0 or more", "see the guide, section 7"
+            )
         results, prompts, texts = {}, {}, {}
         for i, note in notes.items():
             texts[i] = clean_text(note) if isinstance(note, str) else ""
@@ -238,22 +239,34 @@ class SFTInference:
         left = {i: ids for i, (ids, _) in prompts.items()}
         while left:
             try:
-                options = {"temperature": temperature, "batch_size": batch_size, "seed": seed, "on_token": on_token}
+                options = {
+                    "temperature": temperature,
+                    "batch_size": batch_size,
+                    "seed": seed,
+                    "on_token": on_token,
+                }
                 for written in self.decode(dict(left), max_new_tokens, **options):
                     ended = written.finish_reason == "stop"
                     ids = written.ids[: len(written.ids) - ended]
                     results[written.index] = self._result(
-                        texts[written.index], *prompts[written.index], ids, written.log_probs, written.finish_reason
+                        texts[written.index],
+                        *prompts[written.index],
+                        ids,
+                        written.log_probs,
+                        written.finish_reason,
                     )
                     del left[written.index]
                     if on_done:
                         on_done()
             except (MemoryError, RuntimeError, OSError) as error:
-                if not lacks_memory(error):
+                if not is_out_of_memory(error):
                     if not isinstance(error, RuntimeError):
                         raise
                     reason = str(error).partition("\n")[0]
-                    raise RunError(f"the model failed ({type(error).__name__}: {reason})", "check the device and its driver") from error
+                    raise RunError(
+                        f"the model failed ({type(error).__name__}: {reason})",
+                        "check the device and its driver",
+                    ) from error
                 if batch_size > 1 and len(left) > 1:
                     batch_size = min(batch_size, len(left)) // 2
                 else:
@@ -266,14 +279,21 @@ class SFTInference:
         """Tokens that are left for a note. Raises InputError where there are none."""
         room = self.window - max_new_tokens - self.encoder.n_template_tokens
         if room < 1:
-            raise InputError(f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens", "lower it")
+            raise InputError(
+                f"--max_new_tokens {max_new_tokens} leaves no room for a note: the limit is {self.window} tokens",
+                "lower it",
+            )
         return room
 
     def _prompt(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
         """(token ids of the prompt, warnings); a note too long for the model is shortened at a sentence boundary."""
         room, warnings = self.room(max_new_tokens), []
         # A token of text is hardly ever 100 characters: of an enormous note only the beginning is tokenised
-        note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0] if len(note) <= room * 100 else None
+        note_ids = (
+            self.encoder.encode_texts([self.template.render_note(note)])[0]
+            if len(note) <= room * 100
+            else None
+        )
         if note_ids is None or len(note_ids) > room:
             note_ids, kept = self.encoder.shorten(note, room)
             total = len(sentence_spans(note))
@@ -286,7 +306,13 @@ class SFTInference:
         return ids, warnings
 
     def _result(
-        self, note: str, prompt: list[int], warnings: list[str], ids: list[int], log_probs: list[float], finish_reason: str
+        self,
+        note: str,
+        prompt: list[int],
+        warnings: list[str],
+        ids: list[int],
+        log_probs: list[float],
+        finish_reason: str,
     ) -> dict:
         summary = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
         evidence, warnings = parse_citations(summary, note), list(warnings)
@@ -299,10 +325,10 @@ class SFTInference:
         if len(set(sentences)) < len(sentences):
             warnings.append("the summary repeats itself")
         if missing:
-            warnings.append(f"cites sentences the note does not have: {some(missing)}")
+            warnings.append(f"cites sentences the note does not have: {preview_list(missing)}")
         numbers = unsupported_numbers(summary, note)
         if numbers:
-            warnings.append(f"states numbers the note does not hold: {some(numbers)}")
+            warnings.append(f"states numbers the note does not hold: {preview_list(numbers)}")
         return {
             "generated_summary": summary,
             "evidence": evidence,
@@ -314,7 +340,7 @@ class SFTInference:
         }
 
 
-def lacks_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch, Python or the operating system has no memory left: another batch size, or another note, may fit."""
     from accelerate.utils.memory import should_reduce_batch_size
 
@@ -336,7 +362,9 @@ def text_stream(tokenizer, stop_ids: Sequence[int], on_text: Callable[[str], Non
 
     def on_token(written) -> None:
         nonlocal shown
-        text = tokenizer.decode([token for token in written.ids if token not in stop_ids], skip_special_tokens=True)
+        text = tokenizer.decode(
+            [token for token in written.ids if token not in stop_ids], skip_special_tokens=True
+        )
         if text.endswith("\ufffd") and not written.finish_reason:
             return
         on_text(text[len(shown) :])
@@ -347,108 +375,6 @@ def text_stream(tokenizer, stop_ids: Sequence[int], on_text: Callable[[str], Non
 
 # ------------------------------------------------------------------------------------------------ conversation
 
-HELP = """Type or paste a note and press Enter; it may have many lines. Lines typed one by one: end each but the last with \\.
-  /temperature T   0 writes the likeliest summary, above 0 draws (now {temperature:g})
-  /tokens N        the longest summary in tokens (now {max_new_tokens})
-  /evidence        the sentences the last summary cites, and its warnings
-  /help            this
-  /quit            leave (also Ctrl-D). Ctrl-C stops a summary being written."""
-COMMAND = re.compile(r"/((temperature|tokens)(\s+\S+)?|evidence|help|quit|exit|q)\s*")  # any other line is patients' text: never echoed
-
-
-def read_block(prompt: str) -> str:
-    """One note or command from standard input. Raises EOFError at its end.
-
-    On a terminal, Enter ends it unless more pasted lines wait or the line ends in a backslash. Piped, an empty line or a
-    command ends it.
-    """
-    terminal = sys.stdin.isatty()
-    lines = [input(prompt if terminal else "")]
-    if terminal:
-        import select
-
-        def more() -> bool:
-            return lines[-1].endswith("\\") or bool(select.select([sys.stdin], [], [], 0.05)[0])
-
-        with suppress(EOFError):
-            while more():
-                lines[-1] = lines[-1].removesuffix("\\")
-                lines.append(input(""))
-    else:
-        with suppress(EOFError):
-            while lines[-1].strip() and not COMMAND.fullmatch(lines[-1]):
-                lines.append(input(""))
-    return "\n".join(lines)
-
-
-def converse(inference: SFTInference, config: InferenceConfig) -> None:
-    """The interactive session. What is typed stays in memory: it is patient text."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 (line editing and in-memory history for input())
-    temperature, max_new_tokens, last = config.temperature, config.max_new_tokens, None
-    log("Paste a clinical note and press Enter. /help for help, /quit to leave.")
-    while True:
-        try:
-            block = read_block("note> ").strip()
-        except EOFError:
-            return log()
-        except KeyboardInterrupt:
-            log("\n(/quit or Ctrl-D leaves)")
-            continue
-        if sys.stdin.isatty() and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):
-            log("no such command; /help lists them")
-            continue
-        *note_lines, command = block.split("\n") if COMMAND.fullmatch(block.split("\n")[-1]) else [*block.split("\n"), ""]
-        note = "\n".join(note_lines).strip()
-        if note:
-            try:
-                started = time.perf_counter()
-                last = inference.generate_summary(
-                    note, max_new_tokens, temperature, seed=config.seed, on_text=lambda text: print(text, end="", flush=True)
-                )
-                print(flush=True)
-                tell(last, time.perf_counter() - started)
-            except KeyboardInterrupt:
-                print(flush=True)
-                log("(stopped)")
-            except (InputError, RunError) as error:  # too little memory for this note, say: the conversation goes on
-                log(f"error: {error.problem}")
-        word, value = (*command.split(), "", "")[:2]
-        try:
-            if word in ("/quit", "/exit", "/q"):
-                return
-            elif word == "/temperature":
-                temperature = number(float, 0)(value)
-            elif word == "/tokens":
-                max_new_tokens = number(int, 1)(value)
-            elif word == "/evidence":
-                log(show_evidence(last) if last else "no summary yet")
-            elif word == "/help":
-                log(HELP.format(temperature=temperature, max_new_tokens=max_new_tokens))
-        except argparse.ArgumentTypeError:
-            log("error: " + ("/temperature takes a number from 0" if word == "/temperature" else "/tokens takes a whole number from 1"))
-
-
-def show_evidence(result: dict) -> str:
-    lines = []
-    for citation in result["evidence"]:
-        lines.append(f"{citation['claim']}  (confidence the model wrote: {citation['confidence']:.2f})")
-        lines += [
-            f"    S{n}: {text}"
-            for n, text in zip((n for n in citation["sentence_numbers"] if n not in citation["missing"]), citation["sentences"])
-        ]
-    return "\n".join(lines or ["the last summary cites nothing"])
-
-
-def tell(result: dict, seconds: float) -> None:
-    """Timing and warnings of one summary, to stderr."""
-    rate = result["n_new_tokens"] / seconds
-    log(
-        f"({result['n_prompt_tokens']:,} prompt tokens, {result['n_new_tokens']} new in {seconds:.1f} s, {rate:.0f}/s; confidence {result['confidence']:.2f})"
-    )
-    for warning in result["warnings"]:
-        log(f"warning: {warning}")
-
 
 # ------------------------------------------------------------------------------------------------ command line
 
@@ -458,13 +384,19 @@ def check_files(config: InferenceConfig) -> list[tuple[str, object]] | None:
     if config.clinical_note is not None and config.input_file:
         raise InputError("--clinical_note and --input_file together", "choose one")
     if config.output_file and not config.input_file:
-        raise InputError("--output_file without --input_file", "name the file with the notes; one note's summary goes to standard output")
+        raise InputError(
+            "--output_file without --input_file",
+            "name the file with the notes; one note's summary goes to standard output",
+        )
     if config.merge_to and (config.clinical_note is not None or config.input_file):
         raise InputError("--merge_to together with notes", "merge first, then summarise")
     if config.resume and not config.output_file:
         raise InputError("--resume without --output_file", "name the file to go on with")
     if processes()[1] > 1 and not config.output_file:
-        raise InputError("several processes, but no --output_file", "they share the notes of an --input_file and join their --output_file")
+        raise InputError(
+            "several processes, but no --output_file",
+            "they share the notes of an --input_file and join their --output_file",
+        )
     check_new_file("--merge_to", config.merge_to)
     if not config.input_file:
         return None
@@ -476,14 +408,17 @@ def check_files(config: InferenceConfig) -> list[tuple[str, object]] | None:
 
 def belongs_to(config: InferenceConfig, sft_config: dict) -> dict:
     """What must be the same for a file of summaries to be the same: hashes and settings, no text."""
-    from sft_model import pick_device
+    from sft.model.base import pick_device
 
     return {
         "input_file": sha256(Path(config.input_file)),
         "adapter": sft_config["sha256"]["adapter"],
         "base model": sft_config["sha256"]["base_weights"],
         "dtype": str(pick_device(config.device, config.dtype).dtype),
-        **{name: getattr(config, name) for name in ("max_new_tokens", "temperature", "seed", "max_length", "batch_size", "no_merge")},
+        **{
+            name: getattr(config, name)
+            for name in ("max_new_tokens", "temperature", "seed", "max_length", "batch_size", "no_merge")
+        },
         **{name: getattr(config, name) for name in ("use_8bit", "use_4bit")},
     }
 
@@ -507,7 +442,7 @@ def write_file(inference: SFTInference, notes: list[tuple[str, object]], config:
     summarize_file(notes, config, belongs_to(config, inference.sft_config), summarize)
 
 
-def own_device(device: str) -> str:
+def device_of_process(device: str) -> str:
     """Of several processes on GPUs each has one of its own. Raises InputError where there are too few."""
     if processes()[1] == 1 or device not in ("auto", "cuda"):
         return device
@@ -525,16 +460,21 @@ def own_device(device: str) -> str:
 
 
 def main() -> None:
-    config = parse_options(InferenceConfig, "Summarises clinical notes with a trained adapter: one note, a file, or interactively.")
+    config = parse_options(
+        InferenceConfig,
+        "Summarises clinical notes with a trained adapter: one note, a file, or interactively.",
+    )
     notes = check_files(config)
     sft_config = read_adapter_folder(config.model_path)[1]
-    if config.output_file and check_output(config.output_file, config.resume, lambda: belongs_to(config, sft_config)):
+    if config.output_file and check_output(
+        config.output_file, config.resume, lambda: belongs_to(config, sft_config)
+    ):
         return log(f"{config.output_file} is there and complete: nothing to do")
     if config.clinical_note == "-":
         config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
     if config.clinical_note is not None and is_blank(clean_text(config.clinical_note)):
         raise InputError("--clinical_note is empty", "give a note with text")
-    config.device = own_device(config.device)
+    config.device = device_of_process(config.device)
     inference = SFTInference(
         config.model_path,
         config.device,
@@ -546,7 +486,7 @@ def main() -> None:
         merge=not (config.no_merge or config.merge_to),
     )
     if config.merge_to:
-        from sft_model import save_merged
+        from sft.model.adapter import save_merged
 
         save_merged(inference.model, inference.tokenizer, inference.stop_ids, Path(config.merge_to))
         log(f"Saved the merged model to {config.merge_to}")
@@ -562,8 +502,15 @@ def main() -> None:
             seed=config.seed,
             on_text=(lambda text: print(text, end="", flush=True)) if stream else None,
         )
-        print(json.dumps(result, ensure_ascii=False) if config.json else "" if stream else result["generated_summary"], flush=True)
-        tell(result, time.perf_counter() - started)
+        print(
+            json.dumps(result, ensure_ascii=False)
+            if config.json
+            else ""
+            if stream
+            else result["generated_summary"],
+            flush=True,
+        )
+        log_result(result, time.perf_counter() - started)
     else:
         converse(inference, config)
 

@@ -15,14 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft_common import log
-from sft_grounding import cited_sentence_numbers, split_sentences, strip_citations, unsupported_numbers
+from sft.cli import log
+from sft.data.rows import factual_rows, read_rows
+from sft.grounding.citations import cited_sentence_numbers, strip_citations
+from sft.grounding.numbers import unsupported_numbers
+from sft.grounding.sentences import split_sentences
 from sft_inference import SFTInference
-from sft_rows import factual_rows, read_rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model_path")
     parser.add_argument("--test_csv", default="phase1_data/sft/test_set_evidence.csv")
     parser.add_argument("--max_new_tokens", type=int, default=250)
@@ -45,12 +49,22 @@ def main() -> None:
         numbers += len(written)
         agreeing += sum(n in reference for n in written)
         invented += bool(unsupported_numbers(summary, row.clinical_note))
-    print(f"summaries                                     {len(rows)}, {cut} of them cut at --max_new_tokens {arguments.max_new_tokens}")
-    print(f"sentences that end in a citation              {cited}/{sentences} ({cited / max(1, sentences):.0%})")
+    print(
+        f"summaries                                     {len(rows)}, {cut} of them cut at --max_new_tokens {arguments.max_new_tokens}"
+    )
+    print(
+        f"sentences that end in a citation              {cited}/{sentences} ({cited / max(1, sentences):.0%})"
+    )
     print(f"citations begun that parse                    {parsed}/{begun} ({parsed / max(1, begun):.0%})")
-    print(f"parsed citations of existing sentences alone  {existing}/{parsed} ({existing / max(1, parsed):.0%})")
-    print(f"cited sentences that the reference cites too  {agreeing}/{numbers} ({agreeing / max(1, numbers):.0%})")
-    print(f"summaries with a number the note lacks        {invented}/{len(rows)} ({invented / len(rows):.0%})")
+    print(
+        f"parsed citations of existing sentences alone  {existing}/{parsed} ({existing / max(1, parsed):.0%})"
+    )
+    print(
+        f"cited sentences that the reference cites too  {agreeing}/{numbers} ({agreeing / max(1, numbers):.0%})"
+    )
+    print(
+        f"summaries with a number the note lacks        {invented}/{len(rows)} ({invented / len(rows):.0%})"
+    )
 
 
 if __name__ == "__main__":

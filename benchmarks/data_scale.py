@@ -23,15 +23,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SUBJECTS = "The patient|He|She|The family|The nurse on duty|A relative".split("|")
 VERBS = "reports|denies|describes|mentions|complains of|was seen for|improved after|recalls".split("|")
-THINGS = (
-    "fever|chest pain|a dry cough|dizziness|swelling of the left ankle|nausea|a fall at home|poor sleep|palpitations|blurred vision".split(
-        "|"
-    )
+THINGS = "fever|chest pain|a dry cough|dizziness|swelling of the left ankle|nausea|a fall at home|poor sleep|palpitations|blurred vision".split(
+    "|"
 )
 ENDS = "since Monday|for three days|after lunch|at night|on exertion|without relief|as before|despite treatment|over the last week".split(
     "|"
 )
-MEASURES = "Temperature {}.{} °C.|BP 1{}/7{} mmHg.|Heart rate 8{}, SpO2 9{} %.|CRP {}{} mg/l.|Potassium 4.{}, sodium 13{}.".split("|")
+MEASURES = "Temperature {}.{} °C.|BP 1{}/7{} mmHg.|Heart rate 8{}, SpO2 9{} %.|CRP {}{} mg/l.|Potassium 4.{}, sodium 13{}.".split(
+    "|"
+)
 
 
 def sentence(dice: random.Random) -> str:
@@ -48,19 +48,21 @@ def write_rows(path: Path, n: int, seed: int = 0) -> None:
             dice = random.Random(f"{seed}-{i}")
             note = " ".join(sentence(dice) for _ in range(dice.randint(4, 45)))
             label = ("hallucinated", "wrong_number") if i % 10 == 9 else ("factual", "")
-            writer.writerow([f"r{seed}-{i}", note, " ".join(sentence(dice) for _ in range(dice.randint(1, 3))), *label])
+            writer.writerow(
+                [f"r{seed}-{i}", note, " ".join(sentence(dice) for _ in range(dice.randint(1, 3))), *label]
+            )
 
 
 def start(folder: Path, model_name: str, measure: str) -> dict:
     """What a start of training does with its data, in this process: seconds of each part, and memory."""
-    from sft_model import load_tokenizer
+    from sft.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(model_name)
     memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]
     if measure == "nothing":
         return {"memory": memory}
-    from sft_dataset import epoch_order, load_datasets, packed_batch, warn_about_leaks, warn_about_rows
-    from sft_rows import read_rows
+    from sft.data.dataset import epoch_order, load_datasets, packed_batch, warn_about_leaks, warn_about_rows
+    from sft.data.rows import read_rows
 
     files, times = (folder / "train.csv", folder / "val.csv"), [time.perf_counter()]
     rows = read_rows(files[0]), read_rows(files[1])
@@ -79,7 +81,9 @@ def start(folder: Path, model_name: str, measure: str) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[2_000, 20_000, 200_000])
     parser.add_argument("--model_name", default="smollm2-135m-instruct")
     parser.add_argument("--start", nargs=2, metavar=("FOLDER", "WHAT"), help=argparse.SUPPRESS)
@@ -89,14 +93,26 @@ def main() -> None:
         return
 
     def measured(folder: Path, what: str) -> dict:
-        command = [sys.executable, __file__, "--model_name", arguments.model_name, "--start", str(folder), what]
+        command = [
+            sys.executable,
+            __file__,
+            "--model_name",
+            arguments.model_name,
+            "--start",
+            str(folder),
+            what,
+        ]
         return json.loads(
-            subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}).stdout
+            subprocess.run(
+                command, capture_output=True, text=True, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            ).stdout
         )
 
     with tempfile.TemporaryDirectory() as folder:
         print(f"Baseline, tokenizer loaded: {measured(Path(folder), 'nothing')['memory'][0]:,.0f} MB\n")
-    print("| rows | CSV, MB | tokens | start | read and check, s | tokenise or cache, s | warnings, s | first batch, s | peak memory, MB |")
+    print(
+        "| rows | CSV, MB | tokens | start | read and check, s | tokenise or cache, s | warnings, s | first batch, s | peak memory, MB |"
+    )
     print("|---:|---:|---:|---|---:|---:|---:|---:|---:|")
     for n in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +123,10 @@ def main() -> None:
             for what in ("first", "with cache"):
                 result = measured(folder, what)
                 seconds = " | ".join(f"{s:.2f}" for s in result["seconds"])
-                print(f"| {n:,} | {size:,.1f} | {result['n_tokens']:,} | {what} | {seconds} | {result['memory'][1]:,.0f} |", flush=True)
+                print(
+                    f"| {n:,} | {size:,.1f} | {result['n_tokens']:,} | {what} | {seconds} | {result['memory'][1]:,.0f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ PROMPT, STEPS, VOCABULARY = 150, 20, 32_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden_size", type=int, default=2048)
     parser.add_argument("--intermediate_size", type=int, default=5632)
     parser.add_argument("--layers", type=int, default=8)
@@ -29,10 +31,10 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    import sft_generation
-    from sft_kernels import Int8Linear, PackedLinear, replace_linear_layers
+    from sft.inference import decoding
+    from sft.model.kernels import Int8Linear, PackedLinear, replace_linear_layers
 
-    sft_generation.DRAFT_TOKENS = 0  # a step writes one token a sequence
+    decoding.DRAFT_TOKENS = 0  # a step writes one token a sequence
     config = LlamaConfig(
         hidden_size=arguments.hidden_size,
         intermediate_size=arguments.intermediate_size,
@@ -56,7 +58,7 @@ def main() -> None:
         source = random.Random(0)
         prompts = {i: [source.randrange(VOCABULARY - 1) for _ in range(PROMPT)] for i in range(batch_size)}
         started = time.perf_counter()
-        list(sft_generation.decode(model, prompts, n_new, [VOCABULARY - 1], batch_size=batch_size))
+        list(decoding.decode(model, prompts, n_new, [VOCABULARY - 1], batch_size=batch_size))
         return time.perf_counter() - started
 
     print("| sequences | " + " | ".join(f"{name}: prompts, s | a step, ms" for name in models) + " |")
@@ -69,7 +71,8 @@ def main() -> None:
         best = {name: [min(column) for column in zip(*rows)] for name, rows in times.items()}
         steps = {name: (whole - first) / STEPS for name, (first, whole) in best.items()}
         cells = [
-            f"{best[name][0]:.2f} | {step * 1000:.0f}" + (f" ({step / steps['float32']:.2f})" if name != "float32" else "")
+            f"{best[name][0]:.2f} | {step * 1000:.0f}"
+            + (f" ({step / steps['float32']:.2f})" if name != "float32" else "")
             for name, step in steps.items()
         ]
         print(f"| {batch_size} | " + " | ".join(cells) + " |", flush=True)

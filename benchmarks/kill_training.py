@@ -7,7 +7,7 @@ third of the resumed runs are killed again. Every final adapter and metrics.json
 the byte. The model is a small random one with the bundled model's tokenizer; a run of it takes seconds.
 """
 
-# ruff: noqa: E402, I001
+# ruff: noqa: I001
 import argparse
 import csv
 import hashlib
@@ -23,28 +23,40 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sft_model  # first: it imports torch and peft, once before the forks
+import sft.model.base  # noqa: E402  first: it imports torch and peft, once before the forks
 import torch
 
-from sft_rows import COLUMNS
-from stage_a_sft_training import TrainConfig, train
+from sft.data.rows import COLUMNS
+from sft.options import TrainConfig
+from stage_a_sft_training import train
 
 
 def small_model(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    base = sft_model.bundled_model()
+    base = sft.model.base.bundled_model()
     config = AutoConfig.from_pretrained(base)
-    config.update({"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1})
+    config.update(
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+    )
     config.head_dim = 16
     config.layer_types = None
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    sft_model.load_tokenizer(base).save_pretrained(folder)
+    base.load_tokenizer(base).save_pretrained(folder)
 
 
 def rows_of(source: Path, target: Path, n: int) -> None:
-    with open(source, encoding="utf-8", newline="") as file, open(target, "w", encoding="utf-8", newline="") as out:
+    with (
+        open(source, encoding="utf-8", newline="") as file,
+        open(target, "w", encoding="utf-8", newline="") as out,
+    ):
         rows = [row for row in csv.DictReader(file) if row["label"] == "factual"][:n]
         writer = csv.DictWriter(out, COLUMNS)
         writer.writeheader()
@@ -106,9 +118,15 @@ def main() -> None:
         rows_of(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv", folder / "val.csv", 8)
 
         def config(output: str, **options) -> TrainConfig:
-            paths = {"train_csv": folder / "train.csv", "val_csv": folder / "val.csv", "model_name": folder / "model"}
+            paths = {
+                "train_csv": folder / "train.csv",
+                "val_csv": folder / "val.csv",
+                "model_name": folder / "model",
+            }
             paths = {key: str(path) for key, path in paths.items()}
-            return TrainConfig(**paths, output_dir=str(folder / output), batch_size=4, save_steps=2, device="cpu", **options)
+            return TrainConfig(
+                **paths, output_dir=str(folder / output), batch_size=4, save_steps=2, device="cpu", **options
+            )
 
         began = time.monotonic()
         assert wait(start(config("whole"))) == 0
@@ -125,7 +143,9 @@ def main() -> None:
             wait(child)
             killed += 1
             while True:
-                resume = (output / "metrics.jsonl").exists()  # killed before it began to write: from the beginning
+                resume = (
+                    output / "metrics.jsonl"
+                ).exists()  # killed before it began to write: from the beginning
                 child = start(config(run_name, resume=resume))
                 if dice.random() < 1 / 3 and kill_at_random(child, output, seconds, dice):
                     saving += is_saving(output)

@@ -30,14 +30,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft_common import ROOT, log
-from sft_dataset import (
-    SFTDataset,
-    epoch_order,
-    factual_rows,
-    load_datasets,
-)  # none of them imports torch by itself
-from sft_rows import COLUMNS, Row, read_rows
+from sft.cli import log
+from sft.data.dataset import SFTDataset, epoch_order, load_datasets
+from sft.data.rows import COLUMNS, Row, factual_rows, read_rows
+from sft.files import ROOT
 
 MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog" / "train.csv"
 BATCH_SIZE, LEARNING_RATE, SEED, MAX_LENGTH = 8, 2e-4, 42, 512
@@ -58,12 +54,31 @@ def invented_row(chance: random.Random, number: int) -> Row:
     pick = chance.choice
     findings = []
     for _ in range(chance.randint(1, 6)):
-        what = pick(["opacity", "nodule", "effusion", "cyst", "oedema", "calcification", "thickening", "fracture"])
-        where = pick(["upper lobe", "lower lobe", "lung base", "hilum", "kidney", "adrenal gland", "hip", "seventh rib"])
+        what = pick(
+            ["opacity", "nodule", "effusion", "cyst", "oedema", "calcification", "thickening", "fracture"]
+        )
+        where = pick(
+            [
+                "upper lobe",
+                "lower lobe",
+                "lung base",
+                "hilum",
+                "kidney",
+                "adrenal gland",
+                "hip",
+                "seventh rib",
+            ]
+        )
         size = pick([f" of {chance.randint(2, 60)} mm", "", ", unchanged", ", new since the last study"])
-        findings.append(f"{pick(['small', 'mild', 'moderate', 'faint', 'marked'])} {what} of the {pick(['left', 'right'])} {where}{size}")
-    study = f"{pick(['CT', 'MRI', 'Radiograph'])}, {chance.randint(30, 90)}-year-old {pick(['man', 'woman'])}."
-    note = f"{study} " + " ".join(f"There is {'an ' if finding[0] in 'aeiou' else 'a '}{finding}." for finding in findings)
+        findings.append(
+            f"{pick(['small', 'mild', 'moderate', 'faint', 'marked'])} {what} of the {pick(['left', 'right'])} {where}{size}"
+        )
+    study = (
+        f"{pick(['CT', 'MRI', 'Radiograph'])}, {chance.randint(30, 90)}-year-old {pick(['man', 'woman'])}."
+    )
+    note = f"{study} " + " ".join(
+        f"There is {'an ' if finding[0] in 'aeiou' else 'a '}{finding}." for finding in findings
+    )
     summary = "; ".join(findings[: chance.randint(1, 3)]).capitalize() + "."
     return Row(number, f"short-{number}", note, summary, "factual")
 
@@ -73,7 +88,10 @@ def short_rows(n_rows: int, encoder) -> list[Row]:
     chance, rows = random.Random(SEED), []
     low, high = SHORT_ROWS
     made = [invented_row(chance, number) for number in range(20 * n_rows)]
-    notes, summaries = (encoder.encode_texts([getattr(row, column) for row in made]) for column in ("clinical_note", "model_summary"))
+    notes, summaries = (
+        encoder.encode_texts([getattr(row, column) for row in made])
+        for column in ("clinical_note", "model_summary")
+    )
     by_length = {length: [] for length in range(low, high + 1)}
     for row, note, summary in zip(made, notes, summaries):
         by_length.get(encoder.n_template_tokens + len(note) + len(summary) + 1, []).append(row)
@@ -89,8 +107,8 @@ def write_rows(options: argparse.Namespace) -> dict:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sft_model import load_tokenizer, resolve_model
-    from sft_prompt import PromptEncoder, build_template
+    from sft.data.prompt import PromptEncoder, build_template
+    from sft.model.base import load_tokenizer, resolve_model
 
     tokenizer = load_tokenizer(options.model_name)
     encoder = PromptEncoder(tokenizer, build_template(tokenizer))
@@ -103,7 +121,9 @@ def write_rows(options: argparse.Namespace) -> dict:
     rows.sort(key=lambda row: len(row.clinical_note) + len(row.model_summary))
     rest = rows[BATCH_SIZE:]  # of which the longest would else come last
     random.Random(SEED).shuffle(rest)
-    rows = [row for _, row in sorted(zip(epoch_order(len(rows), SEED, 0), rows[:BATCH_SIZE] + rest))]  # trained on with the shortest first
+    rows = [
+        row for _, row in sorted(zip(epoch_order(len(rows), SEED, 0), rows[:BATCH_SIZE] + rest))
+    ]  # trained on with the shortest first
     with open(options.train_csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
@@ -112,11 +132,15 @@ def write_rows(options: argparse.Namespace) -> dict:
     examples = load_rows(options)[0]
     timed = examples[BATCH_SIZE:]
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resolve_model(options.model_name)))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.from_pretrained(resolve_model(options.model_name))
+        )
     head = model.get_output_embeddings().weight
     embeddings = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, head)}
     n_weights = sum(parameter.numel() for parameter in model.parameters()) - sum(embeddings.values())
-    n_tokens, n_target_tokens = (sum(counts) for counts in zip(*((e.n_tokens, e.n_target_tokens) for e in timed)))
+    n_tokens, n_target_tokens = (
+        sum(counts) for counts in zip(*((e.n_tokens, e.n_target_tokens) for e in timed))
+    )
     lengths = [e.n_tokens for e in timed]
     n_padded = sum(BATCH_SIZE * max(lengths[i : i + BATCH_SIZE]) for i in range(0, len(lengths), BATCH_SIZE))
     return {
@@ -134,7 +158,7 @@ def write_rows(options: argparse.Namespace) -> dict:
 
 def load_rows(options: argparse.Namespace):
     """(examples in the order of this toolkit's first epoch, or those of its first --n_steps, and the tokenizer)."""
-    from sft_model import load_tokenizer
+    from sft.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(options.model_name)
     dataset, _ = load_datasets(options.train_csv, options.train_csv, tokenizer, max_length=MAX_LENGTH)
@@ -165,11 +189,15 @@ class Clock:
         """Seconds of the timed steps, loss in nats per target token over all steps, peak memory in MiB."""
         import torch
 
-        from sft_model import peak_memory_mb
+        from sft.model.base import peak_memory_mb
 
         assert self.steps == len(self.losses) == len(self.n_target_tokens)
         loss = sum(loss * n for loss, n in zip(self.losses, self.n_target_tokens)) / sum(self.n_target_tokens)
-        return {"seconds": self.ended - self.started, "loss": loss, "peak_memory_mb": peak_memory_mb(torch.device(self.device))}
+        return {
+            "seconds": self.ended - self.started,
+            "loss": loss,
+            "peak_memory_mb": peak_memory_mb(torch.device(self.device)),
+        }
 
 
 def targets_by_step(examples) -> list[int]:
@@ -179,7 +207,9 @@ def targets_by_step(examples) -> list[int]:
 
 def toolkit(options: argparse.Namespace) -> dict:
     """This toolkit: the steps of stage_a_sft_training.py, which makes its batches itself."""
-    from stage_a_sft_training import TrainConfig, set_up, update
+    from sft.options import TrainConfig
+    from sft.training.run import set_up
+    from stage_a_sft_training import update
 
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +242,11 @@ def toolkit(options: argparse.Namespace) -> dict:
             clock.n_target_tokens[step] = metrics["n_target_tokens"]
             n_examples += metrics["n_examples"] if step else 0
             n_tokens += metrics["n_tokens"] if step else 0
-        return clock.result() | {"n_examples": n_examples, "n_tokens": n_tokens, "set_up_seconds": set_up_seconds}
+        return clock.result() | {
+            "n_examples": n_examples,
+            "n_tokens": n_tokens,
+            "set_up_seconds": set_up_seconds,
+        }
 
 
 def peer_model(options: argparse.Namespace):
@@ -221,20 +255,24 @@ def peer_model(options: argparse.Namespace):
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from sft_model import resolve_model
+    from sft.model.base import resolve_model
 
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(resolve_model(options.model_name), dtype=dtype).to(options.device)
+    model = AutoModelForCausalLM.from_pretrained(resolve_model(options.model_name), dtype=dtype).to(
+        options.device
+    )
     torch.manual_seed(SEED)
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", bias="none", lora_dropout=options.lora_dropout, **LORA))
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", bias="none", lora_dropout=options.lora_dropout, **LORA)
+    )
 
 
 def naive(options: argparse.Namespace) -> dict:
     """A loop as tutorials have it: batches padded to their longest row, all logits, the model's own loss."""
     import torch
 
-    from sft_dataset import SFTCollator
-    from sft_prompt import pad_token_id
+    from sft.data.dataset import SFTCollator
+    from sft.data.prompt import pad_token_id
 
     examples, tokenizer = load_rows(options)
     clock, collate = Clock(options, targets_by_step(examples)), SFTCollator(pad_token_id(tokenizer))
@@ -242,7 +280,9 @@ def naive(options: argparse.Namespace) -> dict:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     for start in range(0, len(examples), BATCH_SIZE):
-        batch = collate([{"input_ids": e.input_ids, "labels": e.labels} for e in examples[start : start + BATCH_SIZE]])
+        batch = collate(
+            [{"input_ids": e.input_ids, "labels": e.labels} for e in examples[start : start + BATCH_SIZE]]
+        )
         loss = model(**{name: tensor.to(options.device) for name, tensor in batch.items()}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -292,14 +332,19 @@ def hugging_face(options: argparse.Namespace) -> dict:
     """Hugging Face's Trainer with this toolkit's data set and collator."""
     from transformers import Trainer, TrainingArguments
 
-    from sft_dataset import SFTCollator
-    from sft_prompt import pad_token_id
+    from sft.data.dataset import SFTCollator
+    from sft.data.prompt import pad_token_id
 
     examples, tokenizer = load_rows(options)
     rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in examples]
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(**trainer_settings(options, folder))
-        trainer = Trainer(model=peer_model(options), args=arguments, train_dataset=rows, data_collator=SFTCollator(pad_token_id(tokenizer)))
+        trainer = Trainer(
+            model=peer_model(options),
+            args=arguments,
+            train_dataset=rows,
+            data_collator=SFTCollator(pad_token_id(tokenizer)),
+        )
         return run_trainer(trainer, Clock(options, targets_by_step(examples)))
 
 
@@ -321,7 +366,9 @@ def trl(options: argparse.Namespace, *, by_length: bool = False, **settings) -> 
         settings["bf16"] = False  # its default is bfloat16 autocast; here all run in float32
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(**trainer_settings(options, folder), completion_only_loss=True, **settings)
-        trainer = SFTTrainer(model=peer_model(options), args=arguments, train_dataset=rows, processing_class=tokenizer)
+        trainer = SFTTrainer(
+            model=peer_model(options), args=arguments, train_dataset=rows, processing_class=tokenizer
+        )
         return run_trainer(trainer, Clock(options, targets_by_step(examples)))
 
 
@@ -330,7 +377,9 @@ def trl_no_checkpointing(options):
 
 
 def trl_padding_free(options):
-    return trl(options, gradient_checkpointing=False, padding_free=True, max_length=None)  # it wants no max_length with it
+    return trl(
+        options, gradient_checkpointing=False, padding_free=True, max_length=None
+    )  # it wants no max_length with it
 
 
 def trl_by_length(options):
@@ -343,8 +392,8 @@ def matrix_rate(options: argparse.Namespace) -> dict:
     import torch
     from transformers import AutoConfig
 
-    from sft_kernels import FrozenLinear, has_onednn
-    from sft_model import resolve_model
+    from sft.model.base import resolve_model
+    from sft.model.kernels import FrozenLinear, has_onednn
 
     config = AutoConfig.from_pretrained(resolve_model(options.model_name)).get_text_config()
     linear = {"": torch.nn.functional.linear}
@@ -353,8 +402,13 @@ def matrix_rate(options: argparse.Namespace) -> dict:
     width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     rates = {}
-    for (m, k, n), name in itertools.product(((2048, width, inner), (2048, inner, width), (256, width, vocabulary)), linear):
-        x, weight = torch.randn(m, k, device=options.device, dtype=dtype), torch.randn(n, k, device=options.device, dtype=dtype)
+    for (m, k, n), name in itertools.product(
+        ((2048, width, inner), (2048, inner, width), (256, width, vocabulary)), linear
+    ):
+        x, weight = (
+            torch.randn(m, k, device=options.device, dtype=dtype),
+            torch.randn(n, k, device=options.device, dtype=dtype),
+        )
         seconds = []
         for _ in range(5):
             started, repeats = time.perf_counter(), 0
@@ -380,7 +434,10 @@ PEERS = {
     "naive": ("naive padded loop", naive),
 }
 TRL_TUNED = ("trl_no_checkpointing", "trl_padding_free", "trl_by_length")
-WORKERS = {name: work for name, (_, work) in PEERS.items()} | {"write_rows": write_rows, "matrix_rate": matrix_rate}
+WORKERS = {name: work for name, (_, work) in PEERS.items()} | {
+    "write_rows": write_rows,
+    "matrix_rate": matrix_rate,
+}
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -389,7 +446,11 @@ WORKERS = {name: work for name, (_, work) in PEERS.items()} | {"write_rows": wri
 def work(name: str, options: argparse.Namespace, **changes) -> dict:
     """Runs one of WORKERS in a process of its own."""
     command = [sys.executable, __file__, "--peer", name]
-    values = {k: v for k, v in (vars(options) | changes).items() if k in ("rows", "n_rows", "train_csv", "model_name", "device", "n_steps")}
+    values = {
+        k: v
+        for k, v in (vars(options) | changes).items()
+        if k in ("rows", "n_rows", "train_csv", "model_name", "device", "n_steps")
+    }
     values["lora_dropout"] = changes.get("lora_dropout", options.lora_dropout)
     for key, value in values.items():
         if value is not None:
@@ -413,9 +474,15 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
     """All peers on the rows of one shape, alternating."""
     with tempfile.TemporaryDirectory() as folder:
         csv_file = str(Path(folder) / "rows.csv")
-        settings = {"rows": [shape], "n_rows": (options.n_rows or DEFAULT_N_ROWS[shape]) + BATCH_SIZE, "train_csv": csv_file}
+        settings = {
+            "rows": [shape],
+            "n_rows": (options.n_rows or DEFAULT_N_ROWS[shape]) + BATCH_SIZE,
+            "train_csv": csv_file,
+        }
         counts = work("write_rows", options, **settings)
-        log(f"{shape}: {counts['n_rows']} rows, {counts['n_tokens']:,} tokens, {counts['n_target_tokens']:,} of them targets")
+        log(
+            f"{shape}: {counts['n_rows']} rows, {counts['n_tokens']:,} tokens, {counts['n_target_tokens']:,} of them targets"
+        )
         losses, runs, rates, names = {}, {name: [] for name in PEERS}, [], list(PEERS)
         for name in names:
             losses[name] = work(name, options, lora_dropout=0.0, n_steps=2, **settings)["loss"]
@@ -424,14 +491,22 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
             rates.append(work("matrix_rate", options))
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
                 runs[name].append(work(name, options, **settings))
-                log(f"  turn {turn + 1} of {options.alternations}: {runs[name][-1]['seconds']:6.1f} s  {name}")
+                log(
+                    f"  turn {turn + 1} of {options.alternations}: {runs[name][-1]['seconds']:6.1f} s  {name}"
+                )
             if runs["toolkit"][-1]["n_tokens"] != counts["n_tokens"]:
                 sys.exit("this toolkit's steps took other rows than the peers' steps")
             best = min(TRL_TUNED, key=lambda name: runs[name][0]["seconds"])
             names = [name for name in names if name == best or name not in TRL_TUNED]
         rates.append(work("matrix_rate", options))
     rate = {product: statistics.median(r[product] for r in rates) for product in rates[0]}
-    return {"counts": counts, "rates": rate, "losses": losses, "best_of_trl": best, "runs": runs} | circumstances(options)
+    return {
+        "counts": counts,
+        "rates": rate,
+        "losses": losses,
+        "best_of_trl": best,
+        "runs": runs,
+    } | circumstances(options)
 
 
 def scale(options: argparse.Namespace) -> dict:
@@ -445,7 +520,9 @@ def scale(options: argparse.Namespace) -> dict:
         for turn in range(options.alternations):
             for size in sizes[turn % 3 :] + sizes[: turn % 3]:
                 runs[str(size)].append(work("toolkit", options, train_csv=files[size], n_steps=n_steps + 1))
-                log(f"  {turn + 1}/{options.alternations} {size:>6,} rows: {runs[str(size)][-1]['seconds']:.1f} s")
+                log(
+                    f"  {turn + 1}/{options.alternations} {size:>6,} rows: {runs[str(size)][-1]['seconds']:.1f} s"
+                )
     return {"n_steps": n_steps, "runs": runs} | circumstances(options)
 
 
@@ -453,7 +530,11 @@ def circumstances(options: argparse.Namespace) -> dict:
     """Machine, versions and the command of a run."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").is_file():
-        names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         processor = names[0] if names else processor
     packages = ("torch", "transformers", "peft", "accelerate", "trl")
     return {
@@ -493,7 +574,9 @@ def comparison_table(shape: str, section: dict) -> str:
     default, best = results["trl"], section["best_of_trl"]
     rates = ", ".join(f"{product} {rate / 1e9:,.0f}" for product, rate in section["rates"].items())
     floor = counts["needed_flop"] / next(iter(section["rates"].values()))
-    fast_rate = max((rate for product, rate in section["rates"].items() if product.endswith("oneDNN")), default=0)
+    fast_rate = max(
+        (rate for product, rate in section["rates"].items() if product.endswith("oneDNN")), default=0
+    )
     fast_floor = fast_rate and counts["needed_flop"] / fast_rate
     lines = [
         f"## {SHAPES[shape]}",
@@ -506,7 +589,9 @@ def comparison_table(shape: str, section: dict) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, r in results.items():
-        label = PEERS[name][0] + (" (TRL's best here)" if name == best else " (one turn)" if name in TRL_TUNED else "")
+        label = PEERS[name][0] + (
+            " (TRL's best here)" if name == best else " (one turn)" if name in TRL_TUNED else ""
+        )
         lines.append(
             f"| {label} | {r['examples']:.2f} | {r['examples'] / default['examples']:.2f} | {r['examples'] / results[best]['examples']:.2f} "
             f"| {r['targets']:,.0f} | {r['memory'] * 2**20 / 1e9:.2f} | {r['memory'] / default['memory']:.2f} | {r['floor']:.0%} | {r['loss']:.5f} |"
@@ -542,7 +627,7 @@ def scaling_table(section: dict) -> str:
         "|--:|--:|--:|--:|--:|",
     ]
     for size, runs in section["runs"].items():
-        middle = lambda value, runs=runs: statistics.median(map(value, runs))  # noqa: E731
+        middle = lambda value, runs=runs: statistics.median(map(value, runs))
         lines.append(
             f"| {int(size):,} | {middle(lambda r: 1e3 * r['seconds'] / r['n_examples']):.0f} | {middle(lambda r: 1e5 * r['seconds'] / r['n_tokens']):.0f} "
             f"| {middle(lambda r: r['peak_memory_mb']) * 2**20 / 1e9:.2f} | {middle(lambda r: r['set_up_seconds']):.1f} |"
@@ -564,7 +649,7 @@ def described(section: dict) -> list[str]:
 
 SETTINGS = f"""# Training throughput
 
-Written by `benchmarks/training_throughput.py`; the single measurements are in training_throughput.json.
+GeneratedSequence by `benchmarks/training_throughput.py`; the single measurements are in training_throughput.json.
 
 ![rows a second, and peak memory](training_throughput.png)
 
@@ -592,9 +677,14 @@ def write_report(folder: Path, sections: dict) -> None:
     parts = [comparison_table(shape, sections[shape]) for shape in SHAPES if shape in sections]
     if "scaling" in sections:
         parts.append(scaling_table(sections["scaling"]))
-    (folder / "training_throughput.md").write_text("\n".join([SETTINGS, *parts]).rstrip() + "\n", encoding="utf-8")
+    (folder / "training_throughput.md").write_text(
+        "\n".join([SETTINGS, *parts]).rstrip() + "\n", encoding="utf-8"
+    )
     print("\n".join(parts))
-    draw(folder / "training_throughput.png", {shape: medians(sections[shape]) for shape in SHAPES if shape in sections})
+    draw(
+        folder / "training_throughput.png",
+        {shape: medians(sections[shape]) for shape in SHAPES if shape in sections},
+    )
 
 
 def draw(file: Path, results: dict[str, dict]) -> None:
@@ -606,30 +696,63 @@ def draw(file: Path, results: dict[str, dict]) -> None:
     figure = Figure(figsize=(11, 0.6 + 3.2 * len(results)), layout="constrained")
     for panels, (shape, peers) in zip(figure.subplots(len(results), 2, squeeze=False), results.items()):
         names = list(peers)[::-1]
-        for panel, key, scale, title in zip(panels, ("examples", "memory"), (1, 2**20 / 1e9), ("rows/s", "peak memory, GB")):
+        for panel, key, scale, title in zip(
+            panels, ("examples", "memory"), (1, 2**20 / 1e9), ("rows/s", "peak memory, GB")
+        ):
             values = [peers[name][key] * scale for name in names]
-            bars = panel.barh(range(len(names)), values, color=["tab:blue" if name == "toolkit" else "silver" for name in names])
+            bars = panel.barh(
+                range(len(names)),
+                values,
+                color=["tab:blue" if name == "toolkit" else "silver" for name in names],
+            )
             panel.bar_label(bars, fmt="%.2f", padding=3)
             panel.set(title=f"{SHAPES[shape].partition(',')[0]}: {title}", xlim=(0, 1.15 * max(values)))
-            panel.set_yticks(range(len(names)), [PEERS[name][0].replace(", ", ",\n", 1) for name in names], fontsize=8)
+            panel.set_yticks(
+                range(len(names)), [PEERS[name][0].replace(", ", ",\n", 1) for name in names], fontsize=8
+            )
             panel.spines[["top", "right"]].set_visible(False)
         panels[1].set_yticks([])
     figure.savefig(file, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=list(SHAPES), help="data shapes to compare on (default: both, or none with --scaling)")
-    parser.add_argument("--n_rows", type=int, help="rows timed, besides the warm-up's 8; best a multiple of 8 (default: short 48, mts 24)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(SHAPES),
+        help="data shapes to compare on (default: both, or none with --scaling)",
+    )
+    parser.add_argument(
+        "--n_rows",
+        type=int,
+        help="rows timed, besides the warm-up's 8; best a multiple of 8 (default: short 48, mts 24)",
+    )
     parser.add_argument("--alternations", type=int, default=3, help="turns of all peers (default: 3)")
     parser.add_argument(
-        "--lora_dropout", type=float, default=0.05, help="in the timed turns; the losses are compared without (default: 0.05)"
+        "--lora_dropout",
+        type=float,
+        default=0.05,
+        help="in the timed turns; the losses are compared without (default: 0.05)",
     )
-    parser.add_argument("--model_name", default="smollm2-135m-instruct", help="base model (default: the bundled one)")
+    parser.add_argument(
+        "--model_name", default="smollm2-135m-instruct", help="base model (default: the bundled one)"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="(default: cpu)")
-    parser.add_argument("--scaling", action="store_true", help="this toolkit alone on 100, 1,000 and 10,000 short rows")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "docs", help="where table, chart and measurements go (default: docs)")
-    parser.add_argument("--peer", choices=list(WORKERS), help=argparse.SUPPRESS)  # one measurement, in this process, as a line of JSON
+    parser.add_argument(
+        "--scaling", action="store_true", help="this toolkit alone on 100, 1,000 and 10,000 short rows"
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=ROOT / "docs",
+        help="where table, chart and measurements go (default: docs)",
+    )
+    parser.add_argument(
+        "--peer", choices=list(WORKERS), help=argparse.SUPPRESS
+    )  # one measurement, in this process, as a line of JSON
     parser.add_argument("--train_csv", help=argparse.SUPPRESS)
     parser.add_argument("--n_steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()

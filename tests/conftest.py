@@ -66,12 +66,16 @@ def tiny_tokenizer(chat: str = "chatml", bos: bool = True):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet))
+    tokenizer.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet)
+    )
     tokenizer.add_tokens([AddedToken("<|header|>", special=False)])
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     eos = "<|im_end|>" if chat == "chatml" else "</s>"
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token=eos)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token=eos
+    )
     fast.chat_template = CHAT_TEMPLATES[chat]
     return fast
 
@@ -94,14 +98,23 @@ def tiny_config(architecture: str):
     }
     configs = {
         "llama": lambda: transformers.LlamaConfig(**sizes),
-        "llama-wide": lambda: transformers.LlamaConfig(**{**sizes, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}),
+        "llama-wide": lambda: transformers.LlamaConfig(
+            **{**sizes, "hidden_size": 128, "head_dim": 32, "intermediate_size": 256}
+        ),
         "mistral": lambda: transformers.MistralConfig(**sizes, sliding_window=24),
         "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
         "gemma": lambda: transformers.GemmaConfig(**sizes),
         "gemma2": lambda: transformers.Gemma2Config(**sizes, sliding_window=24, query_pre_attn_scalar=8),
         "phi3": lambda: transformers.Phi3Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
         "gpt2": lambda: transformers.GPT2Config(
-            vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=1024, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0
+            vocab_size=420,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=1024,
+            attn_pdrop=0.0,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
         ),
         "bloom": lambda: transformers.BloomConfig(
             vocab_size=420, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0
@@ -120,7 +133,9 @@ def tiny_model(architecture: str = "llama", seed: int = 0):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.normal_(0, 0.5 if any(part in name for part in ("embed", "wte", "lm_head")) else 0.15)
+                parameter.normal_(
+                    0, 0.5 if any(part in name for part in ("embed", "wte", "lm_head")) else 0.15
+                )
     return model.eval()
 
 
@@ -139,16 +154,31 @@ def model_folder(tmp_path_factory):
 
 
 NOTES = [
-    ("Patient reports fever of 38.5 and cough. Tested positive for influenza A.", "Influenza A with fever and cough."),
-    ("BP 120/80, HR 72. No chest pain.\nDenies shortness of breath.", "No chest pain or shortness of breath."),
-    ("Fell from a ladder. Left wrist painful and swollen. X-ray shows no fracture.", "Left wrist injury without fracture."),
+    (
+        "Patient reports fever of 38.5 and cough. Tested positive for influenza A.",
+        "Influenza A with fever and cough.",
+    ),
+    (
+        "BP 120/80, HR 72. No chest pain.\nDenies shortness of breath.",
+        "No chest pain or shortness of breath.",
+    ),
+    (
+        "Fell from a ladder. Left wrist painful and swollen. X-ray shows no fracture.",
+        "Left wrist injury without fracture.",
+    ),
     ("Asthma, well controlled. Uses inhaler twice a week.", "Well controlled asthma."),
     ("Day 2 after appendectomy. Pain 3/10. Eating and walking.", "Recovering well after appendectomy."),
-    ("Headache for three days, worse in the morning. Neurology normal.", "Three-day headache, normal neurology."),
+    (
+        "Headache for three days, worse in the morning. Neurology normal.",
+        "Three-day headache, normal neurology.",
+    ),
     ("NA 128, K 4.1. Confused since Monday; off thiazide.", "Sodium 128 with confusion, thiazide stopped."),
     ("Routine review. Diabetes. A1c 7.1. Feet normal.", "Diabetes with A1c 7.1 and normal feet."),
     ("Rash on both arms after amoxicillin. No swelling of the face.", "Rash after amoxicillin."),
-    ("Two weeks of low mood and poor sleep. No thoughts of self-harm.", "Low mood and poor sleep, no self-harm."),
+    (
+        "Two weeks of low mood and poor sleep. No thoughts of self-harm.",
+        "Low mood and poor sleep, no self-harm.",
+    ),
     ("Twisted knee at football. Stable ligaments.", "Knee sprain with stable ligaments."),
 ]
 HEADER = ["id", "clinical_note", "model_summary", "label", "hallucination_type"]
@@ -165,11 +195,16 @@ def csv_files(tmp_path):
     """(training file with 11 factual and 1 hallucinated row, validation file with 3 rows)."""
     train = [(f"t{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES)]
     train.insert(1, ("t0-h", NOTES[0][0], "Influenza B with fever.", "hallucinated", "wrong_number"))
-    validation = [(f"v{i}", f"Seen again. {note}", summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:3])]
+    validation = [
+        (f"v{i}", f"Seen again. {note}", summary, "factual", "")
+        for i, (note, summary) in enumerate(NOTES[:3])
+    ]
     return write_csv(tmp_path / "train.csv", train), write_csv(tmp_path / "val.csv", validation)
 
 
-def run_python(*arguments, stdin: str | None = None, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+def run_python(
+    *arguments, stdin: str | None = None, timeout: float = 300, **environment
+) -> subprocess.CompletedProcess:
     """A script of the toolkit as a user runs it, in a process of its own."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -185,7 +220,8 @@ def run_python(*arguments, stdin: str | None = None, timeout: float = 300, **env
 @pytest.fixture(scope="session")
 def adapters(model_folder, tmp_path_factory):
     """adapters(architecture, chat, **options): the final_model folder of a short run."""
-    from stage_a_sft_training import TrainConfig, train
+    from sft.options import TrainConfig
+    from stage_a_sft_training import train
 
     made = {}
 
@@ -243,7 +279,7 @@ def configured(csv_files, model_folder, tmp_path):
     """configured(output name, **options): the configuration of a short run of a tiny model."""
 
     def make(name: str = "out", architecture: str = "llama", chat: str = "chatml", **options):
-        from stage_a_sft_training import TrainConfig
+        from sft.options import TrainConfig
 
         values = {
             "num_epochs": 2,
@@ -254,8 +290,14 @@ def configured(csv_files, model_folder, tmp_path):
             "max_length": 256,
             "device": "cpu",
         }
-        paths = {"train_csv": str(csv_files[0]), "val_csv": str(csv_files[1]), "output_dir": str(tmp_path / name)}
-        return TrainConfig(**{**paths, "model_name": str(model_folder(architecture, chat)), **values, **options})
+        paths = {
+            "train_csv": str(csv_files[0]),
+            "val_csv": str(csv_files[1]),
+            "output_dir": str(tmp_path / name),
+        }
+        return TrainConfig(
+            **{**paths, "model_name": str(model_folder(architecture, chat)), **values, **options}
+        )
 
     return make
 

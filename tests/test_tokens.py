@@ -11,22 +11,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dataset import any_text, encoder_for, rows_of
 
-import sft_dataset
-from sft_dataset import SFTDataset, describe_rows, encode_example, load_datasets, warn_about_leaks, warn_about_rows
-from sft_prompt import INSTRUCTION, PromptEncoder, build_template
-from sft_rows import clean_text, read_rows
+import sft.data.dataset as dataset_module
+from sft.data.dataset import SFTDataset, encode_example, load_datasets, warn_about_leaks, warn_about_rows
+from sft.data.prompt import INSTRUCTION, PromptEncoder, build_template
+from sft.data.rows import read_rows
+from sft.data.text import clean_text
+from sft_dataset import describe_rows
 
 
 def many_rows(n: int):
     dice = random.Random(n)
     return rows_of(
-        (f"Seen {i}. " + " ".join(dice.choice(NOTES)[0] for _ in range(dice.randint(1, 9))), dice.choice(NOTES)[1]) for i in range(n)
+        (
+            f"Seen {i}. " + " ".join(dice.choice(NOTES)[0] for _ in range(dice.randint(1, 9))),
+            dice.choice(NOTES)[1],
+        )
+        for i in range(n)
     )
 
 
 def same(one: SFTDataset, other: SFTDataset) -> bool:
-    examples = [[(e.row_id, e.input_ids, e.labels, e.n_prompt, e.shortened) for e in dataset.examples] for dataset in (one, other)]
-    return examples[0] == examples[1] and one.refused == other.refused and np.array_equal(one.lengths, other.lengths)
+    examples = [
+        [(e.row_id, e.input_ids, e.labels, e.n_prompt, e.shortened) for e in dataset.examples]
+        for dataset in (one, other)
+    ]
+    return (
+        examples[0] == examples[1]
+        and one.refused == other.refused
+        and np.array_equal(one.lengths, other.lengths)
+    )
 
 
 @pytest.mark.parametrize("max_length", [64, 160, 512])
@@ -34,13 +47,20 @@ def test_the_store_holds_what_each_row_gives_alone(max_length):
     rows, encoder = many_rows(1203), encoder_for("chatml")
     dataset, left = SFTDataset(rows, encoder, max_length), []
     for row, lengths in zip(rows, dataset.lengths.tolist()):
-        note, summary = encoder.encode_texts([row.clinical_note])[0], encoder.encode_texts([row.model_summary])[0]
+        note, summary = (
+            encoder.encode_texts([row.clinical_note])[0],
+            encoder.encode_texts([row.model_summary])[0],
+        )
         assert lengths == [len(note), len(summary)]
         result = encode_example(row, note, summary, encoder, max_length)
         left.append((row.id, result) if isinstance(result, int) else (row.id, *result))
     assert dataset.refused == [one for one in left if len(one) == 2]
-    assert [(e.row_id, e.input_ids, e.n_prompt, e.shortened) for e in dataset.examples] == [one for one in left if len(one) == 4]
-    assert all(e.tokens.dtype == np.int32 and e.n_tokens == len(e.labels) <= max_length for e in dataset.examples)
+    assert [(e.row_id, e.input_ids, e.n_prompt, e.shortened) for e in dataset.examples] == [
+        one for one in left if len(one) == 4
+    ]
+    assert all(
+        e.tokens.dtype == np.int32 and e.n_tokens == len(e.labels) <= max_length for e in dataset.examples
+    )
 
 
 class Counting:
@@ -53,7 +73,10 @@ class Counting:
         return getattr(self.tokenizer, name)
 
     def __call__(self, texts, **options):
-        self.calls, self.characters = self.calls + 1, self.characters + sum(map(len, [texts] if isinstance(texts, str) else texts))
+        self.calls, self.characters = (
+            self.calls + 1,
+            self.characters + sum(map(len, [texts] if isinstance(texts, str) else texts)),
+        )
         return self.tokenizer(texts, **options)
 
 
@@ -80,7 +103,12 @@ def test_shortening_costs_a_few_encodings(numbered):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(any_text, min_size=1, max_size=12), st.integers(8, 80), st.sampled_from(["chatml", "llama3", "mistral"]), st.booleans())
+@given(
+    st.lists(any_text, min_size=1, max_size=12),
+    st.integers(8, 80),
+    st.sampled_from(["chatml", "llama3", "mistral"]),
+    st.booleans(),
+)
 def test_shortening_with_offsets_is_shortening_without(texts, room, chat, numbered):
     encoder, note = encoder_for(chat, number_sentences=numbered), clean_text(". ".join(texts))
     with_offsets = encoder.shorten(note, room)
@@ -94,7 +122,9 @@ def test_shortening_with_offsets_is_shortening_without(texts, room, chat, number
 def test_a_second_start_reads_the_same_tokens_and_encodes_nothing(csv_files, tmp_path, monkeypatch, capfd):
     def start(cache_dir, max_length=100):
         rows = tuple(map(read_rows, csv_files))
-        datasets = load_datasets(*csv_files, tiny_tokenizer(), rows=rows, cache_dir=cache_dir, max_length=max_length)
+        datasets = load_datasets(
+            *csv_files, tiny_tokenizer(), rows=rows, cache_dir=cache_dir, max_length=max_length
+        )
         for path, part, dataset in zip(csv_files, rows, datasets):
             warn_about_rows(path, part, dataset)
         warn_about_leaks(*rows)
@@ -107,7 +137,7 @@ def test_a_second_start_reads_the_same_tokens_and_encodes_nothing(csv_files, tmp
     assert {path.name for path in cache.iterdir()} == {"train.tokens", "validation.tokens"}
     assert all(os.stat(path).st_mode & 0o077 == 0 for path in (cache, *cache.iterdir()))
     with monkeypatch.context() as patch:
-        patch.setattr(sft_dataset, "tokenize", lambda *_: pytest.fail("tokenised again"))
+        patch.setattr(dataset_module, "tokenize", lambda *_: pytest.fail("tokenised again"))
         datasets, said_again = start(cache)
         assert all(map(same, without, datasets)) and said_again == said
     assert not same(start(cache, max_length=200)[0][0], without[0])  # another max_length is another key
@@ -129,7 +159,9 @@ def test_rows_tokenizer_and_prompt_are_part_of_the_key(tmp_path):
     for other_rows, encoder in others:
         SFTDataset(rows, encoder_for("none"), cache=cache)
         expected = SFTDataset(other_rows, encoder)
-        assert same(SFTDataset(other_rows, encoder, cache=cache), expected) and not same(SFTDataset(rows, encoder_for("none")), expected)
+        assert same(SFTDataset(other_rows, encoder, cache=cache), expected) and not same(
+            SFTDataset(rows, encoder_for("none")), expected
+        )
 
 
 def test_a_damaged_cache_is_built_again(tmp_path):

@@ -9,10 +9,12 @@ from conftest import NOTES, ROOT, assert_mendable, assert_same_adapter, metrics_
 from hypothesis import given
 from hypothesis import strategies as st
 
-import sft_model
 import stage_a_sft_training as training
-from sft_report import advise
-from stage_a_sft_training import Plan, TrainConfig, learning_rate_at, train
+from sft.model import base
+from sft.options import TrainConfig
+from sft.training.report import advise
+from sft.training.run import Plan
+from stage_a_sft_training import learning_rate_at, train
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2", "bloom"]
 
@@ -26,7 +28,7 @@ ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2",
     st.none() | st.integers(1, 3000),
     st.booleans(),
 )
-def test_each_row_once_an_epoch(lengths, batch_size, accumulation, processes, most_tokens, padded):
+def test_each_row_once_an_epoch(lengths, batch_size, accumulation, processes, max_tokens, padded):
     """However the rows are split over forward passes and processes; a pass keeps near its tokens."""
     examples = [SimpleNamespace(n_tokens=n, i=i) for i, n in enumerate(lengths)]
     plan = Plan(len(lengths), batch_size, accumulation, processes, 2, 7)
@@ -34,14 +36,19 @@ def test_each_row_once_an_epoch(lengths, batch_size, accumulation, processes, mo
         seen = []
         for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
             rows = [examples[i] for i in plan.rows(step)]
-            shares = [plan.micro_batches(rows, process, batch_size, most_tokens, padded) for process in range(processes)]
-            assert len({len(share) for share in shares}) == 1  # every process takes part in every forward pass
+            shares = [
+                plan.micro_batches(rows, process, batch_size, max_tokens, padded)
+                for process in range(processes)
+            ]
+            assert (
+                len({len(share) for share in shares}) == 1
+            )  # every process takes part in every forward pass
             batches = [batch for share in shares for batch in share if batch]
             assert all(len(batch) <= batch_size for batch in batches)
             for batch in batches:
                 longest = max(example.n_tokens for example in batch)
                 size = len(batch) * longest if padded else sum(example.n_tokens for example in batch)
-                assert most_tokens is None or len(batch) == 1 or size <= 2 * most_tokens + 2 * longest
+                assert max_tokens is None or len(batch) == 1 or size <= 2 * max_tokens + 2 * longest
             seen += [example.i for batch in batches for example in batch]
         assert sorted(seen) == list(range(len(lengths)))
 
@@ -62,7 +69,9 @@ def test_learning_rate_equals_that_of_transformers():
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=2e-4)
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, 50)
     for step in range(50):
-        assert learning_rate_at(step, 50, TrainConfig(warmup_ratio=0)) == pytest.approx(optimizer.param_groups[0]["lr"])
+        assert learning_rate_at(step, 50, TrainConfig(warmup_ratio=0)) == pytest.approx(
+            optimizer.param_groups[0]["lr"]
+        )
         optimizer.step()
         schedule.step()
 
@@ -88,8 +97,12 @@ def test_every_architecture_trains_and_generates(configured, architecture, chat)
 
     config = configured(architecture=architecture, chat=chat, num_epochs=1, batch_size=6)
     stats = train(config)
-    assert [line["step"] for line in metrics_of(config)] == [1, 2] and stats["epochs"][0]["val_loss"] < stats["untrained_val_loss"]
-    result = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_summary(NOTES[0][0], max_new_tokens=5)
+    assert [line["step"] for line in metrics_of(config)] == [1, 2] and stats["epochs"][0]["val_loss"] < stats[
+        "untrained_val_loss"
+    ]
+    result = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_summary(
+        NOTES[0][0], max_new_tokens=5
+    )
     assert 1 <= result["n_new_tokens"] <= 5
 
 
@@ -120,7 +133,9 @@ def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
     }
     assert all(needed <= epoch.keys() for epoch in stats["epochs"])
     lines = metrics_of(config)
-    assert [line["step"] for line in lines] == list(range(1, 7)) and sum(line["n_examples"] for line in lines[:3]) == len(NOTES)
+    assert [line["step"] for line in lines] == list(range(1, 7)) and sum(
+        line["n_examples"] for line in lines[:3]
+    ) == len(NOTES)
     assert stats["epochs"][0]["n_target_tokens"] == sum(line["n_target_tokens"] for line in lines[:3])
     kept = stats["kept_epoch"]
     assert stats["epochs"][kept - 1]["val_loss"] == min(epoch["val_loss"] for epoch in stats["epochs"])
@@ -141,10 +156,29 @@ def test_what_a_run_writes_and_says(configured, capfd, tmp_path):
     for words in order:
         place = said.index(words, place) + len(words)
     saved = json.loads((out / "final_model" / "sft_config.json").read_text())
-    assert saved["rows"]["train"] == {"factual": 11, "hallucinated": 1, "used": 11, "shortened": 0, "refused": 0}
-    assert saved["sha256"].keys() == {"train_csv", "val_csv", "base_weights", "adapter", "adapter_config", "tokenizer"}
-    written = [path.read_text(errors="replace") for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
-    assert not any(path in text for path in (f'"{tmp_path}', f'"{config.model_name}') for text in written)  # no absolute path
+    assert saved["rows"]["train"] == {
+        "factual": 11,
+        "hallucinated": 1,
+        "used": 11,
+        "shortened": 0,
+        "refused": 0,
+    }
+    assert saved["sha256"].keys() == {
+        "train_csv",
+        "val_csv",
+        "base_weights",
+        "adapter",
+        "adapter_config",
+        "tokenizer",
+    }
+    written = [
+        path.read_text(errors="replace")
+        for path in out.rglob("*")
+        if path.suffix in (".json", ".jsonl", ".md")
+    ]
+    assert not any(
+        path in text for path in (f'"{tmp_path}', f'"{config.model_name}') for text in written
+    )  # no absolute path
     phrases = {phrase for note, _ in NOTES for phrase in re.findall(r"\w+ \w+ \w+", note)}
     assert not any(phrase in text for phrase in phrases for text in [*written, said])  # no patient
 
@@ -153,18 +187,24 @@ def test_losses_do_not_depend_on_the_split_of_a_batch(configured):
     """(8,1), (4,2), (1,8), and 8 in passes of about 150 tokens: the same losses and gradients, the short last group of 11
     rows included."""
     runs = []
-    for batch_size, accumulation, most_tokens in ((8, 1, None), (4, 2, None), (1, 8, None), (8, 1, 150)):
+    for batch_size, accumulation, max_tokens in ((8, 1, None), (4, 2, None), (1, 8, None), (8, 1, 150)):
         config = configured(
             f"out{len(runs)}",
             batch_size=batch_size,
             gradient_accumulation_steps=accumulation,
-            max_tokens_per_batch=most_tokens,
+            max_tokens_per_batch=max_tokens,
             lora_dropout=0.0,
         )
         stats = train(config)
-        lines = [(line["loss"], line["grad_norm"]) for line in metrics_of(config)]  # the norm shows what AdamW hides: the scale
+        lines = [
+            (line["loss"], line["grad_norm"]) for line in metrics_of(config)
+        ]  # the norm shows what AdamW hides: the scale
         runs.append(
-            [stats["untrained_val_loss"], *(number for line in lines for number in line), *(e["val_loss"] for e in stats["epochs"])]
+            [
+                stats["untrained_val_loss"],
+                *(number for line in lines for number in line),
+                *(e["val_loss"] for e in stats["epochs"]),
+            ]
         )
     for numbers in runs[1:]:
         assert numbers == pytest.approx(runs[0], rel=1e-3)
@@ -172,21 +212,28 @@ def test_losses_do_not_depend_on_the_split_of_a_batch(configured):
 
 def test_first_loss_is_the_mean_cross_entropy_of_its_tokens(configured):
     """Against the model alone, before any update."""
-    from sft_dataset import load_datasets
+    from sft.data.dataset import load_datasets
 
     config = configured(lora_dropout=0.0, batch_size=11, num_epochs=1)
     train(config)
-    folder = sft_model.resolve_model(config.model_name)
-    model = sft_model.load_base_model(folder, torch.device("cpu"), torch.float32)
-    train_set, val_set = load_datasets(config.train_csv, config.val_csv, sft_model.load_tokenizer(folder), max_length=config.max_length)
+    folder = base.resolve_model(config.model_name)
+    model = base.load_base_model(folder, torch.device("cpu"), torch.float32)
+    train_set, val_set = load_datasets(
+        config.train_csv, config.val_csv, base.load_tokenizer(folder), max_length=config.max_length
+    )
     for dataset, loss in (
         (train_set, metrics_of(config)[0]["loss"]),
-        (val_set, json.loads((ROOT / config.output_dir / "training_stats.json").read_text())["untrained_val_loss"]),
+        (
+            val_set,
+            json.loads((ROOT / config.output_dir / "training_stats.json").read_text())["untrained_val_loss"],
+        ),
     ):
         losses = []
         for item in dataset:
             logits = model(torch.tensor([item["input_ids"]])).logits[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(item["labels"][1:]), reduction="none"))
+            losses.append(
+                torch.nn.functional.cross_entropy(logits, torch.tensor(item["labels"][1:]), reduction="none")
+            )
         losses = torch.cat(losses)
         assert loss == pytest.approx((losses.sum() / (losses != 0).sum()).item(), rel=1e-5)
 
@@ -212,18 +259,26 @@ def test_one_batch_is_learnt_by_heart_and_written_down(configured, tmp_path):
     rows = [(f"r{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:4] * 10)]
     path = str(write_csv(tmp_path / "four.csv", rows))
     config = configured(
-        train_csv=path, val_csv=path, num_epochs=12, lora_r=16, lora_dropout=0.0, learning_rate=1e-2, target_modules=["all-linear"]
+        train_csv=path,
+        val_csv=path,
+        num_epochs=12,
+        lora_r=16,
+        lora_dropout=0.0,
+        learning_rate=1e-2,
+        target_modules=["all-linear"],
     )
     stats = train(config)
     assert stats["epochs"][-1]["train_loss"] < 0.1
-    results = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_batch([note for note, _ in NOTES[:4]], 60)
+    results = SFTInference(f"{config.output_dir}/final_model", device="cpu").generate_batch(
+        [note for note, _ in NOTES[:4]], 60
+    )
     assert [result["generated_summary"] for result in results] == [summary for _, summary in NOTES[:4]]
     assert all(result["finish_reason"] == "stop" for result in results)
 
 
 def test_the_update_is_adamw_on_the_clipped_mean_gradient(configured, monkeypatch):
     """The first update against torch's own, from the gradient of F.cross_entropy's mean."""
-    from sft_dataset import packed_batch
+    from sft.data.dataset import packed_batch
 
     seen, real_update = {}, training.update
 
@@ -236,7 +291,9 @@ def test_the_update_is_adamw_on_the_clipped_mean_gradient(configured, monkeypatc
         for copy, parameter in zip(theirs, run.parameters):
             copy.grad, parameter.grad = parameter.grad, None
         seen["norm"] = torch.nn.utils.clip_grad_norm_(theirs, 0.5).item()
-        torch.optim.AdamW(theirs, lr=learning_rate_at(0, run.plan.total_steps, run.config), weight_decay=0.1).step()
+        torch.optim.AdamW(
+            theirs, lr=learning_rate_at(0, run.plan.total_steps, run.config), weight_decay=0.1
+        ).step()
         seen["metrics"] = real_update(run, step)
         for ours, other in zip(run.parameters, theirs):
             torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5)
@@ -257,7 +314,10 @@ def test_early_stopping_keeps_the_best_epoch(configured, monkeypatch):
 # ------------------------------------------------------------------------------------------------ options
 
 
-@pytest.mark.parametrize("options", [{"use_8bit": True}, {"use_4bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"use_8bit": True}, {"use_4bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}],
+)
 def test_memory_saving_options_train_and_infer(configured, options, capfd):
     from sft_inference import SFTInference
 
@@ -265,7 +325,9 @@ def test_memory_saving_options_train_and_infer(configured, options, capfd):
     stats = train(config)
     assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
     quantised = {name: value for name, value in options.items() if name.startswith("use_")}
-    result = SFTInference(f"{config.output_dir}/final_model", device="cpu", **quantised).generate_summary(NOTES[0][0], 5)
+    result = SFTInference(f"{config.output_dir}/final_model", device="cpu", **quantised).generate_summary(
+        NOTES[0][0], 5
+    )
     assert math.isfinite(result["confidence"]) and "MatMul8bitLt" not in capfd.readouterr().err
 
 

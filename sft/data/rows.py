@@ -1,15 +1,13 @@
 """A file as people export it -> text -> table -> checked rows.
 
-What can be mended safely is mended, counted and said in one line a kind; the rest is refused by row number and id.
+What can be repaired safely is repaired, counted and said in one line a kind; the rest is refused by row number and id.
 No message holds a text of the file.
 """
 
-import codecs
 import csv
 import functools
 import hashlib
 import io
-import os
 import re
 import unicodedata
 from collections import Counter
@@ -17,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft_common import InputError, log, safe_id, some
+from sft.cli import InputError, preview_list, safe_id
+from sft.data.text import _CONTROL_CHARACTERS, clean_text, find_encoding, is_blank, log_repairs, read_bytes
 
 REQUIRED_COLUMNS = ("id", "clinical_note", "model_summary", "label")
 COLUMNS = (*REQUIRED_COLUMNS, "hallucination_type")
@@ -26,125 +25,15 @@ LABELS = ("factual", "hallucinated")
 
 # ------------------------------------------------------------------------------------------------ text
 
-_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-_LINE_ENDS = re.compile(r"\r\n?|[\x0b\x0c]")  # a form feed parts words too
-_SURROGATES = re.compile(r"[\ud800-\udfff]")  # half characters, which JSON can hold and UTF-8 cannot
-_BYTE_ORDER_MARKS = (
-    (b"\xef\xbb\xbf", "utf-8-sig"),
-    (b"\xff\xfe\0\0", "utf-32"),
-    (b"\0\0\xfe\xff", "utf-32"),
-    (b"\xff\xfe", "utf-16"),
-    (b"\xfe\xff", "utf-16"),
-)
-_OTHER_FORMATS = (
-    (b"PK\x03\x04", "an Excel workbook (or another zip file)", "save it as 'CSV UTF-8'"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save it as 'CSV UTF-8'"),
-    (b"\x1f\x8b", "a gzip file", "unpack it"),
-)
-# Letters of DOS and Macintosh code pages lie where Windows-1252 keeps punctuation; a long run of letters beyond ASCII is another script
-_NOT_WINDOWS_1252 = re.compile(rb"[A-Za-z][\x80-\x8b\x8d-\x91\x93-\x95\x98-\x9b\x9d-\x9f][A-Za-z]|[\xc0-\xff]{3}")
-
-
-def clean_text(text: str) -> str:
-    """Text as the model reads it: line ends are \\n, no control characters, no white space at the ends."""
-    if not text.isascii():
-        text = _SURROGATES.sub("\ufffd", text)
-    return _CONTROL_CHARACTERS.sub("", _LINE_ENDS.sub("\n", text)).strip()
-
-
-def is_blank(text: str) -> bool:
-    """Whether a text shows nothing: white space, zero-width and control characters alone."""
-    return not any(character.isprintable() and not character.isspace() for character in text)
-
-
-def read_bytes(path: Path) -> bytes:
-    """Raises InputError where there is no such file."""
-    if not path.is_file():
-        raise InputError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}", "check the path")
-    return path.read_bytes()
-
-
-def decode_text(path: Path) -> str:
-    """A file's text. Raises InputError where there is no such file or it is not text."""
-    return decode_bytes(read_bytes(path), str(path))
-
-
-def decode_bytes(data: bytes, name: str) -> str:
-    mended = Counter()
-    text = data.decode(find_encoding(data, name, mended))
-    tell_mended(name, mended)
-    return text
-
-
-def find_encoding(data: bytes, name: str, mended: Counter) -> str:
-    """The codec that decodes `data` whole: UTF-8, UTF-16 or UTF-32, or Windows-1252 where nothing speaks against it.
-
-    Raises InputError where the bytes are not text.
-    """
-    for start, what, mend in _OTHER_FORMATS:
-        if data.startswith(start):
-            raise InputError(f"{name}: {what}, not a text file", mend)
-    encoding = next((encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)), None) or _utf_16_without_mark(data)
-    try:
-        pieces = (data[i : i + (1 << 20)] for i in range(0, len(data), 1 << 20))  # never the whole text in memory
-        for _ in codecs.iterdecode(pieces, encoding or "utf-8"):
-            pass
-    except UnicodeDecodeError:
-        if encoding is None and (n := _windows_1252_characters(data)):
-            mended["read as Windows-1252 ({} characters that are not UTF-8)"] += n
-            return "windows-1252"
-        _refuse_encoding(data, encoding or "utf-8", name)
-    if encoding not in (None, "utf-8-sig"):
-        mended[f"read as {encoding[:6].upper()} ({{}} bytes)"] += len(data)
-    return encoding or "utf-8"
-
-
-def _utf_16_without_mark(data: bytes) -> str | None:
-    """The codec of a file that begins with 8 or more ASCII characters in UTF-16: every other byte is NUL."""
-    even, odd = data[:64:2], data[1:64:2]
-    if len(odd) < 8:
-        return None
-    if not any(odd) and all(even):
-        return "utf-16-le"
-    return "utf-16-be" if not any(even) and all(odd) else None
-
-
-def _windows_1252_characters(data: bytes) -> int:
-    """How many characters beyond ASCII there are; 0 where it may be another encoding, or UTF-8 with a damaged spot."""
-    beyond = len(data) - len(data.translate(None, bytes(range(128, 256))))
-    controls = re.search(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]", data)
-    partly_utf_8 = re.search("[^\x00-\x7f\udc80-\udcff]", data.decode("utf-8", "surrogateescape"))
-    return 0 if controls or partly_utf_8 or _NOT_WINDOWS_1252.search(data) or beyond * 5 > len(data) else beyond
-
-
-def _refuse_encoding(data: bytes, encoding: str, name: str) -> None:
-    if b"\0" in data and encoding == "utf-8":
-        raise InputError(f"{name}: a binary file, not text", "save it as 'CSV UTF-8', or as a text file")
-    try:
-        data.decode(encoding)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{name}: not {encoding.upper().removesuffix('-SIG')}: byte 0x{data[error.start]:02x} on line {line:,}",
-            "save it as UTF-8 (in Excel: 'CSV UTF-8')",
-        ) from None
-
-
-def tell_mended(name: str | Path, mended: Counter) -> None:
-    """One warning a kind, with its count in the place of {}; of several processes the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        for kind, count in mended.items():
-            log(f"warning: {name}: {kind.format(f'{count:,}')}")
-
 
 # ------------------------------------------------------------------------------------------------ table
 
 
-def _lines(data: bytes, encoding: str, mended: Counter) -> Iterator[str]:
+def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
     for line in io.TextIOWrapper(io.BytesIO(data), encoding, newline=""):
         if _CONTROL_CHARACTERS.search(line):
             line, n = _CONTROL_CHARACTERS.subn("", line)
-            mended["{} control characters (NUL and the like) dropped"] += n
+            repairs["{} control characters (NUL and the like) dropped"] += n
         yield line
 
 
@@ -168,14 +57,16 @@ def _find_header(data: bytes, encoding: str) -> tuple[str, list[str], int]:
     return max(found, key=lambda one: len(set(_column_names(one[1])) & set(COLUMNS)), default=(",", [], 0))
 
 
-def read_table(path: str | Path, required: Sequence[str], mended: Counter | None = None) -> Iterator[tuple[int, dict[str, str], bool]]:
+def read_table(
+    path: str | Path, required: Sequence[str], repairs: Counter | None = None
+) -> Iterator[tuple[int, dict[str, str], bool]]:
     """Yields (row number, fields by column, whether there are more fields than columns) of a CSV's rows. Values are text
     as they stand: "NA" is sodium, not a missing value.
 
-    `mended` counts what was mended; without it, that is said at the end of the file. Raises InputError where the file
+    `repairs` counts what was repaired; without it, that is said at the end of the file. Raises InputError where the file
     cannot be read as a CSV with the `required` columns.
     """
-    counts = Counter() if mended is None else mended
+    counts = Counter() if repairs is None else repairs
     data = read_bytes(Path(path))
     if not data.strip(b"\0 \t\r\n"):
         raise InputError(f"{path}: the file is empty", f"its first row names the columns {','.join(COLUMNS)}")
@@ -202,8 +93,8 @@ def read_table(path: str | Path, required: Sequence[str], mended: Counter | None
             f"{path}: row {row + 1:,}, which begins on line {line + 1:,}: unbalanced quotes ({error})",
             "a quote inside a cell is doubled, the cell itself quoted",
         ) from None
-    if mended is None:
-        tell_mended(path, counts)
+    if repairs is None:
+        log_repairs(path, counts)
 
 
 def _check_header(path: str | Path, header: list[str], required: Sequence[str]) -> None:
@@ -211,12 +102,14 @@ def _check_header(path: str | Path, header: list[str], required: Sequence[str]) 
     if missing:  # other columns are not named: where there is no header they are patients' text
         known = [name for name in COLUMNS if name in header]
         raise InputError(
-            f"{path}: no column {some(missing)} in the header ({len(header)} columns, of which {some(known) or 'none'} {'is' if len(known) == 1 else 'are'} known)",
+            f"{path}: no column {preview_list(missing)} in the header ({len(header)} columns, of which {preview_list(known) or 'none'} {'is' if len(known) == 1 else 'are'} known)",
             f"name the columns {','.join(COLUMNS)}, separated by commas, semicolons or tabs",
         )
     repeated = [name for name in COLUMNS if header.count(name) > 1]
     if repeated:
-        raise InputError(f"{path}: column {some(repeated)} stands twice in the header", "keep one of each")
+        raise InputError(
+            f"{path}: column {preview_list(repeated)} stands twice in the header", "keep one of each"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ rows
@@ -245,8 +138,8 @@ class Row:
 
 def read_rows(path: str | Path) -> list[Row]:
     """All rows of a CSV in the toolkit's form, checked. Raises InputError naming the bad rows (by number and id, never text)."""
-    rows, problems, n_problems, mended = [], [], 0, Counter()
-    for row_number, fields, too_many in read_table(path, REQUIRED_COLUMNS, mended):
+    rows, problems, n_problems, repairs = [], [], 0, Counter()
+    for row_number, fields, too_many in read_table(path, REQUIRED_COLUMNS, repairs):
         label = fields.get("label", "")
         row = Row(
             row_number,
@@ -256,19 +149,26 @@ def read_rows(path: str | Path) -> list[Row]:
             label if label in LABELS else _SPELLINGS.get(_plain(label), ""),
             fields.get("hallucination_type", "").strip(),
         )
-        mended[f"{{}} labels spelled otherwise, read as {' or '.join(LABELS)}"] += row.label not in ("", label)
+        repairs[f"{{}} labels spelled otherwise, read as {' or '.join(LABELS)}"] += row.label not in (
+            "",
+            label,
+        )
         rows.append(row)
         for problem in _problems(row, too_many):
             n_problems += 1
             if n_problems <= 5:
-                problems.append(f"row {row.number} (id {'empty' if is_blank(row.id) else safe_id(row.id)}): {problem}")
+                problems.append(
+                    f"row {row.number} (id {'empty' if is_blank(row.id) else safe_id(row.id)}): {problem}"
+                )
     if problems:
         what = "1 problem" if n_problems == 1 else f"{n_problems:,} problems"
         more = f"; and {n_problems - 5:,} more" if n_problems > 5 else ""
-        raise InputError(f"{path}: {what}: " + "; ".join(problems) + more, "mend or delete these rows")
+        raise InputError(f"{path}: {what}: " + "; ".join(problems) + more, "fix or delete these rows")
     if not rows:
-        raise InputError(f"{path}: no rows below the header", "add rows, at least one of them labelled factual")
-    tell_mended(path, +mended)  # + leaves out what is 0
+        raise InputError(
+            f"{path}: no rows below the header", "add rows, at least one of them labelled factual"
+        )
+    log_repairs(path, +repairs)  # + leaves out what is 0
     return rows
 
 
@@ -292,14 +192,17 @@ def factual_rows(rows: Sequence[Row], path: str | Path) -> list[Row]:
     factual = [row for row in rows if row.label == "factual"]
     if not factual:
         raise InputError(
-            f"{path}: no row is labelled factual ({len(rows):,} rows)", "Stage A trains on factual rows only: label them 'factual'"
+            f"{path}: no row is labelled factual ({len(rows):,} rows)",
+            "Stage A trains on factual rows only: label them 'factual'",
         )
     return factual
 
 
 def same_text_key(text: str) -> bytes:
     """Equal for two texts that differ in case and white space alone (a digest, since a set of texts is as large as the file)."""
-    return hashlib.blake2b(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(
+        " ".join(text.casefold().split()).encode("utf-8", "surrogatepass"), digest_size=16
+    ).digest()
 
 
 def leaked_rows(train: Iterable[Row], validation: Iterable[Row]) -> list[Row]:

@@ -5,7 +5,7 @@ import io
 import sys
 import time
 
-from sft_common import log
+from sft.cli import log
 
 
 def duration(seconds: float) -> str:
@@ -33,7 +33,9 @@ def advise(untrained: float, epochs: list[dict], skipped_updates: int = 0) -> li
             f"Overfitting after epoch {best['epoch']}: Train Loss fell on while Val Loss rose; try --num_epochs {best['epoch']} or more data"
         )
     if skipped_updates:
-        advice.append(f"{skipped_updates} updates were skipped because a float16 gradient overflowed; --dtype bfloat16 avoids it")
+        advice.append(
+            f"{skipped_updates} updates were skipped because a float16 gradient overflowed; --dtype bfloat16 avoids it"
+        )
     return advice
 
 
@@ -55,7 +57,13 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
         linewidth=1,
         label="train, each update",
     )
-    axes.plot([end - half for end in ends], [epoch["train_loss"] for epoch in epochs], "o-", color="tab:blue", label="train, epoch mean")
+    axes.plot(
+        [end - half for end in ends],
+        [epoch["train_loss"] for epoch in epochs],
+        "o-",
+        color="tab:blue",
+        label="train, epoch mean",
+    )
     validation = [untrained, *(epoch["val_loss"] for epoch in epochs)]
     axes.plot([0, *ends], validation, "s-", color="tab:orange", label="validation")
     axes.plot(
@@ -66,7 +74,9 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
         color="tab:green",
         label=f"kept: epoch {best['epoch']}, {best['val_loss']:.3f}",
     )
-    axes.set(xlabel="update", ylabel="loss (nats per target token)", title="Stage A: training and validation loss")
+    axes.set(
+        xlabel="update", ylabel="loss (nats per target token)", title="Stage A: training and validation loss"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()
@@ -75,7 +85,9 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     return image.getvalue()
 
 
-def model_card(sft_config: dict, base_name: str, target_modules: list[str], untrained: float, epochs: list[dict]) -> str:
+def model_card(
+    sft_config: dict, base_name: str, target_modules: list[str], untrained: float, epochs: list[dict]
+) -> str:
     """README.md of an adapter folder: where it comes from and what it is not for. No note text, no absolute path."""
     config, counts = sft_config["training"], sft_config["rows"]["train"]
     losses = "\n".join(f"| {e['epoch']} | {e['train_loss']:.4f} | {e['val_loss']:.4f} |" for e in epochs)
@@ -114,7 +126,14 @@ class ProgressBar:
 
         self.total, self.done, self.first, self.quiet = total, done, done, quiet
         self.started = self.said = time.monotonic()
-        self.bar = tqdm(total=total, initial=done, unit="update", file=sys.stderr, leave=False, disable=True if quiet else None)
+        self.bar = tqdm(
+            total=total,
+            initial=done,
+            unit="update",
+            file=sys.stderr,
+            leave=False,
+            disable=True if quiet else None,
+        )
 
     def update(self, loss: float, tokens_per_second: float) -> None:
         self.done += 1

@@ -12,21 +12,30 @@ import shutil
 from dataclasses import asdict
 from pathlib import Path
 
-from sft_common import InputError, log, private_folder, sums_differ, write_sums, write_whole
-from sft_report import model_card
+from sft.cli import InputError, log
+from sft.files import checksum_problem, make_private_dir, write_atomic, write_checksums
+from sft.training.report import model_card
 
 TOKEN_CACHE = "token_cache"
 
 
-def own_files(output_dir: Path) -> list[Path]:
+def run_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in `output_dir`, whole or half done; what others put there stays."""
-    files = [output_dir / name for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png", "sft_tracker")]
-    folders = [
-        folder for name in ("final_model", "checkpoint_*") for folder in output_dir.glob(name) if (folder / "sft_config.json").is_file()
+    files = [
+        output_dir / name
+        for name in ("training_stats.json", "metrics.jsonl", "loss_curve.png", "sft_tracker")
     ]
-    if not folders and not _is_ours(output_dir / "metrics.jsonl"):  # files of those names that no run of ours wrote
+    folders = [
+        folder
+        for name in ("final_model", "checkpoint_*")
+        for folder in output_dir.glob(name)
+        if (folder / "sft_config.json").is_file()
+    ]
+    if not folders and not _is_ours(
+        output_dir / "metrics.jsonl"
+    ):  # files of those names that no run of ours wrote
         files = []
-    return [path for path in (*files, *folders, *half_done(output_dir)) if path.exists()]
+    return [path for path in (*files, *folders, *leftovers(output_dir)) if path.exists()]
 
 
 def _is_ours(metrics: Path) -> bool:
@@ -37,9 +46,15 @@ def _is_ours(metrics: Path) -> bool:
     return False
 
 
-def half_done(output_dir: Path) -> list[Path]:
+def leftovers(output_dir: Path) -> list[Path]:
     """What a killed run was about to write."""
-    names = (".checkpoint_*", ".final_model*", ".training_stats.json.*", ".metrics.jsonl.*", ".loss_curve.png.*")
+    names = (
+        ".checkpoint_*",
+        ".final_model*",
+        ".training_stats.json.*",
+        ".metrics.jsonl.*",
+        ".loss_curve.png.*",
+    )
     return [path for name in names for path in output_dir.glob(name)]
 
 
@@ -56,12 +71,18 @@ def check_output_dir(output_dir: Path, *, resume: bool, overwrite: bool) -> Path
         raise InputError("--resume and --overwrite together", "choose one")
     if resume:
         return newest_checkpoint(output_dir)
-    if not overwrite and own_files(output_dir):
+    if not overwrite and run_files(output_dir):
         raise InputError(
-            f"{output_dir} holds an earlier run", "--resume goes on with it, --overwrite replaces it, --output_dir names another folder"
+            f"{output_dir} holds an earlier run",
+            "--resume goes on with it, --overwrite replaces it, --output_dir names another folder",
         )
-    if not overwrite and any(not path.name.startswith(".") and path.name != TOKEN_CACHE for path in output_dir.glob("*")):
-        raise InputError(f"--output_dir {output_dir} is not empty", "name another, or --overwrite: what is not of a run stays")
+    if not overwrite and any(
+        not path.name.startswith(".") and path.name != TOKEN_CACHE for path in output_dir.glob("*")
+    ):
+        raise InputError(
+            f"--output_dir {output_dir} is not empty",
+            "name another, or --overwrite: what is not of a run stays",
+        )
     return None
 
 
@@ -76,7 +97,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
             place.exists() or old.rename(place)
     whole, torn = [], False
     for folder in sorted(output_dir.glob("checkpoint_*")):
-        wrong = "it has no SHA256SUMS" if not (folder / "SHA256SUMS").is_file() else sums_differ(folder)
+        wrong = "it has no SHA256SUMS" if not (folder / "SHA256SUMS").is_file() else checksum_problem(folder)
         if not wrong:
             whole.append(folder)
             continue
@@ -86,15 +107,22 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
     if whole:
         return max(whole, key=_step)
     if torn:
-        raise InputError(f"--resume: {output_dir} holds no whole checkpoint", "restore one, or --overwrite to start anew")
+        raise InputError(
+            f"--resume: {output_dir} holds no whole checkpoint", "restore one, or --overwrite to start anew"
+        )
     if not _is_ours(output_dir / "metrics.jsonl") and not (output_dir / TOKEN_CACHE).is_dir():
-        raise InputError(f"--resume: {output_dir} holds no checkpoint", "leave out --resume to start anew, or name the run's --output_dir")
+        raise InputError(
+            f"--resume: {output_dir} holds no checkpoint",
+            "leave out --resume to start anew, or name the run's --output_dir",
+        )
     return None
 
 
 def _step(folder: Path) -> tuple[int, bool]:
     """How far on a checkpoint is; the end of an epoch, after its validation, counts as later than its last update."""
-    return json.loads((folder / "sft_config.json").read_text())["step"], folder.name.startswith("checkpoint_epoch_")
+    return json.loads((folder / "sft_config.json").read_text())["step"], folder.name.startswith(
+        "checkpoint_epoch_"
+    )
 
 
 def save_checkpoint(run, name: str) -> Path:
@@ -103,10 +131,10 @@ def save_checkpoint(run, name: str) -> Path:
     Of those inside an epoch the newest stays; of epoch ends, with --keep_checkpoints N, the newest N and the best one.
     Raises InputError where the disk is full: the checkpoints before this one stay as they were.
     """
-    from sft_model import save_adapter
+    from sft.model.adapter import save_adapter
 
     folder = run.output_dir / name
-    is_there = name.startswith("checkpoint_step_") and folder.is_dir() and not sums_differ(folder)
+    is_there = name.startswith("checkpoint_step_") and folder.is_dir() and not checksum_problem(folder)
     if run.accelerator.is_main_process and not is_there:
         progress = run.progress
         state = {
@@ -119,13 +147,19 @@ def save_checkpoint(run, name: str) -> Path:
         targets = sorted(run.model.peft_config["default"].target_modules)
         card = model_card(sft_config, run.base_name, targets, progress.untrained_val_loss, progress.epochs)
         sync(run.output_dir / "metrics.jsonl")  # a checkpoint never knows of updates that the metrics do not
-        with full_disk_said(run.output_dir):
+        with disk_full_as_input_error(run.output_dir):
             save_adapter(folder, run.model, run.tokenizer, run.base_name, sft_config, card, state)
         needless = [path for path in run.output_dir.glob("checkpoint_step_*") if path != folder]
         if run.config.keep_checkpoints:
             by_loss = sorted(progress.epochs, key=lambda epoch: epoch["val_loss"])
-            kept = {epoch["epoch"] for epoch in (*by_loss[:1], *progress.epochs[-run.config.keep_checkpoints :])}
-            needless += [run.output_dir / f"checkpoint_epoch_{e['epoch']}" for e in progress.epochs if e["epoch"] not in kept]
+            kept = {
+                epoch["epoch"] for epoch in (*by_loss[:1], *progress.epochs[-run.config.keep_checkpoints :])
+            }
+            needless += [
+                run.output_dir / f"checkpoint_epoch_{e['epoch']}"
+                for e in progress.epochs
+                if e["epoch"] not in kept
+            ]
         remove([path for path in needless if path.exists()])
     run.accelerator.wait_for_everyone()
     return folder
@@ -138,7 +172,7 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_said(folder: Path):
+def disk_full_as_input_error(folder: Path):
     """Turns what the libraries raise on a full disk (each another type) into one InputError."""
     try:
         yield
@@ -146,24 +180,26 @@ def full_disk_said(folder: Path):
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left" in str(error) or "os error 28" in str(error) or "Disk quota" in str(error):
             raise InputError(
-                f"{folder}: the disk is full; what was saved before is whole", "free some space, then run the same command with --resume"
+                f"{folder}: the disk is full; what was saved before is whole",
+                "free some space, then run the same command with --resume",
             ) from None
         raise
 
 
 def restore(run, folder: Path) -> None:
     """Takes up the run where checkpoint `folder` left it. Raises InputError if it was another run."""
-    import sft_model
+    from sft.model.adapter import load_adapter_weights, read_state
 
-    state = sft_model.read_state(folder)
+    state = read_state(folder)
     saved, now = state["identity"], run.identity
     differences = [name for name in now if saved.get(name) != now[name]]
     if differences:
         was = ", ".join(f"{name} was {saved.get(name)}, is {now[name]}" for name in differences)
         raise InputError(
-            f"--resume: {folder} belongs to a run with other options: {was}", "use the same options, or --overwrite to start anew"
+            f"--resume: {folder} belongs to a run with other options: {was}",
+            "use the same options, or --overwrite to start anew",
         )
-    sft_model.load_adapter_weights(run.model, folder, may_be_zero=True)
+    load_adapter_weights(run.model, folder, may_be_zero=True)
     run.optimizer.load_state_dict(state["optimizer"])
     run.scaler.load_state_dict(state["scaler"])
     run.progress = type(run.progress)(**state["progress"])
@@ -171,19 +207,20 @@ def restore(run, folder: Path) -> None:
     if done > run.config.num_epochs or run.progress.step > run.plan.total_steps:
         needed = max(done, -(-run.progress.step // run.plan.steps_per_epoch))
         raise InputError(
-            f"--resume: the run is in epoch {needed} already, --num_epochs is {run.config.num_epochs}", f"--num_epochs {needed} or more"
+            f"--resume: the run is in epoch {needed} already, --num_epochs is {run.config.num_epochs}",
+            f"--num_epochs {needed} or more",
         )
     if run.accelerator.is_main_process:
-        remove(half_done(run.output_dir))
+        remove(leftovers(run.output_dir))
         truncate_metrics(run.output_dir / "metrics.jsonl", run.progress.step)
     run.say(f"Going on from {folder}: {run.progress.step:,} of {run.plan.total_steps:,} updates are done")
 
 
-def start_anew(output_dir: Path) -> None:
+def start_fresh(output_dir: Path) -> None:
     """A private, empty output folder, but for what others put there."""
-    remove(own_files(output_dir))
-    private_folder(output_dir)
-    write_whole(output_dir / "metrics.jsonl", "")
+    remove(run_files(output_dir))
+    make_private_dir(output_dir)
+    write_atomic(output_dir / "metrics.jsonl", "")
 
 
 def truncate_metrics(file: Path, step: int) -> None:
@@ -193,22 +230,27 @@ def truncate_metrics(file: Path, step: int) -> None:
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-    write_whole(file, "".join(kept))
+    write_atomic(file, "".join(kept))
 
 
-def keep_as_final(output_dir: Path, epochs: list[dict]) -> int:
+def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
     """Copies the epoch with the lowest validation loss to final_model (the next best where its checkpoint is not whole),
     and returns its number."""
-    from sft_model import replace_folder
+    from sft.model.adapter import replace_folder
 
     for epoch in sorted(epochs, key=lambda epoch: epoch["val_loss"]):
         source = output_dir / f"checkpoint_epoch_{epoch['epoch']}"
-        if source.is_dir() and not sums_differ(source):
+        if source.is_dir() and not checksum_problem(source):
             aside = output_dir / ".final_model.new"
             remove([aside])
-            with full_disk_said(output_dir):
-                shutil.copytree(source, private_folder(aside), ignore=shutil.ignore_patterns("*.pt", "SHA256SUMS"), dirs_exist_ok=True)
-                write_sums(aside)
+            with disk_full_as_input_error(output_dir):
+                shutil.copytree(
+                    source,
+                    make_private_dir(aside),
+                    ignore=shutil.ignore_patterns("*.pt", "SHA256SUMS"),
+                    dirs_exist_ok=True,
+                )
+                write_checksums(aside)
                 replace_folder(aside, output_dir / "final_model")
             return epoch["epoch"]
         log(f"warning: {source} is not whole and cannot become final_model")

@@ -3,7 +3,7 @@
 For training: attention over packed rows, cross-entropy summed in place, products with frozen weights, dropout from cheap random
 bits. For inference on a CPU: linear layers with packed or 8-bit weights. Each is compared with PyTorch's own in
 tests/test_kernels.py, those of training with their gradients; varlen_attention, which needs a GPU, only
-by the probe at the start of a run (sft_model.enable_packing).
+by the probe at the start of a run (enable_packing).
 """
 
 import functools
@@ -13,65 +13,8 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 # ------------------------------------------------------------------------------------------------ attention
-
-
-def per_example_attention(
-    module, query, key, value, attention_mask, *, example_lengths, scaling=None, dropout=0.0, sliding_window=None, **kwargs
-):
-    """Causal attention inside each example of a packed row, no example seeing another, no dense mask.
-
-    query (1, heads, tokens, head_dim), key and value (1, key-value heads, tokens, head_dim); `example_lengths` are
-    Python integers that add up to `tokens`. Returns (1, tokens, heads, head_dim) and None, as transformers'
-    AttentionInterface asks (https://huggingface.co/docs/transformers/attention_interface).
-    """
-    _refuse_what_is_not_computed(kwargs)
-    dtype = query.dtype
-    if query.device.type == "cpu":  # whose 16-bit attention is slower than that in float32
-        query, key, value = query.float(), key.float(), value.float()
-    outputs = []
-    for q, k, v in zip(*(states.split(example_lengths, dim=2) for states in (query, key, value))):
-        n, seen = q.shape[2], None
-        if sliding_window is not None and n > sliding_window:
-            position = torch.arange(n, device=q.device)
-            distance = position[:, None] - position[None, :]
-            seen = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=seen is None, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        )
-    return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2).contiguous(), None
-
-
-def varlen_attention(
-    module, query, key, value, attention_mask, *, example_starts, example_lengths, scaling=None, dropout=0.0, sliding_window=None, **kwargs
-):
-    """The same in one FlashAttention call on a CUDA GPU, in 16 bit; `example_starts` (examples + 1,) is an int32 tensor there."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    _refuse_what_is_not_computed(kwargs)
-    if dropout:
-        raise ValueError("varlen_attention has no dropout")
-    longest = max(example_lengths)
-    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))  # (tokens, heads, head_dim)
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys to the left and to the right
-    grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, example_starts, example_starts, longest, longest, scale=scaling, window_size=window, enable_gqa=grouped)[
-        None
-    ], None
-
-
-def _refuse_what_is_not_computed(kwargs: dict) -> None:
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unsupported:
-        raise ValueError(f"packed attention has no {unsupported[0]}")
-
-
-AttentionInterface.register("per_example", per_example_attention)
-AttentionInterface.register("varlen", varlen_attention)
 
 
 # ------------------------------------------------------------------------------------------------ loss
@@ -149,15 +92,19 @@ def speed_up_frozen_layers(model: nn.Module) -> None:
     if not has_onednn():
         return
     for module in model.modules():
-        frozen = type(module) is nn.Linear and not any(parameter.requires_grad for parameter in module.parameters())
+        frozen = type(module) is nn.Linear and not any(
+            parameter.requires_grad for parameter in module.parameters()
+        )
         if frozen and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
-            module.forward = types.MethodType(lambda self, x: FrozenLinear.apply(x, self.weight, self.bias), module)
+            module.forward = types.MethodType(
+                lambda self, x: FrozenLinear.apply(x, self.weight, self.bias), module
+            )
 
 
 # ------------------------------------------------------------------------------------------------ dropout
 
 
-class CheapDropout(nn.Module):
+class FastDropout(nn.Module):
     """Dropout whose mask is drawn from 16 random bits an element, two and a half times as fast as nn.Dropout on a CPU and
     kept in one byte an element, not four. The share of zeros is `p` to within 1 / 65,536; what is kept is scaled by 1 / (1 - p)."""
 
@@ -185,7 +132,10 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.packed, self.bias = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32), bias
+        self.packed, self.bias = (
+            torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), 32),
+            bias,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
@@ -200,21 +150,29 @@ class Int8Linear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        levels, scale = to_levels(weight.detach().float().contiguous(), 127)
-        self.packed, self.scale, self.bias = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None), scale[:, 0], bias
+        levels, scale = quantize_rows(weight.detach().float().contiguous(), 127)
+        self.packed, self.scale, self.bias = (
+            torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None),
+            scale[:, 0],
+            bias,
+        )
         self.zero = torch.zeros(len(weight), dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels, scale = to_levels(x.flatten(0, -2).float(), 127 * 256)
+        levels, scale = quantize_rows(x.flatten(0, -2).float(), 127 * 256)
         levels, n = levels.add_(128).to(torch.int16), len(levels)
-        halves = torch.cat([(levels >> 8) + 128, levels & 255]).to(torch.uint8)  # levels = 256 (upper - 128) + (lower - 128)
+        halves = torch.cat([(levels >> 8) + 128, levels & 255]).to(
+            torch.uint8
+        )  # levels = 256 (upper - 128) + (lower - 128)
         weight = self.packed, self.scale, self.zero
-        out = torch.ops.onednn.qlinear_pointwise(halves, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], "")
+        out = torch.ops.onednn.qlinear_pointwise(
+            halves, 1.0, 128, *weight, None, 1.0, 0, torch.float32, "none", [], ""
+        )
         out = out[n:].add_(out[:n], alpha=256).mul_(scale)
         return (out if self.bias is None else out.add_(self.bias)).to(x.dtype).view(*x.shape[:-1], -1)
 
 
-def to_levels(x: Tensor, highest: int) -> tuple[Tensor, Tensor]:
+def quantize_rows(x: Tensor, highest: int) -> tuple[Tensor, Tensor]:
     """x (rows, n) as whole numbers from -highest to highest, and the scale (rows, 1) that brings them back."""
     scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / highest
     return (x / scale).round_(), scale
@@ -230,7 +188,7 @@ def has_int8() -> bool:
         return False
 
 
-def of_linear(module: nn.Module, kind: type) -> nn.Module:
+def convert_linear(module: nn.Module, kind: type) -> nn.Module:
     """A layer of `kind` with the weight of a linear layer; GPT-2's Conv1D keeps it transposed."""
     return kind(module.weight if type(module).__name__ == "Linear" else module.weight.t(), module.bias)
 
@@ -239,7 +197,9 @@ def replace_linear_layers(model: nn.Module, kind: type) -> None:
     """Puts `kind` (PackedLinear or Int8Linear) in the place of the linear layers of a model on a CPU, which then gives no gradient
     and cannot be saved. PackedLinear takes float32 alone: oneDNN refuses 16 bits on CPUs without the instructions."""
     # Names alone, so that the old weights go one by one
-    for name in [name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")]:
+    for name in [
+        name for name, module in model.named_modules() if type(module).__name__ in ("Linear", "Conv1D")
+    ]:
         module = model.get_submodule(name)
         if kind is not PackedLinear or module.weight.dtype == torch.float32:
-            model.set_submodule(name, of_linear(module, kind))
+            model.set_submodule(name, convert_linear(module, kind))

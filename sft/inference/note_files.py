@@ -18,10 +18,14 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from sft_common import InputError, RunError, Stopped, check_new_file, log, noted_signals, safe_id, some, sync_folder, write_json
-from sft_rows import clean_text, decode_text, read_table
+from sft.cli import InputError, RunError, Stopped, log, noted_signals, preview_list, safe_id
+from sft.data.rows import read_table
+from sft.data.text import clean_text, decode_text
+from sft.files import check_new_file, sync_dir, write_json
 
-WINDOW = 8  # batches between two writes: the tail of a window, where the batch is no longer full, costs little
+WINDOW = (
+    8  # batches between two writes: the tail of a window, where the batch is no longer full, costs little
+)
 PROGRESS_SECONDS = 60  # between two lines of progress where standard error is no terminal
 
 
@@ -41,7 +45,10 @@ def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
                 bad.append(f"row {row_number:,} (id {safe_id(row_id)})")
             yield row_id, fields.get("clinical_note", "")
         if bad:
-            raise InputError(f"{path}: more fields than the header has columns (a comma outside quotes?): {some(bad)}", "mend these rows")
+            raise InputError(
+                f"{path}: more fields than the header has columns (a comma outside quotes?): {preview_list(bad)}",
+                "fix these rows",
+            )
         return
     if kind not in (".txt", ".jsonl"):
         raise InputError(f"{path}: the ending says no format", "use .txt (one note a line), .csv or .jsonl")
@@ -55,7 +62,9 @@ def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
             row = json.loads(line)
             note = row["clinical_note"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(f"{path}: line {line_number}: no JSON object with a clinical_note", "write one object a line") from None
+            raise InputError(
+                f"{path}: line {line_number}: no JSON object with a clinical_note", "write one object a line"
+            ) from None
         row_id = row.get("id")
         yield (clean_text(str(row_id)) if isinstance(row_id, str | int) else "") or str(line_number), note
 
@@ -65,7 +74,17 @@ def defuse(cell: str) -> str:
     return "'" + cell if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
 
 
-CSV_COLUMNS = ("id", "generated_summary", "confidence", "finish_reason", "n_prompt_tokens", "n_new_tokens", "warnings", "evidence", "error")
+CSV_COLUMNS = (
+    "id",
+    "generated_summary",
+    "confidence",
+    "finish_reason",
+    "n_prompt_tokens",
+    "n_new_tokens",
+    "warnings",
+    "evidence",
+    "error",
+)
 
 
 def format_result(result: dict, kind: str) -> str:
@@ -98,23 +117,42 @@ class PartialFile:
 
     def __init__(self, path: Path, belongs_to: dict, resume: bool, header: str):
         self.path, self.record_path = path, path.with_name(path.name + ".json")
-        self.record = {"belongs_to": belongs_to, "done": 0, "bytes": 0, "counts": {"done": 0, "shortened": 0, "failed": 0}}
+        self.record = {
+            "belongs_to": belongs_to,
+            "done": 0,
+            "bytes": 0,
+            "counts": {"done": 0, "shortened": 0, "failed": 0},
+        }
         if path.is_symlink():
-            raise InputError(f"{path} is a symbolic link", "move it away: summaries are written to a file of their own")
+            raise InputError(
+                f"{path} is a symbolic link", "move it away: summaries are written to a file of their own"
+            )
         if path.exists() and not resume:
-            raise InputError(f"{path} is there: an earlier run was interrupted", "add --resume to go on from it, or delete it")
+            raise InputError(
+                f"{path} is there: an earlier run was interrupted",
+                "add --resume to go on from it, or delete it",
+            )
         begun = path.exists() and self.record_path.exists()
-        self.file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b")
+        self.file = os.fdopen(
+            os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600), "r+b"
+        )
         try:
             lock(self.file, path)
             if begun:
                 self.record = read_record(self.record_path)
-                mend = "give the same files and options, or delete it and its .json and start anew"
-                refuse_another(path, self.record["belongs_to"], belongs_to, mend)
+                fix = "give the same files and options, or delete it and its .json and start anew"
+                check_same_run(path, self.record["belongs_to"], belongs_to, fix)
                 if path.stat().st_size < self.record["bytes"]:
-                    raise InputError(f"{path} is shorter than its record says", "delete it and its .json, and start anew")
-            elif not header.encode().startswith(self.file.read(len(header) + 1)):  # more than a start that was broken off
-                raise InputError(f"{path} is there, and no record ({self.record_path.name}) says what it belongs to", "move it away")
+                    raise InputError(
+                        f"{path} is shorter than its record says", "delete it and its .json, and start anew"
+                    )
+            elif not header.encode().startswith(
+                self.file.read(len(header) + 1)
+            ):  # more than a start that was broken off
+                raise InputError(
+                    f"{path} is there, and no record ({self.record_path.name}) says what it belongs to",
+                    "move it away",
+                )
         except InputError:
             self.file.close()
             raise
@@ -144,7 +182,9 @@ def lock(file, path: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another process is writing {path}", "wait for it, or name another --output_file") from None
+            raise InputError(
+                f"another process is writing {path}", "wait for it, or name another --output_file"
+            ) from None
         except OSError:  # a file system without locks
             pass
 
@@ -153,7 +193,11 @@ def read_record(path: Path) -> dict:
     """A partial file's record. Raises InputError where it is damaged."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        numbers = record["bytes"], record["done"], *(record["counts"][name] for name in ("done", "shortened", "failed"))
+        numbers = (
+            record["bytes"],
+            record["done"],
+            *(record["counts"][name] for name in ("done", "shortened", "failed")),
+        )
         whole = isinstance(record["belongs_to"], dict) and all(isinstance(n, int) and n >= 0 for n in numbers)
     except (ValueError, KeyError, TypeError):
         whole = False
@@ -162,10 +206,12 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def refuse_another(path: Path, before: dict, belongs_to: dict, mend: str) -> None:
-    other = sorted(name for name in before.keys() | belongs_to.keys() if before.get(name) != belongs_to.get(name))
+def check_same_run(path: Path, before: dict, belongs_to: dict, fix: str) -> None:
+    other = sorted(
+        name for name in before.keys() | belongs_to.keys() if before.get(name) != belongs_to.get(name)
+    )
     if other:
-        raise InputError(f"{path} belongs to a run with another {', '.join(other)}", mend)
+        raise InputError(f"{path} belongs to a run with another {', '.join(other)}", fix)
 
 
 class StandardOutput:
@@ -186,11 +232,19 @@ def join_partials(parts: list[Path], target: Path, belongs_to: dict) -> None:
     Raises InputError where another file has appeared there."""
     if target.exists():
         raise InputError(
-            f"{target} has appeared while its summaries were written", "move it away; the same command with --resume ends this"
+            f"{target} has appeared while its summaries were written",
+            "move it away; the same command with --resume ends this",
         )
     write_json(done_path(target), belongs_to)
     if len(parts) > 1:
-        with open(os.open(aside := target.with_name(f".{target.name}.joined"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
+        with open(
+            os.open(
+                aside := target.with_name(f".{target.name}.joined"),
+                os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+                0o600,
+            ),
+            "wb",
+        ) as out:
             for part in parts:
                 with open(part, "rb") as file:
                     shutil.copyfileobj(file, out)
@@ -199,7 +253,7 @@ def join_partials(parts: list[Path], target: Path, belongs_to: dict) -> None:
         os.replace(aside, target)
     else:
         os.replace(parts[0], target)
-    sync_folder(target.parent, inside=False)
+    sync_dir(target.parent, inside=False)
     for part in parts:
         part.unlink(missing_ok=True)
         part.with_name(part.name + ".json").unlink(missing_ok=True)
@@ -213,17 +267,23 @@ def processes() -> tuple[int, int]:
     try:
         return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     except ValueError:
-        raise InputError("the environment's RANK or WORLD_SIZE is no number", "unset them, or start with torchrun") from None
+        raise InputError(
+            "the environment's RANK or WORLD_SIZE is no number", "unset them, or start with torchrun"
+        ) from None
 
 
 def partial_path(target: Path, rank: int, n_processes: int) -> Path:
-    return target.with_name(f"{target.name}.partial" + (f"-{rank + 1}-of-{n_processes}" if n_processes > 1 else ""))
+    return target.with_name(
+        f"{target.name}.partial" + (f"-{rank + 1}-of-{n_processes}" if n_processes > 1 else "")
+    )
 
 
 def partial_paths(target: Path) -> list[Path]:
     """Partial files of `target` that are there, of any number of processes, and those whose record alone is."""
     pattern = re.compile(re.escape(target.name) + r"\.partial(-\d+-of-\d+)?(\.json)?")
-    names = {path.name.removesuffix(".json") for path in target.parent.iterdir() if pattern.fullmatch(path.name)}
+    names = {
+        path.name.removesuffix(".json") for path in target.parent.iterdir() if pattern.fullmatch(path.name)
+    }
     return [target.with_name(name) for name in sorted(names)]
 
 
@@ -240,12 +300,17 @@ def check_output(output_file: str, resume: bool, belongs_to: Callable[[], dict])
             before = dict(json.loads(done_path(target).read_text(encoding="utf-8")))
         except (FileNotFoundError, ValueError, TypeError):
             raise InputError(
-                f"{target} exists, and no record ({done_path(target).name}) says what it belongs to", "name another, or move it away"
+                f"{target} exists, and no record ({done_path(target).name}) says what it belongs to",
+                "name another, or move it away",
             ) from None
-        refuse_another(target, before, belongs_to(), "name another --output_file, or move it away")
-        for path in partial_paths(target):  # of this run, killed after the join: they have nothing more to tell
+        check_same_run(target, before, belongs_to(), "name another --output_file, or move it away")
+        for path in partial_paths(
+            target
+        ):  # of this run, killed after the join: they have nothing more to tell
             record = path.with_name(path.name + ".json")
-            with contextlib.suppress(InputError, FileNotFoundError):  # without a whole record it is not known to be of this run
+            with contextlib.suppress(
+                InputError, FileNotFoundError
+            ):  # without a whole record it is not known to be of this run
                 if before.items() <= read_record(record)["belongs_to"].items():
                     path.unlink(missing_ok=True)
                     record.unlink()
@@ -259,9 +324,14 @@ def check_output(output_file: str, resume: bool, belongs_to: Callable[[], dict])
     expected = {partial_path(target, i, n_processes) for i in range(n_processes)}
     odd = sorted(path.name for path in others if path not in expected)
     if odd:
-        raise InputError(f"{odd[0]} is there: an earlier run had another number of processes", "go on with as many, or delete it")
+        raise InputError(
+            f"{odd[0]} is there: an earlier run had another number of processes",
+            "go on with as many, or delete it",
+        )
     if own.exists() and not resume:
-        raise InputError(f"{own} is there: an earlier run was interrupted", "add --resume to go on from it, or delete it")
+        raise InputError(
+            f"{own} is there: an earlier run was interrupted", "add --resume to go on from it, or delete it"
+        )
     return False
 
 
@@ -280,12 +350,17 @@ class Progress:
         self.done, now = self.done + 1, time.perf_counter()
         if self.bar.disable and not self.quiet and now - self.spoken > PROGRESS_SECONDS:
             rate, self.spoken = self.done / (now - self.started), now
-            log(f"  {self.done:,} of {self.total:,} notes, {rate:.2f} notes/s, {(self.total - self.done) / rate / 60:,.0f} min left")
+            log(
+                f"  {self.done:,} of {self.total:,} notes, {rate:.2f} notes/s, {(self.total - self.done) / rate / 60:,.0f} min left"
+            )
 
 
 def count(results: list[dict]) -> dict[str, int]:
     failed = sum("error" in result for result in results)
-    shortened = sum(any(warning.startswith("note shortened") for warning in result.get("warnings", [])) for result in results)
+    shortened = sum(
+        any(warning.startswith("note shortened") for warning in result.get("warnings", []))
+        for result in results
+    )
     return {"done": len(results) - failed, "shortened": shortened, "failed": failed}
 
 
@@ -303,7 +378,11 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
     kind = target.suffix.lower() if target else ".jsonl" if config.json else ".txt"
     header = ",".join(CSV_COLUMNS) + "\n" if kind == ".csv" and rank == 0 else ""
     own = partial_path(target, rank, n_processes) if target else None
-    out = PartialFile(own, {**belongs_to, "part of the notes": [first, last]}, config.resume, header) if own else StandardOutput()
+    out = (
+        PartialFile(own, {**belongs_to, "part of the notes": [first, last]}, config.resume, header)
+        if own
+        else StandardOutput()
+    )
     begun, started = first + out.record["done"], time.perf_counter()
     if begun > first:
         log(f"Going on after {begun - first:,} of {last - first:,} notes")
@@ -319,7 +398,9 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
                 part = notes[start : min(start + window, last)]
                 results = summarize([note for _, note in part], start, progress.tick, stop_if_asked)
                 results = [{"id": note_id, **result} for (note_id, _), result in zip(part, results)]
-                out.add("".join(format_result(result, kind) for result in results), count(results), len(results))
+                out.add(
+                    "".join(format_result(result, kind) for result in results), count(results), len(results)
+                )
     except BaseException as error:
         if own:
             where = f"not complete: {own} holds {out.record['done']:,} of {last - first:,} notes; the same command with --resume goes on"
@@ -338,12 +419,16 @@ def summarize_file(notes: list[tuple[str, object]], config, belongs_to: dict, su
         if rank > 0:
             return
         paths = [partial_path(target, i, n_processes) for i in range(n_processes)]
-        records = [json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8")) for path in paths]
+        records = [
+            json.loads(path.with_name(path.name + ".json").read_text(encoding="utf-8")) for path in paths
+        ]
         totals = {name: sum(record["counts"][name] for record in records) for name in totals}
         join_partials(paths, target, belongs_to)
         where = f", written to {target}"
     rate = f"; {(last - begun) / (time.perf_counter() - started):.2f} notes/s" if n_processes == 1 else ""
-    log(f"{totals['done']:,} done, {totals['shortened']:,} of them shortened, {totals['failed']:,} failed{rate}{where}")
+    log(
+        f"{totals['done']:,} done, {totals['shortened']:,} of them shortened, {totals['failed']:,} failed{rate}{where}"
+    )
 
 
 def wait_for_all() -> None:
@@ -357,4 +442,6 @@ def wait_for_all() -> None:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except RuntimeError:
-        raise RunError("another process ended before its notes were done", "the same command with --resume goes on") from None
+        raise RunError(
+            "another process ended before its notes were done", "the same command with --resume goes on"
+        ) from None

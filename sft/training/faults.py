@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 
-from sft_checkpoint import newest_checkpoint, save_checkpoint
-from sft_common import InputError, RunError, Stopped, safe_id, some
+from sft.cli import InputError, RunError, Stopped, preview_list, safe_id
+from sft.training.checkpoint import newest_checkpoint, save_checkpoint
 
 
 def stop_if_asked(run) -> None:
@@ -20,10 +20,12 @@ def stop_if_asked(run) -> None:
     if run.progress.step:
         folder = save_checkpoint(run, f"checkpoint_step_{run.progress.step}")
         where += f"; saved to {folder}"
-    raise Stopped(number, f"{where}\nThe same command with --resume (and without --overwrite) goes on from there")
+    raise Stopped(
+        number, f"{where}\nThe same command with --resume (and without --overwrite) goes on from there"
+    )
 
 
-def in_memory(run, work: Callable):
+def retry_on_oom(run, work: Callable):
     """`work()`; where memory runs out, again with half as many rows in a forward pass and twice as many passes: the same
     rows make an update, so the mathematics stays. Raises RunError where that does not help."""
     from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -38,14 +40,16 @@ def in_memory(run, work: Callable):
         rows = run.progress.micro_batch_size
         if rows == 1 or run.accelerator.num_processes > 1:
             rows = f"{rows} row{'s' * (rows > 1)} of up to {run.config.max_length} tokens in a forward pass"
-            mend = "--gradient_checkpointing, --use_4bit or a smaller --max_length"
+            fix = "--gradient_checkpointing, --use_4bit or a smaller --max_length"
             if run.accelerator.num_processes > 1:
-                mend = f"start anew with half the --batch_size and twice the --gradient_accumulation_steps; or {mend}"
-            raise RunError(f"out of memory with {rows}", mend)
+                fix = f"start anew with half the --batch_size and twice the --gradient_accumulation_steps; or {fix}"
+            raise RunError(f"out of memory with {rows}", fix)
         run.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
         run.progress.micro_batch_size = math.ceil(rows / 2)
-        run.say(f"out of memory with up to {rows} rows in a forward pass: going on with {run.progress.micro_batch_size}, and more passes")
+        run.say(
+            f"out of memory with up to {rows} rows in a forward pass: going on with {run.progress.micro_batch_size}, and more passes"
+        )
 
 
 def check_finite(run, step: int, loss: float, grad_norm: float, examples: Sequence) -> None:
@@ -55,8 +59,11 @@ def check_finite(run, step: int, loss: float, grad_norm: float, examples: Sequen
     if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() > 1:
         run.progress.skipped_updates += 1  # the scale is halved, until it fits
         return
-    ids = some((safe_id(example.row_id) for example in examples), 16)
-    raise RunError(f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; its rows have the ids {ids}", advice_for_faults(run))
+    ids = preview_list((safe_id(example.row_id) for example in examples), 16)
+    raise RunError(
+        f"update {step + 1}: loss {loss}, gradient norm {grad_norm}; its rows have the ids {ids}",
+        advice_for_faults(run),
+    )
 
 
 def advice_for_faults(run) -> str:

@@ -1,0 +1,261 @@
+"""What a command-line script needs: errors and exit codes, signals, logging, progress, several processes.
+
+torch is not imported here, so that `--help` and input errors are instant.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+# ------------------------------------------------------------------------------------------------ errors
+
+
+class _Explained(Exception):
+    """An error with its fix. `problem` says what is wrong and where (file, row, id; never note text), `fix` what to do."""
+
+    def __init__(self, problem: str, fix: str = ""):
+        super().__init__(f"{problem}\n{fix}" if fix else problem)
+        self.problem = problem
+        self.fix = fix
+
+
+class InputError(_Explained, ValueError):
+    """Something the user can fix: a bad option, file, row or folder. Scripts print it and exit with status 2."""
+
+
+class RunError(_Explained, RuntimeError):
+    """A run that cannot continue although its input is right. Scripts print it and exit with status 1."""
+
+
+class Stopped(Exception):
+    """Work that a signal ended in good order. Scripts print `message` and exit with status 128 + `signal`, as shells do."""
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.signal = signal
+        self.message = message
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device, Python or the operating system has no memory left, in the words of torch and its libraries."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    phrases = (
+        "out of memory",  # CUDA, MPS
+        "can't allocate memory",  # CPU on Linux and macOS
+        "not enough memory",  # CPU on Windows
+        "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN's answer to a workspace that does not fit
+        "could not create a primitive",  # oneDNN's
+    )
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk or quota is full. Libraries raise types of their own for it: safetensors, torch, the tokenizer."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(
+        phrase in str(error) for phrase in ("No space left", "os error 28", "Disk quota", "os error 122")
+    )
+
+
+_OS_ERROR_FIXES = {
+    errno.ENOSPC: "free some space, or use a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or use a folder on another disk",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EACCES: "check the permissions",
+    errno.EROFS: "use a folder that can be written to",
+    errno.EIO: "check the disk",
+}
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's main function and exits.
+
+    Exit status: 0 done, 1 failed (with a traceback where the error is not ours), 2 the user can fix it, 128 + N stopped
+    by signal N (130 Ctrl-C, 143 SIGTERM), 141 the reader of our output closed it.
+    """
+    os.umask(0o077)  # what a script writes is for the user alone
+    open_standard_streams()
+    try:
+        main()
+        sys.stdout.flush()
+    except (InputError, RunError) as error:
+        _exit_with(2 if isinstance(error, InputError) else 1, error.problem, error.fix)
+    except Stopped as stopped:
+        log(stopped.message)
+        sys.exit(128 + stopped.signal)
+    except KeyboardInterrupt:
+        log("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:  # as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if is_out_of_memory(error):
+            _exit_with(1, "out of memory", "use a smaller --batch_size, or --use_4bit")
+        if not isinstance(error, OSError) or error.errno is None:
+            raise
+        if error.filename is None and error.errno not in _OS_ERROR_FIXES:
+            raise
+        fix = _OS_ERROR_FIXES.get(error.errno, "check the path")
+        _exit_with(2, f"{error.strerror}: {error.filename or 'the output folder'}", fix)
+
+
+def _exit_with(status: int, problem: str, fix: str) -> None:
+    log(f"error: {problem}")
+    if fix:
+        log(f"fix:   {fix}")
+    sys.exit(status)
+
+
+# ------------------------------------------------------------------------------------------------ streams and signals
+
+
+def open_standard_streams() -> None:
+    """Opens standard streams that are closed, as cron and daemons leave them, and lets them take any text."""
+    # Else the next file to be opened would become standard output
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(descriptor)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+    with contextlib.suppress(AttributeError):  # streams that a test put there
+        sys.stdin.reconfigure(errors="replace")
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def log(message: str = "") -> None:
+    """Prints to stderr; stdout is for results. A terminal that has gone stops nothing."""
+    # RuntimeError: a signal handler's message in the middle of another print
+    with contextlib.suppress(OSError, RuntimeError):
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Inside, the first SIGTERM, SIGHUP or Ctrl-C is only noted in the yielded list, so that the work can end in good
+    order; a second one stops at once. Signals that were ignored before (as under nohup) stay ignored."""
+    noted = []
+    last_heard = 0.0
+
+    def handler(number, frame):
+        nonlocal last_heard
+        now = time.monotonic()
+        # Launchers forward the signal that the terminal has sent already; shell and kernel both send SIGHUP
+        is_echo = "WORLD_SIZE" in os.environ and now - last_heard <= 1
+        last_heard = now
+        noted.append(number)
+        if len(noted) == 1:
+            log(
+                f"\n{signal.Signals(number).name}: finishing the current step, then saving; a second one stops at once"
+            )
+        elif number == signal.SIGINT and not is_echo:
+            raise KeyboardInterrupt
+        elif number == signal.SIGTERM and not is_echo:
+            sys.exit(128 + number)
+
+    # Python allows handlers in the main thread only; Windows has no SIGHUP
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    names = ("SIGTERM", "SIGINT", "SIGHUP") if in_main_thread else ()
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        if before[number] != signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield noted
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number] or signal.SIG_DFL)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def processes() -> tuple[int, int]:
+    """(rank of this process, number of processes), as torchrun and accelerate set them in the environment."""
+    try:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    except ValueError:
+        fix = "unset them, or start with torchrun"
+        raise InputError("RANK or WORLD_SIZE in the environment is not a number", fix) from None
+
+
+def on_main_process() -> bool:
+    """Whether this is the process that logs and saves, also before torch's process group exists."""
+    return processes()[0] == 0
+
+
+# ------------------------------------------------------------------------------------------------ progress
+
+
+class Progress:
+    """How far a job is, its speed and the time left: a bar on a terminal, else a line every `interval` seconds.
+
+    `scope` ends the line, as in "1.0 min left in this epoch". Quiet on all processes but the main one.
+    """
+
+    def __init__(self, total: int, unit: str, *, done: int = 0, scope: str = "", interval: float = 30):
+        from tqdm import tqdm
+
+        self.total = total
+        self.unit = unit
+        self.done = done
+        self.scope = scope
+        self.interval = interval
+        self.quiet = not on_main_process()
+        self.n_before = done
+        self.started = time.monotonic()
+        self.last_line = self.started
+        # disable=None: only where stderr is a terminal
+        disable = True if self.quiet else None
+        self.bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr, leave=False, disable=disable)
+
+    def advance(self, status: str = "") -> None:
+        """One more is done. `status` replaces the rate, as in "loss 2.162, 487 tokens/s"."""
+        self.done += 1
+        if status:
+            self.bar.set_postfix_str(status, refresh=False)
+        with contextlib.suppress(OSError):  # the terminal has gone; the work continues
+            self.bar.update()
+        now = time.monotonic()
+        if self.bar.disable and not self.quiet and now - self.last_line > self.interval:
+            self.last_line = now
+            rate = (self.done - self.n_before) / (now - self.started)
+            minutes = (self.total - self.done) / rate / 60
+            status = status or f"{rate:.2f} {self.unit}s/s"
+            log(f"  {self.unit} {self.done:,}/{self.total:,}, {status}, {minutes:,.1f} min left{self.scope}")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.bar.close()
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def safe_id(identifier: str) -> str:
+    """An id fit for a log. One that looks like text (a shifted column, say) may be patients' text and is not shown."""
+    return identifier if re.fullmatch(r"[\w.:/#-]{1,64}", identifier) else "(not shown)"
+
+
+def preview_list(items: Iterable[str], limit: int = 5) -> str:
+    """ "a, b, c and 4 more"."""
+    items = list(items)
+    more = f" and {len(items) - limit:,} more" if len(items) > limit else ""
+    return ", ".join(items[:limit]) + more
+
+
+def plural(n: int, word: str) -> str:
+    """ "1 row", "2,000 rows"."""
+    return f"{n:,} {word}{'' if n == 1 else 's'}"

@@ -1,0 +1,163 @@
+"""Files and folders that appear whole or not at all, readable by the user alone, and their checksums."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from sft.cli import InputError, is_disk_full
+
+ROOT = (
+    Path(__file__).resolve().parent.parent
+)  # the repository: the bundled model and adapters' base paths start here
+
+
+def make_private_dir(path: Path) -> Path:
+    """Creates `path`; what is new of it only the user may read: adapters and summaries count as patient data."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        folder.chmod(0o700)
+    return path
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Writes a file that appears whole or not at all: to a temporary file, fsync, rename. Only the user may read it."""
+    data = content.encode() if isinstance(content, str) else content
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value) -> None:
+    write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[str, ...] = ()) -> None:
+    """Raises InputError unless a new file (or folder) can be created at `path`; nothing that exists is overwritten."""
+    if path is None:
+        return
+    path = Path(path)
+    if extensions and path.suffix.lower() not in extensions:
+        raise InputError(f"{option_name} {path}: unknown file extension", f"use {' or '.join(extensions)}")
+    if not path.parent.is_dir():
+        raise InputError(f"{option_name} {path}: there is no folder {path.parent}", "create it first")
+    if path.exists():
+        raise InputError(f"{option_name} {path} exists", "choose another name, or move it away")
+
+
+def remove(paths: list[Path]) -> None:
+    """Removes files and folders; what is not there is no error."""
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------ folders
+
+
+def sync_dir(folder: Path, *, with_files: bool = True) -> None:
+    """fsync of `folder` and, `with_files`, of every file in it, before a rename makes it count."""
+    if os.name == "nt":  # where a folder cannot be opened
+        return
+    files = [path for path in folder.rglob("*") if path.is_file()] if with_files else []
+    for path in (*files, folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a private temporary folder to fill; on success it takes the place of `folder`, which appears whole or not
+    at all. Raises InputError if the disk is full."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    remove([temporary])
+    make_private_dir(temporary)
+    try:
+        with disk_full_as_input_error(folder):
+            yield temporary
+            sync_dir(temporary)
+            _replace_folder(temporary, folder)
+    finally:
+        remove([temporary])
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        remove([old])
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old)
+    else:
+        new.rename(folder)
+    sync_dir(folder.parent, with_files=False)
+
+
+@contextlib.contextmanager
+def disk_full_as_input_error(path: Path) -> Iterator[None]:
+    """Turns what the libraries raise on a full disk into one InputError."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            fix = "free some space, then run the same command again (training: with --resume)"
+            raise InputError(f"{path}: the disk is full; what was saved before is complete", fix) from None
+        raise
+
+
+# ------------------------------------------------------------------------------------------------ checksums
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes SHA256SUMS over the files in `folder`, in the format of `sha256sum --check`."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    write_atomic(folder / "SHA256SUMS", "".join(lines))
+
+
+def checksum_problem(folder: Path) -> str | None:
+    """The first way in which `folder` differs from its SHA256SUMS; None if it does not."""
+    try:
+        text = (folder / "SHA256SUMS").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return "it has no SHA256SUMS"
+    except (OSError, UnicodeDecodeError):
+        return "SHA256SUMS cannot be read"
+    lines = text.splitlines()
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    intact = text.endswith("\n") and all(name and len(digest) == 64 for name, digest in digests.items())
+    if not intact:
+        return "SHA256SUMS is damaged"
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        is_temporary = path.name.startswith(".")
+        if path.is_file() and not is_temporary and name not in digests and name != "SHA256SUMS":
+            return f"{name} is not in SHA256SUMS"
+    for name, digest in digests.items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256(folder / name) != digest:
+            return f"{name} is damaged"
+    return None

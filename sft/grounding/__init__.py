@@ -1,0 +1,1 @@
+"""Text alone: sentences, citations, numbers. Imports nothing else of this package, and never torch."""
