@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from conftest import HEADER, NOTES, tiny_tokenizer
+from tiny import HEADER, NOTES, tiny_tokenizer
 
 from sft.cli import InputError
 from sft.data.dataset import load_datasets, warn_about_leaks, warn_about_rows

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def tiny_specialist(folder: Path) -> Path:
-    from conftest import NOTES, tiny_model, tiny_tokenizer, write_csv
+    from tiny import NOTES, tiny_model, tiny_tokenizer, write_csv
 
     from sft.options import TrainConfig
     from stage_a_sft_training import train
@@ -47,7 +47,7 @@ def tiny_specialist(folder: Path) -> Path:
 
 def write_notes(path: Path, n: int, seed: int) -> None:
     """Notes of 1 to 12 sentences, some of them empty."""
-    from conftest import NOTES
+    from tiny import NOTES
 
     source = random.Random(seed)
     with open(path, "w", newline="", encoding="utf-8") as file:

@@ -15,6 +15,20 @@ ROOT = (
     Path(__file__).resolve().parent.parent
 )  # the repository: the bundled model and adapters' base paths start here
 
+# The version of adapter folders and checkpoints, in their sft_config.json. What a newer version adds has a stated default
+# where an older folder is read:
+#   1  as written by 18a780b
+#   2  training_state.pt: "fingerprint", before "identity"
+FORMAT_VERSION = 2
+
+
+def check_format_version(folder: Path, sft_config: dict) -> None:
+    """Raises InputError for a folder that a newer version of this toolkit wrote."""
+    version = sft_config.get("format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        problem = f"{folder}: written by a newer version of this toolkit (format {version}, known up to {FORMAT_VERSION})"
+        raise InputError(problem, "update the toolkit, or train again with this version")
+
 
 def make_private_dir(path: Path) -> Path:
     """Creates `path`; what is new of it only the user may read: adapters and summaries count as patient data."""

@@ -4,18 +4,10 @@ import re
 
 import pytest
 import torch
-from conftest import (
-    CHAT_TEMPLATES,
-    NOTES,
-    SHARED_DATA,
-    assert_mendable,
-    run_python,
-    tiny_model,
-    tiny_tokenizer,
-    write_csv,
-)
+from conftest import SHARED_DATA, assert_input_error, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import CHAT_TEMPLATES, NOTES, tiny_model, tiny_tokenizer, write_csv
 
 from sft.cli import InputError
 from sft.data.dataset import (
@@ -324,7 +316,9 @@ def test_report_holds_counts_and_no_text(csv_files, model_folder, tmp_path):
 def test_preferences_overwrite_nothing(csv_files, model_folder):
     before = csv_files[0].read_bytes()
     arguments = ["--train_csv", csv_files[0], "--val_csv", csv_files[1], "--model_name", model_folder()]
-    assert_mendable(run_python("sft_dataset.py", *arguments, "--export_preferences", csv_files[0]), "exists")
+    assert_input_error(
+        run_python("sft_dataset.py", *arguments, "--export_preferences", csv_files[0]), "exists"
+    )
     assert csv_files[0].read_bytes() == before
 
 

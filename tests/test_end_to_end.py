@@ -5,7 +5,8 @@ import json
 import shutil
 
 import pytest
-from conftest import NOTES, ROOT, run_python, write_csv
+from conftest import ROOT, run_python
+from tiny import NOTES, write_csv
 
 bundled = pytest.mark.skipif(
     not (ROOT / "models" / "base" / "smollm2-135m-instruct").is_dir()

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import (
-    NOTES,
     ROOT,
     adapter_of,
     arguments_of,
@@ -23,6 +22,7 @@ from conftest import (
     run_python,
     wait_for_updates,
 )
+from tiny import NOTES
 
 import stage_a_sft_training as training
 from sft.cli import InputError, RunError, Stopped, noted_signals

@@ -6,9 +6,9 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_model
 
 from sft.inference import decoding
 from sft.inference.decoding import (

@@ -12,10 +12,11 @@ import time
 
 import pytest
 import torch
-from conftest import NOTES, ROOT, SHARED_DATA, assert_mendable, run_inference, tiny_tokenizer
+from conftest import ROOT, SHARED_DATA, assert_input_error, run_inference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
+from tiny import NOTES, tiny_tokenizer
 
 from sft.cli import InputError
 from sft.files import sha256
@@ -191,7 +192,7 @@ def test_one_note(adapters, specialist):
 )
 def test_refusals_on_the_command_line(adapters, arguments, words):
     arguments = [str(adapters()) if argument == "ADAPTER" else argument for argument in arguments]
-    assert_mendable(run_inference(*arguments), words)
+    assert_input_error(run_inference(*arguments), words)
 
 
 def test_a_folder_that_holds_the_adapter_folder_is_named(adapters):
@@ -264,13 +265,13 @@ def test_eight_bits_on_a_cpu(adapters, specialist, monkeypatch, stored):
 
 
 def test_words_outside_quotes_are_not_shown():
-    assert_mendable(
+    assert_input_error(
         run_inference("--clinical_note", "Patient", "John", "Smith"), "2 words", "put quotes around"
     )
     result = run_inference("--clinical_note", "Patient", "John", "--bach_size=3")
-    assert_mendable(result, "unrecognized arguments: --bach_size\n")
+    assert_input_error(result, "unrecognized arguments: --bach_size\n")
     assert "John" not in result.stderr
-    assert_mendable(run_inference("--clinical_note", "-Fever"), "--clinical_note=-TEXT")
+    assert_input_error(run_inference("--clinical_note", "-Fever"), "--clinical_note=-TEXT")
 
 
 def test_one_text_is_no_batch(specialist):
@@ -308,7 +309,7 @@ def test_streams_and_disks_of_all_kinds(code, environment, status, stdout, stder
 def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
     command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'  # blocks of 1,024 bytes
     arguments = ["bash", "-c", command, sys.executable, str(adapters()), str(tmp_path / "merged")]
-    assert_mendable(
+    assert_input_error(
         subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "free some space"
     )
     assert not list(tmp_path.iterdir())

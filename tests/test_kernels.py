@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_model
+from tiny import tiny_model
 
 from sft.model.attention import per_example_attention
 from sft.model.kernels import (

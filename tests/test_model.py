@@ -4,8 +4,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NOTES, tiny_model, tiny_tokenizer
 from test_dataset import rows_of
+from tiny import NOTES, tiny_model, tiny_tokenizer
 
 import sft.model.adapter as adapter_module
 import sft.model.attention as attention_module
@@ -351,7 +351,7 @@ def test_quantised_models_pass_gradients_to_every_layer(model_folder, use):
 
 def test_only_the_text_part_of_a_multimodal_model_gets_an_adapter():
     import transformers
-    from conftest import tiny_config
+    from tiny import tiny_config
 
     text = {**tiny_config("llama").to_dict(), "model_type": "gemma3_text", "sliding_window": 24}
     keys = (

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NOTES, assert_mendable, run_inference, run_python, write_csv
+from conftest import assert_input_error, run_inference, run_python
+from tiny import NOTES, write_csv
 
 import sft_inference
 from sft.cli import InputError, RunError, Stopped, is_out_of_memory, run_script
@@ -335,7 +336,7 @@ def test_a_signal_stops_at_the_next_token(tmp_path, number, capsys):
 def test_nothing_is_begun_where_no_note_fits(adapters, tmp_path):
     source, target = many_notes(tmp_path / "notes.csv", 2), tmp_path / "out.jsonl"
     arguments = ["--model_path", adapters(), "--input_file", source, "--output_file", target]
-    assert_mendable(run_inference(*arguments, "--max_new_tokens", 9000), "leaves no room")
+    assert_input_error(run_inference(*arguments, "--max_new_tokens", 9000), "leaves no room")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.csv"]
 
 

@@ -5,9 +5,10 @@ import gzip
 import io
 
 import pytest
-from conftest import HEADER, NOTES, assert_mendable, run_python, write_csv
+from conftest import assert_input_error, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import HEADER, NOTES, write_csv
 
 from sft.cli import InputError
 from sft.data.rows import Row, leaked_rows, read_rows, repeated_rows
@@ -76,7 +77,7 @@ def test_bad_files_are_refused_in_two_lines(tmp_path, content, words, script):
         path.write_bytes(content)
     arguments = ["--output_dir", tmp_path / "out"] if script.startswith("stage") else []
     result = run_python(script, "--train_csv", path, *arguments)
-    assert_mendable(result, "bad.csv", *words)
+    assert_input_error(result, "bad.csv", *words)
     assert "SECRET" not in result.stderr and not (tmp_path / "out").exists()
 
 

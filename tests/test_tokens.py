@@ -6,10 +6,10 @@ import random
 
 import numpy as np
 import pytest
-from conftest import NOTES, tiny_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_dataset import any_text, encoder_for, rows_of
+from tiny import NOTES, tiny_tokenizer
 
 import sft.data.dataset as dataset_module
 from sft.data.dataset import SFTDataset, encode_example, load_datasets, warn_about_leaks, warn_about_rows

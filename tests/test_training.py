@@ -5,9 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import NOTES, ROOT, assert_mendable, assert_same_adapter, metrics_of, run_python, write_csv
+from conftest import ROOT, assert_input_error, assert_same_adapter, metrics_of, run_python
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import NOTES, write_csv
 
 import stage_a_sft_training as training
 from sft.model import base
@@ -357,5 +358,5 @@ def test_bad_options_are_refused_in_two_lines(arguments, words, csv_files, tmp_p
     data = ["--train_csv", csv_files[0], "--val_csv", csv_files[1], "--output_dir", tmp_path / "out"]
     result = run_python("stage_a_sft_training.py", *data, *arguments)
     result.stderr = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("Device:"))
-    assert_mendable(result, words)
+    assert_input_error(result, words)
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from sft.cli import InputError, log
+from sft.cli import InputError, log, plural
 from sft.data.dataset import (
     Batch,
     Example,
