@@ -3,141 +3,132 @@
     python stage_a_sft_training.py                                  # bundled model, bundled data
     python stage_a_sft_training.py --train_csv my_train.csv --val_csv my_val.csv --model_name meta-llama/Llama-2-7b-hf
 
-What happens at a step depends on the seed and the step alone (order of rows, dropout, learning rate), so a run that
-goes on from a checkpoint is the run that was never interrupted.
+What happens at a step depends on the seed and the step alone (order of rows, dropout, learning rate), so a resumed run
+is the run that was never interrupted. sft/training/ holds what surrounds the loop: the run and its plan (run.py), the
+output folder (checkpoint.py), interruptions (faults.py), what people are told (report.py).
+
+torch is imported inside the functions: `--help` and wrong options are answered at once.
 """
 
 import contextlib
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from sft.cli import RunError, noted_signals, plural, run_script
-from sft.data.dataset import (
-    Batch,
-    Example,
-)
-from sft.files import disk_full_as_input_error, write_atomic
+from sft.cli import Progress, RunError, noted_signals, plural, run_script
+from sft.data.dataset import Batch, Example
+from sft.files import write_atomic
 from sft.options import TrainConfig, parse_options
-from sft.training.checkpoint import promote_best_epoch, save_checkpoint
+from sft.training.checkpoint import begin, promote_best_epoch, save_checkpoint
+from sft.training.checks import check_inputs
 from sft.training.faults import advice_for_faults, check_finite, retry_on_oom, stop_if_asked
-from sft.training.report import ProgressBar, advise, best_epoch, draw_losses, duration
-from sft.training.run import Run, set_up, timed
+from sft.training.report import advise, draw_losses, duration, log_plan
+
+if TYPE_CHECKING:
+    import torch
+
+    from sft.training.run import Run
+
 
 # ------------------------------------------------------------------------------------------------ pure functions
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The learning rate of update `step` (0-based): a linear rise, then cosine, linear or no fall (to 0 after the last)."""
+    """The learning rate of `step` (0-based): linear warmup, then cosine, linear or no decay (to 0 after the last)."""
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
     left = 1 - (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    shape = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}
-    return config.learning_rate * shape[config.lr_scheduler]
+    shapes = {"cosine": 0.5 - 0.5 * math.cos(math.pi * left), "linear": left, "constant": 1.0}
+    return config.learning_rate * shapes[config.lr_scheduler]
 
 
 def dropout_seed(*numbers: int) -> int:
+    """A seed that depends on all the numbers: seed, step, forward pass, process."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7], "big")
 
 
-def summed_loss(model, batch: Batch):
-    """Cross-entropy in nats, summed over the batch's target tokens: a float32 scalar tensor."""
+def timed(work: Callable) -> tuple[float, object]:
+    """(seconds that `work()` took, what it returned)."""
+    started = time.perf_counter()
+    result = work()
+    return time.perf_counter() - started, result
+
+
+def summed_loss(model: "torch.nn.Module", batch: Batch) -> "torch.Tensor":
+    """Cross-entropy in nats, summed over the batch's target tokens: a float32 scalar."""
     from sft.model.kernels import SummedCrossEntropy
 
-    logits = model(**batch.inputs, use_cache=False).logits  # packed (1, n_target_tokens, vocabulary)
-    logits = (
-        logits[0] if batch.where is None else logits.flatten(0, 1)[batch.where]
-    )  # (n_target_tokens, vocabulary)
+    logits = model(**batch.inputs, use_cache=False).logits
+    if batch.target_positions is None:
+        # Packed: the model computed logits for targets alone, (1, n_target_tokens, vocabulary)
+        logits = logits[0]
+    else:
+        logits = logits.flatten(0, 1)[batch.target_positions]
     return SummedCrossEntropy.apply(logits, batch.targets)
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ------------------------------------------------------------------------------------------------ one step
 
 
-def evaluate(run: "Run", examples: Sequence[Example]) -> float:
-    """Validation loss: cross-entropy in nats per target token over all `examples`, whatever the batch size and the number
-    of processes."""
+def gradients(run: "Run", step: int, examples: list[Example], n_target_tokens: int) -> "torch.Tensor":
+    """Forward and backward over this process's share of a step's rows. Returns its summed loss, a scalar."""
     import torch
 
-    accelerator, losses = run.accelerator, []
-    run.model.eval()
-    with torch.no_grad():
-        ordered, size = sorted(examples, key=lambda example: example.n_tokens), run.progress.micro_batch_size
-        for start in range(0, len(ordered), size * accelerator.num_processes):
-            for share in run.micro_batches(
-                ordered[start : start + size * accelerator.num_processes], accelerator.process_index
-            ):
-                batch = run.make_batch(share or ordered[:1]).to(
-                    accelerator.device
-                )  # one with no rows left takes part, weighing nothing
-                losses.append(summed_loss(run.model, batch) * bool(share))
-            if accelerator.num_processes == 1:  # else all would have to leave at the same place
-                stop_if_asked(run)
-    run.model.train()
-    total = accelerator.reduce(
-        torch.tensor(sum(torch.stack(losses).tolist()), device=accelerator.device)
-    ).item()
-    loss = total / sum(example.n_target_tokens for example in examples)
-    if not math.isfinite(loss):
-        raise RunError(f"the validation loss is {loss}", f"{advice_for_faults(run)}")
-    return loss
-
-
-def gradients(run: "Run", step: int, examples: list[Example], n_target_tokens: int):
-    """Forward and backward over this process's share of an update's rows. Returns its summed loss, a scalar tensor."""
-    import torch
-
-    accelerator, micro_batches = run.accelerator, run.micro_batches(examples, run.accelerator.process_index)
+    accelerator = run.accelerator
+    n_passes = len(run.micro_batches(examples, accelerator.process_index))
     loss_sum = torch.zeros((), device=accelerator.device)
-    for j, micro_batch in enumerate(micro_batches):
+    for j, (batch, weight) in enumerate(run.batches(examples)):
         torch.manual_seed(dropout_seed(run.config.seed, step, j, accelerator.process_index))
-        batch = run.make_batch(micro_batch or examples[:1]).to(accelerator.device)
-        more_to_come = j + 1 < len(micro_batches)
-        with accelerator.no_sync(run.wrapped) if more_to_come else contextlib.nullcontext():
-            loss = summed_loss(run.wrapped, batch) * bool(
-                micro_batch
-            )  # a process with no rows left takes part, weighing nothing
-            # The mean over the update's target tokens; DDP averages over the processes, which is undone here
-            accelerator.backward(run.scaler.scale(loss * accelerator.num_processes / n_target_tokens))
+        is_last = j + 1 == n_passes
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(run.wrapped):
+            loss = summed_loss(run.wrapped, batch) * weight
+            # The mean over the step's target tokens; DDP averages over the processes, which is undone here
+            mean_loss = loss * accelerator.num_processes / n_target_tokens
+            accelerator.backward(run.scaler.scale(mean_loss))
         loss_sum += loss.detach()
     return loss_sum
 
 
-def update(run: "Run", step: int) -> dict:
-    """One update of the weights: gradients of its rows, then the optimizer. Returns its line of metrics."""
+def train_step(run: "Run", step: int) -> dict:
+    """One optimizer step: the gradients of its rows, then AdamW. Returns its line of metrics."""
     import torch
 
-    config, accelerator, plan = run.config, run.accelerator, run.plan
-    learning_rate = learning_rate_at(step, plan.total_steps, config)
+    config = run.config
+    accelerator = run.accelerator
+
+    # The learning rate is a function of the step alone
+    learning_rate = learning_rate_at(step, run.plan.total_steps, config)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate
-    examples = [run.train_set.examples[i] for i in plan.rows(step)]
-    n_target_tokens = sum(example.n_target_tokens for example in examples)  # over all processes
+
+    # Forward and backward; the loss is divided by the target tokens of all processes
+    examples = [run.train_set.examples[i] for i in run.plan.rows(step)]
+    n_target_tokens = sum(example.n_target_tokens for example in examples)
     loss_sum = retry_on_oom(run, lambda: gradients(run, step, examples, n_target_tokens))
     if any(parameter.grad is None for parameter in run.parameters):
-        raise RunError(
-            "some LoRA weights get no gradient",
-            "use other --target_modules, or leave out --use_4bit and --use_8bit",
-        )
-    if (
-        accelerator.num_processes > 1 and run.wrapped is run.model
-    ):  # a split base has no DDP around it to do this
+        fix = "use other --target_modules, or leave out --use_4bit and --use_8bit"
+        raise RunError("some LoRA weights get no gradient", fix)
+    # A sharded base has no DDP around it to average the gradients
+    if accelerator.num_processes > 1 and run.wrapped is run.model:
         for parameter in run.parameters:
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
+
+    # Clip, check, step; the conversion to Python numbers is the only wait for a GPU
     run.scaler.unscale_(run.optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
-    loss, grad_norm = torch.stack(
-        (accelerator.reduce(loss_sum) / n_target_tokens, grad_norm)
-    ).tolist()  # the one wait for a GPU
+    mean_loss = accelerator.reduce(loss_sum) / n_target_tokens
+    loss, grad_norm = torch.stack((mean_loss, grad_norm)).tolist()
     check_finite(run, step, loss, grad_norm, examples)
-    run.scaler.step(run.optimizer)  # skipped where a float16 gradient overflowed
+    run.scaler.step(run.optimizer)  # skipped if a float16 gradient overflowed
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     return {
         "step": step + 1,
-        "epoch": step // plan.steps_per_epoch + 1,
+        "epoch": step // run.plan.steps_per_epoch + 1,
         "loss": loss,
         "learning_rate": learning_rate,
         "grad_norm": grad_norm if math.isfinite(grad_norm) else None,
@@ -147,154 +138,172 @@ def update(run: "Run", step: int) -> dict:
     }
 
 
-def train(config: TrainConfig) -> dict:
+def evaluate(run: "Run", examples: Sequence[Example]) -> float:
+    """Validation loss: cross-entropy in nats per target token over all `examples`, whatever the batch size and the
+    number of processes."""
+    import torch
+
+    accelerator = run.accelerator
+    ordered = sorted(examples, key=lambda example: example.n_tokens)
+    n_rows = run.progress.micro_batch_size * accelerator.num_processes
+    losses = []
+    run.model.eval()
+    with torch.no_grad():
+        for start in range(0, len(ordered), n_rows):
+            for batch, weight in run.batches(ordered[start : start + n_rows]):
+                losses.append(summed_loss(run.model, batch) * weight)
+            # Of several processes, all would have to leave at the same place
+            if accelerator.num_processes == 1:
+                stop_if_asked(run)
+    run.model.train()
+    local_sum = sum(torch.stack(losses).tolist())
+    total = accelerator.reduce(torch.tensor(local_sum, device=accelerator.device)).item()
+    loss = total / sum(example.n_target_tokens for example in examples)
+    if not math.isfinite(loss):
+        raise RunError(f"the validation loss is {loss}", advice_for_faults(run))
+    return loss
+
+
+# ------------------------------------------------------------------------------------------------ the loop
+
+
+def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = None) -> dict:
     """A whole run; returns what training_stats.json holds (with dry_run, what `dry_run` measured).
 
-    Raises InputError for what the user can fix, RunError where it cannot go on, Stopped after SIGTERM or Ctrl-C.
+    `on_step(run, metrics)` is called after each step. Raises InputError for what the user can fix, RunError if the run
+    cannot continue, Stopped after SIGTERM, SIGHUP or Ctrl-C.
     """
-    run = set_up(config)
+    # Checked before the slow imports: options, output folder, rows
+    rows, checkpoint = check_inputs(config)
+    from sft.training.run import set_up
+
+    run = set_up(config, rows)
+    log_plan(run)
     if config.dry_run:
         return dry_run(run)
-    progress, plan, say = run.progress, run.plan, run.say
+    begin(run, checkpoint)
+    progress = run.progress
     with noted_signals() as run.signals:
+        # What the base model can do, before the first step
         if progress.untrained_val_loss is None:
             progress.untrained_val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
-            say(f"Untrained Val Loss: {progress.untrained_val_loss:.4f}")
+            run.log(f"Untrained Val Loss: {progress.untrained_val_loss:.4f}")
 
-        while len(progress.epochs) < config.num_epochs and not progress.out_of_patience(
-            config.early_stopping_patience
-        ):
-            epoch = len(progress.epochs) + 1
-            say(f"\nEpoch {epoch}/{config.num_epochs}\n{'=' * 60}")
-            bar = ProgressBar(
-                plan.steps_per_epoch,
-                progress.step - (epoch - 1) * plan.steps_per_epoch,
-                not run.accelerator.is_main_process,
-            )
-            while progress.step < epoch * plan.steps_per_epoch:
-                seconds, metrics = timed(lambda: update(run, progress.step))
-                progress.add(metrics, seconds)
-                run.write_metrics(metrics)
-                bar.update(metrics["loss"], progress.n_tokens / progress.seconds)
-                if (
-                    config.save_steps
-                    and progress.step % config.save_steps == 0
-                    and progress.step % plan.steps_per_epoch
-                ):
-                    save_checkpoint(run, f"checkpoint_step_{progress.step}")
-                stop_if_asked(run)
-            bar.close()
+        while len(progress.epochs) < config.num_epochs:
+            if progress.out_of_patience(config.early_stopping_patience):
+                break
+            train_epoch(run, on_step)
+
+            # Validate, save
             val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
-            progress.end_epoch(
-                epoch,
-                val_loss,
-                learning_rate_at(progress.step - 1, plan.total_steps, config),
-                run.peak_memory_mb(),
-            )
-            say(
-                "Train Loss: {train_loss:.4f}\nVal Loss: {val_loss:.4f}\nLearning Rate: {learning_rate:.2e}".format(
-                    **progress.epochs[-1]
-                )
-            )
-            folder = save_checkpoint(run, f"checkpoint_epoch_{epoch}")
-            say(f"Saved checkpoint to {folder}")
+            learning_rate = learning_rate_at(progress.step - 1, run.plan.total_steps, config)
+            epoch = progress.end_epoch(val_loss, learning_rate, run.peak_memory_mb())
+            run.log(f"Train Loss: {epoch['train_loss']:.4f}")
+            run.log(f"Val Loss: {epoch['val_loss']:.4f}")
+            run.log(f"Learning Rate: {epoch['learning_rate']:.2e}")
+            folder = save_checkpoint(run, f"checkpoint_epoch_{epoch['epoch']}")
+            run.log(f"Saved checkpoint to {folder}")
             run.write_stats()
         finish(run)
     return run.stats()
 
 
-def dry_run(run: "Run") -> dict:
-    """Does the update with the largest forward pass, then a usual one and a validation, and says what the whole run would
-    take. The weights it changes are thrown away; nothing is written. Returns the numbers it says."""
-    config, plan, train_examples, val_examples = (
-        run.config,
-        run.plan,
-        run.train_set.examples,
-        run.val_set.examples,
-    )
-
-    def largest_pass(step: int) -> int:
-        examples = [train_examples[i] for i in plan.rows(step)]
-        passes = [
-            batch for process in range(plan.n_processes) for batch in run.micro_batches(examples, process)
-        ]
-        if run.padded:
-            return max(
-                len(batch) * max((example.n_tokens for example in batch), default=0) for batch in passes
-            )
-        return max(sum(example.n_tokens for example in batch) for batch in passes)
-
-    steps = sorted(range(plan.total_steps), key=largest_pass)
-    update(run, steps[-1])
-    update_seconds, metrics = timed(lambda: update(run, steps[len(steps) // 2]))
-    some_examples = sorted(val_examples, key=lambda example: example.n_tokens)[
-        :: max(1, len(val_examples) // config.batch_size)
-    ]
-    validation_seconds, _ = timed(lambda: retry_on_oom(run, lambda: evaluate(run, some_examples)))
-    validation_seconds *= sum(e.n_tokens for e in val_examples) / sum(e.n_tokens for e in some_examples)
-    epoch_seconds = update_seconds / metrics["n_tokens"] * sum(e.n_tokens for e in train_examples)
-    seconds = config.num_epochs * epoch_seconds + (config.num_epochs + 1) * validation_seconds
-    measured = {
-        "total_steps": plan.total_steps,
-        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
-        "micro_batch_size": run.progress.micro_batch_size,
-        "largest_forward_pass_tokens": largest_pass(steps[-1]),
-        "peak_memory_mb": run.peak_memory_mb(),
-        "seconds_per_update": update_seconds,
-        "tokens_per_second": metrics["n_tokens"] / update_seconds,
-        "estimated_seconds": seconds,
-    }
-    run.say(
-        "\nDry run: the data and the model can be used; nothing was written\n"
-        "  largest forward pass {largest_forward_pass_tokens:,} tokens: peak memory {peak_memory_mb:,.0f} MB\n"
-        "  a usual update takes {seconds_per_update:.1f} s ({tokens_per_second:,.0f} tokens/s)".format(
-            **measured
-        )
-    )
-    run.say(
-        f"  the whole run about {duration(seconds)}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations"
-    )
-    return measured
+def train_epoch(run: "Run", on_step: Callable[["Run", dict], None] | None) -> None:
+    """The steps of an epoch that are left, with checkpoints every --save_steps."""
+    progress = run.progress
+    plan = run.plan
+    save_steps = run.config.save_steps
+    epoch = len(progress.epochs) + 1
+    run.log(f"\nEpoch {epoch}/{run.config.num_epochs}\n{'=' * 60}")
+    n_done = progress.step - (epoch - 1) * plan.steps_per_epoch
+    bar = Progress(plan.steps_per_epoch, "step", done=n_done, scope=" in this epoch")
+    while progress.step < epoch * plan.steps_per_epoch:
+        seconds, metrics = timed(lambda: train_step(run, progress.step))
+        progress.add(metrics, seconds)
+        run.write_metrics(metrics)
+        tokens_per_second = progress.n_tokens / progress.seconds
+        bar.advance(f"loss {metrics['loss']:.3f}, {tokens_per_second:,.0f} tokens/s")
+        inside_epoch = progress.step % plan.steps_per_epoch
+        if save_steps and progress.step % save_steps == 0 and inside_epoch:
+            save_checkpoint(run, f"checkpoint_step_{progress.step}")
+        stop_if_asked(run)
+        if on_step:
+            on_step(run, metrics)
+    bar.close()
 
 
-# ------------------------------------------------------------------------------------------------ before the loop
-
-
-# ------------------------------------------------------------------------------------------------ after the loop
-
-
-def finish(run: Run) -> None:
+def finish(run: "Run") -> None:
     """Keeps the best epoch as final_model, draws the losses and says how the run went."""
+    progress = run.progress
     if run.accelerator.is_main_process:
-        run.progress.kept_epoch = promote_best_epoch(run.output_dir, run.progress.epochs)
+        progress.kept_epoch = promote_best_epoch(run.output_dir, progress.epochs)
         run.write_stats()
-        metrics = [json.loads(line) for line in (run.output_dir / "metrics.jsonl").read_text().splitlines()]
-        with disk_full_as_input_error(run.output_dir):
-            write_atomic(
-                run.output_dir / "loss_curve.png",
-                draw_losses(
-                    metrics, run.progress.untrained_val_loss, run.progress.epochs, run.plan.steps_per_epoch
-                ),
-            )
-    best = run.progress.epochs[run.progress.kept_epoch - 1]
-    lowest = "the lowest" if best is best_epoch(run.progress.epochs) else "the lowest that is whole,"
-    run.say("\nTraining completed!")
-    run.say(
-        f"Saved final model to {run.output_dir / 'final_model'} (epoch {best['epoch']}, {lowest} Val Loss: {best['val_loss']:.4f})"
-    )
-    for advice in advise(run.progress.untrained_val_loss, run.progress.epochs, run.progress.skipped_updates):
-        run.say(advice)
+        lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
+        metrics = [json.loads(line) for line in lines]
+        image = draw_losses(metrics, progress.untrained_val_loss, progress.epochs, run.plan.steps_per_epoch)
+        write_atomic(run.output_dir / "loss_curve.png", image)
+    kept = progress.epochs[progress.kept_epoch - 1]
+    is_lowest = kept["val_loss"] == min(epoch["val_loss"] for epoch in progress.epochs)
+    which = "the lowest" if is_lowest else "the lowest with a complete checkpoint,"
+    final_model = run.output_dir / "final_model"
+    run.log("\nTraining completed!")
+    run.log(f"Saved final model to {final_model} (epoch {kept['epoch']}, {which} Val Loss: {kept['val_loss']:.4f})")
+    for advice in advise(progress.untrained_val_loss, progress.epochs, progress.skipped_steps):
+        run.log(advice)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
 
 
-def main() -> None:
-    train(
-        parse_options(
-            TrainConfig,
-            "Trains a LoRA adapter on the factual rows of a CSV (Stage A, supervised fine-tuning).",
-        )
+def dry_run(run: "Run") -> dict:
+    """Does the step with the largest forward pass, then a typical one and a validation, and says what the whole run would
+    take. The weights it changes are thrown away; nothing is written. Returns the numbers it says."""
+    config = run.config
+    train_examples = run.train_set.examples
+    val_examples = run.val_set.examples
+
+    def largest_pass(step: int) -> int:
+        examples = [train_examples[i] for i in run.plan.rows(step)]
+        passes = [batch for process in range(run.plan.n_processes) for batch in run.micro_batches(examples, process)]
+        if run.packed:
+            return max(sum(example.n_tokens for example in batch) for batch in passes)
+        return max(len(batch) * max((example.n_tokens for example in batch), default=0) for batch in passes)
+
+    steps = sorted(range(run.plan.total_steps), key=largest_pass)
+    train_step(run, steps[-1])
+    step_seconds, metrics = timed(lambda: train_step(run, steps[len(steps) // 2]))
+
+    # A share of the validation rows, of all lengths
+    by_length = sorted(val_examples, key=lambda example: example.n_tokens)
+    sample = by_length[:: max(1, len(val_examples) // config.batch_size)]
+    val_seconds, _ = timed(lambda: retry_on_oom(run, lambda: evaluate(run, sample)))
+    val_seconds *= sum(e.n_tokens for e in val_examples) / sum(e.n_tokens for e in sample)
+
+    tokens_per_second = metrics["n_tokens"] / step_seconds
+    epoch_seconds = sum(example.n_tokens for example in train_examples) / tokens_per_second
+    measured = {
+        "total_steps": run.plan.total_steps,
+        "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
+        "micro_batch_size": run.progress.micro_batch_size,
+        "largest_forward_pass_tokens": largest_pass(steps[-1]),
+        "peak_memory_mb": run.peak_memory_mb(),
+        "seconds_per_step": step_seconds,
+        "tokens_per_second": tokens_per_second,
+        "estimated_seconds": config.num_epochs * epoch_seconds + (config.num_epochs + 1) * val_seconds,
+    }
+    total = duration(measured["estimated_seconds"])
+    run.log("\nDry run: the data and the model can be used; nothing was written")
+    run.log(
+        f"  largest forward pass: {measured['largest_forward_pass_tokens']:,} tokens, "
+        f"peak memory {measured['peak_memory_mb']:,.0f} MB"
     )
+    run.log(f"  a typical step takes {step_seconds:.1f} s ({tokens_per_second:,.0f} tokens/s)")
+    run.log(f"  the whole run about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations")
+    return measured
+
+
+def main() -> None:
+    description = "Trains a LoRA adapter on the factual rows of a CSV (Stage A, supervised fine-tuning)."
+    train(parse_options(TrainConfig, description))
 
 
 if __name__ == "__main__":

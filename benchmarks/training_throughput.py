@@ -649,27 +649,33 @@ def described(section: dict) -> list[str]:
 
 SETTINGS = f"""# Training throughput
 
-GeneratedSequence by `benchmarks/training_throughput.py`; the single measurements are in training_throughput.json.
+Written by `benchmarks/training_throughput.py`; the individual measurements are in
+training_throughput.json.
 
-![rows a second, and peak memory](training_throughput.png)
+![rows per second, and peak memory](training_throughput.png)
 
-The same for all: the bundled SmolLM2-135M-Instruct, the same rows in the same order as the same tokens, loss on the summary
-and its end token alone, LoRA (r={LORA["r"]}, alpha={LORA["lora_alpha"]}, {" and ".join(LORA["target_modules"])}), batches of {BATCH_SIZE} rows,
-AdamW at a constant learning rate of {LEARNING_RATE:g}, gradients clipped at norm 1, float32 on a CPU (bfloat16 weights and
-float32 LoRA on CUDA), the same number of threads. Each runs in its own process, one after another, in an order that turns
-with each alternation. Peak memory is the process's resident memory, start-up and model load included (on CUDA, the
-most memory allocated there). The floor is the time of the operations that a LoRA step cannot do without at the rate of a
-plain matrix product, measured in the same run; LoRA's own products, attention and elementwise work are not in it.
+The same for all: the bundled SmolLM2-135M-Instruct, the same rows in the same order as the same
+tokens, loss on the summary and its end token only, LoRA (r={LORA["r"]}, alpha={LORA["lora_alpha"]}, {" and ".join(LORA["target_modules"])}),
+batches of {BATCH_SIZE} rows, AdamW at a constant learning rate of {LEARNING_RATE:g}, gradients clipped at norm 1, float32
+on a CPU (bfloat16 weights and float32 LoRA on CUDA), the same number of threads. Each runs in its
+own process, one after another, in an order that rotates with each alternation. Peak memory is the
+process's resident memory, start-up and model loading included (on CUDA, the peak memory allocated
+there). The floor is the time of the operations that a LoRA step cannot do without, at the rate of a
+plain matrix product measured in the same run; LoRA's own products, attention and elementwise
+operations are not in it.
 
-TRL's default is SFTConfig as it comes (gradient checkpointing on; nothing padded but to the longest row of the batch), on the tokens and a
-completion mask, with these changes: bf16=False on a CPU (its default there is bfloat16 autocast), a sequential sampler, and a
-log line each step. TRL's best is the fastest of three: without gradient checkpointing; padding-free besides, which it
-recommends for FlashAttention alone but which is right with torch's attention too (its dense mask keeps the rows apart: the
-losses agree); or without checkpointing on rows sorted by length, the best that train_sampling_strategy="group_by_length"
-could do. packing=True puts other rows into a batch and needs the same dense mask.
+TRL's default is SFTConfig as it comes (gradient checkpointing on; padding only to the longest row
+of the batch), on the tokens and a completion mask, with these changes: bf16=False on a CPU (its
+default there is bfloat16 autocast), a sequential sampler, and a log line at each step. TRL's best
+is the fastest of three: without gradient checkpointing; the same and padding-free, which TRL
+recommends only with FlashAttention but which is also correct with torch's attention (its dense mask
+keeps the rows apart: the losses agree); or without checkpointing on rows sorted by length, the best
+that train_sampling_strategy="group_by_length" could do. packing=True puts other rows into a batch
+and needs the same dense mask.
 
-The losses are those of the first two steps (the second sees the first one's update). TRL's differ from the others' by some
-1e-5 on a CPU: it adds up the vocabulary in another order than torch's float32 cross-entropy, and is the nearer to float64.
+The losses are those of the first two steps (the second comes after the first one's weight update).
+TRL's differ from the others' by some 1e-5 on a CPU: it sums over the vocabulary in another order
+than torch's float32 cross-entropy, and is the closer of the two to float64.
 """
 
 

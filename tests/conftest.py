@@ -1,4 +1,4 @@
-"""Fixtures: folders with tiny models, short runs, specialists; no network; helpers that run the scripts."""
+"""Fixtures (folders with tiny models, short runs, specialists), a network that is off, and helpers that run the scripts."""
 
 import functools
 import json
@@ -16,12 +16,13 @@ from tiny import NOTES, tiny_model, tiny_tokenizer, write_csv
 ROOT = Path(__file__).resolve().parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 sys.path.insert(0, str(ROOT))
-# Started in the background or from cron, these arrive ignored, and the processes that tests start would inherit that
+
+# Tiny matrices: two threads only wait for each other
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+# In the background or from cron these arrive ignored, and the processes that tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
-os.environ.update(
-    HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1"
-)  # tiny matrices: two threads only wait for each other
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,9 @@ def no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+# ------------------------------------------------------------------------------------------------ files and models
 
 
 @pytest.fixture(scope="session")
@@ -51,21 +55,116 @@ def model_folder(tmp_path_factory):
     return make
 
 
-@pytest.fixture
-def csv_files(tmp_path):
+def write_csv_files(folder: Path) -> tuple[Path, Path]:
     """(training file with 11 factual and 1 hallucinated row, validation file with 3 rows)."""
     train = [(f"t{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES)]
     train.insert(1, ("t0-h", NOTES[0][0], "Influenza B with fever.", "hallucinated", "wrong_number"))
-    validation = [
-        (f"v{i}", f"Seen again. {note}", summary, "factual", "")
-        for i, (note, summary) in enumerate(NOTES[:3])
-    ]
-    return write_csv(tmp_path / "train.csv", train), write_csv(tmp_path / "val.csv", validation)
+    validation = [(f"v{i}", f"Seen again. {note}", summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:3])]
+    return write_csv(folder / "train.csv", train), write_csv(folder / "val.csv", validation)
 
 
-def run_python(
-    *arguments, stdin: str | None = None, timeout: float = 300, **environment
-) -> subprocess.CompletedProcess:
+@pytest.fixture
+def csv_files(tmp_path):
+    return write_csv_files(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ short runs
+
+
+def short_run(model: Path, csv_files: tuple[Path, Path], output_dir: Path, **options):
+    """The configuration of a run of six steps."""
+    from stage_a_sft_training import TrainConfig
+
+    values = {
+        "train_csv": str(csv_files[0]),
+        "val_csv": str(csv_files[1]),
+        "model_name": str(model),
+        "output_dir": str(output_dir),
+        "num_epochs": 2,
+        "batch_size": 4,
+        "lora_r": 4,
+        "lora_dropout": 0.1,
+        "learning_rate": 5e-3,
+        "max_length": 256,
+        "device": "cpu",
+    }
+    return TrainConfig(**{**values, **options})
+
+
+@pytest.fixture
+def configured(csv_files, model_folder, tmp_path):
+    """configured(output name, architecture, chat, **options): the configuration of a short run, not trained yet."""
+
+    def make(name: str = "out", architecture: str = "llama", chat: str = "chatml", **options):
+        return short_run(model_folder(architecture, chat), csv_files, tmp_path / name, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finished(model_folder, tmp_path_factory):
+    """finished(**options): a short run that was trained, once for all tests: read its folder, change nothing in it.
+
+    Its rows are those of `csv_files`, so a run of `configured` with the same options must end the same.
+    """
+    from stage_a_sft_training import train
+
+    made = {}
+
+    def make(**options):
+        key = json.dumps(options, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("finished")
+            made[key] = short_run(model_folder(), write_csv_files(folder), folder / "out", **options)
+            train(made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def adapters(model_folder, tmp_path_factory):
+    """adapters(architecture, chat, evidence): the final_model folder of a run that learns its rows by heart."""
+    from stage_a_sft_training import train
+
+    @functools.cache
+    def trained(architecture: str, chat: str, evidence: bool) -> Path:
+        folder = tmp_path_factory.mktemp("adapter")
+        mark = " [Evidence: S1; Conf: 0.95]" if evidence else ""
+        pairs = NOTES * (4 if evidence else 2)
+        rows = [(f"r{i}", note, f"{summary}{mark}", "factual", "") for i, (note, summary) in enumerate(pairs)]
+        path = write_csv(folder / "rows.csv", rows)
+        config = short_run(
+            model_folder(architecture, chat),
+            (path, path),
+            folder / "out",
+            num_epochs=12 if evidence else 2,
+            batch_size=8,
+            lora_r=16,
+            learning_rate=1e-2,
+            target_modules=["all-linear"],
+            lora_dropout=0.0,
+        )
+        train(config)
+        return folder / "out" / "final_model"
+
+    def make(architecture: str = "llama", chat: str = "chatml", evidence: bool = False) -> Path:
+        return trained(architecture, chat, evidence)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def specialist(adapters):
+    from sft_inference import SFTInference
+
+    return SFTInference(adapters(), device="cpu")
+
+
+# ------------------------------------------------------------------------------------------------ running the scripts
+
+
+def run_python(*arguments, stdin: str | None = None, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
     """A script of the toolkit as a user runs it, in a process of its own."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -78,89 +177,8 @@ def run_python(
     )
 
 
-@pytest.fixture(scope="session")
-def adapters(model_folder, tmp_path_factory):
-    """adapters(architecture, chat, **options): the final_model folder of a short run."""
-    from sft.options import TrainConfig
-    from stage_a_sft_training import train
-
-    made = {}
-
-    def make(architecture="llama", chat="chatml", evidence=False):
-        key = (architecture, chat, evidence)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("adapter")
-            rows = [
-                (f"r{i}", n, f"{s} [Evidence: S1; Conf: 0.95]" if evidence else s, "factual", "")
-                for i, (n, s) in enumerate(NOTES * (4 if evidence else 2))
-            ]
-            path = str(write_csv(folder / "rows.csv", rows))
-            train(
-                TrainConfig(
-                    train_csv=path,
-                    val_csv=path,
-                    model_name=str(model_folder(architecture, chat)),
-                    output_dir=str(folder / "out"),
-                    num_epochs=2 if not evidence else 12,
-                    learning_rate=1e-2,
-                    target_modules=["all-linear"],
-                    lora_dropout=0.0,
-                    max_length=256,
-                    device="cpu",
-                )
-            )
-            made[key] = folder / "out" / "final_model"
-        return made[key]
-
-    return make
-
-
-@pytest.fixture(scope="session")
-def specialist(adapters):
-    from sft_inference import SFTInference
-
-    return SFTInference(adapters(), device="cpu")
-
-
 def run_inference(*arguments, **options) -> subprocess.CompletedProcess:
     return run_python("sft_inference.py", "--device", "cpu", *arguments, **options)
-
-
-def assert_input_error(result: subprocess.CompletedProcess, *words: str) -> None:
-    """Exit status 2, at most two lines, no traceback, the given words in them."""
-    lines = result.stderr.strip().split("\n")
-    assert result.returncode == 2, result.stderr
-    assert "Traceback" not in result.stderr and result.stdout == ""
-    assert len(lines) <= 2 and lines[0].startswith("error: "), result.stderr
-    assert all(word in result.stderr for word in words), result.stderr
-
-
-@pytest.fixture
-def configured(csv_files, model_folder, tmp_path):
-    """configured(output name, **options): the configuration of a short run of a tiny model."""
-
-    def make(name: str = "out", architecture: str = "llama", chat: str = "chatml", **options):
-        from sft.options import TrainConfig
-
-        values = {
-            "num_epochs": 2,
-            "batch_size": 4,
-            "lora_r": 4,
-            "lora_dropout": 0.1,
-            "learning_rate": 5e-3,
-            "max_length": 256,
-            "device": "cpu",
-        }
-        paths = {
-            "train_csv": str(csv_files[0]),
-            "val_csv": str(csv_files[1]),
-            "output_dir": str(tmp_path / name),
-        }
-        return TrainConfig(
-            **{**paths, "model_name": str(model_folder(architecture, chat)), **values, **options}
-        )
-
-    return make
 
 
 def arguments_of(config) -> list[str]:
@@ -176,8 +194,24 @@ def arguments_of(config) -> list[str]:
     return arguments
 
 
+def wait_for_steps(output_dir: Path, n_steps: int, seconds: float = 120) -> None:
+    """Until a run in another process has done that many steps."""
+    metrics = output_dir / "metrics.jsonl"
+    deadline = time.monotonic() + seconds
+    while not metrics.is_file() or metrics.read_text().count("\n") < n_steps:
+        assert time.monotonic() < deadline, "the run makes no progress"
+        time.sleep(0.005)
+
+
+# ------------------------------------------------------------------------------------------------ what came out
+
+
 def metrics_of(config) -> list[dict]:
     return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def stats_of(config) -> dict:
+    return json.loads((Path(config.output_dir) / "training_stats.json").read_text())
 
 
 def adapter_of(folder) -> dict:
@@ -189,14 +223,28 @@ def adapter_of(folder) -> dict:
 def assert_same_adapter(one, two) -> None:
     import torch
 
-    first, second = adapter_of(one), adapter_of(two)
+    first = adapter_of(one)
+    second = adapter_of(two)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def wait_for_updates(output_dir: Path, updates: int, seconds: float = 120) -> None:
-    """Until a run in another process has done so many updates."""
-    metrics, end = output_dir / "metrics.jsonl", time.monotonic() + seconds
-    while not metrics.is_file() or metrics.read_text().count("\n") < updates:
-        assert time.monotonic() < end, "the run does not come forward"
-        time.sleep(0.005)
+def assert_same_run(config, reference) -> None:
+    """Adapter, metrics and losses of two runs, to the bit."""
+    assert metrics_of(config) == metrics_of(reference)
+    assert_same_adapter(f"{config.output_dir}/final_model", f"{reference.output_dir}/final_model")
+    losses = [
+        [(epoch["train_loss"], epoch["val_loss"]) for epoch in stats_of(run)["epochs"]] for run in (config, reference)
+    ]
+    assert losses[0] == losses[1]
+
+
+def assert_input_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """Exit status 2, at most two lines, no traceback, the given words in them."""
+    lines = result.stderr.strip().split("\n")
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    assert len(lines) <= 2, result.stderr
+    assert lines[0].startswith("error: "), result.stderr
+    assert all(word in result.stderr for word in words), result.stderr

@@ -1,4 +1,4 @@
-"""Going on after an interruption; checkpoints that are whole or do not count."""
+"""Resuming after an interruption; checkpoints that are complete or do not count; folders of older versions."""
 
 import json
 import shutil
@@ -7,51 +7,56 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, arguments_of, assert_same_adapter, metrics_of, wait_for_updates
+import torch
+from conftest import ROOT, arguments_of, assert_same_adapter, assert_same_run, metrics_of, stats_of, wait_for_steps
 
 import stage_a_sft_training as training
 from sft.cli import InputError
+from sft.files import FORMAT_VERSION, write_checksums
 from sft.training.checkpoint import newest_checkpoint
-from stage_a_sft_training import train
+from stage_a_sft_training import TrainConfig, train
 
-# ------------------------------------------------------------------------------------------------ going on
+# ------------------------------------------------------------------------------------------------ resuming
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
-def test_a_resumed_run_is_the_uninterrupted_one(configured, monkeypatch, tmp_path, stop_after):
-    """Killed after any update, resumed from the newest checkpoint: adapter, metrics and losses to the bit."""
+def test_a_resumed_run_is_the_uninterrupted_one(configured, finished, stop_after):
+    """Killed after any step, resumed from the newest checkpoint: adapter, metrics and losses to the bit."""
     options = {"save_steps": 2, "lora_dropout": 0.3, "gradient_accumulation_steps": 2, "batch_size": 2}
-    whole = configured("whole", **options)
-    stats = train(whole)
-    real_update = training.update
 
-    def killed(run, step):
-        if step == stop_after:
+    def kill(run, metrics):
+        if metrics["step"] == stop_after:
             raise KeyboardInterrupt
-        return real_update(run, step)
 
-    config = configured("part", **options)
-    monkeypatch.setattr(training, "update", killed)
     with pytest.raises(KeyboardInterrupt):
-        train(config)
-    monkeypatch.setattr(training, "update", real_update)
-    resumed = train(configured("part", **options, resume=True))
-    assert_same_adapter(tmp_path / "whole" / "final_model", tmp_path / "part" / "final_model")
-    assert metrics_of(config) == metrics_of(whole)
-    assert [epoch["train_loss"] for epoch in resumed["epochs"]] == [
-        epoch["train_loss"] for epoch in stats["epochs"]
-    ]
+        train(configured(**options), on_step=kill)
+    train(configured(**options, resume=True))
+    assert_same_run(configured(), finished(**options))
 
 
-def test_a_finished_run_goes_on_for_more_epochs(configured):
+@pytest.mark.parametrize("steps_done", [3, 9, 21])
+def test_a_process_killed_at_any_moment_resumes_to_the_same_end(configured, finished, steps_done):
+    """SIGKILL once that many steps are done; benchmarks/kill_training.py kills at random moments."""
+    options = {"num_epochs": 8, "save_steps": 2, "batch_size": 3}
+    config = configured(**options)
+    process = subprocess.Popen(
+        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    wait_for_steps(Path(config.output_dir), steps_done)
+    process.kill()
+    process.communicate()
+    train(configured(**options, resume=True))
+    assert_same_run(config, finished(**options))
+
+
+def test_a_finished_run_continues_for_more_epochs(configured, finished):
     train(configured(num_epochs=1, lr_scheduler="constant"))
-    train(configured("whole", lr_scheduler="constant"))
     stats = train(configured(resume=True, lr_scheduler="constant"))
     assert [epoch["epoch"] for epoch in stats["epochs"]] == [1, 2]
-    assert_same_adapter(
-        f"{configured().output_dir}/checkpoint_epoch_2",
-        f"{configured('whole').output_dir}/checkpoint_epoch_2",
-    )
+    assert_same_run(configured(), finished(lr_scheduler="constant"))
 
 
 def test_changed_data_is_not_resumed_and_moved_data_is(configured, csv_files, tmp_path):
@@ -64,10 +69,30 @@ def test_changed_data_is_not_resumed_and_moved_data_is(configured, csv_files, tm
         train(configured(num_epochs=3, resume=True, train_csv=str(moved)))
 
 
-def test_fewer_epochs_are_refused(configured):
-    train(configured())
+def test_fewer_epochs_are_refused(configured, copied):
     with pytest.raises(InputError, match="in epoch 2 already"):
-        train(configured(num_epochs=1, resume=True))
+        train(configured(num_epochs=1, resume=True, output_dir=str(copied())))
+
+
+def test_lost_metrics_lose_no_run(configured, tmp_path):
+    train(configured(num_epochs=1, lr_scheduler="constant"))
+    (tmp_path / "out" / "metrics.jsonl").write_bytes(b"\xff cut")
+    train(configured(resume=True, lr_scheduler="constant"))
+    assert [line["step"] for line in metrics_of(configured())] == [4, 5, 6]
+    assert (tmp_path / "out" / "loss_curve.png").exists()
+
+
+# ------------------------------------------------------------------------------------------------ damage
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied(**options): the output folder of a finished run, copied for one test to damage."""
+
+    def make(**options) -> Path:
+        return shutil.copytree(finished(**options).output_dir, tmp_path / "out")
+
+    return make
 
 
 def truncate(file):
@@ -81,65 +106,50 @@ def flip_a_bit(file):
 
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
-def test_a_torn_checkpoint_is_left_out(configured, tmp_path, capfd, damage):
-    """Every file of the newest checkpoint in turn; the run goes on from the one before and ends as it would have."""
+def test_an_incomplete_checkpoint_is_skipped(configured, finished, copied, capfd, damage):
+    """Every file of the newest checkpoint in turn; the run continues from the one before and ends as it would have."""
     config = configured()
-    train(config)
-    out, whole = tmp_path / "out", tmp_path / "whole"
-    shutil.copytree(out, whole)
+    out = copied()
+    intact = Path(finished().output_dir) / "checkpoint_epoch_2"
     newest = out / "checkpoint_epoch_2"
-    files = sorted(path.name for path in newest.iterdir())
-    assert {"adapter_model.safetensors", "training_state.pt", "sft_config.json", "SHA256SUMS"} <= set(files)
-    for name in files:
+    names = sorted(path.name for path in newest.iterdir())
+    assert {"adapter_model.safetensors", "training_state.pt", "sft_config.json", "SHA256SUMS"} <= set(names)
+    for name in names:
         damage(newest / name)
         capfd.readouterr()
-        assert newest_checkpoint(out) == out / "checkpoint_epoch_1"
-        said = capfd.readouterr().err
-        assert (
-            said.count("\n") == 1
-            and "checkpoint_epoch_2 is not whole" in said
-            and (name in said or name == "SHA256SUMS")
-        )
-        shutil.copy(whole / "checkpoint_epoch_2" / name, newest / name)
-    assert newest_checkpoint(out) == newest
+        assert newest_checkpoint(config) == out / "checkpoint_epoch_1"
+        logged = capfd.readouterr().err
+        assert logged.count("\n") == 1
+        assert "checkpoint_epoch_2 is incomplete and skipped" in logged
+        assert name in logged
+        shutil.copy(intact / name, newest / name)
+    assert newest_checkpoint(config) == newest
+
+    # Resuming does the lost epoch again, and clears what a killed run left
     damage(newest / "adapter_model.safetensors")
-    (out / ".checkpoint_step_9.123").mkdir()  # of a killed run
+    (out / ".checkpoint_step_9.123").mkdir()
     train(configured(resume=True))
-    assert_same_adapter(out / "final_model", whole / "final_model")
-    assert metrics_of(config) == [
-        json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()
-    ]
+    assert_same_run(config, finished())
     assert not list(out.glob(".checkpoint*"))
+
     for folder in ("checkpoint_epoch_1", "checkpoint_epoch_2"):
         damage(out / folder / "training_state.pt")
-    with pytest.raises(InputError, match="no whole checkpoint"):
+    with pytest.raises(InputError, match="no complete checkpoint"):
         train(configured(resume=True))
 
 
-def test_a_checkpoint_that_was_being_replaced_is_put_back(configured, tmp_path):
-    train(configured(num_epochs=1))
-    folder = tmp_path / "out" / "checkpoint_epoch_1"
-    folder.rename(tmp_path / "out" / ".checkpoint_epoch_1.old")
-    assert newest_checkpoint(tmp_path / "out") == folder
+def test_a_checkpoint_that_was_being_replaced_is_put_back(configured, copied):
+    out = copied()
+    folder = out / "checkpoint_epoch_2"
+    folder.rename(out / ".checkpoint_epoch_2.old")
+    assert newest_checkpoint(configured()) == folder
 
 
-def test_lost_metrics_lose_no_run(configured, tmp_path):
-    train(configured(num_epochs=1, lr_scheduler="constant"))
-    (tmp_path / "out" / "metrics.jsonl").write_bytes(b"\xff torn")
-    train(configured(resume=True, lr_scheduler="constant"))
-    assert [line["step"] for line in metrics_of(configured())] == [4, 5, 6]
-    assert (tmp_path / "out" / "loss_curve.png").exists()
-
-
-def test_the_sums_are_those_of_sha256sum(configured, tmp_path):
-    train(configured(num_epochs=1))
+def test_checksums_are_those_of_sha256sum(finished):
+    out = Path(finished().output_dir)
     for folder in ("checkpoint_epoch_1", "final_model"):
-        subprocess.run(
-            ["sha256sum", "--check", "--strict", "SHA256SUMS"],
-            cwd=tmp_path / "out" / folder,
-            check=True,
-            capture_output=True,
-        )
+        command = ["sha256sum", "--check", "--strict", "SHA256SUMS"]
+        subprocess.run(command, cwd=out / folder, check=True, capture_output=True)
 
 
 def test_a_damaged_best_epoch_is_replaced_by_the_next_best(configured, monkeypatch, tmp_path):
@@ -161,54 +171,108 @@ def test_needless_checkpoints_go_once_the_new_one_is_safe(configured, monkeypatc
     monkeypatch.setattr(training, "evaluate", lambda run, examples: next(losses))
     stats = train(configured(num_epochs=5, keep_checkpoints=2, save_steps=2))
     left = {path.name for path in (tmp_path / "out").glob("checkpoint_*")}
-    assert (
-        left == {"checkpoint_epoch_2", "checkpoint_epoch_4", "checkpoint_epoch_5"}
-        and stats["kept_epoch"] == 2
-    )
+    assert left == {"checkpoint_epoch_2", "checkpoint_epoch_4", "checkpoint_epoch_5"}
+    assert stats["kept_epoch"] == 2
 
 
-@pytest.mark.parametrize("resume_at", [3, 9, 21])
-def test_a_process_killed_at_any_moment_goes_on_to_the_same_end(configured, tmp_path, resume_at):
-    """SIGKILL once so many updates are done; see benchmarks/kill_training.py for random moments."""
-    options = {"num_epochs": 8, "save_steps": 2, "batch_size": 3}
-    if not (tmp_path / "whole").exists():
-        train(configured("whole", **options))
-    config = configured("part", **options)
-    process = subprocess.Popen(
-        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    wait_for_updates(tmp_path / "part", resume_at)
-    process.kill()
-    process.communicate()
-    train(configured("part", **options, resume=True))
-    assert metrics_of(config) == metrics_of(configured("whole"))
-    assert_same_adapter(tmp_path / "whole" / "final_model", tmp_path / "part" / "final_model")
+# ------------------------------------------------------------------------------------------------ other runs, other versions
 
 
-def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(configured, tmp_path):
-    train(configured(num_epochs=1))
+def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(configured, copied, tmp_path):
+    out = copied()
     with pytest.raises(InputError, match=r"learning_rate was 0\.005, is 0\.1"):
         train(configured(resume=True, learning_rate=0.1))
     with pytest.raises(InputError, match="holds an earlier run"):
         train(configured())
-    (tmp_path / "out" / "mine.txt").write_text("not of the toolkit")
+
+    # --overwrite removes what a run wrote, and nothing else
+    (out / "mine.txt").write_text("not from the toolkit")
+    (out / "sft_tracker").mkdir()
     train(configured(overwrite=True, num_epochs=1))
-    assert (tmp_path / "out" / "mine.txt").exists()
-    (tmp_path / "out" / "sft_tracker").mkdir()
-    train(configured(overwrite=True, num_epochs=1))
-    assert not (tmp_path / "out" / "sft_tracker").exists()
+    assert (out / "mine.txt").exists()
+    assert not (out / "sft_tracker").exists()
+    assert not (out / "checkpoint_epoch_2").exists()
+
+    # A file of that name, but not from the toolkit
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "metrics.jsonl").write_text(
-        '{"mine": 1}\n'
-    )  # not of the toolkit, though of the name
+    (tmp_path / "other" / "metrics.jsonl").write_text('{"mine": 1}\n')
     with pytest.raises(InputError, match="is not empty"):
         train(configured("other"))
     assert (tmp_path / "other" / "metrics.jsonl").exists()
-    (tmp_path / "other" / "mine.txt").write_text("not of the toolkit")
+    (tmp_path / "other" / "mine.txt").write_text("not from the toolkit")
     with pytest.raises(InputError, match="is not empty"):
         train(configured("other"))
     with pytest.raises(InputError, match="no checkpoint"):
         train(configured("other", resume=True))
+
+
+def test_an_option_of_a_later_version_counts_as_its_default(configured, copied):
+    """A checkpoint that a version without --warmup_ratio wrote resumes with its default, and with no other value."""
+    out = copied(num_epochs=1)
+    folder = out / "checkpoint_epoch_1"
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    del state["fingerprint"]["warmup_ratio"]
+    torch.save(state, folder / "training_state.pt")
+    write_checksums(folder)
+    with pytest.raises(InputError, match=r"warmup_ratio was 0\.03, is 0\.1"):
+        train(configured(resume=True, warmup_ratio=0.1))
+    assert len(train(configured(resume=True))["epochs"]) == 2
+
+
+def test_a_newer_version_is_refused(configured, copied):
+    from sft_inference import read_adapter_folder
+
+    out = copied(num_epochs=1)
+    for folder in (out / "checkpoint_epoch_1", out / "final_model"):
+        sft_config = json.loads((folder / "sft_config.json").read_text())
+        assert sft_config["format_version"] == FORMAT_VERSION
+        sft_config["format_version"] = FORMAT_VERSION + 1
+        (folder / "sft_config.json").write_text(json.dumps(sft_config))
+        write_checksums(folder)
+    newer = f"format {FORMAT_VERSION + 1}, known up to {FORMAT_VERSION}"
+    with pytest.raises(InputError, match=newer):
+        train(configured(resume=True))
+    with pytest.raises(InputError, match=newer):
+        read_adapter_folder(out / "final_model")
+
+
+FORMAT_1 = Path("tests") / "fixtures" / "format_1"  # a model of 9,184 weights, trained for an epoch by 18a780b
+
+
+def test_a_run_of_format_1_resumes_as_it_would_have_then(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    out = shutil.copytree(FORMAT_1 / "run", tmp_path / "out")
+    config = TrainConfig(
+        train_csv=str(FORMAT_1 / "train.csv"),
+        val_csv=str(FORMAT_1 / "val.csv"),
+        model_name=str(FORMAT_1 / "base"),
+        output_dir=str(out),
+        num_epochs=2,
+        batch_size=4,
+        lora_r=2,
+        lora_alpha=4,
+        learning_rate=5e-2,
+        lr_scheduler="constant",
+        max_length=192,
+        device="cpu",
+        lora_dropout=0.1,
+        resume=True,
+    )
+    train(config)
+    expected = json.loads((FORMAT_1 / "expected.json").read_text())
+    for line, expected_line in zip(metrics_of(config), expected["resumed_metrics"], strict=True):
+        assert line == pytest.approx(expected_line, rel=1e-4)
+    losses = [epoch["val_loss"] for epoch in stats_of(config)["epochs"]]
+    assert losses == pytest.approx(expected["resumed_val_losses"], rel=1e-5)
+
+
+def test_an_adapter_of_format_1_writes_what_it_wrote_then(monkeypatch):
+    from tiny import NOTES
+
+    from sft_inference import SFTInference
+
+    monkeypatch.chdir(ROOT)
+    inference = SFTInference(FORMAT_1 / "run" / "final_model", device="cpu")
+    results = inference.generate_batch([note for note, _ in NOTES[:3]], 12)
+    expected = json.loads((FORMAT_1 / "expected.json").read_text())["summaries"]
+    assert [result["generated_summary"] for result in results] == expected

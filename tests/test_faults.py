@@ -1,4 +1,4 @@
-"""Signals, too little memory, numbers that are not finite, full disks, several processes."""
+"""Signals, out of memory, losses that are not finite, full disks, several processes."""
 
 import errno
 import json
@@ -17,10 +17,22 @@ from conftest import (
     ROOT,
     adapter_of,
     arguments_of,
+    assert_same_run,
+    metrics_of,
+    run_python,
+    short_run,
+    stats_of,
+    wait_for_steps,
+    write_csv_files,
+)
+    ROOT,
+    adapter_of,
+    arguments_of,
     assert_same_adapter,
     metrics_of,
     run_python,
-    wait_for_updates,
+    wait_for_steps,
+    write_csv_files,
 )
 from tiny import NOTES
 
@@ -41,7 +53,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, monkeypatch, tmp_pa
         return real_loss(model, batch) * (float("nan") if len(calls) == 4 and model.training else 1)
 
     monkeypatch.setattr(training, "summed_loss", loss)
-    with pytest.raises(RunError, match=r"update 4: loss nan.*ids t[\s\S]*learning_rate") as error:
+    with pytest.raises(RunError, match=r"step 4: loss nan.*ids t[\s\S]*learning_rate") as error:
         train(configured())
     assert "checkpoint_epoch_1" in str(error.value)
     assert all(
@@ -57,7 +69,7 @@ def test_float16_overflow_skips_the_update_and_is_counted(configured, monkeypatc
         lambda *arguments, **options: real(*arguments, **options, init_scale=2.0**40, growth_interval=1000),
     )
     stats = train(configured(dtype="float16", num_epochs=12))
-    assert 0 < stats["skipped_updates"] < 36
+    assert 0 < stats["skipped_steps"] < 36
     assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
 
 
@@ -82,8 +94,8 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(configured, monkeypa
 # ------------------------------------------------------------------------------------------------ signals
 
 
-def started(config, updates: int) -> subprocess.Popen:
-    """The script in a process of its own, once it has done so many updates."""
+def started(config, n_steps: int) -> subprocess.Popen:
+    """The script in a process of its own, once it has done that many steps."""
     process = subprocess.Popen(
         [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
         cwd=ROOT,
@@ -91,45 +103,44 @@ def started(config, updates: int) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
     )
-    wait_for_updates(Path(config.output_dir), updates)
+    wait_for_steps(Path(config.output_dir), n_steps)
     return process
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_the_run_goes_on_where_it_was(configured, tmp_path, number, status):
+def test_a_signal_saves_and_the_run_resumes(configured, finished, number, status):
     options = {"num_epochs": 8, "batch_size": 3}
-    process = started(configured("part", **options), updates=5)
+    process = started(configured("part", **options), n_steps=5)
     process.send_signal(number)
     out, said = process.communicate(timeout=60)
-    assert process.returncode == status and out == "" and "Traceback" not in said
-    assert re.search(r"stopped after update \d+ of 32; saved to .*checkpoint_step_\d+\n.*--resume", said)
+    assert process.returncode == status
+    assert out == ""
+    assert "Traceback" not in said
+    assert re.search(r"stopped after step \d+ of 32; saved to .*checkpoint_step_\d+\n.*--resume", said)
     train(configured("part", **options, resume=True))
-    train(configured("whole", **options))
-    assert metrics_of(configured("part")) == metrics_of(configured("whole"))
-    assert_same_adapter(tmp_path / "part" / "final_model", tmp_path / "whole" / "final_model")
+    assert_same_run(configured("part"), finished(**options))
 
 
-def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(configured, tmp_path):
+def test_a_terminal_that_is_gone_does_not_keep_a_run_from_saving(configured):
     """As with `... 2>&1 | tee log` and Ctrl-C: the reader of the messages dies of the same signal."""
     config = configured("part", num_epochs=8, batch_size=3)
-    process = started(config, updates=3)
+    process = started(config, n_steps=3)
     process.stderr.close()
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
-    assert newest_checkpoint(tmp_path / "part").name.startswith("checkpoint_")
+    assert newest_checkpoint(config).name.startswith("checkpoint_")
 
 
-def test_a_second_interrupt_stops_at_once_and_harms_nothing(configured, tmp_path):
+def test_a_second_interrupt_stops_at_once_and_harms_nothing(configured, finished):
     options = {"num_epochs": 8, "batch_size": 3, "save_steps": 2}
-    process = started(configured("part", **options), updates=9)
+    process = started(configured("part", **options), n_steps=9)
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.001)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
     train(configured("part", **options, resume=True))
-    train(configured("whole", **options))
-    assert_same_adapter(tmp_path / "part" / "final_model", tmp_path / "whole" / "final_model")
+    assert_same_run(configured("part"), finished(**options))
 
 
 def test_the_first_signal_is_noted_and_the_second_raised(capfd):
@@ -143,7 +154,7 @@ def test_the_first_signal_is_noted_and_the_second_raised(capfd):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_signal_during_validation_saves_too(configured, monkeypatch, tmp_path):
+def test_a_signal_during_validation_saves_too(configured, finished, monkeypatch):
     """The validation is done again, and the epoch counted once."""
     real_loss = training.summed_loss
 
@@ -153,12 +164,11 @@ def test_a_signal_during_validation_saves_too(configured, monkeypatch, tmp_path)
         return real_loss(model, batch)
 
     monkeypatch.setattr(training, "summed_loss", loss)
-    with pytest.raises(Stopped, match="after update 3 of 6; saved"):
+    with pytest.raises(Stopped, match="after step 3 of 6; saved"):
         train(configured())
     monkeypatch.setattr(training, "summed_loss", real_loss)
-    stats, whole = train(configured(resume=True)), train(configured("whole"))
-    assert [e["val_loss"] for e in stats["epochs"]] == [e["val_loss"] for e in whole["epochs"]]
-    assert_same_adapter(tmp_path / "out" / "final_model", tmp_path / "whole" / "final_model")
+    train(configured(resume=True))
+    assert_same_run(configured(), finished())
 
 
 # ------------------------------------------------------------------------------------------------ memory and disk
@@ -166,10 +176,10 @@ def test_a_signal_during_validation_saves_too(configured, monkeypatch, tmp_path)
 
 @pytest.mark.parametrize("fits, batch_size", [(1, 4), (2, 7)])
 def test_out_of_memory_halves_the_forward_pass_and_keeps_the_losses(
-    configured, monkeypatch, capfd, tmp_path, fits, batch_size
+    configured, finished, monkeypatch, capfd, fits, batch_size
 ):
     options = {"lora_dropout": 0.0, "batch_size": batch_size}
-    train(configured("whole", **options))
+    reference = metrics_of(finished(**options))
     real_loss = training.summed_loss
 
     def loss(model, batch):
@@ -182,7 +192,7 @@ def test_out_of_memory_halves_the_forward_pass_and_keeps_the_losses(
     assert capfd.readouterr().err.count("out of memory with") == 2  # 4 -> 2 -> 1, 7 -> 4 -> 2
     for key in ("loss", "grad_norm", "n_examples"):
         assert [line[key] for line in metrics_of(configured("out"))] == pytest.approx(
-            [line[key] for line in metrics_of(configured("whole"))], rel=1e-3
+            [line[key] for line in reference], rel=1e-3
         )
     train(configured("out", **{**options, "num_epochs": 3}, resume=True))
     assert "out of memory" not in capfd.readouterr().err  # a resumed run knows
@@ -199,7 +209,7 @@ def test_memory_too_small_for_one_row_is_said_in_two_lines(configured, monkeypat
         train(configured())
 
 
-def test_a_full_disk_leaves_the_earlier_checkpoint(configured, monkeypatch, tmp_path):
+def test_a_full_disk_leaves_the_earlier_checkpoint(configured, finished, tmp_path):
     """On a disk of 1.5 MB: the second checkpoint does not fit. Once there is space the run goes on to the same end."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -213,25 +223,26 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(configured, monkeypatch, tmp_
         assert result.returncode == 2 and "Traceback" not in result.stderr
         error, fix = result.stderr.strip().split("\n")[-2:]
         assert "the disk is full" in error and "free some space" in fix
-        assert newest_checkpoint(disk / "out")
+        assert newest_checkpoint(configured("disk/out"))
         subprocess.run(["mount", "-o", "remount,size=64m", disk], check=True)
         train(configured("disk/out", **options, resume=True))
-        train(configured("whole", **options))
-        assert metrics_of(configured("disk/out")) == metrics_of(configured("whole"))
-        assert_same_adapter(disk / "out" / "final_model", tmp_path / "whole" / "final_model")
+        assert_same_run(configured("disk/out"), finished(**options))
     finally:
         subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("n", range(1, 12, 2))
-def test_a_write_that_fails_half_way_leaves_the_earlier_checkpoint(configured, monkeypatch, tmp_path, n):
-    """The n-th fsync after the first checkpoint finds the disk full."""
-    real, calls = os.fsync, []
+def test_a_write_that_fails_half_way_leaves_the_earlier_checkpoint(
+    configured, finished, monkeypatch, tmp_path, n
+):
+    """The n-th fsync after the first epoch is saved finds the disk full."""
+    real = os.fsync
+    calls = []
 
     def fsync(descriptor):
-        if (tmp_path / "out" / "checkpoint_epoch_1").exists():
+        if (tmp_path / "out" / "training_stats.json").exists():
             calls.append(1)
-            if len(calls) >= n + 2:  # two belong to the first checkpoint's folder and the statistics
+            if len(calls) >= n:
                 raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
@@ -240,8 +251,7 @@ def test_a_write_that_fails_half_way_leaves_the_earlier_checkpoint(configured, m
         train(configured())
     monkeypatch.setattr(os, "fsync", real)
     train(configured(resume=True))
-    train(configured("whole"))
-    assert_same_adapter(tmp_path / "out" / "final_model", tmp_path / "whole" / "final_model")
+    assert_same_run(configured(), finished())
 
 
 # ------------------------------------------------------------------------------------------------ trying out
@@ -255,7 +265,7 @@ def test_a_dry_run_measures_and_writes_nothing(configured, capfd, tmp_path):
         measured["total_steps"] == 6 and measured["peak_memory_mb"] > 50 and measured["estimated_seconds"] > 0
     )
     said = capfd.readouterr().err
-    assert "nothing was written" in said and "parameters train" in said and "Plan: 6 updates" in said
+    assert "nothing was written" in said and " parameters (" in said and "Plan: 6 steps" in said
 
 
 def test_a_tracker_gets_numbers_alone(configured, tmp_path):
@@ -282,52 +292,57 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     "launcher, accumulation, options",
     [("torchrun", 1, {"shard_base": True, "gradient_checkpointing": True}), ("accelerate", 2, {})],
 )
-def test_two_processes_equal_one(configured, tmp_path, launcher, accumulation, options):
-    """Over gloo, with DDP or with the base split by FSDP: two processes have the losses of one with the same rows in an update, the short last group of 11
-    rows included."""
-    one = configured("one", batch_size=8, lora_dropout=0.0)
-    train(one)
+def test_two_processes_equal_one(configured, finished, launcher, accumulation, options):
+    """Over gloo, with DDP or with the base split by FSDP: two processes have the losses of one with the same rows in a
+    step, the short last group of 11 rows included."""
+    one = finished(batch_size=8, lora_dropout=0.0)
     two = configured(
-        "two",
-        batch_size=4 // accumulation,
-        gradient_accumulation_steps=accumulation,
-        lora_dropout=0.0,
-        **options,
+        batch_size=4 // accumulation, gradient_accumulation_steps=accumulation, lora_dropout=0.0, **options
     )
     result = run_python(*LAUNCHERS[launcher], "stage_a_sft_training.py", *arguments_of(two), **ONE_THREAD)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("Training completed!") == 1
     for key in ("loss", "grad_norm", "n_examples", "n_target_tokens"):
-        assert [line[key] for line in metrics_of(two)] == pytest.approx(
-            [line[key] for line in metrics_of(one)], rel=1e-3
-        )
-    stats = [json.loads((tmp_path / name / "training_stats.json").read_text()) for name in ("one", "two")]
-    assert [e["val_loss"] for e in stats[0]["epochs"]] == pytest.approx(
-        [e["val_loss"] for e in stats[1]["epochs"]], rel=1e-4
-    )
+        expected = [line[key] for line in metrics_of(one)]
+        assert [line[key] for line in metrics_of(two)] == pytest.approx(expected, rel=1e-3)
+    expected = [epoch["val_loss"] for epoch in stats_of(one)["epochs"]]
+    assert [epoch["val_loss"] for epoch in stats_of(two)["epochs"]] == pytest.approx(expected, rel=1e-4)
+
+
+TWO_PROCESSES = {"num_epochs": 12, "save_steps": 2, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def finished_by_two(model_folder, tmp_path_factory):
+    """An uninterrupted run of two processes (dropout depends on the process, so one process ends elsewhere)."""
+    folder = tmp_path_factory.mktemp("two")
+    config = short_run(model_folder(), write_csv_files(folder), folder / "out", **TWO_PROCESSES)
+    result = run_python(*LAUNCHERS["torchrun"], "stage_a_sft_training.py", *arguments_of(config), **ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    return config
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_the_end_of_one_process_ends_all_and_the_run_goes_on(configured, tmp_path, number):
-    """One of two processes is killed, or told to stop; what is saved is whole, and resuming leads to the same end."""
-    options = {"num_epochs": 12, "save_steps": 2, "batch_size": 2}
-    config, launch = (
-        configured("part", **options),
-        [sys.executable, *LAUNCHERS["torchrun"], "stage_a_sft_training.py"],
-    )
-    environment = {**os.environ, **ONE_THREAD}
+def test_the_end_of_one_process_ends_all_and_the_run_resumes(configured, finished_by_two, number):
+    """One of two processes is killed, or told to stop; what is saved is complete, and resuming leads to the same end."""
+    config = configured(**TWO_PROCESSES)
+    script = [*LAUNCHERS["torchrun"], "stage_a_sft_training.py"]
     process = subprocess.Popen(
-        [*launch, *arguments_of(config)], cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, *script, *arguments_of(config)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **ONE_THREAD},
     )
-    wait_for_updates(tmp_path / "part", 5)
+    wait_for_steps(Path(config.output_dir), 5)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[1]), number)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode != 0 and not Path(f"/proc/{workers[0]}").exists()
+    _, logged = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert not Path(f"/proc/{workers[0]}").exists()
     if number == signal.SIGTERM:
-        assert "saved to" in said
-    for output, more in (("part", {"resume": True}), ("whole", {})):
-        result = run_python(*launch[1:], *arguments_of(configured(output, **options, **more)), **ONE_THREAD)
-        assert result.returncode == 0, result.stderr
-    assert metrics_of(configured("part")) == metrics_of(configured("whole"))
-    assert_same_adapter(tmp_path / "part" / "final_model", tmp_path / "whole" / "final_model")
+        assert "saved to" in logged
+    resumed = configured(**TWO_PROCESSES, resume=True)
+    result = run_python(*script, *arguments_of(resumed), **ONE_THREAD)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(config, finished_by_two)

@@ -1,0 +1,193 @@
+"""Errors and exit codes, standard streams, signals, progress, words."""
+
+import errno
+import io
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+from sft.cli import (
+    InputError,
+    Progress,
+    is_disk_full,
+    is_out_of_memory,
+    noted_signals,
+    on_main_process,
+    plural,
+    preview_list,
+    processes,
+    safe_id,
+)
+
+# ------------------------------------------------------------------------------------------------ exit codes and streams
+
+
+@pytest.mark.parametrize(
+    "code, environment, status, stdout, stderr",
+    [
+        ("print('38\u00b0')", {"PYTHONIOENCODING": "ascii"}, 0, "38\\xb0\n", ""),
+        ("print(len(input()))", {"PYTHONIOENCODING": "utf-8:strict"}, 0, "5\n", ""),
+        ("raise InputError('bad', 'do this')", {}, 2, "", "error: bad\nfix:   do this\n"),
+        ("raise RunError('failed')", {}, 1, "", "error: failed\n"),
+        ("raise Stopped(15, 'stopped')", {}, 143, "", "stopped\n"),
+        ("raise KeyboardInterrupt", {}, 130, "", "interrupted\n"),
+        ("raise MemoryError", {}, 1, "", "error: out of memory\nfix:   use a smaller --batch_size"),
+        ("open('/nowhere/file')", {}, 2, "", "error: No such file or directory: /nowhere/file\nfix:   check the path"),
+        (
+            "raise OSError(27, 'File too large')",
+            {},
+            2,
+            "",
+            "error: File too large: the output folder\nfix:   raise the limit",
+        ),
+        ("raise ValueError('a bug')", {}, 1, "", "Traceback"),
+    ],
+)
+def test_how_scripts_end(code, environment, status, stdout, stderr):
+    script = f"from sft.cli import *\nfrom sft.cli import Stopped\ndef main():\n    {code}\nrun_script(main)"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        input="Fi\xe8vr\n".encode("latin-1"),
+        capture_output=True,
+        env={**os.environ, **environment},
+    )
+    assert result.returncode == status, result.stderr
+    assert result.stdout.decode() == stdout
+    assert result.stderr.decode().startswith(stderr)
+
+
+def test_closed_streams(tmp_path):
+    """As cron starts a program: what it opens first must not become its standard output."""
+    file = tmp_path / "file"
+    script = (
+        "from sft.cli import run_script\n"
+        "def main():\n"
+        f"    opened = open({str(file)!r}, 'w')\n"
+        "    print('note')\n"
+        "    opened.close()\n"
+        "run_script(main)"
+    )
+    result = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script], cwd=ROOT)
+    assert result.returncode == 0
+    assert file.read_text() == ""
+
+
+def test_a_closed_pipe_ends_quietly():
+    script = "from sft.cli import run_script\ndef main():\n    print('x\\n' * 100_000)\nrun_script(main)"
+    command = f"{sys.executable} -c \"$0\" | head -1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command, script], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 141
+    assert result.stderr == ""
+
+
+# ------------------------------------------------------------------------------------------------ kinds of errors
+
+
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (OSError(errno.ENOENT, "out of memory"), False),
+        (RuntimeError("shapes do not match"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_out_of_memory_is_recognized(error, expected):
+    assert is_out_of_memory(error) is expected
+
+
+def test_a_full_disk_is_recognized():
+    assert is_disk_full(OSError(errno.EDQUOT, "Disk quota exceeded"))
+    assert is_disk_full(RuntimeError("write failed: No space left on device (os error 28)"))
+    assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
+
+
+# ------------------------------------------------------------------------------------------------ signals
+
+
+def test_the_first_signal_is_noted_and_the_second_raised(capfd):
+    with noted_signals() as noted:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted == [signal.SIGTERM]
+        assert "SIGTERM" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit, match="143"):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_ignored_signals_stay_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with noted_signals() as noted:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert noted == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# ------------------------------------------------------------------------------------------------ processes and progress
+
+
+def test_processes_are_those_of_the_environment(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert processes() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert processes() == (1, 2)
+    assert not on_main_process()
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(InputError, match="not a number"):
+        processes()
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):
+    lines = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", lines)
+    progress = Progress(4, "step", done=1, scope=" in this epoch", interval=0)
+    progress.advance("loss 2.000, 10 tokens/s")
+    progress.advance()
+    progress.close()
+    first, second = lines.getvalue().splitlines()
+    assert first.startswith("  step 2/4, loss 2.000, 10 tokens/s, ")
+    assert first.endswith(" min left in this epoch")
+    assert "steps/s" in second
+
+
+def test_progress_is_quiet_on_other_processes(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    lines = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", lines)
+    progress = Progress(2, "note", interval=0)
+    progress.advance()
+    progress.close()
+    assert lines.getvalue() == ""
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def test_ids_that_look_like_text_are_not_shown():
+    assert [safe_id(text) for text in ("r1", "a/b:2-3#x", "Émile")] == ["r1", "a/b:2-3#x", "Émile"]
+    assert {safe_id(text) for text in ("", "two words", "x" * 65, "a\nb", "(a)")} == {"(not shown)"}
+
+
+def test_lists_and_plurals():
+    assert preview_list("abc") == "a, b, c"
+    assert preview_list((str(n) for n in range(9)), 2) == "0, 1 and 7 more"
+    assert [plural(n, "row") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]

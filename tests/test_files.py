@@ -1,0 +1,132 @@
+"""Files and folders that appear whole or not at all, and their checksums."""
+
+import errno
+import os
+import stat
+
+import pytest
+
+from sft.cli import InputError
+from sft.files import (
+    FORMAT_VERSION,
+    check_format_version,
+    check_new_file,
+    checksum_problem,
+    make_private_dir,
+    new_folder,
+    remove,
+    write_atomic,
+    write_checksums,
+    write_json,
+)
+
+
+def mode(path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_a_private_folder_changes_no_mode_of_what_was_there(tmp_path):
+    tmp_path.chmod(0o755)
+    folder = make_private_dir(tmp_path / "a" / "b")
+    assert (mode(folder), mode(tmp_path / "a"), mode(tmp_path)) == (0o700, 0o700, 0o755)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    file = tmp_path / "file.json"
+    write_json(file, {"note": "é"})
+    assert file.read_text(encoding="utf-8") == '{\n  "note": "é"\n}\n'
+    assert mode(file) == 0o600
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        write_atomic(file, "other")
+    assert "note" in file.read_text(encoding="utf-8")
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_numbers_that_json_has_not_are_refused(tmp_path):
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "file.json", float("nan"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_folder_takes_the_place_of_the_old_one(tmp_path):
+    folder = tmp_path / "folder"
+    for content in ("one", "two"):
+        with new_folder(folder) as temporary:
+            (temporary / content).write_text(content)
+    assert [path.name for path in folder.iterdir()] == ["two"]
+    assert list(tmp_path.iterdir()) == [folder]
+    assert mode(folder) == 0o700
+
+
+@pytest.mark.parametrize(
+    "raised, expected",
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (OSError(errno.ENOSPC, "No space left on device"), InputError),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), InputError),
+        (RuntimeError("something else"), RuntimeError),
+    ],
+)
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path, raised, expected):
+    folder = tmp_path / "folder"
+    with new_folder(folder) as temporary:
+        (temporary / "one").write_text("one")
+    with pytest.raises(expected), new_folder(folder) as temporary:
+        (temporary / "two").write_text("two")
+        raise raised
+    assert [path.name for path in folder.iterdir()] == ["one"]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_checksums_find_every_kind_of_damage(tmp_path):
+    assert checksum_problem(tmp_path) == "it has no SHA256SUMS"
+    (tmp_path / "inner").mkdir()
+    for name in ("a", "inner/b"):
+        (tmp_path / name).write_text(name)
+    write_checksums(tmp_path)
+    assert checksum_problem(tmp_path) is None
+
+    (tmp_path / ".a.tmp").write_text("a temporary file of a killed process")
+    assert checksum_problem(tmp_path) is None
+    (tmp_path / "extra").write_text("")
+    assert checksum_problem(tmp_path) == "extra is not in SHA256SUMS"
+    (tmp_path / "extra").unlink()
+    (tmp_path / "inner" / "b").write_text("other")
+    assert checksum_problem(tmp_path) == "inner/b is damaged"
+    (tmp_path / "inner" / "b").unlink()
+    assert checksum_problem(tmp_path) == "inner/b is missing"
+    sums = (tmp_path / "SHA256SUMS").read_text()
+    for damaged in (sums[:-1], "", "x  a\n", sums.replace("  ", " ")):
+        (tmp_path / "SHA256SUMS").write_text(damaged)
+        assert checksum_problem(tmp_path) == "SHA256SUMS is damaged"
+    (tmp_path / "SHA256SUMS").write_bytes(b"\xff\n")
+    assert checksum_problem(tmp_path) == "SHA256SUMS cannot be read"
+
+
+def test_new_files_are_checked_before_work_begins(tmp_path):
+    check_new_file("--output", None)
+    check_new_file("--output", tmp_path / "new.csv", (".csv",))
+    (tmp_path / "old.csv").write_text("")
+    for path, words in (("old.csv", "exists"), ("new.doc", "unknown file extension"), ("no/new.csv", "no folder")):
+        with pytest.raises(InputError, match=words):
+            check_new_file("--output", tmp_path / path, (".csv",))
+
+
+def test_remove_takes_files_folders_and_nothing(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "file").write_text("")
+    remove([tmp_path / name for name in ("folder", "file", "nowhere")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_format_versions(tmp_path):
+    for known in ({}, {"format_version": 1}, {"format_version": FORMAT_VERSION}):
+        check_format_version(tmp_path, known)
+    for unknown in (FORMAT_VERSION + 1, "2", None):
+        with pytest.raises(InputError, match="newer version"):
+            check_format_version(tmp_path, {"format_version": unknown})

@@ -1,0 +1,102 @@
+"""The command line: bounds, defaults in --help, refusals that echo no text of a patient."""
+
+import argparse
+import dataclasses
+
+import pytest
+
+from sft.cli import InputError
+from sft.options import InferenceConfig, ReportConfig, TrainConfig, number, parse_options, quantization_of
+
+CONFIGS = [ReportConfig, TrainConfig, InferenceConfig]
+
+
+def parse(*arguments, config=TrainConfig):
+    return parse_options(config, "Test.", list(arguments))
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_without_arguments_the_defaults(config):
+    assert parse(config=config) == config()
+
+
+def test_values_take_the_types_of_their_fields():
+    config = parse("--batch_size", "3", "--learning_rate=1e-3", "--target_modules", "a", "b", "--use_4bit")
+    assert (config.batch_size, config.learning_rate) == (3, 1e-3)
+    assert config.target_modules == ["a", "b"]
+    assert config.use_4bit
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--no_such_option"], "unrecognized arguments: --no_such_option"),
+        (["--batch_siz", "3"], "--batch_siz"),
+        (["--batch_size", "0"], "batch_size.*at least 1"),
+        (["--batch_size", "2.5"], "not an integer"),
+        (["--learning_rate", "fast"], "not a number"),
+        (["--learning_rate", "inf"], "out of range"),
+        (["--learning_rate", "nan"], "out of range"),
+        (["--learning_rate", "0"], "above 0"),
+        (["--lora_dropout", "1"], "at most 0.99"),
+        (["--seed", "9" * 30], "seed"),
+        (["--lr_scheduler", "steep"], "lr_scheduler"),
+        (["--instruction", " "], "--instruction is empty"),
+    ],
+)
+def test_bad_values_are_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        parse(*arguments)
+
+
+def test_words_outside_an_option_may_be_a_note_and_are_not_shown():
+    with pytest.raises(InputError, match="2 words outside any option") as error:
+        parse("--clinical_note", "Patient", "John", "Smith", config=InferenceConfig)
+    assert "John" not in str(error.value)
+    assert "put quotes around" in error.value.fix
+    with pytest.raises(InputError, match="unrecognized arguments: --bach_size") as error:
+        parse("--clinical_note", "Patient", "John", "--bach_size=3", config=InferenceConfig)
+    assert "John" not in str(error.value)
+    with pytest.raises(InputError, match=r"--clinical_note=-TEXT"):
+        parse("--clinical_note", "-Fever", config=InferenceConfig)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_help_shows_every_default_as_it_is_typed(config, capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", config=config)
+    shown = capsys.readouterr().out
+    assert shown.count("options:") == 1
+    text = " ".join(shown.split())
+    descriptions = text.partition(" options: ")[2].split(" --")[1:]
+    described = {words.split()[0]: words for words in descriptions}
+    for field in dataclasses.fields(config):
+        value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        typed = " ".join(value) if isinstance(value, list) else value
+        typed = {False: "off"}.get(typed, typed) if isinstance(value, bool) else typed
+        assert "(default: " in described[field.name], field.name
+        if value is not None:
+            assert f"(default: {typed})" in described[field.name], field.name
+
+
+def test_shared_options_have_the_same_defaults():
+    training = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    for other in (ReportConfig, InferenceConfig):
+        for field in dataclasses.fields(other):
+            if field.name in ("device", "dtype", "use_8bit", "use_4bit", "train_csv", "val_csv", "model_name"):
+                assert field.default == training[field.name].default
+                assert field.metadata["help"] == training[field.name].metadata["help"]
+
+
+def test_bounds():
+    assert number(int, 1)("1") == 1
+    assert number(float, 0, above_low=True)("1e-9") == 1e-9
+    for kind, low, text in ((int, 1, "0"), (float, 0, "-1"), (float, 0, "1e999"), (int, 0, "x")):
+        with pytest.raises(argparse.ArgumentTypeError):
+            number(kind, low)(text)
+
+
+def test_quantization():
+    assert [quantization_of(*flags) for flags in ((False, False), (True, False), (False, True))] == [None, "8bit", "4bit"]
+    with pytest.raises(InputError, match="choose one"):
+        quantization_of(True, True)

@@ -1,0 +1,46 @@
+"""What a run tells people: durations, advice, the loss curve, the model card."""
+
+import pytest
+
+from sft.training.report import advise, draw_losses, duration, model_card
+
+
+def epochs_of(*losses) -> list[dict]:
+    return [{"epoch": i + 1, "train_loss": train, "val_loss": val} for i, (train, val) in enumerate(losses)]
+
+
+@pytest.mark.parametrize(
+    "seconds, words", [(40, "40 s"), (299, "5 min"), (12_000, "3 h 20 min"), (4_000_000, "1,111 h 7 min")]
+)
+def test_durations(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_advice_follows_the_losses():
+    def advice(untrained, *losses):
+        return " ".join(advise(untrained, epochs_of(*losses)))
+
+    assert advice(3.0, (2.5, 2.4), (2.0, 2.1)) == ""
+    assert "Overfitting after epoch 1" in advice(3.0, (2.5, 2.4), (2.0, 2.6))
+    assert "barely moved" in advice(3.0, (3.0, 2.99))
+    assert "lower --learning_rate" in advice(3.0, (4.0, 3.5))
+    assert "1 step skipped" in " ".join(advise(3.0, epochs_of((2.0, 2.0)), skipped_steps=1))
+
+
+def test_the_loss_curve_is_a_picture():
+    metrics = [{"step": step, "loss": 3.0 / step} for step in range(1, 7)]
+    image = draw_losses(metrics, 3.0, epochs_of((2.5, 2.4), (2.0, 2.1)), 3)
+    assert image.startswith(b"\x89PNG")
+    assert len(image) > 10_000
+
+
+def test_the_model_card_holds_losses_and_limits():
+    sft_config = {
+        "training": {"lora_r": 8, "lora_alpha": 16.0},
+        "rows": {"train": {"used": 1200, "hallucinated": 7}},
+    }
+    card = model_card(sft_config, "some/base", ["q_proj", "v_proj"], 3.0, epochs_of((2.5, 2.4)))
+    assert card.startswith("---\nlibrary_name: peft\nbase_model: some/base\n")
+    for words in ("r=8, alpha=16, on q_proj, v_proj", "1,200 factual", "7 hallucinated", "| 1 | 2.5000 | 2.4000 |"):
+        assert words in card
+    assert "treat this folder as patient data" in card

@@ -1,0 +1,63 @@
+"""The plan of a run: every row once an epoch, however it is split; its progress."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sft.training.run import Plan, TrainingProgress, epoch_order
+
+
+@given(
+    st.lists(st.integers(1, 900), min_size=1, max_size=120),
+    *(st.integers(1, high) for high in (9, 5, 4)),
+    st.none() | st.integers(1, 3000),
+    st.booleans(),
+)
+def test_each_row_once_an_epoch(lengths, batch_size, accumulation, processes, max_tokens, padded):
+    """However the rows are split over forward passes and processes; a pass keeps near its tokens."""
+    examples = [SimpleNamespace(n_tokens=n, i=i) for i, n in enumerate(lengths)]
+    plan = Plan(len(lengths), batch_size, accumulation, processes, 2, 7)
+    for epoch in range(2):
+        seen = []
+        for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+            rows = [examples[i] for i in plan.rows(step)]
+            shares = [
+                plan.split_rows(rows, process, batch_size, max_tokens, padded) for process in range(processes)
+            ]
+            # Every process takes part in every forward pass
+            assert len({len(share) for share in shares}) == 1
+            batches = [batch for share in shares for batch in share if batch]
+            assert all(len(batch) <= batch_size for batch in batches)
+            for batch in batches:
+                longest = max(example.n_tokens for example in batch)
+                size = len(batch) * longest if padded else sum(example.n_tokens for example in batch)
+                assert max_tokens is None or len(batch) == 1 or size <= 2 * max_tokens + 2 * longest
+            seen += [example.i for batch in batches for example in batch]
+        assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    orders = [epoch_order(50, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0))]
+    assert orders[0] == orders[3]
+    assert len(set(orders)) == 3
+
+
+def test_an_epoch_closes_its_sums():
+    progress = TrainingProgress(micro_batch_size=4)
+    progress.add({"step": 1, "loss": 2.0, "n_tokens": 100, "n_target_tokens": 30}, 2.0)
+    progress.add({"step": 2, "loss": 1.0, "n_tokens": 50, "n_target_tokens": 10}, 1.0)
+    epoch = progress.end_epoch(1.5, 1e-4, 300.0)
+    assert epoch["train_loss"] == pytest.approx((2.0 * 30 + 1.0 * 10) / 40)
+    assert epoch["tokens_per_second"] == pytest.approx(50)
+    assert (progress.n_tokens, progress.n_target_tokens, progress.loss_sum, progress.seconds) == (0, 0, 0, 0)
+    assert (progress.step, progress.kept_epoch) == (2, 1)
+
+
+def test_patience_counts_epochs_since_the_best():
+    progress = TrainingProgress()
+    progress.epochs = [{"epoch": i + 1, "val_loss": loss} for i, loss in enumerate([2.0, 1.0, 1.5, 1.2])]
+    assert progress.out_of_patience(2)
+    assert not progress.out_of_patience(3)
+    assert not progress.out_of_patience(0)
