@@ -131,7 +131,7 @@ def main() -> None:
         began = time.monotonic()
         assert wait(start(config("whole"))) == 0
         seconds, expected = time.monotonic() - began, result(folder / "whole")
-        print(f"uninterrupted: {seconds:.1f} s, 20 updates, a checkpoint every 2", flush=True)
+        print(f"uninterrupted: {seconds:.1f} s, 20 steps, a checkpoint every 2", flush=True)
         for run in range(arguments.kills):
             output = folder / f"run_{run}"
             child = start(config(run_name := output.name))

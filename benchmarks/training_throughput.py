@@ -31,9 +31,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft.cli import log
-from sft.data.dataset import SFTDataset, epoch_order, load_datasets
+from sft.data.dataset import SFTDataset, load_datasets, read_data
 from sft.data.rows import COLUMNS, Row, factual_rows, read_rows
 from sft.files import ROOT
+from sft.options import DataOptions, TrainConfig
 
 MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog" / "train.csv"
 BATCH_SIZE, LEARNING_RATE, SEED, MAX_LENGTH = 8, 2e-4, 42, 512
@@ -161,7 +162,8 @@ def load_rows(options: argparse.Namespace):
     from sft.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(options.model_name)
-    dataset, _ = load_datasets(options.train_csv, options.train_csv, tokenizer, max_length=MAX_LENGTH)
+    data = DataOptions(train_csv=options.train_csv, val_csv=options.train_csv, max_length=MAX_LENGTH)
+    dataset, _ = load_datasets(read_data(data), tokenizer, data)
     order = epoch_order(len(dataset), SEED, 0)[: options.n_steps and options.n_steps * BATCH_SIZE]
     return [dataset.examples[i] for i in order], tokenizer
 
@@ -207,11 +209,10 @@ def targets_by_step(examples) -> list[int]:
 
 def toolkit(options: argparse.Namespace) -> dict:
     """This toolkit: the steps of stage_a_sft_training.py, which makes its batches itself."""
-    from sft.options import TrainConfig
     from sft.training.run import set_up
-    from stage_a_sft_training import update
+    from stage_a_sft_training import train_step
 
-    begun = time.perf_counter()
+    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         config = TrainConfig(
             train_csv=options.train_csv,
@@ -230,13 +231,15 @@ def toolkit(options: argparse.Namespace) -> dict:
             device=options.device,
             output_dir=folder,
         )
-        run = set_up(config)
-        set_up_seconds = time.perf_counter() - begun
-        clock, n_examples, n_tokens = Clock(options, []), 0, 0
+        run = set_up(config, read_data(config))
+        set_up_seconds = time.perf_counter() - started
+        clock = Clock(options, [])
+        n_examples = 0
+        n_tokens = 0
         n_steps = options.n_steps or run.plan.total_steps
         clock.n_target_tokens = [0] * n_steps
         for step in range(n_steps):
-            metrics = update(run, step)
+            metrics = train_step(run, step)
             clock.step_is_done()
             clock.losses.append(metrics["loss"])
             clock.n_target_tokens[step] = metrics["n_target_tokens"]
@@ -398,7 +401,7 @@ def matrix_rate(options: argparse.Namespace) -> dict:
     config = AutoConfig.from_pretrained(resolve_model(options.model_name)).get_text_config()
     linear = {"": torch.nn.functional.linear}
     if options.device == "cpu" and has_onednn():
-        linear[" by oneDNN"] = lambda x, weight: FrozenLinear.product(x, weight, None)
+        linear[" by oneDNN"] = lambda x, weight: frozen_product(x, weight, None)
     width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     rates = {}
