@@ -48,7 +48,7 @@ def summed_loss(model, batch: Batch):
 
     logits = model(**batch.inputs, use_cache=False).logits  # packed (1, n_target_tokens, vocabulary)
     logits = (
-        logits[0] if batch.where is None else logits.flatten(0, 1)[batch.where]
+        logits[0] if batch.target_positions is None else logits.flatten(0, 1)[batch.target_positions]
     )  # (n_target_tokens, vocabulary)
     return SummedCrossEntropy.apply(logits, batch.targets)
 

@@ -31,9 +31,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft.cli import log
-from sft.data.dataset import SFTDataset, epoch_order, load_datasets
+from sft.data.dataset import SFTDataset, load_datasets, read_data
 from sft.data.rows import COLUMNS, Row, factual_rows, read_rows
 from sft.files import ROOT
+from sft.options import DataOptions
+from sft.training.run import epoch_order
 
 MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog" / "train.csv"
 BATCH_SIZE, LEARNING_RATE, SEED, MAX_LENGTH = 8, 2e-4, 42, 512
@@ -115,7 +117,7 @@ def write_rows(options: argparse.Namespace) -> dict:
     if options.rows[0] == "short":
         rows = short_rows(options.n_rows, encoder)
     else:
-        rows = factual_rows(read_rows(MTS_DIALOG), MTS_DIALOG)
+        rows = factual_rows(read_rows(MTS_DIALOG))
         refused = {row_id for row_id, _ in SFTDataset(rows, encoder, MAX_LENGTH).refused}
         rows = random.Random(SEED).sample([row for row in rows if row.id not in refused], options.n_rows)
     rows.sort(key=lambda row: len(row.clinical_note) + len(row.model_summary))
@@ -161,7 +163,8 @@ def load_rows(options: argparse.Namespace):
     from sft.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(options.model_name)
-    dataset, _ = load_datasets(options.train_csv, options.train_csv, tokenizer, max_length=MAX_LENGTH)
+    data = DataOptions(train_csv=options.train_csv, val_csv=options.train_csv, max_length=MAX_LENGTH)
+    dataset, _ = load_datasets(read_data(data), tokenizer, data)
     order = epoch_order(len(dataset), SEED, 0)[: options.n_steps and options.n_steps * BATCH_SIZE]
     return [dataset.examples[i] for i in order], tokenizer
 

@@ -213,15 +213,13 @@ def test_losses_do_not_depend_on_the_split_of_a_batch(configured):
 
 def test_first_loss_is_the_mean_cross_entropy_of_its_tokens(configured):
     """Against the model alone, before any update."""
-    from sft.data.dataset import load_datasets
+    from sft.data.dataset import load_datasets, read_data
 
     config = configured(lora_dropout=0.0, batch_size=11, num_epochs=1)
     train(config)
     folder = base.resolve_model(config.model_name)
     model = base.load_base_model(folder, torch.device("cpu"), torch.float32)
-    train_set, val_set = load_datasets(
-        config.train_csv, config.val_csv, base.load_tokenizer(folder), max_length=config.max_length
-    )
+    train_set, val_set = load_datasets(read_data(config), base.load_tokenizer(folder), config)
     for dataset, loss in (
         (train_set, metrics_of(config)[0]["loss"]),
         (

@@ -1,5 +1,6 @@
 """Run."""
 
+import functools
 import json
 import math
 import os
@@ -17,15 +18,13 @@ from sft.data.dataset import (
     Batch,
     Example,
     SFTDataset,
-    epoch_order,
     load_datasets,
+    log_data_warnings,
     packed_batch,
     padded_batch,
-    warn_about_leaks,
-    warn_about_rows,
+    read_data,
 )
 from sft.data.prompt import pad_token_id
-from sft.data.rows import factual_rows, read_rows
 from sft.files import sha256, write_json
 from sft.options import TrainConfig
 from sft.training.report import best_epoch
@@ -101,6 +100,15 @@ class Progress:
         return bool(
             patience and self.epochs and len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience
         )
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """The order of the examples in `epoch` (0-based): a permutation that depends on `seed` and `epoch` alone."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return tuple(torch.randperm(n_examples, generator=generator).tolist())
 
 
 @dataclass(frozen=True)
@@ -252,9 +260,7 @@ def set_up(config: TrainConfig) -> Run:
             "accelerate's FSDP and DeepSpeed do not fit this loop",
             "accelerate launch --multi_gpu, and --shard_base",
         )
-    rows = read_rows(config.train_csv), read_rows(config.val_csv)
-    for part, path in zip(rows, (config.train_csv, config.val_csv)):
-        factual_rows(part, path)
+    rows = read_data(config)
 
     import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -330,16 +336,10 @@ def set_up(config: TrainConfig) -> Run:
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
 
     # Tokenised last: its cache is the first thing written, once all else is known to be right
-    options = {name: getattr(config, name) for name in ("max_length", "instruction", "sentence_numbering")}
     with accelerator.main_process_first():  # one process tokenises, the others read its cache
         cache_dir = None if config.dry_run else output_dir / TOKEN_CACHE
-        train_set, val_set = load_datasets(
-            config.train_csv, config.val_csv, tokenizer, rows=rows, cache_dir=cache_dir, **options
-        )
-    if accelerator.is_main_process:
-        warn_about_rows(config.train_csv, rows[0], train_set)
-        warn_about_rows(config.val_csv, rows[1], val_set)
-        warn_about_leaks(*rows)
+        train_set, val_set = load_datasets(rows, tokenizer, config, cache_dir)
+    log_data_warnings(rows, (train_set, val_set), config)
 
     hashes = {
         "train_csv": sha256(Path(config.train_csv)),
