@@ -3,7 +3,8 @@
     python sft_dataset.py                       # check the bundled data and report on it
     python sft_dataset.py --train_csv my.csv    # check your own
 
-For a training loop of your own: `from sft_dataset import create_sft_dataloaders`. Everything but the report is in sft/data.
+For a training loop of your own: `from sft_dataset import create_sft_dataloaders`. Everything but the report
+is in sft/data.
 """
 
 import json
@@ -86,7 +87,8 @@ def is_bundled(path: str | Path) -> bool:
 
 def preference_pairs(rows: Sequence[Row], template: PromptTemplate) -> Iterator[dict]:
     """Each hallucinated row with a factual summary of the same note, in TRL's DPO format
-    (https://huggingface.co/docs/trl/dataset_formats): `prompt`, as trained on here, `chosen`, `rejected`, and the ids."""
+    (https://huggingface.co/docs/trl/dataset_formats): `prompt`, as trained on here, `chosen`, `rejected`, and
+    the ids."""
     factual = {}
     for row in rows:
         if row.label == "factual":

@@ -1,11 +1,11 @@
 """How well-formed are the citations that an evidence-trained specialist writes on held-out notes?
 
-    python benchmarks/citation_form.py models/sft_evidence/final_model [--test_csv phase1_data/sft/test_set_evidence.csv]
+    python benchmarks/citation_form.py models/sft_evidence/final_model [--test_csv FILE.csv]
 
-Prints, over the factual rows: the share of summary sentences that end in a citation that parses; of all "[Evidence", the
-share that begin a citation that parses; of the parsed ones, the share whose every number is a sentence of the note;
-how many of the cited sentences are among those that the reference summary cites; and how many summaries state a number
-that the note does not hold.
+Prints, over the factual rows: the share of summary sentences that end in a citation that parses; of all
+"[Evidence", the share that begin a citation that parses; of the parsed ones, the share whose every number is
+a sentence of the note; how many of the cited sentences are among those that the reference summary cites; and
+how many summaries state a number that the note does not hold.
 """
 
 import argparse

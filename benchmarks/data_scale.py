@@ -1,9 +1,10 @@
-"""What data of 2,000, 20,000 and 200,000 rows cost before the first step: time and memory, as a Markdown table.
+"""Time and memory that 2,000, 20,000 and 200,000 rows cost before the first step, as a Markdown table.
 
     python benchmarks/data_scale.py [--rows 2000 20000 200000] [--model_name smollm2-135m-instruct]
 
-Rows are invented from word lists, always the same: notes of 4 to 45 sentences, one row in ten hallucinated. Each start is a
-process of its own, the first without a token cache, the second with it; the baseline is a process with the tokenizer alone.
+Rows are invented from word lists, always the same: notes of 4 to 45 sentences, one row in ten hallucinated.
+Each start is a process of its own, the first without a token cache, the second with it; the baseline is a
+process with the tokenizer alone.
 """
 
 import argparse
@@ -34,7 +35,8 @@ ENDS = (
     "|despite treatment|over the last week"
 ).split("|")
 MEASURES = (
-    "Temperature {}.{} °C.|BP 1{}/7{} mmHg.|Heart rate 8{}, SpO2 9{} %.|CRP {}{} mg/l.|Potassium 4.{}, sodium 13{}."
+    "Temperature {}.{} °C.|BP 1{}/7{} mmHg.|Heart rate 8{}, SpO2 9{} %.|CRP {}{} mg/l."
+    "|Potassium 4.{}, sodium 13{}."
 ).split("|")
 
 

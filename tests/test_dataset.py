@@ -301,8 +301,8 @@ def test_warnings_read_naturally_for_one_row(capfd):
         "warning: x.csv: 1 row with a summary that cites sentences its note does not have: id c",
         "warning: x.csv: 1 pair of note and summary labeled both factual and hallucinated",
         "warning: x.csv: 1 row with the id or the texts of an earlier row: row 3",
-        "warning: leak: 1 validation row with a note that is in the training rows too, so the validation loss will look"
-        " better than it is: id a",
+        "warning: leak: 1 validation row with a note that is in the training rows too, so the validation loss"
+        " will look better than it is: id a",
     ]
 
 
@@ -316,8 +316,8 @@ def test_warnings_about_many_rows(capfd):
     log_data_warnings((rows, []), (dataset, SFTDataset([], dataset.encoder, 160)), options_for("x.csv"))
     assert capfd.readouterr().err.splitlines() == [
         "warning: x.csv: 9 notes shortened to fit --max_length 160: ids r0, r1, r2, r3, r4 and 4 more",
-        "warning: x.csv: 2 rows refused, with a summary (and any sentences it cites) that does not fit --max_length 160;"
-        f" --max_length {needed} would hold them all: ids r7, r8",
+        "warning: x.csv: 2 rows refused, with a summary (and any sentences it cites) that does not fit"
+        f" --max_length 160; --max_length {needed} would hold them all: ids r7, r8",
         "warning: x.csv: 2 rows with the id or the texts of an earlier row: rows 11, 12",
     ]
 

@@ -1,4 +1,4 @@
-"""Prompts and tokens: control tokens stay out of texts, templates end where a turn ends, long notes are shortened."""
+"""Prompts and tokens: where a turn ends, no control tokens in texts, long notes shortened."""
 
 import copy
 import json

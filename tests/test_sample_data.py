@@ -32,13 +32,14 @@ SHORT = (20, 60)
 MEDIUM = (61, 149)
 LONG = (150, 300)
 HEDGES = re.compile(
-    r"\b(possibl[ey]|probabl[ey]|likely|unlikely|suspect\w*|suspicious|suspicion|may|might|could|query|uncertain|unclear|excluded"
-    r"|suggest\w*|provisional\w*|presumed|appears?|equivocal|indeterminate|differential)\b",
+    r"\b(possibl[ey]|probabl[ey]|likely|unlikely|suspect\w*|suspicious|suspicion|may|might|could|query"
+    r"|uncertain|unclear|excluded|suggest\w*|provisional\w*|presumed|appears?|equivocal|indeterminate"
+    r"|differential)\b",
     re.IGNORECASE,
 )
 STOP_WORDS = set(
-    "a an the and or of in on at to for with without by from as is was are were be been had has have he she they it his her their who "
-    "which that this no not after before under over".split()
+    "a an the and or of in on at to for with without by from as is was are were be been had has have he she"
+    " they it his her their who which that this no not after before under over".split()
 )
 
 

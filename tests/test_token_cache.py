@@ -78,26 +78,29 @@ def test_rows_tokenizer_and_prompt_are_part_of_the_key(tmp_path):
 
 def test_the_code_that_makes_the_tokens_is_part_of_the_key(tmp_path):
     shutil.copytree(ROOT / "sft", tmp_path / "sft", ignore=shutil.ignore_patterns("__pycache__"))
-    program = (
-        "from tiny import encoder_for, rows_of, NOTES; from sft.data.token_cache import cache_key;"
-        "print(cache_key(rows_of(NOTES), encoder_for('none'), 512))"
-    )
+    names = ["data/dataset.py", "data/prompt.py", "grounding/sentences.py", "grounding/citations.py"]
+    program = f"""
+from tiny import NOTES, encoder_for, rows_of
+from sft.data.token_cache import cache_key
+
+def print_key():
+    print(cache_key(rows_of(NOTES), encoder_for("none"), 512))
+
+print_key()
+print_key()
+for name in {names}:
+    with open("sft/" + name, "a") as file:
+        file.write("# changed")
+    print_key()
+"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "tests")])}
-
-    def key() -> str:
-        command = [sys.executable, "-c", program]
-        result = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-        )
-        return result.stdout
-
-    keys = [key()]
-    assert keys[0] == key()
-    for name in ("data/dataset.py", "data/prompt.py", "grounding/sentences.py", "grounding/citations.py"):
-        with open(tmp_path / "sft" / name, "a") as file:
-            file.write("# changed\n")
-        keys.append(key())
-    assert len(set(keys)) == 5
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    first, *others = result.stdout.split()
+    assert others[0] == first
+    assert len({first, *others}) == 1 + len(names)
 
 
 def test_a_damaged_cache_is_built_again(tmp_path):

@@ -186,7 +186,7 @@ def encoder_for(chat: str, **options):
 
 
 class CountingTokenizer:
-    """A tokenizer that counts its calls and the characters it is given. `is_fast=False`: it also passes for a slow one."""
+    """A tokenizer that counts its calls and the characters it is given; with `is_fast=False`, like a slow one."""
 
     def __init__(self, tokenizer, is_fast: bool = True):
         self.tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""Checked rows -> examples in tokens -> batches, and the warnings about a data set. Knows no model and no device.
+"""Checked rows -> examples in tokens -> batches, and the warnings about the data. Knows no model.
 
 torch and numpy are imported inside functions, so that input errors are instant.
 """
@@ -74,8 +74,8 @@ def encode_example(
 ) -> Encoded | Refused:
     """One row as at most `max_length` tokens. `note_ids`, `summary_ids`: its whole note and its summary.
 
-    The note alone is shortened, at a sentence boundary; the template, the summary and its end token never are. A row
-    is refused if its summary leaves no room for a note, or cites a sentence that would be cut off.
+    The note alone is shortened, at a sentence boundary; the template, the summary and its end token never
+    are. A row is refused if its summary leaves no room for a note, or cites a sentence that would be cut off.
     """
     room = max_length - encoder.n_template_tokens - len(summary_ids) - 1
     n_without_note = max_length - room
@@ -96,8 +96,9 @@ def encode_example(
 def tokenize(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> dict[str, "np.ndarray"]:
     """All rows as int32 arrays, 4 bytes per token where a Python list takes 36.
 
-    `tokens`: the examples end to end; `examples` (n_examples, 4): row, n_tokens, n_prompt, shortened; `refused`
-    (n_refused, 2): row, the max_length it needs; `lengths` (n_rows, 2): tokens of the whole note and of the summary.
+    `tokens`: the examples end to end; `examples` (n_examples, 4): row, n_tokens, n_prompt, shortened;
+    `refused` (n_refused, 2): row, the max_length it needs; `lengths` (n_rows, 2): tokens of the whole note
+    and of the summary.
     """
     import numpy as np
 
@@ -123,17 +124,18 @@ def tokenize(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> di
 
 
 class SFTDataset:
-    """Factual rows as tokenized examples. Works in torch's DataLoader and in Hugging Face's Trainer, with `SFTCollator`.
+    """Factual rows as tokenized examples.
 
-    `dataset[i]` is a dict of `input_ids` and `labels` (lists of equal length, -100 for a token without loss).
+    Works in torch's DataLoader and in Hugging Face's Trainer, with `SFTCollator`. `dataset[i]` is a dict of
+    `input_ids` and `labels` (lists of equal length, -100 for a token without loss).
 
     examples     the same, with row ids
     refused      (row id, the max_length it needs) of each row that does not fit
     shortened    the ids of the rows whose notes were shortened
     lengths      int32 (n_rows, 2): tokens of each row's whole note and of its summary
 
-    With `cache`, a file, the tokens are kept there, and read from there if rows, tokenizer, prompt and max_length are
-    the same.
+    With `cache`, a file, the tokens are kept there, and read from there if rows, tokenizer, prompt and
+    max_length are the same.
     """
 
     def __init__(
@@ -232,8 +234,8 @@ class Batch:
 
     inputs              the model's arguments
     targets             LongTensor (n_target_tokens,)
-    target_positions    LongTensor (n_target_tokens,): which of the batch * longest logits predict `targets`; None if
-                        the model returns no others
+    target_positions    LongTensor (n_target_tokens,): which of the batch * longest logits predict `targets`;
+                        None if the model returns no others
     """
 
     inputs: dict
@@ -249,8 +251,8 @@ class Batch:
 
 
 def packed_batch(examples: Sequence[Example]) -> Batch:
-    """The examples end to end in one row without padding; positions start at 0 in each, and there are logits only where
-    a target is predicted."""
+    """The examples end to end in one row without padding; positions start at 0 in each, and there are logits
+    only where a target is predicted."""
     import numpy as np
     import torch
 
@@ -286,9 +288,10 @@ def padded_batch(examples: Sequence[Example], pad_token_id: int) -> Batch:
 
 
 class SFTCollator:
-    """Pads on the right. The mask follows the lengths, never the token ids: the pad token may be the end token.
+    """Pads on the right.
 
-    Takes a list of `SFTDataset` items; returns `input_ids`, `attention_mask`, `labels`, each a LongTensor (batch, longest).
+    The mask follows the lengths, never the token ids: the pad token may be the end token. Takes a list of
+    `SFTDataset` items; returns `input_ids`, `attention_mask`, `labels`, each a LongTensor (batch, longest).
     """
 
     def __init__(self, pad_token_id: int):
@@ -305,7 +308,7 @@ class SFTCollator:
 
 
 def _pad(rows: "list[torch.Tensor]", value: int) -> "tuple[torch.Tensor, torch.Tensor]":
-    """(rows padded on the right with `value`, mask of what is not padding), both LongTensors (n_rows, longest)."""
+    """(rows padded on the right, mask of what is not padding): LongTensors (n_rows, longest)."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -324,11 +327,11 @@ def create_sft_dataloaders(
     instruction: str | None = None,
     sentence_numbering: str = "auto",
 ):
-    """(training, validation) DataLoaders of padded batches for a loop of your own; their `.dataset` and `.collate_fn`
-    suit Hugging Face's Trainer. The training loader shuffles again each epoch, reproducibly from `seed`.
+    """(training, validation) DataLoaders of padded batches for a loop of your own.
 
-    `sentence_numbering`: "on", "off", or "auto" (on if most training summaries carry citations). Raises InputError if a
-    file cannot be used.
+    Their `.dataset` and `.collate_fn` suit Hugging Face's Trainer. The training loader shuffles again each
+    epoch, reproducibly from `seed`. `sentence_numbering`: "on", "off", or "auto" (on if most training
+    summaries carry citations). Raises InputError if a file cannot be used.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -355,8 +358,8 @@ def create_sft_dataloaders(
 def log_data_warnings(
     rows: tuple[list[Row], list[Row]], datasets: tuple[SFTDataset, SFTDataset], options: DataOptions
 ) -> None:
-    """Logs what was shortened or refused and what looks wrong in each file, then leaks between the two, by row number or
-    id. On the main process only."""
+    """Logs what was shortened or refused and what looks wrong in each file, then leaks between the two, by
+    row number or id. On the main process only."""
     if not on_main_process():
         return
     for path, part, dataset in zip((options.train_csv, options.val_csv), rows, datasets):
@@ -365,8 +368,8 @@ def log_data_warnings(
     leaked = leaked_rows(*rows)
     if leaked:
         log(
-            f"warning: leak: {plural(len(leaked), 'validation row')} with a note that is in the training rows too, so the"
-            f" validation loss will look better than it is: {_ids(row.id for row in leaked)}"
+            f"warning: leak: {plural(len(leaked), 'validation row')} with a note that is in the training rows"
+            f" too, so the validation loss will look better than it is: {_ids(row.id for row in leaked)}"
         )
 
 
@@ -376,17 +379,17 @@ def _file_warnings(rows: Sequence[Row], dataset: SFTDataset) -> Iterator[str]:
         n_notes = plural(len(dataset.shortened), "note")
         yield f"{n_notes} shortened to fit {limit}: {_ids(dataset.shortened)}"
     if dataset.refused:
+        n_rows = plural(len(dataset.refused), "row")
+        ids = _ids(row_id for row_id, _ in dataset.refused)
         yield (
-            f"{plural(len(dataset.refused), 'row')} refused, with a summary (and any sentences it cites) that does not fit"
-            f" {limit}; --max_length {_needed_length(dataset)} would hold them all:"
-            f" {_ids(row_id for row_id, _ in dataset.refused)}"
+            f"{n_rows} refused, with a summary (and any sentences it cites) that does not fit {limit};"
+            f" --max_length {_needed_length(dataset)} would hold them all: {ids}"
         )
     if dataset.encoder.template.number_sentences:
         wrong = [row.id for row in rows if _cites_missing_sentence(row)]
         if wrong:
-            yield (
-                f"{plural(len(wrong), 'row')} with a summary that cites sentences its note does not have: {_ids(wrong)}"
-            )
+            n_rows = plural(len(wrong), "row")
+            yield f"{n_rows} with a summary that cites sentences its note does not have: {_ids(wrong)}"
     n_contradictions = _count_contradictions(rows)
     if n_contradictions:
         yield f"{plural(n_contradictions, 'pair')} of note and summary labeled both factual and hallucinated"

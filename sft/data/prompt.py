@@ -28,11 +28,11 @@ _ANSWER_MARK = "SUMMARY-GOES-HERE"
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The text around a note. Saved with the adapter and read back by inference, never rendered a second time, because
-    some chat templates write the day's date.
+    """The text around a note. Saved with the adapter and read back by inference, never rendered a second
+    time, because some chat templates write the day's date.
 
     prefix, suffix        text before and after the note
-    add_special_tokens    whether the tokenizer adds its own BOS before `prefix` (a chat template has written it)
+    add_special_tokens    whether the tokenizer adds its own BOS before `prefix` (a chat template writes it)
     end_token_id          ends the summary; carries loss in training
     stop_token_ids        generation stops at each of these
     number_sentences      whether the note's sentences are lines of their own, numbered S1, S2, ...
@@ -64,7 +64,8 @@ def build_template(
 ) -> PromptTemplate:
     """The tokenizer's chat template around the note, or a plain template if it has none.
 
-    Raises InputError if the tokenizer has no token that can end a summary, or its chat template does not show the note.
+    Raises InputError if the tokenizer has no token that can end a summary, or its chat template does not show
+    the note.
     """
     instruction = instruction or (EVIDENCE_INSTRUCTION if number_sentences else INSTRUCTION)
     if tokenizer.chat_template:
@@ -91,8 +92,8 @@ def build_template(
 
 
 def _chat_messages(tokenizer, instruction: str) -> list[dict[str, str]]:
-    """Instruction and the note's place as chat messages: system and user, or one user message if the template knows no
-    system role."""
+    """Instruction and the note's place as chat messages: system and user, or one user message if the template
+    knows no system role."""
     from jinja2 import TemplateError
 
     choices = (
@@ -127,7 +128,7 @@ def _end_of_turn(tokenizer, messages: list[dict[str, str]]) -> int | None:
 
 
 def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """The chat template's text. Templates that know a thinking mode leave it out; the others ignore that argument."""
+    """The chat template's text, without thinking (templates that know no thinking ignore that argument)."""
     return tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
     )
@@ -155,7 +156,7 @@ def _control_strings(tokenizer) -> dict[str, int]:
 
 
 def pad_token_id(tokenizer) -> int:
-    """A token to pad with that the model already has. Which one does not matter: padding is masked by length."""
+    """A token to pad with that the model already has; any will do, since padding is masked by length."""
     # EOS first: a [PAD] that was added later may lie beyond the embedding
     known = (tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     return next(token for token in known if token is not None)
@@ -167,8 +168,8 @@ def pad_token_id(tokenizer) -> int:
 class PromptEncoder:
     """Notes and summaries to token ids.
 
-    Template, note and summary are tokenized separately, so that the boundary between prompt and summary is the same
-    whether or not the summary is there yet, and text from a note can never become a control token.
+    Template, note and summary are tokenized separately, so that the boundary between prompt and summary is
+    the same whether or not the summary is there yet, and text from a note can never become a control token.
     """
 
     def __init__(self, tokenizer, template: PromptTemplate):
@@ -206,7 +207,8 @@ class PromptEncoder:
         )
 
     def _encode_in_pieces(self, text: str) -> list[int]:
-        """For what split_special_tokens lets through (it knows special tokens only): control strings are cut in two."""
+        """Cuts control strings in two, for those that split_special_tokens, which knows special tokens only,
+        lets through."""
         cuts = [0, *(match.start() + 1 for match in self._control_pattern.finditer(text)), len(text)]
         pieces = [text[start:end] for start, end in itertools.pairwise(cuts)]
         encoded = self._tokenize(pieces).input_ids
@@ -216,7 +218,7 @@ class PromptEncoder:
         return self.prefix_ids + note_ids + self.suffix_ids
 
     def shorten(self, note: str, room: int) -> tuple[list[int], int]:
-        """As many of `note`'s leading sentences as fit into `room` tokens: (token ids, number of sentences kept).
+        """The leading sentences of `note` that fit into `room` tokens: (token ids, number of sentences).
 
         If not even the first sentence fits, it is cut between words, and 0 sentences count as kept.
         """

@@ -1,7 +1,7 @@
 """A CSV file as people export it -> table -> checked rows.
 
-What can be repaired safely is repaired, counted and reported once per kind; the rest is refused by row number and id.
-No message holds text of the file.
+What can be repaired safely is repaired, counted and reported once per kind; the rest is refused by row number
+and id. No message holds text of the file.
 """
 
 import csv
@@ -53,10 +53,11 @@ class _Header(NamedTuple):
 def read_table(
     path: str | Path, required: Sequence[str], repairs: Counter | None = None
 ) -> Iterator[tuple[int, dict[str, str], bool]]:
-    """Yields (row number, fields by column, whether there are more fields than columns) for each row of a CSV.
+    """Yields (row number, fields by column, whether there are more fields than columns) for each row.
 
-    Values are unchanged text: "NA" is sodium, not a missing value. Repairs are counted in `repairs`, or logged at the
-    end of the file if it is None. Raises InputError if the file cannot be read as a CSV with the `required` columns.
+    Values are unchanged text: "NA" is sodium, not a missing value. Repairs are counted in `repairs`, or
+    logged at the end of the file if it is None. Raises InputError if the file cannot be read as a CSV with
+    the `required` columns.
     """
     counts = Counter() if repairs is None else repairs
     data = read_bytes(Path(path))
@@ -101,7 +102,8 @@ def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
 
 
 def _find_header(data: bytes, encoding: str) -> _Header:
-    """The first row that is neither blank nor Excel's "sep=;", with the delimiter that gives it the most known columns."""
+    """The first row that is neither blank nor Excel's "sep=;", with the delimiter that gives it the most
+    known columns."""
     candidates = []
     for delimiter in ",;\t":
         reader = csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter)
@@ -161,13 +163,13 @@ class Row:
 
 
 def _same_text_key(text: str) -> bytes:
-    """Equal for texts that differ in case and white space alone. A digest, since a set of texts is as large as the file."""
+    """Equal for texts that differ in case and white space alone. A digest, since it takes less memory."""
     words = " ".join(text.casefold().split())
     return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a CSV in the toolkit's form, checked. Raises InputError with the bad rows' numbers and ids."""
+    """All rows of a CSV, checked. Raises InputError with the bad rows' numbers and ids."""
     rows = []
     problems = []
     repairs = Counter()

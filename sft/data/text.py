@@ -27,8 +27,8 @@ _OTHER_FORMATS = (
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save it as 'CSV UTF-8'"),
     (b"\x1f\x8b", "a gzip file", "unpack it"),
 )
-# DOS and Macintosh code pages have letters where Windows-1252 has punctuation; a long run of letters beyond ASCII is
-# another script
+# DOS and Macintosh code pages have letters where Windows-1252 has punctuation; a long run of letters beyond
+# ASCII is another script
 _NOT_WINDOWS_1252 = re.compile(
     rb"[A-Za-z][\x80-\x8b\x8d-\x91\x93-\x95\x98-\x9b\x9d-\x9f][A-Za-z]|[\xc0-\xff]{3}"
 )
@@ -36,7 +36,10 @@ _UNUSED_IN_WINDOWS_1252 = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\
 
 
 class Repair(NamedTuple):
-    """A kind of repair, as the key of a Counter: 2 of ("blank row", "skipped") are logged as "2 blank rows skipped"."""
+    """A kind of repair, as the key of a Counter.
+
+    2 of ("blank row", "skipped") are logged as "2 blank rows skipped".
+    """
 
     noun: str
     action: str
@@ -90,7 +93,7 @@ def decode_bytes(data: bytes, name: str) -> str:
 
 
 def find_encoding(data: bytes, name: str, repairs: Counter) -> str:
-    """The codec that decodes all of `data`: UTF-8, UTF-16, UTF-32, or Windows-1252 unless something rules it out.
+    """The codec of `data`: UTF-8, UTF-16, UTF-32, or Windows-1252 unless something rules it out.
 
     Any but UTF-8 is counted in `repairs`. Raises InputError if the bytes are not text.
     """
@@ -117,7 +120,7 @@ def find_encoding(data: bytes, name: str, repairs: Counter) -> str:
 
 
 def _first_bad_byte(data: bytes, encoding: str) -> tuple[int, int] | None:
-    """(byte, line number) of the first byte that `encoding` does not decode; None if it decodes all of them."""
+    """(byte, line number) of the first byte that `encoding` does not decode; None if there is none."""
     decoder = codecs.getincrementaldecoder(encoding)()
     # In pieces, so that the whole text is never in memory
     size = 1 << 20
@@ -144,7 +147,7 @@ def _utf_16_without_mark(data: bytes) -> str | None:
 
 
 def _count_windows_1252(data: bytes) -> int:
-    """The number of characters beyond ASCII; 0 if it may be another encoding, or UTF-8 with a damaged byte."""
+    """The number of characters beyond ASCII; 0 if it may be another encoding, or damaged UTF-8."""
     n_beyond_ascii = len(data) - len(data.translate(None, bytes(range(128, 256))))
     is_partly_utf_8 = re.search("[^\x00-\x7f\udc80-\udcff]", data.decode("utf-8", "surrogateescape"))
     is_ruled_out = (

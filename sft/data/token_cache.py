@@ -1,7 +1,7 @@
 """Keeps the tokens of a file of rows on disk, so that the next start need not tokenize it again.
 
-The file: SHA-256 of what follows (32 bytes), a line of JSON (the key, and the arrays' names and shapes) padded with
-spaces to a multiple of 64 bytes, the arrays as little-endian int32, end to end.
+The file: SHA-256 of what follows (32 bytes), a line of JSON (the key, and the arrays' names and shapes)
+padded with spaces to a multiple of 64 bytes, the arrays as little-endian int32, end to end.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def cache_key(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> s
 
 
 def _source_files() -> list[Path]:
-    """All modules beside this one and in sft.grounding, so that no function the tokens depend on can be forgotten."""
+    """All modules of sft.data and sft.grounding, so that none that the tokens depend on is forgotten."""
     folders = (Path(__file__).parent, Path(sft.grounding.__file__).parent)
     return [path for folder in folders for path in sorted(folder.glob("*.py"))]
 

@@ -1,4 +1,4 @@
-"""Reads the citations of a summary: [Evidence: S1,2; Conf: 0.85] behind a claim names the note's sentences it rests on."""
+"""Reads the citations of a summary, like [Evidence: S1,2; Conf: 0.85] after each claim."""
 
 import re
 

@@ -1,11 +1,11 @@
-"""Splits clinical text into sentences and numbers them S1, S2, ... as prompts show them and summaries cite them.
+"""Splits clinical text into sentences and numbers them S1, S2, ..., as summaries cite them.
 
 Adapters trained on numbered notes depend on the numbering: it must not change.
 """
 
 import re
 
-# A period, question or exclamation mark before white space (with closing quotes or brackets), or the end of a line
+# A period, question or exclamation mark (and closing quotes or brackets) before white space, or a line's end
 _BOUNDARY = re.compile(r"""(?P<mark>[.!?…])["'”’)\]]*(?=\s)|(?P<newline>\n)""")
 _LIST_NUMBER = re.compile(r"\s*\(?\d{1,3}")
 # Never the end of a sentence. Case counts: "MR." and "ms." are mitral regurgitation and milliseconds
@@ -19,10 +19,11 @@ _WRAP_WIDTH = 60  # a shorter line is a list item or a heading, not a wrapped li
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of every sentence of `text`, in order, without overlap; together they hold every visible character.
+    """(start, end) of every sentence of `text`, in order, without overlap.
 
-    Made for clinical notes: list items, headings and dialogue turns are sentences of their own, wrapped lines are
-    joined, decimal points and common abbreviations do not end a sentence.
+    Together they hold every visible character. Made for clinical notes: list items, headings and dialogue
+    turns are sentences of their own, wrapped lines are joined, decimal points and common abbreviations do not
+    end a sentence.
     """
     spans = []
     start = 0
@@ -40,7 +41,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def number_sentences(text: str) -> list[str]:
-    """["S1: first sentence", "S2: second sentence", ...]: the lines of a note as an evidence-trained model reads it."""
+    """["S1: first sentence", ...]: the lines of a note as an evidence-trained model reads it."""
     return [f"S{number}: {sentence}" for number, sentence in enumerate(split_sentences(text), 1)]
 
 
