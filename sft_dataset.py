@@ -1,94 +1,94 @@
-"""Checked rows -> prompt -> tokens -> batches, and the report on them. Knows no model and no device.
+"""Checks training data and reports on it: counts, token lengths, what will be shortened or refused.
 
     python sft_dataset.py                       # check the bundled data and report on it
     python sft_dataset.py --train_csv my.csv    # check your own
 
-Reading the CSV is sft_rows.py's, the prompt and its tokens are sft_prompt.py's.
+For a training loop of your own: `from sft_dataset import create_sft_dataloaders`. Everything but the report
+is in sft/data.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sft.cli import log, run_script, safe_id
-from sft.data.dataset import SFTDataset, load_datasets, warn_about_leaks, warn_about_rows
+from sft.cli import log, plural, run_script, safe_id
+from sft.data.dataset import (
+    SFTCollator,
+    SFTDataset,
+    create_sft_dataloaders,
+    load_datasets,
+    log_data_warnings,
+    read_data,
+)
 from sft.data.prompt import PromptTemplate
-from sft.data.rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
+from sft.data.rows import Row, leaked_rows, repeated_rows
 from sft.files import ROOT, check_new_file, sha256, write_atomic
 from sft.options import ReportConfig, parse_options
 
-if TYPE_CHECKING:
-    pass
-
-
-# ------------------------------------------------------------------------------------------------ examples
-
-
-# ------------------------------------------------------------------------------------------------ token cache
-
-
-# ------------------------------------------------------------------------------------------------ both sets
-
-
-# ------------------------------------------------------------------------------------------------ batches
-
-
-# ------------------------------------------------------------------------------------------------ report
+__all__ = ["SFTCollator", "SFTDataset", "create_sft_dataloaders"]
 
 
 def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) -> str:
     """The report on one file: counts and token lengths, never text."""
-    import numpy as np
-
     labels = Counter(row.label for row in rows)
+    types = Counter(
+        safe_id(row.hallucination_type or "unnamed") for row in rows if row.label == "hallucinated"
+    )
+    n_shortened = plural(len(dataset.shortened), "note")
+    n_refused = plural(len(dataset.refused), "row")
+    n_repeated = plural(len(repeated_rows(rows)), "repeated row")
     lines = [
         str(path),
         f"  rows            {len(rows):>6,}",
         f"  factual         {labels['factual']:>6,}   used in Stage A",
+        f"  hallucinated    {labels['hallucinated']:>6,}   kept for Stage B, never trained on here",
+        *(f"    {name:<24} {count:>4,}" for name, count in types.most_common()),
+        "  tokens                    median   95th percentile   longest",
+        *_length_lines(dataset),
+        f"  {n_shortened} shortened, {n_refused} refused at --max_length {dataset.max_length}; {n_repeated}",
     ]
-    lines.append(f"  hallucinated    {labels['hallucinated']:>6,}   kept for Stage B, never trained on here")
-    types = Counter(
-        safe_id(row.hallucination_type or "unnamed") for row in rows if row.label == "hallucinated"
-    )
-    lines += [f"    {name:<24} {count:>4,}" for name, count in types.most_common()]
+    return "\n".join(lines)
+
+
+def _length_lines(dataset: SFTDataset) -> Iterator[str]:
+    """Quantiles of the rows' lengths in tokens, before any note is shortened."""
+    import numpy as np
+
     note, summary = dataset.lengths.T
-    spans = (
-        ("note", note),
-        ("summary", summary),
-        ("prompt and summary", note + summary + dataset.encoder.n_template_tokens + 1),
-    )
-    lines.append("  tokens                    median   95th percentile   longest")
-    for name, n_tokens in spans:
+    n_end_token = 1
+    lengths = {
+        "note": note,
+        "summary": summary,
+        "prompt and summary": note + summary + dataset.encoder.n_template_tokens + n_end_token,
+    }
+    for name, n_tokens in lengths.items():
         median, high, longest = np.quantile(n_tokens, [0.5, 0.95, 1.0])
-        lines.append(f"    {name:<20} {median:>9,.0f} {high:>17,.0f} {longest:>9,.0f}")
-    fit = f"shortened, {len(dataset.refused):,} rows refused at --max_length {dataset.max_length}"
-    return "\n".join(
-        [*lines, f"  {len(dataset.shortened):,} notes {fit}; {len(repeated_rows(rows)):,} repeated rows"]
-    )
+        yield f"    {name:<20} {median:>9,.0f} {high:>17,.0f} {longest:>9,.0f}"
 
 
 def show_spans(dataset: SFTDataset) -> str:
     """The first example as the model sees it, and which part of it carries loss."""
-    example, decode = dataset.examples[0], dataset.encoder.tokenizer.decode
-    prompt, target = example.input_ids[: example.n_prompt], example.input_ids[example.n_prompt :]
-    spans = (("prompt, no loss", prompt), ("summary and end token, loss", target))
+    example = dataset.examples[0]
+    prompt = example.input_ids[: example.n_prompt]
+    target = example.input_ids[example.n_prompt :]
     lines = [f"One row as tokens (id {example.row_id}):"]
-    for name, ids in spans:
-        lines += [f"  [{name}: {len(ids)} tokens]", *(f"    {line}" for line in decode(ids).split("\n"))]
+    for name, ids in (("prompt, no loss", prompt), ("summary and end token, loss", target)):
+        text = dataset.encoder.tokenizer.decode(ids)
+        lines += [f"  [{name}: {len(ids)} tokens]", *(f"    {line}" for line in text.split("\n"))]
     return "\n".join(lines)
 
 
 def is_bundled(path: str | Path) -> bool:
-    """Whether the file is sample data of ours, to the byte: only then may its text be shown."""
-    sums = ROOT / "phase1_data" / "sft" / "SHA256SUMS"
-    return sums.is_file() and sha256(Path(path)) in sums.read_text().split()
+    """Whether the file is an unchanged copy of our sample data: only then may its text be shown."""
+    checksums = ROOT / "phase1_data" / "sft" / "SHA256SUMS"
+    return checksums.is_file() and sha256(Path(path)) in checksums.read_text().split()
 
 
 def preference_pairs(rows: Sequence[Row], template: PromptTemplate) -> Iterator[dict]:
-    """Each hallucinated row beside a factual summary of the same note, in TRL's DPO format
-    (https://huggingface.co/docs/trl/dataset_formats): `prompt`, as trained on here, `chosen`, `rejected`, and the ids."""
+    """Each hallucinated row with a factual summary of the same note, in TRL's DPO format
+    (https://huggingface.co/docs/trl/dataset_formats): `prompt`, as trained on here, `chosen`, `rejected`, and
+    the ids."""
     factual = {}
     for row in rows:
         if row.label == "factual":
@@ -106,44 +106,36 @@ def preference_pairs(rows: Sequence[Row], template: PromptTemplate) -> Iterator[
             }
 
 
+def export_preferences(path: Path, rows: Sequence[Row], template: PromptTemplate) -> None:
+    """Writes the preference pairs as JSON Lines."""
+    pairs = list(preference_pairs(rows, template))
+    write_atomic(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    log(f"Wrote {plural(len(pairs), 'preference pair')} to {path}")
+
+
 def main() -> None:
-    config = parse_options(
-        ReportConfig,
-        "Checks training data and reports on it: counts, token lengths, what will be shortened or refused.",
+    description = (
+        "Checks training data and reports on it: counts, token lengths, what will be shortened or refused."
     )
+    config = parse_options(ReportConfig, description)
     check_new_file("--export_preferences", config.export_preferences)
-    rows = read_rows(config.train_csv), read_rows(config.val_csv)
-    for part, path in zip(rows, (config.train_csv, config.val_csv)):
-        factual_rows(part, path)
+    rows = read_data(config)
 
     from sft.model.base import load_tokenizer
 
-    tokenizer = load_tokenizer(config.model_name)
-    datasets = load_datasets(
-        config.train_csv,
-        config.val_csv,
-        tokenizer,
-        max_length=config.max_length,
-        instruction=config.instruction,
-        sentence_numbering=config.sentence_numbering,
-        rows=rows,
-    )
+    datasets = load_datasets(rows, load_tokenizer(config.model_name), config)
+    template = datasets[0].encoder.template
     for path, part, dataset in zip((config.train_csv, config.val_csv), rows, datasets):
         print(describe_rows(path, part, dataset) + "\n")
-        warn_about_rows(path, part, dataset)
-    warn_about_leaks(*rows)
-    numbered = "numbered" if datasets[0].encoder.template.number_sentences else "not numbered"
-    print(f"{len(leaked_rows(*rows)):,} validation rows have a note that is in the training rows too.")
+    log_data_warnings(rows, datasets, config)
+    n_leaked = plural(len(leaked_rows(*rows)), "validation row")
+    print(f"{n_leaked} with a note that is in the training rows too.")
+    numbered = "numbered" if template.number_sentences else "not numbered"
     print(f"The note's sentences are {numbered} in the prompt.")
     if is_bundled(config.train_csv):
         print("\n" + show_spans(datasets[0]))
     if config.export_preferences:
-        pairs = list(preference_pairs(rows[0], datasets[0].encoder.template))
-        write_atomic(
-            Path(config.export_preferences),
-            "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs),
-        )
-        log(f"Wrote {len(pairs):,} preference pairs to {config.export_preferences}")
+        export_preferences(Path(config.export_preferences), rows[0], template)
 
 
 if __name__ == "__main__":

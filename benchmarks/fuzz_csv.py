@@ -1,10 +1,11 @@
-"""Damaged CSVs by the thousand: does anything end in more than rows or a two-line refusal?
+"""Thousands of damaged CSVs: does any end in something other than rows or a two-line refusal?
 
     python benchmarks/fuzz_csv.py --seconds 120 --seed 0
 
-Damages a valid CSV at random (bytes, quotes, delimiters, line ends, encodings, columns, cut off, huge cells) and puts it
-through reading, tokenising, the report and inference's reader. Fails where anything but InputError is raised, a refusal
-has more than two lines, or a message holds the phrase planted in every text. Prints the number of files.
+Damages a valid CSV at random (bytes, quotes, delimiters, line ends, encodings, columns, cut off, huge cells)
+and puts it through reading, tokenizing, the report and inference's reader. Fails if anything but InputError
+is raised, a refusal has more than two lines, or a message holds the phrase planted in every text. Prints the
+number of files.
 """
 
 import argparse
@@ -24,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from tiny import HEADER, NOTES, tiny_tokenizer
 
 from sft.cli import InputError
-from sft.data.dataset import load_datasets, warn_about_leaks, warn_about_rows
-from sft.data.rows import read_rows
+from sft.data.dataset import load_datasets, log_data_warnings, read_data
 from sft.inference.note_files import read_notes
+from sft.options import DataOptions
 from sft_dataset import describe_rows
 
 PHRASE = "SECRETPHRASE"
@@ -48,7 +49,7 @@ PIECES = [
     b"\x1a",
     b"=",
 ]
-ENCODINGS = ["utf-8"] * 4 + [
+OTHER_ENCODINGS = [
     "utf-8-sig",
     "utf-16",
     "utf-16-le",
@@ -60,6 +61,7 @@ ENCODINGS = ["utf-8"] * 4 + [
     "cp1251",
     "shift_jis",
 ]
+ENCODINGS = ["utf-8"] * 4 + OTHER_ENCODINGS
 
 
 def valid_csv(dice: random.Random) -> str:
@@ -68,52 +70,76 @@ def valid_csv(dice: random.Random) -> str:
     rows = [columns]
     for i, (note, summary) in enumerate(dice.choices(NOTES, k=dice.randint(0, 8))):
         citation = dice.choice(["", "", " [Evidence: S1,2; Conf: 0.95]"])
-        note = f"{PHRASE} {note}" * dice.choice([1, 1, 1, 40]) + dice.choice(
-            ["", "", " 38,5 °C", " é😀", "\u200f", "\n\n", ' "x"']
-        )
-        cells = {"id": i, "clinical_note": note, "model_summary": f"{PHRASE} {summary}{citation}"}
-        cells["label"] = dice.choice(["factual"] * 6 + ["hallucinated", "Factual ", "FACTUAL", "true", ""])
+        n_repeats = dice.choice([1, 1, 1, 40])
+        ending = dice.choice(["", "", " 38,5 °C", " é😀", "\u200f", "\n\n", ' "x"'])
+        label = dice.choice(["factual"] * 6 + ["hallucinated", "Factual ", "FACTUAL", "true", ""])
+        cells = {
+            "id": i,
+            "clinical_note": f"{PHRASE} {note}" * n_repeats + ending,
+            "model_summary": f"{PHRASE} {summary}{citation}",
+            "label": label,
+        }
         rows.append([cells.get(name, "") for name in columns])
     buffer = io.StringIO(newline="")
-    form = {
-        "delimiter": dice.choice(",,,;\t|"),
-        "lineterminator": dice.choice(["\n", "\r\n", "\r"]),
-        "quoting": dice.choice([0, 0, 1]),
-    }
-    csv.writer(buffer, **form).writerows(rows)
+    writer = csv.writer(
+        buffer,
+        delimiter=dice.choice(",,,;\t|"),
+        lineterminator=dice.choice(["\n", "\r\n", "\r"]),
+        quoting=dice.choice([csv.QUOTE_MINIMAL, csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+    )
+    writer.writerows(rows)
     return buffer.getvalue()
 
 
 def damaged(data: bytes, dice: random.Random) -> bytes:
     for _ in range(dice.choice([0, 1, 1, 2, 5, 30])):
-        at = dice.randint(0, len(data))
+        position = dice.randint(0, len(data))
+        before = data[:position]
+        after = data[position:]
         kind = dice.randrange(6)
         if kind == 0 and data:
             flipped = bytearray(data)
-            flipped[min(at, len(data) - 1)] ^= 1 << dice.randrange(8)
+            flipped[min(position, len(data) - 1)] ^= 1 << dice.randrange(8)
             data = bytes(flipped)
         elif kind == 1:
-            data = data[:at] + dice.choice(PIECES) * dice.choice([1, 1, 1, 50]) + data[at:]
+            data = before + dice.choice(PIECES) * dice.choice([1, 1, 1, 50]) + after
         elif kind == 2:
-            data = data[:at] + data[at + dice.randint(1, 40) :]
+            data = before + after[dice.randint(1, 40) :]
         elif kind == 3:
-            data = data[:at] + dice.randbytes(dice.randint(1, 8)) + data[at:]
+            data = before + dice.randbytes(dice.randint(1, 8)) + after
         elif kind == 4 and dice.random() < 0.2:
-            data = data[:at]
+            data = before
         elif dice.random() < 0.02:
-            data = data[:at] + b"Fever. " * dice.choice([30_000, 200_000]) + data[at:]
+            data = before + b"Fever. " * dice.choice([30_000, 200_000]) + after
     return data
 
 
-def go_through(path: Path, tokenizer) -> None:
-    """All that a user's file meets before training."""
-    rows = read_rows(path), read_rows(path)
-    datasets = load_datasets(
-        path, path, tokenizer, max_length=256, rows=rows, cache_dir=path.parent / "cache"
-    )
+def check_data(path: Path, tokenizer) -> None:
+    """Everything that a user's file goes through before training."""
+    options = DataOptions(train_csv=str(path), val_csv=str(path), max_length=256)
+    rows = read_data(options)
+    datasets = load_datasets(rows, tokenizer, options, path.parent / "cache")
     describe_rows(path, rows[0], datasets[0])
-    warn_about_rows(path, rows[0], datasets[0])
-    warn_about_leaks(*rows)
+    log_data_warnings(rows, datasets, options)
+
+
+def check_case(case: int, path: Path, tokenizer, counts: Counter) -> None:
+    dice = random.Random(case)
+    path.write_bytes(damaged(valid_csv(dice).encode(dice.choice(ENCODINGS), "replace"), dice))
+    logged = io.StringIO()
+    for reader in (lambda: check_data(path, tokenizer), lambda: list(read_notes(path))):
+        try:
+            with contextlib.redirect_stderr(logged):
+                reader()
+            counts["read"] += 1
+        except InputError as error:
+            assert str(error).count("\n") <= 1, f"case {case}: more than two lines"
+            logged.write(str(error))
+            counts["refused"] += 1
+        except BaseException:
+            print(f"case {case} (repeat it with --seed {case})", file=sys.stderr)
+            raise
+    assert PHRASE not in logged.getvalue(), f"case {case}: a message holds text"
 
 
 def main() -> None:
@@ -123,30 +149,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    tokenizer, counts, case = tiny_tokenizer(), Counter(), arguments.seed
-    until = time.monotonic() + arguments.seconds
+    tokenizer = tiny_tokenizer()
+    counts = Counter()
+    case = arguments.seed
+    end = time.monotonic() + arguments.seconds
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fuzz.csv"
-        while time.monotonic() < until:
-            dice = random.Random(case)
-            path.write_bytes(damaged(valid_csv(dice).encode(dice.choice(ENCODINGS), "replace"), dice))
-            said = io.StringIO()
-            for reader in (lambda: go_through(path, tokenizer), lambda: list(read_notes(path))):
-                try:
-                    with contextlib.redirect_stderr(said):
-                        reader()
-                    counts["read"] += 1
-                except InputError as error:
-                    assert str(error).count("\n") <= 1, f"case {case}: more than two lines"
-                    said.write(str(error))
-                    counts["refused"] += 1
-                except BaseException:
-                    print(f"case {case} (repeat it with --seed {case})", file=sys.stderr)
-                    raise
-            assert PHRASE not in said.getvalue(), f"case {case}: a message holds text"
+        while time.monotonic() < end:
+            check_case(case, Path(folder) / "fuzz.csv", tokenizer, counts)
             case += 1
     print(
-        f"{case - arguments.seed:,} files in {arguments.seconds:g} s from seed {arguments.seed}: {counts['read']:,} readings went through, {counts['refused']:,} were refused"
+        f"{case - arguments.seed:,} files in {arguments.seconds:g} s from seed {arguments.seed}:"
+        f" {counts['read']:,} readings succeeded, {counts['refused']:,} were refused"
     )
 
 

@@ -79,13 +79,13 @@ def test_result_against_a_loop_written_out(specialist):
 
 
 def test_training_and_inference_build_the_same_prompt(adapters, specialist):
-    from test_dataset import rows_of
+    from tiny import rows_of
 
     from sft.data.dataset import SFTDataset
     from sft.data.prompt import PromptEncoder, build_template
 
     tokenizer = tiny_tokenizer()
-    examples = SFTDataset(rows_of(NOTES), PromptEncoder(tokenizer, build_template(tokenizer))).examples
+    examples = SFTDataset(rows_of(NOTES), PromptEncoder(tokenizer, build_template(tokenizer)), 512).examples
     for example, (note, _) in zip(examples, NOTES):
         assert specialist._prompt(note, 10)[0] == example.input_ids[: example.n_prompt]
 

@@ -4,8 +4,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from test_dataset import rows_of
-from tiny import NOTES, tiny_model, tiny_tokenizer
+from tiny import NOTES, rows_of, tiny_model, tiny_tokenizer
 
 import sft.model.adapter as adapter_module
 import sft.model.attention as attention_module
@@ -21,7 +20,7 @@ PADDING = ["gemma2", "bloom"]  # soft-capped scores; attention of its own
 
 def examples_of(pairs=NOTES, chat="chatml"):
     tokenizer = tiny_tokenizer(chat)
-    return SFTDataset(rows_of(pairs), PromptEncoder(tokenizer, build_template(tokenizer))).examples
+    return SFTDataset(rows_of(pairs), PromptEncoder(tokenizer, build_template(tokenizer)), 512).examples
 
 
 def with_lora(model, seed=0, r=4, targets=("q_proj", "v_proj"), dropout=0.0):

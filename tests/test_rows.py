@@ -1,4 +1,4 @@
-"""What real exports hold: mended and counted, or refused by row and id."""
+"""Rows of real exports: repaired and counted, or refused by row and id."""
 
 import csv
 import gzip
@@ -8,19 +8,17 @@ import pytest
 from conftest import assert_input_error, run_python
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import HEADER, NOTES, write_csv
+from tiny import HEADER, NOTES, rows_of, write_csv
 
 from sft.cli import InputError
-from sft.data.rows import Row, leaked_rows, read_rows, repeated_rows
-from sft.data.text import clean_text, decode_bytes, is_blank
+from sft.data.rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
+from sft.data.text import clean_text, is_blank
 from sft.inference.note_files import read_notes
 
-
-def rows_of(pairs) -> list[Row]:
-    return [Row(i + 2, f"r{i}", note, summary, "factual") for i, (note, summary) in enumerate(pairs)]
+HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
 
 
-def test_rows_are_text_as_they_stand(tmp_path):
+def test_values_are_unchanged_text(tmp_path):
     note = 'NA 128, "low";\r\nnext line, =SUM(A1) null'
     path = write_csv(
         tmp_path / "a.csv",
@@ -29,15 +27,7 @@ def test_rows_are_text_as_they_stand(tmp_path):
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
     first, second = read_rows(path)
     assert first == Row(2, "1", note.replace("\r\n", "\n"), "NA", "factual", "")
-    assert (second.clinical_note, second.model_summary, second.label, second.hallucination_type) == (
-        "None",
-        "null",
-        "hallucinated",
-        "wrong_number",
-    )
-
-
-HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
+    assert second == Row(3, "2", "None", "null", "hallucinated", "wrong_number")
 
 
 @pytest.mark.parametrize(
@@ -48,7 +38,7 @@ HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
         (HEADER_LINE.encode(), ["no rows"]),
         (
             HEADER_LINE.encode() + b"7,SECRET note,SECRET summary,hallucinated,x\n",
-            ["no row is labelled factual"],
+            ["no row is labeled factual (1 row)"],
         ),
         (HEADER_LINE.encode() + b"7,SECRET note,  ,factual,\n", ["row 2", "id 7", "model_summary is empty"]),
         (
@@ -78,14 +68,16 @@ def test_bad_files_are_refused_in_two_lines(tmp_path, content, words, script):
     arguments = ["--output_dir", tmp_path / "out"] if script.startswith("stage") else []
     result = run_python(script, "--train_csv", path, *arguments)
     assert_input_error(result, "bad.csv", *words)
-    assert "SECRET" not in result.stderr and not (tmp_path / "out").exists()
+    assert "SECRET" not in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_text_in_the_id_column_is_not_shown(tmp_path):
     path = write_csv(tmp_path / "a.csv", [("SECRET patient story", "note", "", "factual", "")])
     with pytest.raises(InputError) as error:
         read_rows(path)
-    assert "SECRET" not in str(error.value) and "row 2" in str(error.value)
+    assert "SECRET" not in str(error.value)
+    assert "row 2 (id (not shown))" in str(error.value)
 
 
 @settings(max_examples=60, deadline=None)
@@ -99,9 +91,8 @@ def test_a_text_in_the_id_column_is_not_shown(tmp_path):
     )
 )
 def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
-    pairs = [
-        tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs
-    ]  # no lone surrogates
+    # No unpaired surrogates
+    pairs = [tuple(text.encode("utf-8", "replace").decode() for text in pair) for pair in pairs]
     path = write_csv(
         tmp_path_factory.mktemp("csv") / "a.csv",
         [(i + 1, *pair, "factual", "") for i, pair in enumerate(pairs)],
@@ -111,13 +102,7 @@ def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
     ]
 
 
-def test_leaks_and_repeats():
-    train = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
-    assert [row.id for row in leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))] == ["r1"]
-    assert [row.id for row in repeated_rows(train)] == ["r2"]
-
-
-# ------------------------------------------------------------------------------------------------ mended
+# ------------------------------------------------------------------------------------------------ repaired
 
 GOOD = [
     ("1", "Température 38,5 °C; toux.", "Fièvre.", "factual", ""),
@@ -129,9 +114,9 @@ READ = [
 ]
 
 
-def table(rows=GOOD, header=HEADER, **form) -> str:
+def table(rows=GOOD, header=HEADER, **dialect) -> str:
     buffer = io.StringIO(newline="")
-    csv.writer(buffer, **form).writerows([header, *rows])
+    csv.writer(buffer, **dialect).writerows([header, *rows])
     return buffer.getvalue()
 
 
@@ -150,12 +135,12 @@ def test_every_common_form_reads_the_same(tmp_path, capfd, encoding, delimiter, 
         read(tmp_path, table(delimiter=delimiter, lineterminator=line_end, quoting=quoting).encode(encoding))
         == READ
     )
-    said = capfd.readouterr().err
-    assert (
-        said == ""
-        if encoding.startswith("utf-8")
-        else said.count("\n") == 1 and f"read as {encoding[:6].upper()}" in said
-    )
+    logged = capfd.readouterr().err
+    if encoding.startswith("utf-8"):
+        assert logged == ""
+    else:
+        assert logged.count("\n") == 1
+        assert f"read as {encoding[:6].upper()}" in logged
 
 
 def test_columns_in_any_order_case_and_number(tmp_path, capfd):
@@ -171,27 +156,15 @@ def test_windows_1252_is_read_and_counted(tmp_path, capfd):
     rows = [GOOD[0], ("2", "Müller’s café – stable", "Stable", "factual", "")]
     assert read(tmp_path, table(rows).encode("windows-1252"))[1].clinical_note == "Müller’s café – stable"
     count = sum(ord(character) > 127 for character in table(rows))
-    assert f"read as Windows-1252 ({count} characters that are not UTF-8)" in capfd.readouterr().err
-    assert decode_bytes("38.5 °C".encode("latin-1"), "x") == "38.5 °C"
+    assert f"a.csv: {count} non-UTF-8 characters read as Windows-1252" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "note, encoding",
-    [
-        ("Præoperativ Ödem präoperativ", "cp850"),
-        ("Sténose opérée", "mac_roman"),
-        ("Пациент", "cp1251"),
-        ("т а б л е т к и " * 9, "cp1251"),
-        ("患者発熱あり", "shift_jis"),
-        ("发烧三天", "gbk"),
-    ],
-)
-def test_other_code_pages_are_refused(tmp_path, note, encoding):
+def test_another_code_page_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"not UTF-8: byte 0x.. on line 2"):
-        read(tmp_path, table([("1", note, "ok", "factual", "")]).encode(encoding))
+        read(tmp_path, table([("1", "Пациент", "ok", "factual", "")]).encode("cp1251"))
 
 
-def test_what_is_mended_is_counted_in_one_line_a_kind(tmp_path, capfd):
+def test_repairs_are_counted_in_one_line_per_kind(tmp_path, capfd):
     text = (
         table(
             [
@@ -210,12 +183,12 @@ def test_what_is_mended_is_counted_in_one_line_a_kind(tmp_path, capfd):
         (4, "d", "factual"),
         (8, "e\nf", "hallucinated"),
     ]
-    said = [line.split("a.csv: ")[1] for line in capfd.readouterr().err.splitlines()]
-    assert sorted(said) == [
-        "1 repeated header rows skipped",
+    logged = [line.split("a.csv: ")[1] for line in capfd.readouterr().err.splitlines()]
+    assert sorted(logged) == [
+        "1 repeated header row skipped",
         "2 blank rows skipped",
         "2 control characters (NUL and the like) dropped",
-        "4 labels spelled otherwise, read as factual or hallucinated",
+        "4 labels in another spelling, read as factual or hallucinated",
     ]
 
 
@@ -224,7 +197,7 @@ def test_excels_separator_line(tmp_path):
     assert [row.clinical_note for row in rows] == [row.clinical_note for row in READ]
 
 
-def test_texts_that_only_look_odd_stay(tmp_path, capfd):
+def test_texts_that_only_look_wrong_are_kept(tmp_path, capfd):
     notes = [
         "NA",
         "null",
@@ -237,9 +210,9 @@ def test_texts_that_only_look_odd_stay(tmp_path, capfd):
         '5" wound',
     ]
     rows = read(tmp_path, table([(str(i), note, note, "factual", "") for i, note in enumerate(notes)]))
-    assert [row.clinical_note for row in rows] == notes == [
-        row.model_summary for row in rows
-    ] and capfd.readouterr().err == ""
+    assert [row.clinical_note for row in rows] == notes
+    assert [row.model_summary for row in rows] == notes
+    assert capfd.readouterr().err == ""
 
 
 def test_a_10_mb_cell(tmp_path):
@@ -267,9 +240,9 @@ def quotes_swallow(position: int) -> str:
         (b"\0" * 999, ["empty"]),
         (b" \n \n", ["empty"]),
         (table(GOOD).encode("utf-16")[:-1], ["UTF-16"]),
-        ("SECRET,note\n", ["no column id", "2 columns, of which none are known"]),
-        ("1,SECRET,SECRET,label,\n", ["no column id", "5 columns, of which label is known"]),
-        (table(header=["ID", "id", "clinical_note", "model_summary", "label"]), ["id stands twice"]),
+        ("SECRET,note\n", ["no column id", "2 columns, known: none"]),
+        ("1,SECRET,SECRET,label,\n", ["no column id", "5 columns, known: label"]),
+        (table(header=["ID", "id", "clinical_note", "model_summary", "label"]), ["id appears twice"]),
         (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["row 2 (id 7)", "label"]),
         (table([("\u200b", "SECRET", "SECRET", "factual", "")]), ["row 2 (id empty)", "id is empty"]),
         (table([("7", " \u200b\t", "SECRET\0", "factual", "")]), ["row 2 (id 7)", "clinical_note is empty"]),
@@ -287,17 +260,17 @@ def quotes_swallow(position: int) -> str:
         ),
     ],
 )
-def test_what_cannot_be_mended_is_refused_by_row_and_id(tmp_path, capfd, content, words):
+def test_what_cannot_be_repaired_is_refused_by_row_and_id(tmp_path, capfd, content, words):
     with pytest.raises(InputError) as error:
         read(tmp_path, content)
-    said = str(error.value) + capfd.readouterr().err
-    assert (
-        all(word in said for word in ["a.csv", *words]) and "SECRET" not in said and said.count("\n") <= 1
-    ), said
+    shown = str(error.value) + capfd.readouterr().err
+    assert all(word in shown for word in ["a.csv", *words]), shown
+    assert "SECRET" not in shown
+    assert shown.count("\n") <= 1
 
 
-def test_a_folder_is_no_csv(tmp_path):
-    with pytest.raises(InputError, match="a folder"):
+def test_a_folder_is_not_a_csv(tmp_path):
+    with pytest.raises(InputError, match="a folder, not a file"):
         read_rows(tmp_path)
 
 
@@ -318,19 +291,39 @@ MARKER = "SECRETNOTE"
         max_size=6,
     ),
 )
-def test_no_file_ends_in_anything_but_rows_or_a_refusal(tmp_path_factory, encoding, changes):
+def test_any_file_gives_rows_or_a_refusal(tmp_path_factory, encoding, changes):
     rows = [
         (i, f"{MARKER} {note}", f"{MARKER} {summary}", "factual", "")
         for i, (note, summary) in enumerate(NOTES[:4])
     ]
     data = table(rows).encode(encoding)
-    for where, inserted, cut in changes:
-        at = int(where * len(data))
-        data = data[:at] + inserted + data[at + cut :]
+    for place, inserted, n_cut in changes:
+        position = int(place * len(data))
+        data = data[:position] + inserted + data[position + n_cut :]
     path = tmp_path_factory.mktemp("any") / "a.csv"
     path.write_bytes(data)
     for reader in (read_rows, lambda path: list(read_notes(path))):
         try:
             reader(path)
         except InputError as error:
-            assert str(error).count("\n") <= 1 and MARKER not in str(error)
+            assert str(error).count("\n") <= 1
+            assert MARKER not in str(error)
+
+
+# ------------------------------------------------------------------------------------------------ sets of rows
+
+
+def test_leaked_rows():
+    train = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
+    assert [row.id for row in leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))] == ["r1"]
+
+
+def test_repeated_rows():
+    rows = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
+    assert [row.id for row in repeated_rows(rows)] == ["r2"]
+    assert [row.number for row in repeated_rows([*rows[:2], Row(9, "r0", "other", "text", "factual")])] == [9]
+
+
+def test_factual_rows():
+    rows = [Row(2, "a", "Note", "right", "factual"), Row(3, "b", "Note", "wrong", "hallucinated")]
+    assert factual_rows(rows) == rows[:1]

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import random
 from pathlib import Path
 
 CHATML = (
@@ -157,3 +158,46 @@ def write_csv(path: Path, rows, header=HEADER) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
     return path
+
+
+def rows_of(pairs):
+    """Factual rows of (note, summary) pairs, with ids r0, r1, ..."""
+    from sft.data.rows import Row
+
+    return [Row(i + 2, f"r{i}", note, summary, "factual") for i, (note, summary) in enumerate(pairs)]
+
+
+def many_rows(n: int):
+    """n factual rows of 1 to 9 notes of `NOTES` each, always the same for the same n."""
+    dice = random.Random(n)
+    pairs = []
+    for i in range(n):
+        note = f"Seen {i}. " + " ".join(dice.choice(NOTES)[0] for _ in range(dice.randint(1, 9)))
+        pairs.append((note, dice.choice(NOTES)[1]))
+    return rows_of(pairs)
+
+
+def encoder_for(chat: str, **options):
+    """The PromptEncoder of a tiny tokenizer; `options` are build_template's."""
+    from sft.data.prompt import PromptEncoder, build_template
+
+    tokenizer = tiny_tokenizer(chat)
+    return PromptEncoder(tokenizer, build_template(tokenizer, **options))
+
+
+class CountingTokenizer:
+    """A tokenizer that counts its calls and the characters it is given; with `is_fast=False`, like a slow one."""
+
+    def __init__(self, tokenizer, is_fast: bool = True):
+        self.tokenizer = tokenizer
+        self.is_fast = is_fast
+        self.calls = 0
+        self.characters = 0
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, texts, **options):
+        self.calls += 1
+        self.characters += sum(map(len, [texts] if isinstance(texts, str) else texts))
+        return self.tokenizer(texts, **options)

@@ -1,7 +1,7 @@
-"""A file as people export it -> text -> table -> checked rows.
+"""A CSV file as people export it -> table -> checked rows.
 
-What can be repaired safely is repaired, counted and said in one line a kind; the rest is refused by row number and id.
-No message holds a text of the file.
+What can be repaired safely is repaired, counted and reported once per kind; the rest is refused by row number
+and id. No message holds text of the file.
 """
 
 import csv
@@ -14,108 +14,134 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from sft.cli import InputError, preview_list, safe_id
-from sft.data.text import _CONTROL_CHARACTERS, clean_text, find_encoding, is_blank, log_repairs, read_bytes
+from sft.cli import InputError, plural, preview_list, safe_id
+from sft.data.text import (
+    CONTROL_CHARACTERS,
+    Repair,
+    clean_text,
+    find_encoding,
+    is_blank,
+    log_repairs,
+    read_bytes,
+)
 
 REQUIRED_COLUMNS = ("id", "clinical_note", "model_summary", "label")
 COLUMNS = (*REQUIRED_COLUMNS, "hallucination_type")
 LABELS = ("factual", "hallucinated")
 
-
-# ------------------------------------------------------------------------------------------------ text
+_CONTROL_CHARACTER = Repair("control character", "(NUL and the like) dropped")
+_BLANK_ROW = Repair("blank row", "skipped")
+_HEADER_ROW = Repair("repeated header row", "skipped")
+_LABEL_SPELLING = Repair("label", f"in another spelling, read as {' or '.join(LABELS)}")
 
 
 # ------------------------------------------------------------------------------------------------ table
 
 
-def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
-    for line in io.TextIOWrapper(io.BytesIO(data), encoding, newline=""):
-        if _CONTROL_CHARACTERS.search(line):
-            line, n = _CONTROL_CHARACTERS.subn("", line)
-            repairs["{} control characters (NUL and the like) dropped"] += n
-        yield line
+class _Header(NamedTuple):
+    delimiter: str
+    fields: list[str]
+    row_number: int
 
-
-def _plain(name: str) -> str:
-    """A column's name or a label without case, white space at the ends, and characters that do not show."""
-    return "".join(c for c in name if unicodedata.category(c) != "Cf").strip().lower()
-
-
-def _column_names(fields: list[str]) -> list[str]:
-    return [re.sub(r"[\s-]+", "_", _plain(field)) for field in fields]
-
-
-def _find_header(data: bytes, encoding: str) -> tuple[str, list[str], int]:
-    """(delimiter, fields, row number) of the header: the first row that is neither blank nor Excel's "sep=;"."""
-    found = []
-    for delimiter in ",;\t":
-        for row, fields in enumerate(csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter), 1):
-            if any(field.strip() for field in fields) and "".join(fields).strip(",;\t").lower() != "sep=":
-                found.append((delimiter, fields, row))
-                break
-    return max(found, key=lambda one: len(set(_column_names(one[1])) & set(COLUMNS)), default=(",", [], 0))
+    @property
+    def columns(self) -> list[str]:
+        return [re.sub(r"[\s-]+", "_", _plain(field)) for field in self.fields]
 
 
 def read_table(
     path: str | Path, required: Sequence[str], repairs: Counter | None = None
 ) -> Iterator[tuple[int, dict[str, str], bool]]:
-    """Yields (row number, fields by column, whether there are more fields than columns) of a CSV's rows. Values are text
-    as they stand: "NA" is sodium, not a missing value.
+    """Yields (row number, fields by column, whether there are more fields than columns) for each row.
 
-    `repairs` counts what was repaired; without it, that is said at the end of the file. Raises InputError where the file
-    cannot be read as a CSV with the `required` columns.
+    Values are unchanged text: "NA" is sodium, not a missing value. Repairs are counted in `repairs`, or
+    logged at the end of the file if it is None. Raises InputError if the file cannot be read as a CSV with
+    the `required` columns.
     """
     counts = Counter() if repairs is None else repairs
     data = read_bytes(Path(path))
     if not data.strip(b"\0 \t\r\n"):
         raise InputError(f"{path}: the file is empty", f"its first row names the columns {','.join(COLUMNS)}")
     encoding = find_encoding(data, str(path), counts)
-    csv.field_size_limit(1 << 30)  # a note may be longer than the csv module's 128 KiB
-    delimiter, header_fields, header_row = _find_header(data, encoding)
-    header = _column_names(header_fields)
-    _check_header(path, header, required)
-    reader = csv.reader(_lines(data, encoding, counts), delimiter=delimiter, strict=True)
-    row = line = 0
+    # A note may be longer than the csv module's 128 KiB
+    csv.field_size_limit(1 << 30)
+    header = _find_header(data, encoding)
+    columns = header.columns
+    _check_columns(path, columns, required)
+    reader = csv.reader(_lines(data, encoding, counts), delimiter=header.delimiter, strict=True)
+    row_number = 0
+    line_number = 0
     try:
-        for row, fields in enumerate(reader, 1):
-            line = reader.line_num
-            if row <= header_row:
+        for row_number, fields in enumerate(reader, 1):
+            line_number = reader.line_num
+            if row_number <= header.row_number:
                 continue
             if not any(field.strip() for field in fields):
-                counts["{} blank rows skipped"] += 1
-            elif [field.lstrip("\ufeff") for field in fields] == header_fields:
-                counts["{} repeated header rows skipped"] += 1  # of files put together
+                counts[_BLANK_ROW] += 1
+            # As in files that were concatenated
+            elif [field.lstrip("\ufeff") for field in fields] == header.fields:
+                counts[_HEADER_ROW] += 1
             else:
-                yield row, dict(zip(header, fields)), any(field.strip() for field in fields[len(header) :])
+                has_more = any(field.strip() for field in fields[len(columns) :])
+                yield row_number, dict(zip(columns, fields)), has_more
     except csv.Error as error:
-        raise InputError(
-            f"{path}: row {row + 1:,}, which begins on line {line + 1:,}: unbalanced quotes ({error})",
-            "a quote inside a cell is doubled, the cell itself quoted",
-        ) from None
+        place = f"row {row_number + 1:,}, which begins on line {line_number + 1:,}"
+        fix = "double every quote inside a cell, and quote the cell itself"
+        raise InputError(f"{path}: {place}: unbalanced quotes ({error})", fix) from None
     if repairs is None:
         log_repairs(path, counts)
 
 
-def _check_header(path: str | Path, header: list[str], required: Sequence[str]) -> None:
-    missing = [name for name in required if name not in header]
-    if missing:  # other columns are not named: where there is no header they are patients' text
-        known = [name for name in COLUMNS if name in header]
+def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
+    for line in io.TextIOWrapper(io.BytesIO(data), encoding, newline=""):
+        if CONTROL_CHARACTERS.search(line):
+            line, n = CONTROL_CHARACTERS.subn("", line)
+            repairs[_CONTROL_CHARACTER] += n
+        yield line
+
+
+def _find_header(data: bytes, encoding: str) -> _Header:
+    """The first row that is neither blank nor Excel's "sep=;", with the delimiter that gives it the most
+    known columns."""
+    candidates = []
+    for delimiter in ",;\t":
+        reader = csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter)
+        for row_number, fields in enumerate(reader, 1):
+            is_excels = "".join(fields).strip(",;\t").lower() == "sep="
+            if any(field.strip() for field in fields) and not is_excels:
+                candidates.append(_Header(delimiter, fields, row_number))
+                break
+    nothing = _Header(",", [], 0)
+    return max(candidates, key=lambda header: len(set(header.columns) & set(COLUMNS)), default=nothing)
+
+
+def _check_columns(path: str | Path, columns: list[str], required: Sequence[str]) -> None:
+    missing = [name for name in required if name not in columns]
+    if missing:
+        # Unknown columns are not named: in a file without a header they are patients' text
+        known = preview_list(name for name in COLUMNS if name in columns) or "none"
+        found = f"{plural(len(columns), 'column')}, known: {known}"
+        problem = f"{path}: no column {preview_list(missing)} in the header ({found})"
         raise InputError(
-            f"{path}: no column {preview_list(missing)} in the header ({len(header)} columns, of which {preview_list(known) or 'none'} {'is' if len(known) == 1 else 'are'} known)",
-            f"name the columns {','.join(COLUMNS)}, separated by commas, semicolons or tabs",
+            problem, f"name the columns {','.join(COLUMNS)}, separated by commas, semicolons or tabs"
         )
-    repeated = [name for name in COLUMNS if header.count(name) > 1]
+    repeated = [name for name in COLUMNS if columns.count(name) > 1]
     if repeated:
-        raise InputError(
-            f"{path}: column {preview_list(repeated)} stands twice in the header", "keep one of each"
-        )
+        problem = f"{path}: column {preview_list(repeated)} appears twice in the header"
+        raise InputError(problem, "keep one of each")
+
+
+def _plain(name: str) -> str:
+    """A column's name or a label in lower case, without white space at the ends and invisible characters."""
+    return "".join(c for c in name if unicodedata.category(c) != "Cf").strip().lower()
 
 
 # ------------------------------------------------------------------------------------------------ rows
 
 _SPELLINGS = {"factual": "factual", "hallucinated": "hallucinated", "hallucination": "hallucinated"}
 _WHOLE_ROW = re.compile(rf"""[,;\t]"?({"|".join(LABELS)})"?([,;\t]|$)""", re.IGNORECASE | re.MULTILINE)
+_MOST_PROBLEMS = 5  # in one message
 
 
 @dataclass(frozen=True)
@@ -129,51 +155,58 @@ class Row:
 
     @functools.cached_property
     def note_key(self) -> bytes:
-        return same_text_key(self.clinical_note)
+        return _same_text_key(self.clinical_note)
 
     @functools.cached_property
     def summary_key(self) -> bytes:
-        return same_text_key(self.model_summary)
+        return _same_text_key(self.model_summary)
+
+
+def _same_text_key(text: str) -> bytes:
+    """Equal for texts that differ in case and white space alone. A digest, since it takes less memory."""
+    words = " ".join(text.casefold().split())
+    return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a CSV in the toolkit's form, checked. Raises InputError naming the bad rows (by number and id, never text)."""
-    rows, problems, n_problems, repairs = [], [], 0, Counter()
-    for row_number, fields, too_many in read_table(path, REQUIRED_COLUMNS, repairs):
-        label = fields.get("label", "")
-        row = Row(
-            row_number,
-            fields.get("id", "").strip(),
-            clean_text(fields.get("clinical_note", "")),
-            clean_text(fields.get("model_summary", "")),
-            label if label in LABELS else _SPELLINGS.get(_plain(label), ""),
-            fields.get("hallucination_type", "").strip(),
-        )
-        repairs[f"{{}} labels spelled otherwise, read as {' or '.join(LABELS)}"] += row.label not in (
-            "",
-            label,
-        )
+    """All rows of a CSV, checked. Raises InputError with the bad rows' numbers and ids."""
+    rows = []
+    problems = []
+    repairs = Counter()
+    for row_number, fields, has_more in read_table(path, REQUIRED_COLUMNS, repairs):
+        row = _make_row(row_number, fields)
         rows.append(row)
-        for problem in _problems(row, too_many):
-            n_problems += 1
-            if n_problems <= 5:
-                problems.append(
-                    f"row {row.number} (id {'empty' if is_blank(row.id) else safe_id(row.id)}): {problem}"
-                )
+        if row.label not in ("", fields.get("label")):
+            repairs[_LABEL_SPELLING] += 1
+        shown_id = "empty" if is_blank(row.id) else safe_id(row.id)
+        problems += (f"row {row_number} (id {shown_id}): {problem}" for problem in _problems(row, has_more))
     if problems:
-        what = "1 problem" if n_problems == 1 else f"{n_problems:,} problems"
-        more = f"; and {n_problems - 5:,} more" if n_problems > 5 else ""
-        raise InputError(f"{path}: {what}: " + "; ".join(problems) + more, "fix or delete these rows")
+        n_more = len(problems) - _MOST_PROBLEMS
+        more = f"; and {n_more:,} more" if n_more > 0 else ""
+        shown = "; ".join(problems[:_MOST_PROBLEMS]) + more
+        raise InputError(f"{path}: {plural(len(problems), 'problem')}: {shown}", "fix or delete these rows")
     if not rows:
         raise InputError(
-            f"{path}: no rows below the header", "add rows, at least one of them labelled factual"
+            f"{path}: no rows below the header", "add rows, at least one of them labeled factual"
         )
-    log_repairs(path, +repairs)  # + leaves out what is 0
+    log_repairs(path, repairs)
     return rows
 
 
-def _problems(row: Row, too_many_fields: bool) -> Iterator[str]:
-    if too_many_fields:
+def _make_row(row_number: int, fields: dict[str, str]) -> Row:
+    label = fields.get("label", "")
+    return Row(
+        number=row_number,
+        id=fields.get("id", "").strip(),
+        clinical_note=clean_text(fields.get("clinical_note", "")),
+        model_summary=clean_text(fields.get("model_summary", "")),
+        label=label if label in LABELS else _SPELLINGS.get(_plain(label), ""),
+        hallucination_type=fields.get("hallucination_type", "").strip(),
+    )
+
+
+def _problems(row: Row, has_more_fields: bool) -> Iterator[str]:
+    if has_more_fields:
         yield "more fields than the header has columns (a comma outside quotes?)"
     if is_blank(row.id):
         yield "id is empty"
@@ -187,33 +220,25 @@ def _problems(row: Row, too_many_fields: bool) -> Iterator[str]:
         yield f"label is neither {' nor '.join(LABELS)} (or a comma outside quotes shifts the columns)"
 
 
-def factual_rows(rows: Sequence[Row], path: str | Path) -> list[Row]:
-    """The rows Stage A trains on. Raises InputError if there are none."""
-    factual = [row for row in rows if row.label == "factual"]
-    if not factual:
-        raise InputError(
-            f"{path}: no row is labelled factual ({len(rows):,} rows)",
-            "Stage A trains on factual rows only: label them 'factual'",
-        )
-    return factual
+# ------------------------------------------------------------------------------------------------ sets of rows
 
 
-def same_text_key(text: str) -> bytes:
-    """Equal for two texts that differ in case and white space alone (a digest, since a set of texts is as large as the file)."""
-    return hashlib.blake2b(
-        " ".join(text.casefold().split()).encode("utf-8", "surrogatepass"), digest_size=16
-    ).digest()
+def factual_rows(rows: Iterable[Row]) -> list[Row]:
+    """The rows that Stage A trains on."""
+    return [row for row in rows if row.label == "factual"]
 
 
 def leaked_rows(train: Iterable[Row], validation: Iterable[Row]) -> list[Row]:
-    """The validation rows whose note stands in the training rows too."""
+    """The validation rows whose note is in the training rows too."""
     known = {row.note_key for row in train}
     return [row for row in validation if row.note_key in known]
 
 
 def repeated_rows(rows: Iterable[Row]) -> list[Row]:
     """The rows that repeat an earlier row's id, or its note together with its summary."""
-    ids, texts, repeated = set(), set(), []
+    ids = set()
+    texts = set()
+    repeated = []
     for row in rows:
         text = (row.note_key, row.summary_key)
         if row.id in ids or text in texts:

@@ -1,17 +1,16 @@
-"""Is this summary supported by this note? Pure text: no torch, no model.
+"""Splits clinical text into sentences and numbers them S1, S2, ..., as summaries cite them.
 
-Notes are split into sentences, numbered S1, S2, ... in the prompt, and cited in a summary as
-`[Evidence: S1,2; Conf: 0.85]`. This module splits, numbers, reads citations back and compares numbers.
+Adapters trained on numbered notes depend on the numbering: it must not change.
 """
 
 import re
 
-# A full stop, question or exclamation mark before white space (with closing quotes or brackets), or a line's end.
+# A period, question or exclamation mark (and closing quotes or brackets) before white space, or a line's end
 _BOUNDARY = re.compile(r"""(?P<mark>[.!?…])["'”’)\]]*(?=\s)|(?P<newline>\n)""")
 _LIST_NUMBER = re.compile(r"\s*\(?\d{1,3}")
-# Never the end of a sentence (case counts: "MR." and "ms." are mitral regurgitation and milliseconds)
+# Never the end of a sentence. Case counts: "MR." and "ms." are mitral regurgitation and milliseconds
 _NEVER_END = frozenset("Dr Mr Mrs Ms Prof St vs eg ie e.g i.e cf approx incl Fig fig".split())
-# The end only where a capital or a digit follows
+# The end only if a capital or a digit follows
 _ABBREVIATIONS = frozenset(
     "pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc".split()
 )
@@ -20,48 +19,20 @@ _WRAP_WIDTH = 60  # a shorter line is a list item or a heading, not a wrapped li
 
 
 def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of every sentence of `text`, in order, without overlap; together they hold every visible character.
+    """(start, end) of every sentence of `text`, in order, without overlap.
 
-    Made for clinical notes: list items, headings and dialogue turns are sentences of their own, wrapped lines are
-    joined, decimal points and common abbreviations do not end a sentence.
+    Together they hold every visible character. Made for clinical notes: list items, headings and dialogue
+    turns are sentences of their own, wrapped lines are joined, decimal points and common abbreviations do not
+    end a sentence.
     """
-    spans, start = [], 0
+    spans = []
+    start = 0
     for match in _BOUNDARY.finditer(text):
         if _ends_sentence(text, start, match):
             spans.append((start, match.end()))
             start = match.end()
     spans.append((start, len(text)))
-    return [_strip(text, *span) for span in spans if text[slice(*span)].strip()]
-
-
-def _strip(text: str, start: int, end: int) -> tuple[int, int]:
-    piece = text[start:end]
-    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
-
-
-def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
-    after = text[match.end() : match.end() + 40]
-    if match["newline"]:
-        line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].rstrip()
-        wrapped = len(line) >= _WRAP_WIDTH and line[-1] not in ".!?:;" and after[:1].islower()
-        return not wrapped
-    if match["mark"] != ".":
-        return True
-    before = text[max(start, match.start() - 40) : match.start()]
-    if (
-        _LIST_NUMBER.fullmatch(text[start : min(start + 8, match.start())])
-        and "\n" not in after[: len(after) - len(after.lstrip())]
-    ):
-        return False  # "1. Diabetes"
-    word = before.split()[-1].lstrip("([\"'") if before.split() else ""
-    following = after.lstrip()[:1]
-    if word in _NEVER_END or (len(word) == 1 and word.isupper() and following.islower()):  # E. coli
-        return False
-    if word.lower() == "no":
-        return not following.isdigit()  # "room no. 4", but "Any pain? No. Any fever?"
-    if word.lower() in _ABBREVIATIONS or _DOTTED.fullmatch(word):
-        return following.isupper() or following.isdigit() or not following
-    return True
+    return [_strip(text, start, end) for start, end in spans if text[start:end].strip()]
 
 
 def split_sentences(text: str) -> list[str]:
@@ -70,5 +41,49 @@ def split_sentences(text: str) -> list[str]:
 
 
 def number_sentences(text: str) -> list[str]:
-    """["S1: first sentence", "S2: second sentence", ...]: the lines of a note as an evidence-trained model reads it."""
+    """["S1: first sentence", ...]: the lines of a note as an evidence-trained model reads it."""
     return [f"S{number}: {sentence}" for number, sentence in enumerate(split_sentences(text), 1)]
+
+
+def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+    """The span without the white space at its ends."""
+    piece = text[start:end]
+    n_leading = len(piece) - len(piece.lstrip())
+    n_trailing = len(piece) - len(piece.rstrip())
+    return start + n_leading, end - n_trailing
+
+
+def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
+    """Whether the sentence that begins at `start` ends at this boundary."""
+    after = text[match.end() : match.end() + 40]
+    if match["newline"]:
+        return not _is_wrapped(text, match.start(), after)
+    if match["mark"] != ".":
+        return True
+    return _period_ends_sentence(text, start, match.start(), after)
+
+
+def _is_wrapped(text: str, newline: int, after: str) -> bool:
+    """Whether a sentence continues on the next line."""
+    line = text[text.rfind("\n", 0, newline) + 1 : newline].rstrip()
+    return len(line) >= _WRAP_WIDTH and line[-1] not in ".!?:;" and after[:1].islower()
+
+
+def _period_ends_sentence(text: str, start: int, period: int, after: str) -> bool:
+    white_space = after[: len(after) - len(after.lstrip())]
+    following = after.lstrip()[:1]
+    # "1. Diabetes": the number of a list item, with text on the same line
+    if _LIST_NUMBER.fullmatch(text[start : min(start + 8, period)]) and "\n" not in white_space:
+        return False
+    words = text[max(start, period - 40) : period].split()
+    word = words[-1].lstrip("([\"'") if words else ""
+    # "E. coli"
+    is_initial = len(word) == 1 and word.isupper() and following.islower()
+    if word in _NEVER_END or is_initial:
+        return False
+    # "room no. 4", but "Any pain? No. Any fever?"
+    if word.lower() == "no":
+        return not following.isdigit()
+    if word.lower() in _ABBREVIATIONS or _DOTTED.fullmatch(word):
+        return following.isupper() or following.isdigit() or not following
+    return True

@@ -1,0 +1,172 @@
+"""Prompts and tokens: where a turn ends, no control tokens in texts, long notes shortened."""
+
+import copy
+import json
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import CHAT_TEMPLATES, CountingTokenizer, encoder_for, tiny_tokenizer
+
+from sft.cli import InputError
+from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
+from sft.data.text import clean_text
+from sft.grounding.sentences import number_sentences, sentence_spans
+
+any_text = st.text(max_size=120) | st.lists(
+    st.sampled_from(
+        [
+            "<|im_end|>",
+            "<|im_start|>",
+            "<s>",
+            "</s>",
+            "<|header|>",
+            "<|eot|>",
+            "[INST]",
+            "<|im_",
+            "end|>",
+            "fever ",
+            "\n",
+            ". ",
+        ]
+    ),
+    max_size=15,
+).map("".join)
+
+
+# ------------------------------------------------------------------------------------------------ template
+
+
+@pytest.mark.parametrize("chat", CHAT_TEMPLATES)
+def test_generation_stops_at_the_end_of_turn_and_at_eos(chat):
+    tokenizer = tiny_tokenizer(chat)
+    template = build_template(tokenizer)
+    end = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "mistral": "</s>", "none": "</s>"}[chat]
+    assert template.end_token_id == tokenizer.convert_tokens_to_ids(end)
+    assert set(template.stop_token_ids) == {template.end_token_id, tokenizer.eos_token_id}
+
+
+def test_a_template_that_hides_the_answer_does_not_end_it_with_a_start_token():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"].replace(
+        "m['content'] }}", "m['content'] if m['role'] != 'assistant' else '' }}"
+    )
+    assert build_template(tokenizer).end_token_id == tokenizer.eos_token_id
+
+
+def test_an_end_of_turn_with_id_0_is_kept():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = CHAT_TEMPLATES["chatml"].replace("<|im_end|>", "<unk>")
+    tokenizer.unk_token = None
+    end = tokenizer.convert_tokens_to_ids("<unk>")
+    assert end == 0
+    template = build_template(tokenizer)
+    assert template.end_token_id == end
+    assert template.stop_token_ids == (end, tokenizer.eos_token_id)
+
+
+def test_a_template_that_leaves_out_the_note_is_refused():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}"
+    with pytest.raises(InputError, match="leaves out the user's message"):
+        build_template(tokenizer)
+
+
+def test_template_survives_json():
+    template = build_template(tiny_tokenizer("llama3"), number_sentences=True)
+    assert PromptTemplate.from_dict(json.loads(json.dumps(asdict(template)))) == template
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"prefix": 1}, {"stop_token_ids": []}, {"stop_token_ids": None}, {"end_token_id": "2"}, {"unknown": 1}],
+)
+def test_a_damaged_template_is_an_error(damage):
+    values = asdict(build_template(tiny_tokenizer()))
+    with pytest.raises(TypeError):
+        PromptTemplate.from_dict({**values, **damage})
+    del values["suffix"]
+    with pytest.raises(KeyError):
+        PromptTemplate.from_dict(values)
+
+
+def test_tokenizer_without_an_end_token_is_refused():
+    from transformers import PreTrainedTokenizerFast
+
+    bare = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer("none").backend_tokenizer)
+    with pytest.raises(InputError, match="end-of-sequence"):
+        build_template(bare)
+
+
+# ------------------------------------------------------------------------------------------------ texts
+
+
+@pytest.mark.parametrize("chat", CHAT_TEMPLATES)
+@settings(max_examples=150, deadline=None)
+@given(any_text)
+def test_text_never_becomes_a_control_token_and_nothing_of_it_is_lost(chat, text):
+    encoder = encoder_for(chat)
+    ids = encoder.encode_texts([text])[0]
+    assert not control_token_ids(encoder.tokenizer) & set(ids)
+    assert encoder.tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
+
+
+def test_unpaired_surrogates_do_no_harm():
+    assert encoder_for("chatml").encode_texts([clean_text("fever \ud83d today")])[0]
+
+
+def test_unknown_tokens_are_kept():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "fever": 2, "of": 3}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>")
+    encoder = PromptEncoder(tokenizer, build_template(tokenizer))
+    assert encoder.encode_texts(["fever of µ </s>"])[0][:3] == [2, 3, 0]
+
+
+# ------------------------------------------------------------------------------------------------ shortening
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["Fever.", "No cough today.", "BP 120/80, HR 72.\n", "Unbrokenword" * 9 + ".", "é\U0001f600 x."]
+        ),
+        min_size=1,
+        max_size=40,
+    ),
+    st.integers(8, 120),
+)
+def test_a_long_note_keeps_the_most_sentences_that_fit(numbered, sentences, room):
+    encoder = encoder_for("chatml", number_sentences=numbered)
+    note = clean_text(" ".join(sentences))
+    ids, n_kept = encoder.shorten(note, room)
+    assert 0 < len(ids) <= room or not ids
+    ends = [end for _, end in sentence_spans(note)]
+    beginnings = [
+        "\n".join(number_sentences(note)[:n]) if numbered else note[: ends[n - 1]]
+        for n in range(1, len(ends) + 1)
+    ]
+    fitting = [text for text in beginnings if len(encoder.encode_texts([text])[0]) <= room]
+    assert n_kept == len(fitting)
+    if fitting:
+        assert ids == encoder.encode_texts([fitting[-1]])[0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(any_text, min_size=1, max_size=12),
+    st.integers(8, 80),
+    st.sampled_from(["chatml", "llama3", "mistral"]),
+    st.booleans(),
+)
+def test_a_slow_tokenizer_shortens_the_same(texts, room, chat, numbered):
+    note = clean_text(". ".join(texts))
+    fast = encoder_for(chat, number_sentences=numbered)
+    slow = PromptEncoder(CountingTokenizer(fast.tokenizer, is_fast=False), fast.template)
+    assert slow.shorten(note, room) == fast.shorten(note, room)

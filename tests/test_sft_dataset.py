@@ -1,0 +1,91 @@
+"""The script sft_dataset.py: its report, and the export of preference pairs."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT, assert_input_error, run_python
+from tiny import NOTES, encoder_for, rows_of, tiny_tokenizer
+
+from sft.data.dataset import SFTDataset
+from sft.data.prompt import build_template
+from sft.data.rows import Row
+from sft_dataset import describe_rows, is_bundled, preference_pairs, show_spans
+
+
+@pytest.fixture
+def arguments(csv_files, model_folder):
+    train_csv, val_csv = csv_files
+    return ["--train_csv", train_csv, "--val_csv", val_csv, "--model_name", model_folder()]
+
+
+def test_report_holds_counts_and_no_text(arguments, tmp_path):
+    pairs_file = tmp_path / "pairs.jsonl"
+    result = run_python("sft_dataset.py", *arguments, "--export_preferences", pairs_file)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"factual +11", result.stdout)
+    assert re.search(r"wrong_number +1", result.stdout)
+    assert "0 validation rows with a note that is in the training rows too." in result.stdout
+    assert "Wrote 1 preference pair to" in result.stderr
+    for texts in NOTES:
+        assert not any(text in result.stdout + result.stderr for text in texts)
+    (pair,) = [json.loads(line) for line in pairs_file.read_text().splitlines()]
+    assert pair["chosen"] == NOTES[0][1]
+    assert pair["rejected"] == "Influenza B with fever."
+    assert pair["factual_id"] == "t0"
+    assert NOTES[0][0] in pair["prompt"]
+    assert pair["prompt"].endswith("<|im_start|>assistant\n")
+
+
+def test_preferences_overwrite_nothing(arguments, csv_files):
+    before = csv_files[0].read_bytes()
+    result = run_python("sft_dataset.py", *arguments, "--export_preferences", csv_files[0])
+    assert_input_error(result, "exists")
+    assert csv_files[0].read_bytes() == before
+
+
+def test_preferences_need_a_factual_twin():
+    rows = [
+        Row(2, "a", "Note", "right", "factual"),
+        Row(3, "b", "note ", "wrong", "hallucinated", "x"),
+        Row(4, "c", "other", "wrong", "hallucinated"),
+    ]
+    assert [pair["id"] for pair in preference_pairs(rows, build_template(tiny_tokenizer()))] == ["b"]
+
+
+@pytest.mark.parametrize(
+    "max_length, last_line",
+    [
+        (512, "  0 notes shortened, 0 rows refused at --max_length 512; 1 repeated row"),
+        (150, "  1 note shortened, 1 row refused at --max_length 150; 1 repeated row"),
+    ],
+)
+def test_report_on_rows_that_do_not_fit(max_length, last_line):
+    rows = rows_of([NOTES[3], NOTES[3], ("Fever. " * 60, "Fever."), ("Cough.", "No cough. " * 30)])
+    report = describe_rows("x.csv", rows, SFTDataset(rows, encoder_for("none"), max_length))
+    assert report.splitlines()[0] == "x.csv"
+    assert report.splitlines()[-1] == last_line
+
+
+def test_the_report_encodes_nothing():
+    rows = rows_of(NOTES)
+    dataset = SFTDataset(rows, encoder_for("none"), 512)
+    dataset.encoder.tokenizer = None
+    assert "median" in describe_rows("x.csv", rows, dataset)
+
+
+def test_spans_of_the_first_example():
+    dataset = SFTDataset(rows_of(NOTES), encoder_for("chatml"), 512)
+    shown = show_spans(dataset)
+    prompt, target = shown.split("[summary and end token, loss")
+    assert NOTES[0][0] in prompt
+    assert NOTES[0][1] in target
+    assert NOTES[0][1] not in prompt
+
+
+def test_only_unchanged_sample_data_is_bundled(tmp_path):
+    bundled = ROOT / "phase1_data" / "sft" / "train_set_processed.csv"
+    assert is_bundled(bundled)
+    changed = tmp_path / bundled.name
+    changed.write_bytes(bundled.read_bytes() + b"\n")
+    assert not is_bundled(changed)
