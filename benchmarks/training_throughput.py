@@ -116,7 +116,7 @@ def write_rows(options: argparse.Namespace) -> dict:
     if options.rows[0] == "short":
         rows = short_rows(options.n_rows, encoder)
     else:
-        rows = factual_rows(read_rows(MTS_DIALOG), MTS_DIALOG)
+        rows = factual_rows(read_rows(MTS_DIALOG))
         refused = {row_id for row_id, _ in SFTDataset(rows, encoder, MAX_LENGTH).refused}
         rows = random.Random(SEED).sample([row for row in rows if row.id not in refused], options.n_rows)
     rows.sort(key=lambda row: len(row.clinical_note) + len(row.model_summary))

@@ -38,7 +38,6 @@ from sft.data.dataset import (
 )
 from sft.data.rows import Row, read_rows
 from sft.options import DataOptions
-from sft.training.run import epoch_order
 
 
 def options_for(train_csv, val_csv=None, **options) -> DataOptions:
@@ -251,12 +250,6 @@ def test_packed_and_padded_batches_ask_for_the_same_targets():
     for name, values in padded.inputs.items():
         assert torch.equal(values, collated[name])
 
-
-def test_epoch_order_is_a_permutation_of_seed_and_epoch():
-    for n in (1, 2, 17, 1000):
-        assert sorted(epoch_order(n, 3, 0)) == list(range(n))
-    assert epoch_order(50, 3, 0) != epoch_order(50, 3, 1)
-    assert epoch_order(50, 3, 1) != epoch_order(50, 4, 1)
 
 
 def test_dataloaders_and_the_hugging_face_trainer(csv_files, tmp_path):

@@ -38,7 +38,9 @@ def test_each_row_once_an_epoch(lengths, batch_size, accumulation, processes, ma
         assert sorted(seen) == list(range(len(lengths)))
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_the_order_is_a_permutation_of_seed_and_epoch_alone():
+    for n in (1, 2, 17, 1000):
+        assert sorted(epoch_order(n, 3, 0)) == list(range(n))
     orders = [epoch_order(50, seed, epoch) for seed, epoch in ((1, 0), (1, 1), (2, 0), (1, 0))]
     assert orders[0] == orders[3]
     assert len(set(orders)) == 3
