@@ -236,7 +236,7 @@ def truncate_metrics(file: Path, step: int) -> None:
 def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
     """Copies the epoch with the lowest validation loss to final_model (the next best where its checkpoint is not whole),
     and returns its number."""
-    from sft.model.adapter import replace_folder
+    from sft.files import _replace_folder as replace_folder
 
     for epoch in sorted(epochs, key=lambda epoch: epoch["val_loss"]):
         source = output_dir / f"checkpoint_epoch_{epoch['epoch']}"

@@ -270,7 +270,7 @@ def set_up(config: TrainConfig) -> Run:
         portable_name,
         resolve_model,
     )
-    from sft.model.kernels import speed_up_frozen_layers
+    from sft.model.kernels import use_frozen_kernels
 
     placement = pick_device(config.device, config.dtype)
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # one process may be downloading a model
@@ -321,8 +321,9 @@ def set_up(config: TrainConfig) -> Run:
     if sharded:
         shard_base(model, accelerator.device, accelerator.num_processes)
     else:
-        speed_up_frozen_layers(model)
-    packed, padding = enable_packing(model, config.max_length), pad_token_id(tokenizer)
+        use_frozen_kernels(model)
+    packed, _ = enable_packing(model, config.max_length)
+    padding = pad_token_id(tokenizer)
     if config.gradient_checkpointing:
         set_gradient_checkpointing(model, True)
     model.train()
