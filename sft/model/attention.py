@@ -49,9 +49,8 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A Boolean mask as one to add to scores. Not -inf, which makes a row that sees nothing (padding) NaN."""
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(
-        ~mask, torch.finfo(dtype).min
-    )
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def _attention(query, key, value, mask, *, scaling, softcap=None, dropout=0.0):
@@ -63,9 +62,8 @@ def _attention(query, key, value, mask, *, scaling, softcap=None, dropout=0.0):
     if mask is not None and mask.shape[2] > 1:
         mask = mask.repeat(1, 1, groups, 1)
     if softcap is None:
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, dropout_p=dropout
-        )
+        options = {"attn_mask": mask, "scale": scaling, "dropout_p": dropout}
+        output = F.scaled_dot_product_attention(query, key, value, **options)
     else:
         # Soft-capped scores: Gemma 2, arXiv 2408.00118
         scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -81,25 +79,28 @@ def _causal_attention(query, key, value, *, window, scaling, softcap=None, dropo
     """Attention of the last tokens of a sequence (queries) to all of its tokens up to themselves (keys)."""
     n_queries = query.shape[2]
     n_keys = key.shape[2]
+    n_before = n_keys - n_queries
     fits_window = window is None or n_keys <= window
-    if n_queries == 1 and fits_window:
-        return _attention(query, key, value, None, scaling=scaling, softcap=softcap, dropout=dropout)
-    if softcap is None and fits_window and n_queries > n_keys // 4:
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    many_queries = softcap is None and n_queries > n_keys // 4
+    if many_queries and fits_window:
         # is_causal, the fastest, needs as many queries as keys: those added are dropped again
-        query = F.pad(query, (0, 0, n_keys - n_queries, 0))
-        grouped = query.shape[1] != key.shape[1]
-        options = {"is_causal": True, "scale": scaling, "dropout_p": dropout, "enable_gqa": grouped}
-        return F.scaled_dot_product_attention(query, key, value, **options)[:, :, n_keys - n_queries :]
-    positions = torch.arange(n_keys - n_queries, n_keys, device=query.device)
-    mask = _additive(causal_mask(positions, n_keys, window), query.dtype)[None, None]
+        padded = F.pad(query, (0, 0, n_before, 0)) if n_before else query
+        return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **options)[:, :, n_before:]
+    mask = None
+    if n_queries > 1 or not fits_window:
+        positions = torch.arange(n_before, n_keys, device=query.device)
+        mask = causal_mask(positions, n_keys, window)[None, None]
+    if many_queries:
+        # The mask would have to be repeated for the groups of `_attention`
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     return _attention(query, key, value, mask, scaling=scaling, softcap=softcap, dropout=dropout)
 
 
-def _refuse_unsupported(*, softcap=None, s_aux=None, position_bias=None, cache=None, **others) -> None:
+def _refuse_unsupported(arguments: dict) -> None:
     """Raises ValueError for what a model hands its attention and these functions do not compute."""
-    arguments = {"softcap": softcap, "s_aux": s_aux, "position_bias": position_bias, "cache": cache}
-    for name, value in arguments.items():
-        if value is not None:
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if arguments.get(name) is not None:
             raise ValueError(f"this attention does not compute {name}")
 
 
@@ -123,7 +124,7 @@ def per_example_attention(
 
     `example_lengths` are Python integers that add up to the row's tokens. Raises ValueError for what is not computed.
     """
-    _refuse_unsupported(**kwargs)
+    _refuse_unsupported(kwargs)
     dtype = query.dtype
     # A CPU's 16-bit attention is slower than that in float32
     if query.device.type == "cpu":
@@ -154,7 +155,7 @@ def varlen_attention(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse_unsupported(**kwargs)
+    _refuse_unsupported(kwargs)
     if dropout:
         raise ValueError("varlen_attention has no dropout")
     # (tokens, heads, head_dim)
@@ -281,7 +282,7 @@ def kv_cache_attention(
     Without `kv_cache`, as in a plain forward pass or `generate`, the model's ordinary attention: by the mask if there is
     one, else causal. Raises ValueError for what is not computed.
     """
-    _refuse_unsupported(**kwargs)
+    _refuse_unsupported(kwargs)
     options = {"scaling": scaling, "softcap": softcap, "dropout": dropout}
     if kv_cache is None:
         if mask is None:
@@ -293,18 +294,17 @@ def kv_cache_attention(
         return output.transpose(1, 2).contiguous(), None
     outputs = []
     keys, values = kv_cache.layer(module.layer_idx, key, value)
-    n_running = kv_cache.n_running
-    if n_running:
-        keys[kv_cache.slots, :, kv_cache.positions] = key[0, :, :n_running].transpose(0, 1)
-        values[kv_cache.slots, :, kv_cache.positions] = value[0, :, :n_running].transpose(0, 1)
-        newest = query[0, :, :n_running].transpose(0, 1)[:, :, None]  # (running, heads, 1, head_dim)
+    start = kv_cache.n_running
+    if start:
+        keys[kv_cache.slots, :, kv_cache.positions] = key[0, :, :start].transpose(0, 1)
+        values[kv_cache.slots, :, kv_cache.positions] = value[0, :, :start].transpose(0, 1)
+        newest = query[0, :, :start].transpose(0, 1)[:, :, None]  # (running, heads, 1, head_dim)
         for run in kv_cache.runs:
             first, last, n_keys = run
             seen = (states[first:last, :, :n_keys] for states in (keys, values))
             run_mask = kv_cache.mask(run, sliding_window, query.dtype)
             output = _attention(newest[first:last], *seen, run_mask, **options)
             outputs.append(output[:, :, 0][None])
-    start = n_running
     for slot, position, n_tokens in kv_cache.chunks:
         tokens = slice(start, start + n_tokens)
         end = position + n_tokens
@@ -322,17 +322,15 @@ _PACKED_POSITIONS = torch.empty(1, 1, 1, 0)
 
 
 def _kv_cache_mask(*, attention_mask=None, allow_is_causal_skip=True, **pattern) -> torch.Tensor | None:
-    """The mask transformers hands to kv_cache_attention, called like `sdpa_mask`: None if it is causal and the queries are
-    the last of the keys, else Boolean (batch, 1, queries, keys), with the sliding window in it.
-
-    `attention_mask` (batch, keys) is the padding.
-    """
-    if attention_mask is None and not allow_is_causal_skip:
+    """The mask transformers hands to kv_cache_attention, called like `sdpa_mask` with the padding (batch, keys): None if
+    it is causal and the queries are the last of the keys, else Boolean (batch, 1, queries, keys), the window in it."""
+    n_after = pattern["kv_offset"] + pattern["kv_length"] - pattern["q_offset"] - pattern["q_length"]
+    queries_are_last = bool(n_after == 0)
+    # transformers found positions that are not one sequence's
+    if attention_mask is None and not allow_is_causal_skip and queries_are_last and pattern["q_length"] > 1:
         return _PACKED_POSITIONS
     has_padding = attention_mask is not None and not bool(attention_mask.all())
-    end_of_queries = pattern["q_offset"] + pattern["q_length"]
-    end_of_keys = pattern["kv_offset"] + pattern["kv_length"]
-    if allow_is_causal_skip and not has_padding and bool(end_of_queries == end_of_keys):
+    if allow_is_causal_skip and queries_are_last and not has_padding:
         return None
     return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=False, **pattern)
 
@@ -357,9 +355,7 @@ def logits_problem(found: torch.Tensor, expected: torch.Tensor, model) -> str:
     largest = expected.float().abs().max().item()
     # "not <=" is true for NaN too
     if not difference <= bound * largest:
-        return (
-            f"its logits differ by {difference:.2g} (the largest is {largest:.2g}, rounding {bound:g} of it)"
-        )
+        return f"its logits differ by {difference:.2g} (largest logit {largest:.2g}, bound {bound:g} of it)"
     return ""
 
 
@@ -369,10 +365,9 @@ def probe_failure(error: Exception) -> str:
     Raises the exception again if memory ran out, or if it is a programming error in code of this package: a mistake of
     ours must not become a silent slower path.
     """
-    programming_errors = (AttributeError, NameError, TypeError, KeyError, IndexError)
     frames = traceback.extract_tb(error.__traceback__)
-    package = Path(sft.__file__).resolve().parent
-    is_ours = bool(frames) and package in Path(frames[-1].filename).resolve().parents
+    is_ours = bool(frames) and Path(sft.__file__).parent in Path(frames[-1].filename).parents
+    programming_errors = (AttributeError, NameError, TypeError, KeyError, IndexError)
     if is_out_of_memory(error) or (is_ours and isinstance(error, programming_errors)):
         raise error
     return f"{type(error).__name__}: {first_line(error)}"
@@ -382,14 +377,13 @@ def probe_failure(error: Exception) -> str:
 def reference_attention(base):
     """Inside, the model has an attention of transformers' own, for the pass that a probe compares with."""
     before = base.config._attn_implementation
-    if before not in OWN_ATTENTION:
-        yield
-        return
-    base.set_attn_implementation("eager")
+    if before in OWN_ATTENTION:
+        base.set_attn_implementation("eager")
     try:
         yield
     finally:
-        base.set_attn_implementation(before)
+        if before in OWN_ATTENTION:
+            base.set_attn_implementation(before)
 
 
 def enable_packing(model, max_length: int) -> tuple[bool, str]:
@@ -409,15 +403,15 @@ def enable_packing(model, max_length: int) -> tuple[bool, str]:
     was_training = base.training
     problems = []
     fits = False
+    base.eval()
     try:
-        base.eval()
         for attention in PACKED_ATTENTION if device.type == "cuda" else ("per_example",):
             try:
                 problem = _packing_problem(base, attention, max_length)
             except Exception as error:
                 problem = probe_failure(error)
-            if not problem:
-                fits = True
+            fits = not problem
+            if fits:
                 break
             problems.append(f"{attention}: {problem}")
     finally:
@@ -441,6 +435,8 @@ def _packing_problem(base, attention: str, max_length: int) -> str:
         logits = [base(input_ids=ids[None], use_cache=False).logits[0] for ids in examples]
     expected = torch.cat(logits).float()[kept]
     base.set_attn_implementation(attention)
+    if base.config._attn_implementation != attention:
+        return "transformers cannot replace this model's attention"
     found = base(
         input_ids=torch.cat(examples)[None],
         position_ids=torch.cat([torch.arange(n, device=device) for n in lengths])[None],
