@@ -396,12 +396,12 @@ def matrix_rate(options: argparse.Namespace) -> dict:
     from transformers import AutoConfig
 
     from sft.model.base import resolve_model
-    from sft.model.kernels import FrozenLinear, has_onednn
+    from sft.model.kernels import has_onednn, onednn_linear
 
     config = AutoConfig.from_pretrained(resolve_model(options.model_name)).get_text_config()
     linear = {"": torch.nn.functional.linear}
     if options.device == "cpu" and has_onednn():
-        linear[" by oneDNN"] = lambda x, weight: frozen_product(x, weight, None)
+        linear[" by oneDNN"] = lambda x, weight: onednn_linear(x, weight, None)
     width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     rates = {}

@@ -1,11 +1,16 @@
-"""Each operation of ours against PyTorch's own: value and gradient, at several sizes and seeds."""
+"""sft/model/kernels.py: each operation against PyTorch's own, value and gradient, at several sizes and seeds."""
+
+import copy
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lora import with_lora
 from tiny import tiny_model
+from torch import nn
 
-from sft.model.attention import per_example_attention
+from sft.model import kernels
 from sft.model.kernels import (
     FastDropout,
     FrozenLinear,
@@ -15,7 +20,7 @@ from sft.model.kernels import (
     has_int8,
     has_onednn,
     replace_linear_layers,
-    speed_up_frozen_layers,
+    use_frozen_kernels,
 )
 
 
@@ -25,8 +30,10 @@ from sft.model.kernels import (
 @pytest.mark.parametrize("scale", [1.0, 200.0])
 def test_summed_cross_entropy(n, vocabulary, seed, scale):
     torch.manual_seed(seed)
-    hidden, head = torch.randn(n, 16, requires_grad=True), torch.randn(vocabulary, 16) * scale
-    targets, weight = torch.randint(vocabulary, (n,)), torch.rand(())
+    hidden = torch.randn(n, 16, requires_grad=True)
+    head = torch.randn(vocabulary, 16) * scale
+    targets = torch.randint(vocabulary, (n,))
+    weight = torch.rand(())
     expected = F.cross_entropy((hidden.double() @ head.double().T), targets, reduction="sum")
     (expected_grad,) = torch.autograd.grad(expected * weight, hidden)
     ours = SummedCrossEntropy.apply(hidden @ head.T, targets)
@@ -53,38 +60,6 @@ def test_a_loss_that_is_not_finite_stays_so():
     assert SummedCrossEntropy.apply(logits, torch.tensor([0, 1, 2])).isnan()
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 1, 40], [33, 90, 2, 17]])
-@pytest.mark.parametrize(
-    "heads, kv_heads, window, dtype",
-    [(4, 4, None, "float32"), (6, 2, None, "float32"), (4, 2, 8, "float32"), (4, 1, 8, "bfloat16")],
-)
-def test_attention_in_a_packed_row_is_that_of_a_dense_mask(lengths, heads, kv_heads, window, dtype):
-    torch.manual_seed(len(lengths))
-    dtype = getattr(torch, dtype)
-    states = [
-        torch.randn(1, n, sum(lengths), 16).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
-    ]
-    example = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    distance = torch.arange(len(example))[:, None] - torch.arange(len(example))
-    seen = (example[:, None] == example) & (distance >= 0) & (distance < (window or len(example)))
-    double = [state.double() for state in states]
-    expected = F.scaled_dot_product_attention(*double, attn_mask=seen, scale=0.3, enable_gqa=True).transpose(
-        1, 2
-    )
-    ours, _ = per_example_attention(
-        None, *states, None, example_lengths=lengths, scaling=0.3, sliding_window=window
-    )
-    direction = torch.randn(expected.shape, dtype=torch.float64)
-    close = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
-    assert ours.dtype == dtype
-    torch.testing.assert_close(ours.double(), expected, **close)
-    for mine, theirs in zip(
-        torch.autograd.grad(ours, states, direction.to(dtype)),
-        torch.autograd.grad(expected, states, direction),
-    ):
-        torch.testing.assert_close(mine, theirs, **close)
-
-
 @pytest.mark.parametrize("p, shape", [(0.05, (300, 577)), (0.5, (1, 100, 1001)), (0.9, (100_003,))])
 def test_dropout(p, shape):
     dropout = FastDropout(p)
@@ -96,15 +71,16 @@ def test_dropout(p, shape):
     assert abs(dropped.float().mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2**-16
     torch.testing.assert_close(y[~dropped], x[~dropped] / (1 - p), rtol=1e-4, atol=0)
     y.sum().backward()
-    assert torch.equal(x.grad == 0, dropped) and x.grad[~dropped].unique().numel() == 1
+    assert torch.equal(x.grad == 0, dropped)
+    assert x.grad[~dropped].unique().numel() == 1
     torch.manual_seed(3)
     assert torch.equal(dropout(x), y)  # the seed decides
     assert not torch.equal(dropout(x), y)
-    neighbours = (
-        (dropped.flatten()[1:] & dropped.flatten()[:-1]).float().mean().item()
-    )  # drawn one apart from the other
-    assert abs(neighbours - p * p) < 6 * (p * p / n) ** 0.5 + 1e-4
-    assert dropout.eval()(x) is x and FastDropout(0.0)(x) is x
+    # Neighbors are drawn independently
+    both_dropped = (dropped.flatten()[1:] & dropped.flatten()[:-1]).float().mean().item()
+    assert abs(both_dropped - p * p) < 6 * (p * p / n) ** 0.5 + 1e-4
+    assert dropout.eval()(x) is x
+    assert FastDropout(0.0)(x) is x
 
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
@@ -117,37 +93,87 @@ needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
 )
 def test_frozen_linear(shape, n_out, bias):
     torch.manual_seed(n_out)
-    layer = torch.nn.Linear(shape[-1], n_out, bias=bias).requires_grad_(False)
+    layer = nn.Linear(shape[-1], n_out, bias=bias).requires_grad_(False)
+    reference = copy.deepcopy(layer).double()
+    use_frozen_kernels(layer)
+    assert isinstance(layer, FrozenLinear)
     wide = torch.randn(*shape[:-1], 2 * shape[-1])
     for x in (wide[..., : shape[-1]].contiguous(), wide[..., ::2]):  # with and without gaps
         x = x.detach().requires_grad_()
-        expected = layer.double()(x.double())
+        expected = reference(x.double())
         direction = torch.randn(n_out, dtype=torch.float64).expand_as(expected)  # strides of 0
         (expected_grad,) = torch.autograd.grad(expected, x, direction)
-        layer.float()
-        ours = FrozenLinear.apply(x, layer.weight, layer.bias)
+        ours = layer(x)
         (grad,) = torch.autograd.grad(ours, x, direction.float())
         torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-5)
 
 
 @needs_onednn
-def test_only_frozen_float32_layers_are_sped_up():
-    layers = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(3)])
+def test_only_frozen_float32_layers_are_replaced():
+    layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
     layers[0].requires_grad_(False)
     layers[1].requires_grad_(False).bfloat16()
     x = torch.randn(2, 8)
     before = layers[0](x)
-    speed_up_frozen_layers(layers)
-    assert ["forward" in vars(layer) for layer in layers] == [True, False, False]
+    use_frozen_kernels(layers)
+    assert [type(layer) for layer in layers] == [FrozenLinear, nn.Linear, nn.Linear]
     torch.testing.assert_close(layers[0](x), before)
+
+
+@needs_onednn
+def test_a_frozen_layer_is_copied_pickled_and_printed():
+    layer = nn.Linear(8, 5).requires_grad_(False)
+    use_frozen_kernels(layer)
+    x = torch.randn(2, 8)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(again) is FrozenLinear
+        assert torch.equal(again(x), layer(x))
+    assert repr(layer) == "FrozenLinear(in_features=8, out_features=5, bias=True)"
+
+
+@needs_onednn
+def test_frozen_layers_beside_lora():
+    """LoRA's own layers train and stay; merged, the model is packed as any other."""
+    model = with_lora(tiny_model())
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        use_frozen_kernels(model)
+        n_frozen = sum(isinstance(module, FrozenLinear) for module in model.modules())
+        assert n_frozen == 15  # two layers of seven, and the head
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+        replace_linear_layers(merged, PackedLinear)
+        assert sum(isinstance(module, PackedLinear) for module in merged.modules()) == n_frozen
+        torch.testing.assert_close(merged(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["_linear_pointwise", "_reorder_linear_weight"])
+def test_a_missing_onednn_operator_is_noticed(monkeypatch, name):
+    """As of another torch version; the layers then stay PyTorch's."""
+
+    def changed(*_):
+        raise TypeError(f"{name}() takes other arguments")
+
+    monkeypatch.setattr(torch.ops.mkldnn, name, changed)
+    assert not has_onednn.__wrapped__()
+
+
+def test_without_onednn_nothing_is_replaced(monkeypatch):
+    monkeypatch.setattr(kernels, "has_onednn", lambda: False)
+    layer = nn.Linear(8, 8).requires_grad_(False)
+    use_frozen_kernels(layer)
+    assert type(layer) is nn.Linear
 
 
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind, bound", [(PackedLinear, 1e-5), (Int8Linear, 0.05)])
 def test_layers_for_inference_give_the_same_logits(architecture, kind, bound):
-    model, ids = tiny_model(architecture), torch.arange(40)[None]
+    model = tiny_model(architecture)
+    ids = torch.arange(40)[None]
     with torch.no_grad():
         before = model(ids).logits
         replace_linear_layers(model, kind)
@@ -179,33 +205,32 @@ def test_sixteen_bits_are_left_to_torch(monkeypatch, dtype):
 )
 def test_int8_layer_is_the_product_of_the_rounded_weight(n_in, n_out, rows, seed):
     torch.manual_seed(seed)
-    weight, bias = torch.randn(n_out, n_in), torch.randn(n_out)
-    x = torch.randn(2, rows, n_in) * torch.logspace(-4, 4, 2 * rows).view(
-        2, rows, 1
-    )  # each row has a scale of its own
+    weight = torch.randn(n_out, n_in)
+    bias = torch.randn(n_out)
+    scale_of_rows = torch.logspace(-4, 4, 2 * rows).view(2, rows, 1)
+    x = torch.randn(2, rows, n_in) * scale_of_rows
     x[0, 0, 0] = 0
     layer = Int8Linear(weight, bias)
     scale = weight.abs().amax(1, keepdim=True).double() / 127
     expected = x.double() @ ((weight.double() / scale).round() * scale).T
     error = (layer(x).double() - bias.double() - expected).abs()
-    most = (
-        x.double().abs().amax(-1, keepdim=True) / 32512 * 0.51 * (scale * 127).T * n_in
-    )  # half a level of x in each product
-    assert bool((error <= most + 1e-4 * expected.abs().amax(-1, keepdim=True) + 1e-5).all())
+    # Half a level of x in each product
+    level = x.double().abs().amax(-1, keepdim=True) / 32512
+    bound = 0.51 * level * (scale * 127).T * n_in
+    assert bool((error <= bound + 1e-4 * expected.abs().amax(-1, keepdim=True) + 1e-5).all())
     assert layer(x.bfloat16()).dtype == torch.bfloat16
     alone = torch.stack([torch.stack([layer(row[None])[0] for row in part]) for part in x])
-    assert torch.equal(alone, layer(x))  # to the bit: no row depends on its neighbours
+    assert torch.equal(alone, layer(x))  # to the bit: no row depends on its neighbors
 
 
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
 def test_zeros_in_8_bit():
     layer = Int8Linear(torch.zeros(8, 16), None)
-    assert torch.equal(layer(torch.zeros(3, 16)), torch.zeros(3, 8)) and torch.equal(
-        layer(torch.ones(3, 16)), torch.zeros(3, 8)
-    )
+    for x in (torch.zeros(3, 16), torch.ones(3, 16)):
+        assert torch.equal(layer(x), torch.zeros(3, 8))
 
 
-def test_a_cpu_whose_sums_overflow_is_found_out(monkeypatch):
+def test_a_cpu_whose_sums_overflow_is_noticed(monkeypatch):
     """Without VNNI instructions oneDNN adds pairs of products in 16 bits, which saturate."""
     forward = Int8Linear.forward
     monkeypatch.setattr(Int8Linear, "forward", lambda self, x: forward(self, x).clamp(max=40))

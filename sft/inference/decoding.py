@@ -108,20 +108,20 @@ def forward(
     tokens of each part (slot, first position, token ids, kept)."""
     device = model.get_input_embeddings().weight.device
     positions = [len(sequence.prompt) + len(sequence.ids) - 1 for sequence in running]
-    slots.lay_out(positions, [(slot, first, len(ids)) for slot, first, ids, _ in parts], device)
+    slots.plan_pass(positions, [(slot, first, len(ids)) for slot, first, ids, _ in parts], device)
     tokens, ends = [sequence.ids[-1] for sequence in running], list(range(len(running)))
     for _, first, ids, kept in parts:
         tokens += ids
         positions += range(first, first + len(ids))
         ends += range(len(tokens) - kept, len(tokens))
     before = model.config._attn_implementation
-    model.config._attn_implementation = "slots"
+    model.config._attn_implementation = "kv_cache"
     try:
         return model(
             input_ids=torch.tensor([tokens], device=device),
             position_ids=torch.tensor([positions], device=device),
             logits_to_keep=torch.tensor(ends, device=device),
-            slots=slots,
+            kv_cache=slots,
             use_cache=False,
         ).logits[0]
     finally:

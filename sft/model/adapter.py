@@ -1,10 +1,15 @@
-"""Adapter."""
+"""The LoRA adapter: on the model, in its folder, merged into the base weights.
+
+An adapter folder holds what inference needs besides the base model: adapter_config.json and adapter_model.safetensors
+(as PEFT writes them), the tokenizer, sft_config.json (prompt template, training configuration, SHA-256s), a model card,
+SHA256SUMS over all of them and, in a checkpoint, training_state.pt.
+"""
 
 import io
+import json
 import os
 import pickle
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,14 +19,22 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
-from sft.cli import InputError, log, preview_list
-from sft.files import ROOT, make_private_dir, sha256, sync_dir, write_atomic, write_checksums, write_json
+from sft.cli import InputError, is_disk_full, log, on_main_process, preview_list
+from sft.files import (
+    ROOT,
+    check_format_version,
+    new_folder,
+    sha256,
+    write_atomic,
+    write_checksums,
+    write_json,
+)
 from sft.model.base import (
     BASE_FOLDER,
     Placement,
-    _first_line,
     base_weights_sha256,
     bundled_model,
+    first_line,
     load_base_model,
     load_tokenizer,
     resolve_model,
@@ -29,94 +42,104 @@ from sft.model.base import (
 from sft.model.kernels import FastDropout, Int8Linear, convert_linear, replace_linear_layers
 from sft.options import BUNDLED_MODEL
 
+# ------------------------------------------------------------------------------------------------ on the model
 
-def add_lora(model, *, r: int, alpha: int, dropout: float, target_modules: list[str], seed: int) -> PeftModel:
+
+def unwrap(model):
+    """The base model of a PeftModel (its LoRA layers still in it), or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def add_lora(
+    model, *, r: int, alpha: float, dropout: float, target_modules: list[str], seed: int
+) -> PeftModel:
     """The model with LoRA adapters (float32, B zero) on `target_modules`, or on all linear layers with ["all-linear"].
 
-    Where a model has no q_proj and v_proj, which are the default, PEFT's choice for its architecture is taken (GPT-2's
-    c_attn), or all linear layers if PEFT has none. Raises InputError for other layers that are not there.
+    If a model has no q_proj and v_proj, the default, PEFT's choice for its architecture is taken (GPT-2's c_attn), or
+    all linear layers if PEFT has none. Raises InputError for any other layers that the model does not have.
     """
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
+    # An image or sound encoder of a multimodal model sees no token here
+    encoders = {
+        name for name, _ in model.named_modules() if re.search(r"(vision|visual|image|audio)[^.]*$", name)
     }
-    targets: list[str] | str = "all-linear" if "all-linear" in target_modules else target_modules
-    if targets == ["q_proj", "v_proj"] and not linear.intersection(targets):
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
-        targets = list(known) if known else "all-linear"
-        if os.environ.get("RANK", "0") == "0":
-            log(
-                f"This model has no q_proj and v_proj: LoRA goes on {targets if isinstance(targets, str) else ', '.join(targets)}"
-            )
-    absent = [name for name in targets if name not in linear] if isinstance(targets, list) else []
-    if absent:
-        raise InputError(
-            f"--target_modules: the model has no {preview_list(absent)}",
-            f"choose from {preview_list(sorted(linear), 12)}, or all-linear",
-        )
-    # A multimodal model's towers for images and sound see no token here
-    towers = "|".join(
-        sorted(
-            {
-                name
-                for name, _ in model.named_modules()
-                if re.search(r"(vision|visual|image|audio)[^.]*$", name)
-            }
-        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=_lora_targets(model, target_modules),
+        exclude_modules=rf"({'|'.join(sorted(encoders))})(\..*)?" if encoders else None,
+        bias="none",
     )
     torch.manual_seed(seed)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=r,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            target_modules=targets,
-            exclude_modules=rf"({towers})(\..*)?" if towers else None,
-            bias="none",
-        ),
-        autocast_adapter_dtype=True,  # float32, also on a 16-bit base
-    )
+    model = get_peft_model(model, config, autocast_adapter_dtype=True)  # float32, also on a 16-bit base
     for module in model.modules():
         if isinstance(module, LoraLayer) and dropout:
             module.lora_dropout["default"] = FastDropout(dropout)
     return model
 
 
+def _lora_targets(model, wanted: list[str]) -> list[str] | str:
+    """The layers that get an adapter: their names, or "all-linear"."""
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
+    }
+    if "all-linear" in wanted:
+        return "all-linear"
+    if wanted == ["q_proj", "v_proj"] and not linear.intersection(wanted):
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+        if on_main_process():
+            log(
+                f"This model has no q_proj and v_proj: LoRA on {', '.join(known) if known else 'all linear layers'}"
+            )
+        if not known:
+            return "all-linear"
+        wanted = list(known)
+    absent = [name for name in wanted if name not in linear]
+    if absent:
+        fix = f"choose from {preview_list(sorted(linear), 12)}, or all-linear"
+        raise InputError(f"--target_modules: the model has no {preview_list(absent)}", fix)
+    return wanted
+
+
 def shard_base(model: PeftModel, device: torch.device, n_processes: int) -> None:
-    """Splits the frozen base weights over the processes (FSDP2: torch.distributed.fsdp.fully_shard). Each process gathers a
-    layer for as long as it computes it; the adapter stays whole in every process."""
+    """Splits the frozen base weights over the processes (FSDP2: torch.distributed.fsdp.fully_shard). Each process gathers
+    a layer while it computes it; every process keeps the whole adapter."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    base, mesh = model.get_base_model(), init_device_mesh(device.type, (n_processes,))
+    base = unwrap(model)
+    mesh = init_device_mesh(device.type, (n_processes,))
     adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for parameter in adapter:
         parameter.data = parameter.data.to(device)
     layers = [module for module in base.modules() if type(module).__name__ in (base._no_split_modules or ())]
     for module in (*layers, base):
-        fully_shard(
-            module, mesh=mesh, ignored_params=adapter, reshard_after_forward=True
-        )  # saving finds all processes alike
+        # Resharded after each forward pass, so that saving finds all processes in the same state
+        fully_shard(module, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
 
 
 def set_gradient_checkpointing(model, on: bool) -> None:
-    """Trades time for memory in training; must be off for generation, which needs the key-value cache."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if on:
-        try:
-            base.activation_checkpointing_enable({"use_reentrant": False})
-        except ValueError:
-            raise InputError(
-                "--gradient_checkpointing: this model does not support it", "leave it out"
-            ) from None
-        base.enable_input_require_grads()  # the embeddings are frozen; without this no gradient would flow
-    else:
+    """Trades time for memory in training; must be off for generation, which needs the KV cache. Raises InputError if
+    the model does not support it."""
+    base = unwrap(model)
+    base.config.use_cache = not on
+    if not on:
         base.activation_checkpointing_disable()
         base.disable_input_require_grads()
-    base.config.use_cache = not on
+        return
+    try:
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    except ValueError:
+        problem = "--gradient_checkpointing: this model does not support it"
+        raise InputError(problem, "leave it out") from None
+    # The embeddings are frozen; without this no gradient would flow
+    base.enable_input_require_grads()
+
+
+# ------------------------------------------------------------------------------------------------ saving
 
 
 def save_adapter(
@@ -128,100 +151,114 @@ def save_adapter(
     card: str,
     state: dict | None = None,
 ) -> None:
-    """Writes an adapter folder that appears whole or not at all, readable by the user alone; `state` is what training
-    needs to go on from here (tensors and plain values)."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    make_private_dir(aside)
-    try:
+    """Writes an adapter folder that appears whole or not at all, readable by the user alone.
+
+    `state` is what training needs to resume from here (tensors and plain values). Raises InputError if the disk is full.
+    """
+    files = {
+        "adapter": "adapter_model.safetensors",
+        "adapter_config": "adapter_config.json",
+        "tokenizer": "tokenizer.json",
+    }
+    with new_folder(folder) as temporary:
         model.peft_config["default"].base_model_name_or_path = base_name
-        # Without False PEFT would ask the hub whether the base model's vocabulary has been resized
-        model.save_pretrained(aside, save_embedding_layers=False)
-        tokenizer.save_pretrained(aside)
-        written = {
-            "adapter": "adapter_model.safetensors",
-            "adapter_config": "adapter_config.json",
-            "tokenizer": "tokenizer.json",
-        }
-        hashes = sft_config["sha256"] | {
-            name: sha256(aside / file) for name, file in written.items() if (aside / file).is_file()
-        }
-        write_json(aside / "sft_config.json", {**sft_config, "sha256": hashes})
-        write_atomic(aside / "README.md", card)
+        # Without False PEFT would ask the Hub whether the base model's vocabulary has been resized
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        tokenizer.save_pretrained(temporary)
+        hashes = dict(sft_config["sha256"])
+        for name, file in files.items():
+            if (temporary / file).is_file():
+                hashes[name] = sha256(temporary / file)
+        write_json(temporary / "sft_config.json", {**sft_config, "sha256": hashes})
+        write_atomic(temporary / "README.md", card)
         if state is not None:
             buffer = io.BytesIO()
             torch.save(state, buffer)
-            write_atomic(aside / "training_state.pt", buffer.getvalue())
-        write_checksums(aside)
-        replace_folder(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+            write_atomic(temporary / "training_state.pt", buffer.getvalue())
+        write_checksums(temporary)
 
 
-def replace_folder(new: Path, folder: Path) -> None:
-    """Moves the finished folder `new` to `folder`, in the place of what was there."""
-    sync_dir(new)
-    if folder.exists():
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old)
-    else:
-        new.rename(folder)
-    sync_dir(folder.parent, inside=False)
+def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: Path) -> None:
+    """The base model with the adapter merged in, in standard form: transformers alone loads it, and stops where we do.
+
+    Merges `model` itself. Raises InputError for a quantized base (merging into rounded weights would lose the adapter)
+    and if the folder cannot be written.
+    """
+    if getattr(unwrap(model), "is_quantized", False):
+        raise InputError("a quantized base model cannot be merged", "leave out --use_8bit and --use_4bit")
+    with new_folder(folder) as temporary:
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.config.use_cache = True
+        merged.generation_config = GenerationConfig(
+            eos_token_id=stop_token_ids, pad_token_id=stop_token_ids[0]
+        )
+        try:
+            merged.save_pretrained(temporary)
+        except SafetensorError as error:
+            if is_disk_full(error):
+                raise
+            problem = f"{folder}: the merged model cannot be written: {first_line(error)}"
+            raise InputError(problem, "free some space, or use another disk") from None
+        tokenizer.save_pretrained(temporary)
+
+
+# ------------------------------------------------------------------------------------------------ loading
 
 
 def read_state(folder: Path) -> dict:
     """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled. Raises InputError
-    if it cannot be read."""
+    if it cannot be read or a newer version of this toolkit wrote it."""
     try:
+        sft_config = json.loads((folder / "sft_config.json").read_text(encoding="utf-8"))
+        check_format_version(folder, sft_config)
         return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{folder}: its training state cannot be read ({type(error).__name__})",
-            "delete this folder to go on from the one before",
-        ) from None
+        problem = f"{folder}: its training state cannot be read ({type(error).__name__})"
+        raise InputError(problem, "delete this folder to resume from the checkpoint before it") from None
 
 
 def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = False) -> None:
-    """Copies an adapter folder's weights into `model`. Raises InputError if a weight is missing, extra, of another shape,
-    or not finite, or if the adapter as a whole is zero and so does nothing (a checkpoint of a run just begun may be)."""
+    """Copies an adapter folder's weights into `model`.
+
+    Raises InputError if a weight is missing, extra, of another shape or not finite, or if the adapter as a whole is zero
+    and so does nothing (unless it `may_be_zero`, as in a checkpoint of a run that has just begun).
+    """
     file = folder / "adapter_model.safetensors"
     try:
         with safe_open(file, "pt") as weights:
-            saved = {key: weights.get_tensor(key) for key in weights.keys()}
+            saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # safetensors raises a type of its own
-        raise InputError(
-            f"{file}: not a readable safetensors file: {_first_line(error)}", "restore it or train again"
-        ) from None
-    wanted = get_peft_model_state_dict(model, save_embedding_layers=False)
-    missing, extra = sorted(wanted.keys() - saved.keys()), sorted(saved.keys() - wanted.keys())
-    if missing or extra:
-        what = (
-            f"lacks {len(missing)} of the {len(wanted)} weights its configuration names"
-            if missing
-            else f"holds {len(extra)} weights that do not belong"
-        )
-        raise InputError(f"{file}: {what}, the first {(missing or extra)[0]}", "restore it or train again")
-    misfits = [key for key in wanted if wanted[key].shape != saved[key].shape]
-    if misfits:
-        raise InputError(
-            f"{file}: {misfits[0]} has shape {tuple(saved[misfits[0]].shape)}, not {tuple(wanted[misfits[0]].shape)}",
-            "is this its base model?",
-        )
-    if not may_be_zero and not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
-        raise InputError(
-            f"{file}: all weights are zero, so the adapter does nothing", "restore it or train again"
-        )
-    if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
-        raise InputError(
-            f"{file}: some weights are NaN or infinite",
-            "restore it or train again with a lower --learning_rate",
-        )
+        problem = f"{file}: not a readable safetensors file: {first_line(error)}"
+        raise InputError(problem, "restore it or train again") from None
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _check_weights(file, saved, expected, may_be_zero)
     with torch.no_grad():
-        for key, tensor in wanted.items():
+        for key, tensor in expected.items():
             tensor.copy_(saved[key])
+
+
+def _check_weights(file: Path, saved: dict, expected: dict, may_be_zero: bool) -> None:
+    fix = "restore it or train again"
+    missing = sorted(expected.keys() - saved.keys())
+    if missing:
+        problem = f"{file}: lacks {len(missing)} of the {len(expected)} weights its configuration names"
+        raise InputError(f"{problem}, the first {missing[0]}", fix)
+    extra = sorted(saved.keys() - expected.keys())
+    if extra:
+        problem = f"{file}: holds {len(extra)} weights that do not belong, the first {extra[0]}"
+        raise InputError(problem, fix)
+    for key, tensor in expected.items():
+        found = tuple(saved[key].shape)
+        if found != tuple(tensor.shape):
+            problem = f"{file}: {key} has shape {found}, not {tuple(tensor.shape)}"
+            raise InputError(problem, "is this its base model?")
+    if not may_be_zero and not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
+        raise InputError(f"{file}: all weights are zero, so the adapter does nothing", fix)
+    if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
+        problem = f"{file}: some weights are NaN or infinite"
+        raise InputError(problem, f"{fix} with a lower --learning_rate")
 
 
 def load_specialist(
@@ -233,15 +270,16 @@ def load_specialist(
     quantization: str | None = None,
     base_model: str | None = None,
 ):
-    """(model, tokenizer) of an adapter folder, in evaluation mode. Raises InputError where they do not belong together."""
-    base_folder = find_base_model(sft_config, adapter_config, base_model)
+    """(model, tokenizer) of an adapter folder, in evaluation mode. Raises InputError if they do not belong together, or
+    a newer version of this toolkit wrote the folder."""
+    check_format_version(folder, sft_config)
+    base_folder = _find_base_model(sft_config, adapter_config, base_model)
     recorded = sft_config.get("sha256", {}).get("base_weights")
+    fix = "give the right one with --base_model"
     if recorded and base_weights_sha256(base_folder) != recorded:
-        raise InputError(
-            f"{folder}: the base model in {base_folder.name} has other weights than the one this adapter was trained on",
-            "name the right one with --base_model",
-        )
-    _check_written(folder, sft_config, "tokenizer", "tokenizer.json")
+        problem = f"{folder}: the base model in {base_folder.name} has other weights than the one this adapter was trained on"
+        raise InputError(problem, fix)
+    _check_recorded(folder, sft_config, "tokenizer", "tokenizer.json")
     tokenizer = load_tokenizer(folder)
     base = load_base_model(base_folder, placement.device, placement.dtype, quantization)
     try:
@@ -249,79 +287,55 @@ def load_specialist(
         config.base_model_name_or_path = base.name_or_path
         model = get_peft_model(base, config)
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{folder}: its LoRA configuration does not fit the base model: {_first_line(error)}",
-            "name the right one with --base_model",
-        ) from None
+        problem = f"{folder}: its LoRA configuration does not fit the base model: {first_line(error)}"
+        raise InputError(problem, fix) from None
     load_adapter_weights(model, folder)
-    _check_written(folder, sft_config, "adapter", "adapter_model.safetensors")
-    _check_written(folder, sft_config, "adapter_config", "adapter_config.json")
+    _check_recorded(folder, sft_config, "adapter", "adapter_model.safetensors")
+    _check_recorded(folder, sft_config, "adapter_config", "adapter_config.json")
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _check_written(folder: Path, sft_config: dict, name: str, file: str) -> None:
-    """Raises InputError if a file is not the one whose SHA-256 training wrote down (if it did) under `name`."""
+def _check_recorded(folder: Path, sft_config: dict, name: str, file: str) -> None:
+    """Raises InputError if a file is not the one whose SHA-256 training recorded (if it did) under `name`."""
     recorded = sft_config["sha256"].get(name)
-    if recorded and not ((folder / file).is_file() and sha256(folder / file) == recorded):
-        raise InputError(
-            f"{folder}: {file} is not the file that training wrote (SHA-256 differs)",
-            "restore it or train again",
-        )
+    intact = not recorded or ((folder / file).is_file() and sha256(folder / file) == recorded)
+    if not intact:
+        problem = f"{folder}: {file} is not the file that training wrote (SHA-256 differs)"
+        raise InputError(problem, "restore it or train again")
 
 
-def find_base_model(sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:
-    """The folder of an adapter's base model: `base_model` where given, else as the adapter names it."""
-    name = base_model or adapter_config["base_model_name_or_path"]
-    if base_model is None and name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
-        return bundled_model()
-    inside = ROOT / name
+def _find_base_model(sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:
+    """The folder of an adapter's base model: `base_model` if given, else as the adapter names it."""
     try:
-        if base_model is None and (inside.is_dir() or sft_config.get("base_model_is_local")):
-            return resolve_model(str(inside))  # never looked up on the hub
+        if base_model is not None:
+            return resolve_model(base_model)
+        name = adapter_config["base_model_name_or_path"]
+        if name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
+            return bundled_model()
+        if (ROOT / name).is_dir() or sft_config.get("base_model_is_local"):
+            return resolve_model(str(ROOT / name))  # never looked up on the Hub
         return resolve_model(name)
     except InputError as error:
-        raise InputError(
-            f"the adapter's base model: {error.problem}", f"{error.fix}; or --base_model FOLDER"
-        ) from None
+        problem = f"the adapter's base model: {error.problem}"
+        raise InputError(problem, f"{error.fix}; or --base_model FOLDER") from None
+
+
+# ------------------------------------------------------------------------------------------------ merging
 
 
 def merge_into_int8(model: PeftModel, dtype: torch.dtype):
-    """The base model with the adapter merged into its linear layers and these in 8 bit (Int8Linear), on a CPU, the
-    rest in `dtype`. Layer by layer in float32, so that each weight is rounded once and memory holds one such copy."""
-    base = model.get_base_model()
-    for name in [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]:
+    """The base model with the adapter merged into its linear layers and these in 8 bit (Int8Linear), on a CPU; the rest
+    in `dtype`. Layer by layer in float32, so that each weight is rounded once and memory holds one such copy."""
+    base = unwrap(model)
+    # Names alone are kept, so that the old weights are freed one by one
+    names = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
+    for name in names:
         module = base.get_submodule(name)
         linear = module.get_base_layer().float()
         module.merge(safe_merge=True)
         base.set_submodule(name, convert_linear(linear, Int8Linear))
     replace_linear_layers(base, Int8Linear)
+    # transformers sets this for its own quantized models. Ours must count as one too: `logits_problem` then allows for
+    # rounded weights, and `save_merged` refuses to write them
     base.is_quantized = True
     return base.to(dtype)
-
-
-def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: Path) -> None:
-    """The base model with the adapter merged in, in standard form: transformers alone loads it, and stops where we do.
-
-    Merges `model` itself. Raises InputError for a quantised base: merging into rounded weights would lose the adapter.
-    """
-    if getattr(model.get_base_model(), "is_quantized", False):
-        raise InputError("a quantised base model cannot be merged", "leave out --use_8bit and --use_4bit")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    make_private_dir(aside)
-    try:
-        merged = model.merge_and_unload(safe_merge=True)
-        merged.config.use_cache = True
-        merged.generation_config = GenerationConfig(
-            eos_token_id=stop_token_ids, pad_token_id=stop_token_ids[0]
-        )
-        merged.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        replace_folder(aside, folder)
-    except SafetensorError as error:
-        raise InputError(
-            f"{folder}: the merged model cannot be written: {_first_line(error)}",
-            "free some space, or name another disk",
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)

