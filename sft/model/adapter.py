@@ -102,6 +102,11 @@ def shard_base(model: PeftModel, device: torch.device, n_processes: int) -> None
         )  # saving finds all processes alike
 
 
+def unwrap(model):
+    """The base model of a PeftModel, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def set_gradient_checkpointing(model, on: bool) -> None:
     """Trades time for memory in training; must be off for generation, which needs the key-value cache."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -169,7 +174,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         shutil.rmtree(old)
     else:
         new.rename(folder)
-    sync_dir(folder.parent, inside=False)
+    sync_dir(folder.parent, with_files=False)
 
 
 def read_state(folder: Path) -> dict:

@@ -3,11 +3,16 @@
 import contextlib
 import math
 import mmap
+import traceback
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from sft.cli import is_out_of_memory
 
 
 def enable_packing(model, max_length: int = 512) -> bool:
@@ -154,7 +159,7 @@ def _refuse_what_is_not_computed(kwargs: dict) -> None:
 class KVCache:
     """Keys and values of the sequences being written, and the layout of the present forward pass.
 
-    KVCache 0 ... running-1 hold the running sequences, whose newest tokens come first in the row; then come the `parts` of
+    KVCache 0 ... running-1 hold the running sequences, whose newest tokens come first in the row; then come the `chunks` of
     sequences (slot, first position, number of tokens). Memory is taken layer by layer when the model first shows its shapes.
     """
 
@@ -164,9 +169,9 @@ class KVCache:
             int, tuple[torch.Tensor, torch.Tensor]
         ] = {}  # each (n_slots, key-value heads, capacity, head_dim)
 
-    def lay_out(self, positions: list[int], parts: list[tuple[int, int, int]], device) -> None:
-        """For the next pass: the position of each running sequence's newest token, and the parts."""
-        self.n_running, self.parts = len(positions), parts
+    def plan_pass(self, positions: list[int], chunks: list[tuple[int, int, int]], device) -> None:
+        """For the next pass: the position of each running sequence's newest token, and the chunks."""
+        self.n_running, self.chunks = len(positions), chunks
         self.runs = group_by_length([position + 1 for position in positions], self.keys_per_call())
         self.positions = torch.tensor(positions, device=device)
         self.rows = torch.arange(len(positions), device=device)
@@ -234,43 +239,45 @@ def lazy_zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     )
 
 
-def slot_attention(
+def kv_cache_attention(
     module,
     query,
     key,
     value,
     attention_mask,
     *,
-    slots: KVCache,
+    kv_cache: KVCache | None = None,
     scaling=None,
     sliding_window=None,
     softcap=None,
     dropout=0.0,
     **kwargs,
 ):
-    """Attention of one row of tokens laid out by `KVCache.lay_out`, each to the keys of its own sequence.
+    """Attention of one row of tokens laid out by `KVCache.plan_pass`, each to the keys of its own sequence.
 
     query (1, heads, tokens, head_dim), key and value (1, key-value heads, tokens, head_dim). Returns
     (1, tokens, heads, head_dim) and None, as transformers' AttentionInterface asks.
     """
-    unsupported = [name for name in ("s_aux", "position_bias", "cache") if kwargs.get(name) is not None]
+    unsupported = [name for name in ("s_aux", "position_bias") if kwargs.get(name) is not None]
     if unsupported:
-        raise ValueError(f"slot_attention has no {unsupported[0]}")
-    keys, values = slots.layer(module.layer_idx, key, value)
-    options, outputs, start = {"scaling": scaling, "softcap": softcap}, [], slots.n_running
+        raise ValueError(f"kv_cache_attention has no {unsupported[0]}")
+    if kv_cache is None:
+        return ordinary_attention(query, key, value, attention_mask, sliding_window, scaling, softcap), None
+    keys, values = kv_cache.layer(module.layer_idx, key, value)
+    options, outputs, start = {"scaling": scaling, "softcap": softcap}, [], kv_cache.n_running
     if start:
-        keys[slots.rows, :, slots.positions] = key[0, :, :start].transpose(0, 1)
-        values[slots.rows, :, slots.positions] = value[0, :, :start].transpose(0, 1)
+        keys[kv_cache.rows, :, kv_cache.positions] = key[0, :, :start].transpose(0, 1)
+        values[kv_cache.rows, :, kv_cache.positions] = value[0, :, :start].transpose(0, 1)
         # The heads that share a key-value head stand as that many queries: (running, key-value heads, groups, head_dim)
         grouped = query[0, :, :start].transpose(0, 1).unflatten(1, (key.shape[1], -1))
-        for run in slots.runs:
+        for run in kv_cache.runs:
             first, last, n_keys = run
             seen = (states[first:last, :, :n_keys] for states in (keys, values))
             output = attention(
-                grouped[first:last], *seen, mask=slots.mask(run, sliding_window, query.dtype), **options
+                grouped[first:last], *seen, mask=kv_cache.mask(run, sliding_window, query.dtype), **options
             )
             outputs.append(output.flatten(1, 2)[None])
-    for slot, first, n in slots.parts:
+    for slot, first, n in kv_cache.chunks:
         own = slice(start, start + n)
         keys[slot, :, first : first + n] = key[0, :, own]
         values[slot, :, first : first + n] = value[0, :, own]
@@ -280,6 +287,21 @@ def slot_attention(
         )
         start += n
     return torch.cat(outputs, dim=1), None
+
+
+def ordinary_attention(query, key, value, attention_mask, window, scaling, softcap):
+    """What a plain forward pass or `generate` computes: causal attention, with transformers' 2-D mask of padding."""
+    n_new, n = query.shape[2], key.shape[2]
+    place = torch.arange(n, device=query.device)
+    distance = place[n - n_new :, None] - place
+    seen = (distance >= 0) & (distance < (window or n))
+    if attention_mask is not None and attention_mask.ndim == 2:
+        seen = seen & attention_mask[:, None, None, -n:].bool()
+        seen = seen | (distance == 0)  # padding sees itself: no row without a key
+    mask = torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    return attention(query, key, value, mask=mask, scaling=scaling, softcap=softcap).transpose(1, 2)
 
 
 def causal_attention(query, key, value, *, window, scaling, softcap):
@@ -315,6 +337,31 @@ def attention(query, key, value, *, mask, scaling, softcap):
 CALL_BYTES = 1_500_000  # 75 microseconds at 20 GB/s, both measured on a CPU of two cores
 
 
+def logits_problem(found, expected, model) -> str:
+    """How `found` differs from `expected`, in words; "" if they are equal up to rounding."""
+    if found.shape != expected.shape:
+        return f"logits of shape {tuple(found.shape)}, not {tuple(expected.shape)}"
+    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+    bound = 1e-3 if exact else 5e-2
+    largest = expected.float().abs().max()
+    difference = (found.float() - expected.float()).abs().max()
+    return (
+        "" if difference <= bound * largest else f"logits differ by {difference / largest:.2g} of the largest"
+    )
+
+
+def probe_failure(error: Exception) -> str:
+    """A probe's exception in words. Raises it again if it is out of memory or a programming error of ours."""
+    if is_out_of_memory(error):
+        raise error
+    innermost = traceback.extract_tb(error.__traceback__)[-1].filename
+    ours = Path(innermost).is_relative_to(Path(__file__).resolve().parent.parent)
+    if ours and isinstance(error, (AttributeError, NameError, TypeError, KeyError, IndexError)):
+        raise error
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+
+
+AttentionMaskInterface.register("kv_cache", flash_attention_mask)
 AttentionInterface.register("per_example", per_example_attention)
 AttentionInterface.register("varlen", varlen_attention)
-AttentionInterface.register("slots", slot_attention)
+AttentionInterface.register("kv_cache", kv_cache_attention)

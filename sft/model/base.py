@@ -19,7 +19,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sft.cli import InputError, log
+from sft.cli import InputError, log, plural, processes
 from sft.files import ROOT, sha256, sync_dir, write_json
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
@@ -84,6 +84,21 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
     else:
         chosen = torch.float32
     return Placement(torch.device(kind if device == "auto" else device), chosen, why)
+
+
+def device_of_process(device: str) -> str:
+    """Of several processes on GPUs each has one of its own. Raises InputError if there are too few."""
+    if processes()[1] == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
+        return device
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    n_gpus = torch.cuda.device_count()
+    if rank >= n_gpus:
+        there = f"there {'is' if n_gpus == 1 else 'are'} {plural(n_gpus, 'GPU')}"
+        raise InputError(
+            f"process {rank + 1} of this machine finds no GPU of its own: {there}",
+            "start as many processes as there are GPUs, or give --device cpu",
+        )
+    return f"cuda:{rank}"
 
 
 def peak_memory_mb(device: torch.device) -> float:
