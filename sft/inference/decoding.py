@@ -4,8 +4,8 @@ file.
 `decode` is continuous batching (Yu et al., Orca, OSDI 2022) over a KV cache with one slot per sequence: keys
 and values are written once and never concatenated, and a sequence that ends frees its slot for the next
 prompt. The prefix that all prompts share is computed once. When few sequences are running, each forward pass
-also verifies a draft copied from their prompts. `enable_kv_cache` finds out whether a model can work this
-way; for any other there is `decode_with_generate`, through transformers' `generate`."""
+also verifies drafts copied from their prompts. `enable_kv_cache` finds out whether a model can work this way;
+sft/inference/generate.py is for the rest."""
 
 import random
 from collections import deque
@@ -15,14 +15,8 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
+from sft.cli import RunError, is_out_of_memory
 from sft.model.attention import KVCache, logits_problem, probe_failure
 from sft.options import DEFAULT_GENERATION_BATCH_SIZE
 
@@ -295,82 +289,54 @@ def retire(running: list[GeneratedSequence], cache: KVCache) -> list[GeneratedSe
     return ended
 
 
-# ------------------------------------------------------------------------------------------------ through generate
+# ------------------------------------------------------------------------------------------------ memory
 
 
-@torch.inference_mode()
-def decode_with_generate(
-    model,
+def decode_within_memory(
+    decoder: Callable,
     prompts: dict[int, list[int]],
     max_new_tokens: int,
     stop_ids: Sequence[int],
     *,
-    temperature: float = 0.0,
-    batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
-    seed: int = 0,
-    on_token: Callable[[GeneratedSequence], None] | None = None,
+    batch_size: int,
     should_stop: Callable[[], bool] | None = None,
-) -> Iterator[GeneratedSequence]:
-    """The same through transformers' `generate`, for models that `enable_kv_cache` refuses: batches padded on
-    the left."""
-    device = model.get_input_embeddings().weight.device
-    pad = stop_ids[0]
-    generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_ids),
-        pad_token_id=pad,
-        do_sample=False,
-        use_cache=True,
-    )
-    criteria = StoppingCriteriaList([_StopWhenAsked(should_stop)] if should_stop else [])
+    **options,
+) -> Iterator[tuple[int, GeneratedSequence | None]]:
+    """Yields (number, sequence) from `decoder`: `decode` or `decode_with_generate` with its model. Out of
+    memory, half as many sequences at a time are tried; a prompt that does not even fit alone gives (number,
+    None).
 
-    def write(sequence: GeneratedSequence, token: int, log_prob: float) -> None:
-        sequence.add(token, log_prob, stop_ids, max_new_tokens)
-        if on_token:
-            on_token(sequence)
-
-    sequences = make_sequences(prompts, seed)
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        longest = len(batch[0].prompt)
-        n_padding = [longest - len(sequence.prompt) for sequence in batch]
-        rows = [[pad] * n + sequence.prompt for n, sequence in zip(n_padding, batch)]
-        mask = [[0] * n + [1] * (longest - n) for n in n_padding]
-        model.generate(
-            input_ids=torch.tensor(rows, device=device),
-            attention_mask=torch.tensor(mask, device=device),
-            generation_config=generation_config,
-            logits_processor=LogitsProcessorList([_SampleTokens(batch, temperature, write)]),
-            stopping_criteria=criteria,
-        )
-        yield from (sequence for sequence in batch if sequence.finish_reason)
-        if should_stop and should_stop():
-            return
+    Raises RunError if the model fails for another reason.
+    """
+    waiting = dict(prompts)
+    options["should_stop"] = should_stop
+    while waiting and not (should_stop and should_stop()):
+        try:
+            for sequence in decoder(
+                dict(waiting), max_new_tokens, stop_ids, batch_size=batch_size, **options
+            ):
+                del waiting[sequence.index]
+                yield sequence.index, sequence
+        except (MemoryError, RuntimeError, OSError) as error:
+            _raise_unless_out_of_memory(error)
+            if batch_size > 1 and len(waiting) > 1:
+                batch_size = min(batch_size, len(waiting)) // 2
+            else:
+                # The longest was the first to be tried
+                longest = max(waiting, key=lambda number: len(waiting[number]))
+                del waiting[longest]
+                yield longest, None
 
 
-class _SampleTokens(LogitsProcessor):
-    """Makes `generate` take the tokens that `sample` gives, and writes them to the sequences of the batch."""
-
-    def __init__(self, batch: list[GeneratedSequence], temperature: float, write: Callable):
-        self.batch = batch
-        self.temperature = temperature
-        self.write = write
-
-    def __call__(self, input_ids, scores):
-        tokens, log_probs = sample(scores, self.temperature, [(sequence, 0) for sequence in self.batch])
-        for sequence, token, log_prob in zip(self.batch, tokens, log_probs):
-            if not sequence.finish_reason:
-                self.write(sequence, token, log_prob)
-        chosen = torch.tensor(tokens, device=scores.device)[:, None]
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
-
-
-class _StopWhenAsked(StoppingCriteria):
-    def __init__(self, should_stop: Callable[[], bool]):
-        self.should_stop = should_stop
-
-    def __call__(self, input_ids, scores, **kwargs):
-        return torch.full((len(input_ids),), bool(self.should_stop()), device=input_ids.device)
+def _raise_unless_out_of_memory(error: Exception) -> None:
+    """Raises a RuntimeError as RunError, with the first line of its message, and any other error as it is."""
+    if is_out_of_memory(error):
+        return
+    if not isinstance(error, RuntimeError):
+        raise error
+    reason = str(error).partition("\n")[0]
+    problem = f"the model failed ({type(error).__name__}: {reason})"
+    raise RunError(problem, "check the device and its driver") from error
 
 
 # ------------------------------------------------------------------------------------------------ can a model do it?
