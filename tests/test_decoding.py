@@ -1,7 +1,8 @@
-"""The decoding loop against transformers' generate, one prompt after the other."""
+"""Both decoders against transformers' generate, one prompt after the other; too little memory."""
 
 import functools
 import math
+import mmap
 import random
 from itertools import combinations
 
@@ -9,19 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model
+from tiny import NOTES, tiny_model
 
+from sft.cli import RunError, is_out_of_memory
 from sft.inference import decoding
 from sft.inference.decoding import (
     GeneratedSequence,
     common_prefix_length,
     decode,
-    decode_with_generate,
     draft,
     enable_kv_cache,
     make_sequences,
     sample,
 )
+from sft.inference.generate import decode_with_generate
 from sft.model.attention import KVCache, enable_packing, group_by_length
 
 STOPS = list(range(2, 420, 12))  # many, so that some sequences end early and others enter
@@ -261,3 +263,52 @@ def test_samples_follow_the_probabilities():
         share = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
         torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=0.03)
         assert log_probs == pytest.approx(logits[0].log_softmax(-1)[torch.tensor(tokens)].tolist(), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def test_one_note_without_memory_does_not_fail_the_others(specialist, monkeypatch):
+    notes = [note for note, _ in NOTES[:6]]
+    expected = specialist.generate_batch(notes, 5)
+    decode = specialist.decoder
+    longest = max(range(6), key=lambda i: len(specialist.prompt_ids(notes[i], 5)[0]))
+
+    def forgetful(model, prompts, *arguments, batch_size, **options):
+        if longest in prompts or batch_size > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+        yield from decode(model, prompts, *arguments, batch_size=batch_size, **options)
+
+    monkeypatch.setattr(specialist, "decoder", forgetful)
+    results = specialist.generate_batch(notes, 5)
+    assert results[longest]["error"] == "too little memory for this note"
+    del results[longest]
+    del expected[longest]
+    assert results == expected
+
+
+def test_a_dead_gpu_stops_the_run(specialist, monkeypatch):
+    def dead(*arguments, **options):
+        raise torch.AcceleratorError(
+            "CUDA error: device-side assert triggered\nCUDA kernel errors might be asynchronously reported"
+        )
+        yield
+
+    monkeypatch.setattr(specialist, "decoder", dead)
+    with pytest.raises(
+        RunError, match=r"the model failed \(AcceleratorError: CUDA error: device-side assert triggered\)"
+    ):
+        specialist.generate_batch([note for note, _ in NOTES], 5)
+
+
+def test_errors_that_mean_out_of_memory():
+    with pytest.raises(RuntimeError) as no_room:
+        torch.empty(1 << 55)
+    with pytest.raises(OSError) as no_map:
+        mmap.mmap(-1, 1 << 60)
+    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    for error in (no_room.value, no_map.value, cuda, MemoryError()):
+        assert is_out_of_memory(error)
+    illegal = RuntimeError("CUDA error: an illegal memory access was encountered")
+    for error in (illegal, OSError(5, "x")):
+        assert not is_out_of_memory(error)
