@@ -77,7 +77,8 @@ def test_evidence_of_the_last_summary(typed):
 
 
 def test_conversation_through_a_pipe(adapters, specialist):
-    slashes = "/Smith, J./ seen today.\n/temperature 38.5 since Monday\n/quitting smoking\n/q8h paracetamol."  # a note, no command
+    # A note, no command
+    slashes = "/Smith, J./ seen today.\n/temperature 38.5 since Monday\n/quitting smoking\n/q8h paracetamol."
     typed = f"{NOTES[1][0]}\n\n/tokens 5\n{NOTES[2][0]}\n/temperature hot\n{slashes}\n/help\n/quit\n"
     typed += f"{NOTES[3][0]}\n"
     result = run_inference("--model_path", adapters(), "--max_new_tokens", 20, stdin=typed)
@@ -107,7 +108,8 @@ sft_inference.run_script(sft_inference.main)
 
 
 def test_conversation_on_a_terminal(adapters):
-    """Paste many lines, stream, interrupt, continue, leave; tokens in slow motion, so that there is something to interrupt."""
+    """Paste many lines, stream, interrupt, continue, leave; tokens in slow motion, so that there is time to
+    interrupt."""
     options = f"--device cpu --model_path {adapters()} --max_new_tokens 900 --temperature 50".split()
     child, ours = pty.fork()
     if child == 0:

@@ -1,5 +1,6 @@
 """SFTInference and the command line of sft_inference.py: results, refusals, precisions, threads."""
 
+import functools
 import json
 import math
 import os
@@ -176,8 +177,9 @@ def test_threads_that_share_a_model_get_the_texts_of_lone_calls(adapters, specia
     expected = without_confidence(specialist.generate_summary(note, 12) for note in notes)
     for _ in range(10):
         inference = SFTInference(adapters(), device="cpu")
+        summarize = functools.partial(inference.generate_summary, max_new_tokens=12)
         with ThreadPoolExecutor(4) as threads:
-            results = list(threads.map(lambda note: inference.generate_summary(note, 12), notes))  # noqa: B023
+            results = list(threads.map(summarize, notes))
         assert without_confidence(results) == expected
 
 
@@ -363,7 +365,8 @@ def test_streams_and_disks_of_all_kinds(code, environment, status, stdout, stder
 
 
 def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
-    command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'  # blocks of 1,024 bytes
+    # Blocks of 1,024 bytes
+    command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'
     arguments = ["bash", "-c", command, sys.executable, str(adapters()), str(tmp_path / "merged")]
     assert_input_error(
         subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "free some space"
@@ -373,8 +376,14 @@ def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
 
 def test_closed_streams(tmp_path):
     """As cron starts a program: what it opens first must not become its standard output."""
-    script = f"from sft.cli import run_script\nfrom sft.files import write_atomic\nfrom pathlib import Path\nfile = Path({str(tmp_path / 'file')!r})"
-    script += "\ndef main():\n    descriptor = open(file, 'w')\n    print('note')\n    descriptor.close()\nrun_script(main)"
+    script = f"""
+from sft.cli import run_script
+def main():
+    file = open({str(tmp_path / "file")!r}, "w")
+    print("note")
+    file.close()
+run_script(main)
+"""
     result = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script], cwd=ROOT)
     assert result.returncode == 0
     assert (tmp_path / "file").read_text() == ""

@@ -38,7 +38,8 @@ def test_notes_without_text(note, problem):
 
 
 def test_text_waits_for_whole_characters_and_is_never_repeated():
-    """Sequences that take turns; one of them is written again from its start, as after running out of memory."""
+    """Sequences that take turns; one of them is written again from its start, as after running out of
+    memory."""
     tokenizer = tiny_tokenizer()
     texts = ["Fi\u00e8vre \U0001f600", "Toux."]
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
