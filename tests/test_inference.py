@@ -1,14 +1,14 @@
+"""SFTInference and the command line of sft_inference.py: results, refusals, precisions, threads."""
+
+import functools
 import json
 import math
 import os
-import pty
 import re
-import select
 import shutil
-import signal
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -16,17 +16,26 @@ from conftest import ROOT, SHARED_DATA, assert_input_error, run_inference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
-from tiny import NOTES, tiny_tokenizer
+from tiny import NOTES, tiny_tokenizer, write_csv
 
 from sft.cli import InputError
-from sft.files import sha256
+from sft.files import FORMAT_VERSION, sha256
 from sft.inference import decoding
 from sft.inference.note_files import read_notes
 from sft.model import adapter, base
+from sft.model.base import device_of_process
 from sft.model.kernels import Int8Linear, has_int8
-from sft_inference import SFTInference, device_of_process, read_adapter_folder
+from sft_inference import SFTInference, read_adapter_folder
 
 ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
+
+
+def confidences(results: list[dict]) -> list[float]:
+    return [result["confidence"] for result in results]
+
+
+def without_confidence(results: list[dict]) -> list[dict]:
+    return [{**result, "confidence": 0} for result in results]
 
 
 # ------------------------------------------------------------------------------------------------ results
@@ -48,70 +57,66 @@ def test_greedy_batches_equal_one_by_one(adapters, architecture, chat):
     alone = [inference.generate_summary(note, 20) for note in ALL_NOTES]
     for batch_size in (3, 14):
         together = inference.generate_batch(ALL_NOTES, 20, batch_size=batch_size)
-        assert [result["confidence"] for result in together] == pytest.approx(
-            [result["confidence"] for result in alone], abs=2e-4
-        )
-        assert [{**result, "confidence": 0} for result in together] == [
-            {**result, "confidence": 0} for result in alone
-        ]
+        assert confidences(together) == pytest.approx(confidences(alone), abs=2e-4)
+        assert without_confidence(together) == without_confidence(alone)
 
 
 def test_result_against_a_loop_written_out(specialist):
     """Tokens, confidence and finish reason from plain forward passes."""
-    note, new, log_probs = NOTES[4][0], [], []
+    note = NOTES[4][0]
+    new = []
+    log_probs = []
     prompt = specialist.encoder.prompt(specialist.encoder.encode_texts([note])[0])
     while len(new) < 30 and (not new or new[-1] not in specialist.stop_ids):
         with torch.no_grad():
-            probabilities = (
-                specialist.model(input_ids=torch.tensor([prompt + new])).logits[0, -1].log_softmax(-1)
-            )
+            logits = specialist.model(input_ids=torch.tensor([prompt + new])).logits[0, -1]
+            probabilities = logits.log_softmax(-1)
         new.append(probabilities.argmax().item())
         log_probs.append(probabilities.max().item())
     result = specialist.generate_summary(note, 30)
     ended = new[-1] in specialist.stop_ids
-    assert (
-        result["generated_summary"]
-        == specialist.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True).strip()
-    )
-    assert (result["n_prompt_tokens"], result["n_new_tokens"]) == (len(prompt), len(new))
+    text = specialist.tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
+    assert result["generated_summary"] == text.strip()
+    assert result["n_prompt_tokens"] == len(prompt)
+    assert result["n_new_tokens"] == len(new)
     assert result["finish_reason"] == ("stop" if ended else "length")
     assert result["confidence"] == pytest.approx(math.exp(sum(log_probs) / len(log_probs)), abs=1e-4)
 
 
-def test_training_and_inference_build_the_same_prompt(adapters, specialist):
-    from tiny import rows_of
-
+def test_training_and_inference_build_the_same_prompt(specialist, tmp_path):
     from sft.data.dataset import SFTDataset
     from sft.data.prompt import PromptEncoder, build_template
+    from sft.data.rows import read_rows
 
-    tokenizer = tiny_tokenizer()
-    examples = SFTDataset(rows_of(NOTES), PromptEncoder(tokenizer, build_template(tokenizer)), 512).examples
+    rows = [(f"r{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES)]
+    rows = read_rows(write_csv(tmp_path / "rows.csv", rows))
+    encoder = PromptEncoder(tiny_tokenizer(), build_template(tiny_tokenizer()))
+    examples = SFTDataset(rows, encoder, 512).examples
+    assert len(examples) == len(NOTES)
     for example, (note, _) in zip(examples, NOTES):
-        assert specialist._prompt(note, 10)[0] == example.input_ids[: example.n_prompt]
+        assert specialist.prompt_ids(note, 10)[0] == example.input_ids[: example.n_prompt]
 
 
 def test_generation_stops_at_the_end_of_turn(adapters):
     """<|eot|> is not the tokenizer's EOS in this template."""
     inference = SFTInference(adapters("llama", "llama3"), device="cpu")
     eot, eos = (inference.tokenizer.convert_tokens_to_ids(token) for token in ("<|eot|>", "</s>"))
-    assert {eot, eos} <= set(inference.stop_ids) and inference.template.end_token_id == eot
+    assert {eot, eos} <= set(inference.stop_ids)
+    assert inference.template.end_token_id == eot
 
 
 def test_sampling_follows_its_seed(specialist):
-    draws = [
-        specialist.generate_summary(NOTES[0][0], 20, temperature=1.5, seed=seed)["generated_summary"]
-        for seed in (1, 1, 2, 3)
-    ]
-    assert draws[0] == draws[1] and len(set(draws)) > 1
+    results = [specialist.generate_summary(NOTES[0][0], 20, 1.5, seed=seed) for seed in (1, 1, 2, 3)]
+    texts = [result["generated_summary"] for result in results]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) > 1
 
 
-def test_cut_summaries_say_so(specialist):
+def test_cut_summaries_have_a_warning(specialist):
     result = specialist.generate_summary(NOTES[0][0], max_new_tokens=1)
-    assert (
-        result["finish_reason"] == "length"
-        and result["n_new_tokens"] == 1
-        and any("cut" in warning for warning in result["warnings"])
-    )
+    assert result["finish_reason"] == "length"
+    assert result["n_new_tokens"] == 1
+    assert any("cut after 1 tokens" in warning for warning in result["warnings"])
 
 
 def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
@@ -124,9 +129,8 @@ def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
     assert ["error" in result for result in results] == [True, False, True, True, False]
     with pytest.raises(InputError, match="temperature"):
         specialist.generate_summary("Fever.", 3, temperature=-1)
-    assert specialist.generate_summary("Fever.", 3, temperature=1e-300) == specialist.generate_summary(
-        "Fever.", 3
-    )
+    greedy = specialist.generate_summary("Fever.", 3)
+    assert specialist.generate_summary("Fever.", 3, temperature=1e-300) == greedy
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -134,19 +138,49 @@ def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
 def test_no_note_breaks_out_of_the_prompt(specialist, note):
     result = specialist.generate_batch([note], 2)[0]
     if "error" not in result:
-        ids, _ = specialist._prompt(note, 2)
+        ids, _ = specialist.prompt_ids(note, 2)
         inner = ids[len(specialist.encoder.prefix_ids) : -len(specialist.encoder.suffix_ids)]
-        assert not set(inner) & {
-            specialist.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")
-        }
+        turns = specialist.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+        assert not set(inner) & set(turns)
 
 
-def test_warnings_tell_what_is_wrong_with_a_summary(specialist):
-    ids = specialist.encoder.encode_texts(["BP 120/80. BP 120/80. [Evidence: S7; Conf: 0.9]"])[0]
-    warnings = " ".join(
-        specialist._result("BP 110/70.", [1], [], ids, [-1.0] * len(ids), "length")["warnings"]
-    )
-    assert all(words in warnings for words in ("cut after", "repeats itself", "S7", "120, 80"))
+def test_summarize_yields_results_by_number_as_they_end(specialist):
+    """Samples depend on the number that a note has, whatever the order and the neighbors."""
+    notes = {7 * i: note for i, (note, _) in enumerate(NOTES)}
+    together = dict(specialist.summarize(notes, 12, 1.5, seed=3))
+    assert together.keys() == notes.keys()
+    part = {14: notes[14], 0: notes[0]}
+    assert dict(specialist.summarize(part, 12, 1.5, seed=3)) == {n: together[n] for n in part}
+    numbered_from_0 = specialist.generate_batch(list(notes.values()), 12, 1.5, seed=3)
+    assert numbered_from_0[0] == together[0]
+    assert numbered_from_0[1:] != list(together.values())[1:]
+
+
+@pytest.mark.parametrize("architecture, chat", [("llama", "chatml"), ("bloom", "none")])
+def test_summarize_stops_when_asked(adapters, architecture, chat):
+    """In both decoders: what has ended by then is complete, the rest is missing."""
+    inference = SFTInference(adapters(architecture, chat), device="cpu")
+    notes = dict(enumerate(ALL_NOTES))
+    complete = dict(inference.summarize(notes, 20, batch_size=4))
+    results = {}
+    for number, result in inference.summarize(notes, 20, batch_size=4, should_stop=lambda: bool(results)):
+        results[number] = result
+    assert 0 < len(results) < len(notes)
+    assert without_confidence(results.values()) == without_confidence(complete[n] for n in results)
+    assert not list(inference.summarize(notes, 20, should_stop=lambda: True))
+    assert len(list(inference.summarize(notes, 1))) == len(notes)  # another call is not kept waiting
+
+
+def test_threads_that_share_a_model_get_the_texts_of_lone_calls(adapters, specialist):
+    """Freshly loaded each time: what a first call sets up must not differ under a second one."""
+    notes = [note for note, _ in NOTES[:8]]
+    expected = without_confidence(specialist.generate_summary(note, 12) for note in notes)
+    for _ in range(10):
+        inference = SFTInference(adapters(), device="cpu")
+        summarize = functools.partial(inference.generate_summary, max_new_tokens=12)
+        with ThreadPoolExecutor(4) as threads:
+            results = list(threads.map(summarize, notes))
+        assert without_confidence(results) == expected
 
 
 def test_evidence_is_read_against_the_notes_sentences(adapters):
@@ -167,7 +201,8 @@ def test_one_note(adapters, specialist):
     note = NOTES[0][0]
     expected = specialist.generate_summary(note, 20)
     result = run_inference("--model_path", adapters(), "--clinical_note", note, "--max_new_tokens", 20)
-    assert (result.returncode, result.stdout.strip()) == (0, expected["generated_summary"]), result.stderr
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == expected["generated_summary"]
     piped = run_inference(
         "--model_path", adapters(), "--clinical_note", "-", "--json", "--max_new_tokens", 20, stdin=note
     )
@@ -180,7 +215,7 @@ def test_one_note(adapters, specialist):
         (["--model_path", "nowhere", "--clinical_note", "x"], "no such folder"),
         (["--model_path", "tests", "--clinical_note", "x"], "adapter"),
         (["--input_file", "missing.txt"], "no such file"),
-        (["--input_file", "README.md"], "ending"),
+        (["--input_file", "README.md"], "unknown file extension"),
         (["--clinical_note", "x", "--input_file", "a.txt"], "together"),
         (["--clinical_note", "x", "--output_file", "a.jsonl"], "--input_file"),
         (["--clinical_note", " ", "--model_path", "ADAPTER"], "empty"),
@@ -213,6 +248,27 @@ def test_a_damaged_prompt_is_refused(adapters, tmp_path, bad):
         read_adapter_folder(folder)
 
 
+def test_a_folder_of_a_newer_version_is_refused(adapters, tmp_path):
+    folder = shutil.copytree(adapters(), tmp_path / "adapter")
+    sft_config = json.loads((folder / "sft_config.json").read_text())
+    for version, prompt in ((FORMAT_VERSION, sft_config["prompt"]), (FORMAT_VERSION + 1, "in another form")):
+        changed = {**sft_config, "format_version": version, "prompt": prompt}
+        (folder / "sft_config.json").write_text(json.dumps(changed))
+        if version == FORMAT_VERSION:
+            assert read_adapter_folder(folder)[1] == changed
+        else:
+            with pytest.raises(InputError, match="newer version"):
+                read_adapter_folder(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "5"])
+def test_a_configuration_that_is_no_json_object_is_refused(adapters, tmp_path, content):
+    folder = shutil.copytree(adapters(), tmp_path / "adapter")
+    (folder / "sft_config.json").write_text(content)
+    with pytest.raises(InputError, match=r"sft_config\.json is not valid JSON"):
+        read_adapter_folder(folder)
+
+
 def test_a_tokenizer_that_differs_is_refused(adapters, tmp_path):
     folder = shutil.copytree(adapters(), tmp_path / "adapter")
     sft_config = json.loads((folder / "sft_config.json").read_text())
@@ -228,20 +284,21 @@ def test_a_merged_adapter_writes_what_the_adapter_writes(adapters, specialist):
     from peft import PeftModel
 
     apart = SFTInference(adapters(), device="cpu", merge=False)
-    assert isinstance(apart.model, PeftModel) and not isinstance(specialist.model, PeftModel)
-    results = [{**result, "confidence": 0} for result in apart.generate_batch(ALL_NOTES, 20)]
-    assert results == [{**result, "confidence": 0} for result in specialist.generate_batch(ALL_NOTES, 20)]
+    assert isinstance(apart.model, PeftModel)
+    assert not isinstance(specialist.model, PeftModel)
+    expected = specialist.generate_batch(ALL_NOTES, 20)
+    assert without_confidence(apart.generate_batch(ALL_NOTES, 20)) == without_confidence(expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_sixteen_bits_on_a_cpu(adapters, dtype):
     inference = SFTInference(adapters(), device="cpu", dtype=dtype)
-    assert inference.model.dtype == getattr(torch, dtype) and inference.decode.func is decoding.decode
+    assert inference.model.dtype == getattr(torch, dtype)
+    assert inference.decoder is decoding.decode
     alone = [inference.generate_summary(note, 8)["n_prompt_tokens"] for note in ALL_NOTES[:4]]
     together = inference.generate_batch(ALL_NOTES[:4], 8)
-    assert [result["n_prompt_tokens"] for result in together] == alone and all(
-        0 < result["confidence"] <= 1 for result in together
-    )
+    assert [result["n_prompt_tokens"] for result in together] == alone
+    assert all(0 < result["confidence"] <= 1 for result in together)
 
 
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
@@ -251,12 +308,12 @@ def test_eight_bits_on_a_cpu(adapters, specialist, monkeypatch, stored):
     load = base.load_base_model
     monkeypatch.setattr(adapter, "load_base_model", lambda *a: load(*a).to(stored))
     inference = SFTInference(adapters(), device="cpu", use_8bit=True)
-    assert inference.decode.func is decoding.decode and inference.model.dtype == torch.float32
-    layers = [module for module in inference.model.modules() if isinstance(module, Int8Linear)]
-    assert layers and not any(
-        isinstance(module, torch.nn.Linear | LoraLayer) for module in inference.model.modules()
-    )
-    ids = torch.tensor([inference._prompt(NOTES[0][0], 10)[0]])
+    assert inference.decoder is decoding.decode
+    assert inference.model.dtype == torch.float32
+    modules = list(inference.model.modules())
+    assert any(isinstance(module, Int8Linear) for module in modules)
+    assert not any(isinstance(module, torch.nn.Linear | LoraLayer) for module in modules)
+    ids = torch.tensor([inference.prompt_ids(NOTES[0][0], 10)[0]])
     with torch.no_grad():
         expected, found = specialist.model(ids).logits, inference.model(ids).logits
     assert (found - expected).norm() <= 0.05 * expected.norm()
@@ -302,12 +359,14 @@ def test_streams_and_disks_of_all_kinds(code, environment, status, stdout, stder
         capture_output=True,
         env={**os.environ, **environment},
     )
-    assert (result.returncode, result.stdout.decode()) == (status, stdout), result.stderr
+    assert result.returncode == status, result.stderr
+    assert result.stdout.decode() == stdout
     assert result.stderr.decode().startswith(stderr)
 
 
 def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
-    command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'  # blocks of 1,024 bytes
+    # Blocks of 1,024 bytes
+    command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'
     arguments = ["bash", "-c", command, sys.executable, str(adapters()), str(tmp_path / "merged")]
     assert_input_error(
         subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "free some space"
@@ -317,10 +376,17 @@ def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
 
 def test_closed_streams(tmp_path):
     """As cron starts a program: what it opens first must not become its standard output."""
-    script = f"from sft.cli import run_script\nfrom sft.files import write_atomic\nfrom pathlib import Path\nfile = Path({str(tmp_path / 'file')!r})"
-    script += "\ndef main():\n    descriptor = open(file, 'w')\n    print('note')\n    descriptor.close()\nrun_script(main)"
+    script = f"""
+from sft.cli import run_script
+def main():
+    file = open({str(tmp_path / "file")!r}, "w")
+    print("note")
+    file.close()
+run_script(main)
+"""
     result = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script], cwd=ROOT)
-    assert result.returncode == 0 and (tmp_path / "file").read_text() == ""
+    assert result.returncode == 0
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
@@ -330,10 +396,9 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     for rank in (0, 1):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert (
-            device_of_process("auto") == device_of_process("cuda") == f"cuda:{rank}"
-            and device_of_process("cpu") == "cpu"
-        )
+        assert device_of_process("auto") == f"cuda:{rank}"
+        assert device_of_process("cuda") == f"cuda:{rank}"
+        assert device_of_process("cpu") == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert device_of_process("cpu") == "cpu"
     with pytest.raises(
@@ -342,104 +407,34 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch):
         device_of_process("auto")
 
 
-def test_text_arrives_as_it_is_written(specialist):
+@pytest.mark.parametrize(
+    "architecture, chat, temperature",
+    [("llama", "chatml", 0.0), ("llama", "chatml", 1.5), ("bloom", "none", 1.5)],
+)
+def test_text_arrives_as_it_is_written(adapters, architecture, chat, temperature):
+    """In both decoders, for one note and for several at the same time."""
+    inference = SFTInference(adapters(architecture, chat), device="cpu")
     pieces = []
-    for temperature in (0.0, 1.5):
-        pieces.clear()
-        result = specialist.generate_summary(NOTES[0][0], 40, temperature, on_text=pieces.append)
-        assert len(pieces) > 1 and "".join(pieces).strip() == result["generated_summary"]
+    result = inference.generate_summary(NOTES[0][0], 40, temperature, on_text=pieces.append)
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == result["generated_summary"]
+    texts = {0: "", 1: "", 2: ""}
+
+    def add(number: int, text: str) -> None:
+        texts[number] += text
+
+    notes = dict(enumerate(ALL_NOTES[:3]))
+    for number, result in inference.summarize(notes, 40, temperature, on_text=add):
+        assert texts[number].strip() == result["generated_summary"]
 
 
 def test_merge_to(adapters, specialist, tmp_path):
     from transformers import AutoModelForCausalLM
 
     assert run_inference("--model_path", adapters(), "--merge_to", tmp_path / "merged").returncode == 0
-    ids = torch.tensor([specialist._prompt(NOTES[0][0], 1)[0]])
+    ids = torch.tensor([specialist.prompt_ids(NOTES[0][0], 1)[0]])
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(merged(ids).logits, specialist.model(ids).logits, rtol=1e-3, atol=1e-3)
-
-
-# ------------------------------------------------------------------------------------------------ conversation
-
-
-def test_conversation_through_a_pipe(adapters, specialist):
-    slashes = "/Smith, J./ seen today.\n/temperature 38.5 since Monday\n/quitting smoking\n/q8h paracetamol."  # a note, no command
-    typed = f"{NOTES[1][0]}\n\n/tokens 5\n{NOTES[2][0]}\n/temperature hot\n{slashes}\n/help\n/quit\n{NOTES[3][0]}\n"
-    result = run_inference("--model_path", adapters(), "--max_new_tokens", 20, stdin=typed)
-    expected = [
-        specialist.generate_summary(note, n)
-        for note, n in ((NOTES[1][0], 20), (NOTES[2][0], 5), (slashes, 5))
-    ]
-    assert result.returncode == 0, result.stderr
-    assert [line.strip() for line in result.stdout.strip().split("\n")] == [
-        one["generated_summary"] for one in expected
-    ]
-    assert "/temperature takes a number from 0" in result.stderr and "/evidence" in result.stderr
-    assert not any(words in result.stderr for words in ("hot", "Smith", "38.5", "smoking", "q8h"))
-
-
-SLOW_MOTION = """
-import time, sft_inference
-fast = sft_inference.text_stream
-def slow(*arguments):
-    on_token = fast(*arguments)
-    return lambda written: (time.sleep(0.05), on_token(written))
-sft_inference.text_stream = slow
-sft_inference.run_script(sft_inference.main)
-"""
-
-
-def test_conversation_on_a_terminal(adapters):
-    """Paste many lines, stream, interrupt, go on, leave; tokens in slow motion, so that there is something to interrupt."""
-    options = [
-        "--device",
-        "cpu",
-        "--model_path",
-        str(adapters()),
-        "--max_new_tokens",
-        "900",
-        "--temperature",
-        "50",
-    ]
-    child, ours = pty.fork()
-    if child == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "-c", SLOW_MOTION, *options])
-    screen = ""
-
-    def until(words: str, seconds: float = 60) -> None:
-        nonlocal screen
-        deadline = time.monotonic() + seconds
-        while words not in screen:
-            assert time.monotonic() < deadline, screen
-            if select.select([ours], [], [], 0.2)[0]:
-                screen += os.read(ours, 4096).decode(errors="replace")
-        screen = screen.partition(words)[2]
-
-    try:
-        until("note> ")
-        os.write(ours, b"Fever since Monday.\nNo cough.\n\nBP 120/80.\n")  # a paste with an empty line in it
-        time.sleep(0.5)
-        os.write(ours, b"\x03")
-        until("(stopped)")
-        until("note> ")
-        os.write(ours, b"/Smith seen today\n")
-        until("/Smith seen today")  # the terminal's own echo
-        until("no such command; /help lists them")
-        until("note> ")
-        os.write(ours, b"/temperature 0\n")
-        until("note> ")
-        os.write(ours, b"/tokens 4\n")
-        until("note> ")
-        os.write(ours, f"{NOTES[1][0]}\n".encode())
-        until("4 new in")
-        os.write(ours, b"/quit\n")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
-    finally:
-        os.close(ours)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}")
@@ -447,6 +442,6 @@ def test_long_real_notes(specialist):
     notes = [note for _, note in read_notes(SHARED_DATA / "aci_bench" / "notes.csv")]
     assert len(notes) == 67
     results = specialist.generate_batch(notes[:4], 4)
-    assert all(
-        any("shortened" in warning for warning in result["warnings"]) for result in results
-    )  # 1,024 tokens hold no whole one
+    # 1,024 tokens hold no whole one
+    for result in results:
+        assert any("shortened" in warning for warning in result["warnings"])

@@ -1,1 +1,2 @@
-"""Writing summaries: decoding, files of notes, the conversation. May import everything in this package but training."""
+"""Writing summaries: decoding, files of notes, the conversation. May import everything in this package but
+training."""

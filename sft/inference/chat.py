@@ -1,57 +1,71 @@
-"""Chat."""
+"""The conversation on a terminal or through a pipe: notes and commands in, summaries out. Knows a function
+that summarizes, no model. What is typed stays in memory: it is patients' text."""
 
 import argparse
 import re
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from sft.cli import InputError, RunError, log
 from sft.options import InferenceConfig, number
 
-HELP = """Type or paste a note and press Enter; it may have many lines. Lines typed one by one: end each but the last with \\.
-  /temperature T   0 writes the likeliest summary, above 0 draws (now {temperature:g})
-  /tokens N        the longest summary in tokens (now {max_new_tokens})
-  /evidence        the sentences the last summary cites, and its warnings
-  /help            this
-  /quit            leave (also Ctrl-D). Ctrl-C stops a summary being written."""
+HELP = """\
+Type or paste a note and press Enter; it may have many lines. If you type
+them one by one, end each but the last with \\.
+  /temperature T   0 = greedy, above 0 = sampling (now {temperature:g})
+  /tokens N        longest summary, in tokens (now {max_new_tokens})
+  /evidence        the sentences that the last summary cites
+  /help            this help
+  /quit            leave (also Ctrl-D). Ctrl-C stops a summary that is being written."""
 
-
-COMMAND = re.compile(
-    r"/((temperature|tokens)(\s+\S+)?|evidence|help|quit|exit|q)\s*"
-)  # any other line is patients' text: never echoed
+# Any other line is patients' text: never repeated in a message
+COMMAND = re.compile(r"/((temperature|tokens)(\s+\S+)?|evidence|help|quit|exit|q)\s*")
+VALUES = {"/temperature": "a number from 0", "/tokens": "a whole number from 1"}
 
 
 def read_block(prompt: str) -> str:
     """One note or command from standard input. Raises EOFError at its end.
 
-    On a terminal, Enter ends it unless more pasted lines wait or the line ends in a backslash. Piped, an empty line or a
-    command ends it.
-    """
-    terminal = sys.stdin.isatty()
-    lines = [input(prompt if terminal else "")]
-    if terminal:
-        import select
-
-        def more() -> bool:
-            return lines[-1].endswith("\\") or bool(select.select([sys.stdin], [], [], 0.05)[0])
-
+    On a terminal, Enter ends it unless more pasted lines wait or the line ends in a backslash. Piped, an
+    empty line or a command ends it."""
+    if sys.stdin.isatty():
+        lines = [input(prompt)]
         with suppress(EOFError):
-            while more():
+            while lines[-1].endswith("\\") or _more_lines_wait():
                 lines[-1] = lines[-1].removesuffix("\\")
                 lines.append(input(""))
     else:
+        lines = [input("")]
         with suppress(EOFError):
             while lines[-1].strip() and not COMMAND.fullmatch(lines[-1]):
                 lines.append(input(""))
     return "\n".join(lines)
 
 
-def converse(inference: object, config: InferenceConfig) -> None:
-    """The interactive session. What is typed stays in memory: it is patient text."""
+def _more_lines_wait() -> bool:
+    import select
+
+    return bool(select.select([sys.stdin], [], [], 0.05)[0])
+
+
+def split_block(block: str) -> tuple[str, str]:
+    """(note, command) of what was typed; either may be empty. A command is the last line."""
+    note, _, last_line = block.rpartition("\n")
+    if COMMAND.fullmatch(last_line):
+        return note.strip(), last_line
+    return block.strip(), ""
+
+
+def converse(summarize: Callable[..., dict], config: InferenceConfig) -> None:
+    """The interactive session. `summarize(note, max_new_tokens, temperature, seed=..., on_text=...)` returns
+    a result as SFTInference.generate_summary does."""
     with suppress(ImportError):
         import readline  # noqa: F401 (line editing and in-memory history for input())
-    temperature, max_new_tokens, last = config.temperature, config.max_new_tokens, None
+    temperature = config.temperature
+    max_new_tokens = config.max_new_tokens
+    last_result = None
     log("Paste a clinical note and press Enter. /help for help, /quit to leave.")
     while True:
         try:
@@ -64,31 +78,12 @@ def converse(inference: object, config: InferenceConfig) -> None:
         if sys.stdin.isatty() and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):
             log("no such command; /help lists them")
             continue
-        *note_lines, command = (
-            block.split("\n") if COMMAND.fullmatch(block.split("\n")[-1]) else [*block.split("\n"), ""]
-        )
-        note = "\n".join(note_lines).strip()
+        note, command = split_block(block)
         if note:
-            try:
-                started = time.perf_counter()
-                last = inference.generate_summary(
-                    note,
-                    max_new_tokens,
-                    temperature,
-                    seed=config.seed,
-                    on_text=lambda text: print(text, end="", flush=True),
-                )
-                print(flush=True)
-                log_result(last, time.perf_counter() - started)
-            except KeyboardInterrupt:
-                print(flush=True)
-                log("(stopped)")
-            except (
-                InputError,
-                RunError,
-            ) as error:  # too little memory for this note, say: the conversation goes on
-                log(f"error: {error.problem}")
-        word, value = (*command.split(), "", "")[:2]
+            result = _summarize_aloud(summarize, note, max_new_tokens, temperature, config.seed)
+            last_result = result or last_result
+        word, *values = command.split() or [""]
+        value = values[0] if values else ""
         try:
             if word in ("/quit", "/exit", "/q"):
                 return
@@ -97,39 +92,50 @@ def converse(inference: object, config: InferenceConfig) -> None:
             elif word == "/tokens":
                 max_new_tokens = number(int, 1)(value)
             elif word == "/evidence":
-                log(show_evidence(last) if last else "no summary yet")
+                log(show_evidence(last_result) if last_result else "no summary yet")
             elif word == "/help":
                 log(HELP.format(temperature=temperature, max_new_tokens=max_new_tokens))
         except argparse.ArgumentTypeError:
-            log(
-                "error: "
-                + (
-                    "/temperature takes a number from 0"
-                    if word == "/temperature"
-                    else "/tokens takes a whole number from 1"
-                )
-            )
+            log(f"error: {word} takes {VALUES[word]}")
+
+
+def _summarize_aloud(
+    summarize: Callable[..., dict], note: str, max_new_tokens: int, temperature: float, seed: int
+) -> dict | None:
+    """Prints a summary as it is written; None if it was stopped or failed, which does not end the
+    conversation."""
+    started = time.perf_counter()
+    try:
+        result = summarize(note, max_new_tokens, temperature, seed=seed, on_text=print_piece)
+    except KeyboardInterrupt:
+        print(flush=True)
+        log("(stopped)")
+    except (InputError, RunError) as error:
+        log(f"error: {error.problem}")
+    else:
+        print(flush=True)
+        log_result(result, time.perf_counter() - started)
+        return result
+    return None
+
+
+def print_piece(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def show_evidence(result: dict) -> str:
     lines = []
     for citation in result["evidence"]:
         lines.append(f"{citation['claim']}  (confidence the model wrote: {citation['confidence']:.2f})")
-        lines += [
-            f"    S{n}: {text}"
-            for n, text in zip(
-                (n for n in citation["sentence_numbers"] if n not in citation["missing"]),
-                citation["sentences"],
-            )
-        ]
+        known = [n for n in citation["sentence_numbers"] if n not in citation["missing"]]
+        lines += [f"    S{n}: {text}" for n, text in zip(known, citation["sentences"])]
     return "\n".join(lines or ["the last summary cites nothing"])
 
 
 def log_result(result: dict, seconds: float) -> None:
-    """Timing and warnings of one summary, to stderr."""
-    rate = result["n_new_tokens"] / seconds
-    log(
-        f"({result['n_prompt_tokens']:,} prompt tokens, {result['n_new_tokens']} new in {seconds:.1f} s, {rate:.0f}/s; confidence {result['confidence']:.2f})"
-    )
+    """Logs timing and warnings of one summary."""
+    prompt = f"{result['n_prompt_tokens']:,} prompt tokens"
+    new = f"{result['n_new_tokens']} new in {seconds:.1f} s, {result['n_new_tokens'] / seconds:.0f}/s"
+    log(f"({prompt}, {new}; confidence {result['confidence']:.2f})")
     for warning in result["warnings"]:
         log(f"warning: {warning}")

@@ -1,143 +1,162 @@
-"""The decoding loop: token ids of many prompts in, token ids of their continuations out. Knows no note and no file.
+"""The decoding loop: token ids of many prompts in, token ids of their continuations out. Knows no note and no
+file.
 
-Each forward pass takes one row of tokens without padding: the newest token of every sequence being written, then whole
-prompts that enter. Keys and values are written once, into one slot a sequence, and never moved about by concatenation; a
-sequence that ends frees its slot for the next prompt (continuous batching: Yu et al., Orca, OSDI 2022). The beginning
-that all prompts share is computed once. Where few sequences are being written, what they may go on to copy from their notes
-is checked in the same pass. A model that cannot work this way is found out by `supports_kv_cache`, and
-transformers' `generate` does it.
-"""
+`decode` is continuous batching (Yu et al., Orca, OSDI 2022) over a KV cache with one slot per sequence: keys
+and values are written once and never concatenated, and a sequence that ends frees its slot for the next
+prompt. The prefix that all prompts share is computed once. When few sequences are running, each forward pass
+also verifies drafts copied from their prompts. `enable_kv_cache` finds out whether a model can work this way;
+sft/inference/generate.py is for the rest."""
 
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from sft.model.attention import KVCache
+from sft.cli import RunError, is_out_of_memory
+from sft.model.attention import KVCache, logits_problem, probe_failure
+from sft.options import DEFAULT_GENERATION_BATCH_SIZE
 
-PROMPT_TOKENS = (
-    1024  # prompts enter a forward pass until they have this many tokens: more only takes more memory
-)
-DRAFT_TOKENS = 8  # drafted in one pass, shared out among the running sequences if each gets two or more
-GREEDY_BELOW = (
-    0.01  # a temperature below which division would overflow, and the likeliest token is drawn anyway
-)
+# Prompts enter a forward pass until they have this many tokens: more would only take more memory
+PREFILL_TOKENS = 1024
+
+# Drafted in one pass, shared among the running sequences if each gets two or more
+DRAFT_TOKENS = 8
+
+# Below this temperature sampling would give the likeliest token anyway, and the division could overflow
+GREEDY_BELOW = 0.01
+
+
+# ------------------------------------------------------------------------------------------------ sequences
 
 
 @dataclass
 class GeneratedSequence:
-    """One sequence: its prompt's number and what has been written so far."""
+    """One sequence: its prompt's number and what has been generated so far."""
 
     index: int
     prompt: list[int]
     seed: int
-    ids: list[int] = field(default_factory=list)  # with the end token, where it has come
+    ids: list[int] = field(default_factory=list)  # with the end token, once it has come
     log_probs: list[float] = field(default_factory=list)  # of each token, at temperature 1
-    finish_reason: str = ""  # "stop", "length", or "" while it is being written
+    finish_reason: str = ""  # "stop", "length", or "" while it is running
+
+    @property
+    def n_cached(self) -> int:
+        """Tokens whose keys and values are in the KV cache: all but the newest, once a token has been
+        generated."""
+        return len(self.prompt) + len(self.ids) - 1
 
     def gumbel_noise(self, ahead: int, n: int) -> torch.Tensor:
-        """Gumbel noise (n,) to draw the token after the next `ahead` ones with: by seed, number and place alone."""
+        """Gumbel noise (n,) to sample the token after the next `ahead` ones with. It depends on seed, prompt
+        number and position alone, so that neither batch size nor order changes a sample."""
         seed = random.Random(f"{self.seed} {self.index} {len(self.ids) + ahead}").getrandbits(63)
-        return (
-            -torch.empty(n)
-            .exponential_(generator=torch.Generator().manual_seed(seed))
-            .clamp_(min=1e-30)
-            .log_()
-        )
+        exponential = torch.empty(n).exponential_(generator=torch.Generator().manual_seed(seed))
+        return -exponential.clamp_(min=1e-30).log_()
 
     def add(self, token: int, log_prob: float, stop_ids: Sequence[int], max_new_tokens: int) -> None:
         self.ids.append(token)
         self.log_probs.append(log_prob)
-        self.finish_reason = (
-            "stop" if token in stop_ids else "length" if len(self.ids) == max_new_tokens else ""
-        )
+        if token in stop_ids:
+            self.finish_reason = "stop"
+        elif len(self.ids) == max_new_tokens:
+            self.finish_reason = "length"
 
 
 def make_sequences(prompts: dict[int, list[int]], seed: int) -> list[GeneratedSequence]:
-    """A sequence for each numbered prompt, the longest first: too little memory shows at the start."""
-    return sorted(
-        (GeneratedSequence(index, prompt, seed) for index, prompt in prompts.items()),
-        key=lambda sequence: -len(sequence.prompt),
-    )
+    """A sequence for each numbered prompt, the longest first, so that too little memory shows at the
+    start."""
+    sequences = [GeneratedSequence(index, prompt, seed) for index, prompt in prompts.items()]
+    return sorted(sequences, key=lambda sequence: -len(sequence.prompt))
 
 
 def sample(
-    logits: torch.Tensor, temperature: float, places: Sequence[tuple[GeneratedSequence, int]]
+    logits: torch.Tensor, temperature: float, positions: Sequence[tuple[GeneratedSequence, int]]
 ) -> tuple[list[int], list[float]]:
-    """A token for each place (sequence, tokens ahead) and its log-probability at temperature 1; `logits` is (places, vocabulary)."""
+    """A token for each position (sequence, tokens ahead) and its log-probability at temperature 1.
+
+    `logits` is (positions, vocabulary). The largest sum of a logit and Gumbel noise is a sample from the
+    softmax, which rounding rarely changes."""
     logits = logits.float()
     scores = logits
-    if (
-        temperature >= GREEDY_BELOW
-    ):  # the largest sum with Gumbel noise is a draw from the softmax, which rounding hardly ever changes
-        scores = logits / temperature + torch.stack(
-            [s.gumbel_noise(ahead, logits.shape[-1]) for s, ahead in places]
-        ).to(logits.device)
+    if temperature >= GREEDY_BELOW:
+        noise = [sequence.gumbel_noise(ahead, logits.shape[-1]) for sequence, ahead in positions]
+        scores = logits / temperature + torch.stack(noise).to(logits.device)
     tokens = scores.argmax(-1, keepdim=True)
     log_probs = logits.gather(1, tokens)[:, 0] - logits.logsumexp(-1)
     return tokens[:, 0].tolist(), log_probs.tolist()
 
 
 def draft(sequence: GeneratedSequence, n: int) -> list[int]:
-    """Up to `n` tokens that may come next: those that followed where the newest two tokens (else the newest one) last stood
-    before. Summaries copy from notes (prompt lookup decoding: Saxena, github.com/apoorvumang/prompt-lookup-decoding, 2023)."""
+    """Up to `n` tokens that may come next: those that followed the last earlier occurrence of the newest two
+    tokens, else of the newest one. Summaries copy from notes (prompt lookup decoding: Saxena,
+    github.com/apoorvumang/prompt-lookup-decoding, 2023)."""
     text = sequence.prompt + sequence.ids
-    for newest, most in (
-        (text[-2:], n),
-        (text[-1:], min(n, 3)),
-    ):  # after a single token the same words follow less often
+    # After a single token the same words follow less often: a shorter draft
+    for newest, n_drafted in ((text[-2:], n), (text[-1:], min(n, 3))):
         for end in range(len(text) - 1, len(newest) - 1, -1):
             if text[end - len(newest) : end] == newest:
-                return text[end : end + most]
+                return text[end : end + n_drafted]
     return []
-
-
-# ------------------------------------------------------------------------------------------------ keys and values
-
-
-def forward(
-    model,
-    slots: KVCache,
-    running: Sequence[GeneratedSequence],
-    parts: Sequence[tuple[int, int, list[int], int]],
-) -> torch.Tensor:
-    """One pass: logits (running + kept, vocabulary) after each running sequence's newest token, and after the last `kept`
-    tokens of each part (slot, first position, token ids, kept)."""
-    device = model.get_input_embeddings().weight.device
-    positions = [len(sequence.prompt) + len(sequence.ids) - 1 for sequence in running]
-    slots.plan_pass(positions, [(slot, first, len(ids)) for slot, first, ids, _ in parts], device)
-    tokens, ends = [sequence.ids[-1] for sequence in running], list(range(len(running)))
-    for _, first, ids, kept in parts:
-        tokens += ids
-        positions += range(first, first + len(ids))
-        ends += range(len(tokens) - kept, len(tokens))
-    before = model.config._attn_implementation
-    model.config._attn_implementation = "kv_cache"
-    try:
-        return model(
-            input_ids=torch.tensor([tokens], device=device),
-            position_ids=torch.tensor([positions], device=device),
-            logits_to_keep=torch.tensor(ends, device=device),
-            kv_cache=slots,
-            use_cache=False,
-        ).logits[0]
-    finally:
-        model.config._attn_implementation = before
-
-
-# ------------------------------------------------------------------------------------------------ the loop
 
 
 def common_prefix_length(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with, leaving each a last one of its own; 0 for a single prompt."""
     if len(prompts) < 2:
         return 0
-    low, high = min(prompts), max(prompts)  # in the order of a dictionary: all others lie between
+    # In the order of a dictionary all other prompts lie between these two
+    low = min(prompts)
+    high = max(prompts)
     n_same = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), len(low))
     return min(n_same, *(len(prompt) - 1 for prompt in prompts))
+
+
+# ------------------------------------------------------------------------------------------------ one forward pass
+
+
+class Chunk(NamedTuple):
+    """Several tokens of one sequence in a forward pass: a prompt that enters, or the newest token and its
+    draft."""
+
+    slot: int
+    first: int  # position of the first token
+    ids: list[int]
+    n_logits: int  # logits wanted: after the last so many tokens
+
+
+def forward(
+    model, cache: KVCache, running: Sequence[GeneratedSequence], chunks: Sequence[Chunk]
+) -> torch.Tensor:
+    """One pass over one row of tokens without padding:
+
+        | newest token of each running sequence | first chunk | second chunk | ...
+          slot 0, slot 1, ..., slot running - 1   chunk.slot    chunk.slot
+
+    Returns logits (n, vocabulary) in the order of the row: one after each running sequence's token,
+    `n_logits` in each chunk."""
+    device = model.get_input_embeddings().weight.device
+    tokens = [sequence.ids[-1] for sequence in running]
+    positions = [sequence.n_cached for sequence in running]
+    cache.plan_pass(positions, [(chunk.slot, chunk.first, len(chunk.ids)) for chunk in chunks], device)
+    kept = list(range(len(running)))
+    row_positions = list(positions)
+    for chunk in chunks:
+        tokens += chunk.ids
+        row_positions += range(chunk.first, chunk.first + len(chunk.ids))
+        kept += range(len(tokens) - chunk.n_logits, len(tokens))
+    return model(
+        input_ids=torch.tensor([tokens], device=device),
+        position_ids=torch.tensor([row_positions], device=device),
+        logits_to_keep=torch.tensor(kept, device=device),
+        kv_cache=cache,
+        use_cache=False,
+    ).logits[0]
+
+
+# ------------------------------------------------------------------------------------------------ the loop
 
 
 @torch.inference_mode()
@@ -148,154 +167,250 @@ def decode(
     stop_ids: Sequence[int],
     *,
     temperature: float = 0.0,
-    batch_size: int = 32,
+    batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
     seed: int = 0,
     on_token: Callable[[GeneratedSequence], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[GeneratedSequence]:
-    """Writes on from each numbered prompt (one token or more) and yields the sequences as they end, at most `batch_size`
-    of them at a time. `on_token` is called after each token.
+    """Continues each numbered prompt (one token or more) and yields the sequences as they end, at most
+    `batch_size` of them running at a time. `on_token` is called after each token; once `should_stop`, asked
+    after each forward pass, is true, the generator ends without the sequences that are still running.
 
-    `model` is a base model (not a PeftModel) for which `supports_kv_cache` is true.
+    `model` is a base model (not a PeftModel) that `enable_kv_cache` accepted; raises ValueError if it is not.
     """
+    if model.config._attn_implementation != "kv_cache":
+        raise ValueError("decode needs a model that enable_kv_cache has accepted")
     waiting = deque(make_sequences(prompts, seed))
-    n_slots, running = min(batch_size, len(waiting)), []
+    running: list[GeneratedSequence] = []
+    n_slots = min(batch_size, len(waiting))
+    capacity = max(map(len, prompts.values()), default=0) + max_new_tokens
+
+    # The prefix that all prompts share is computed once, in the last slot, and copied from there
     n_shared = common_prefix_length(list(prompts.values()))
-    slots = KVCache(n_slots + bool(n_shared), max(map(len, prompts.values()), default=0) + max_new_tokens)
-    if n_shared:  # in a slot of its own, copied from there
-        forward(model, slots, [], [(n_slots, 0, waiting[0].prompt[:n_shared], 1)])
+    cache = KVCache(n_slots + bool(n_shared), capacity)
+    if n_shared:
+        forward(model, cache, [], [Chunk(n_slots, 0, waiting[0].prompt[:n_shared], 1)])
+
     while waiting or running:
-        share = DRAFT_TOKENS // max(len(running), 1)
-        drafts = [draft(s, min(share, max_new_tokens - len(s.ids) - 1)) if share > 1 else [] for s in running]
-        newest, parts = running, []
-        if any(drafts):  # all running sequences enter the pass as parts of several tokens
-            newest, starts = [], [len(s.prompt) + len(s.ids) - 1 for s in running]
-            parts = [
-                (i, starts[i], [s.ids[-1], *ids], len(ids) + 1)
-                for i, (s, ids) in enumerate(zip(running, drafts))
-            ]
-        entering, n_tokens = [], 0
-        while waiting and len(running) + len(entering) < n_slots and n_tokens < PROMPT_TOKENS:
-            entering.append(waiting.popleft())
-            n_tokens += len(entering[-1].prompt) - n_shared
-        places = range(len(running), len(running) + len(entering))
-        if n_shared:
-            for slot in places:
-                slots.copy(n_slots, slot, n_shared)
-        parts += [(slot, n_shared, sequence.prompt[n_shared:], 1) for slot, sequence in zip(places, entering)]
-        logits = forward(model, slots, newest, parts)
-        running, drafts = running + entering, drafts + [[]] * len(entering)
-        drawn_for = [
-            (sequence, ahead) for sequence, ids in zip(running, drafts) for ahead in range(len(ids) + 1)
-        ]
-        drawn = zip(*sample(logits, temperature, drawn_for))
-        for sequence, ids in zip(running, drafts):
-            for expected, (token, log_prob) in zip([*ids, None], [next(drawn) for _ in range(len(ids) + 1)]):
+        # 1. Draft what the running sequences may go on to copy
+        drafts = draft_all(running, max_new_tokens)
+
+        # 2. Admit waiting prompts to free slots
+        entering = admit(waiting, n_slots - len(running), n_shared)
+
+        # 3. Run the model, and sample at every position whose logits were kept
+        logits = run_pass(model, cache, running, drafts, entering, n_shared)
+        running += entering
+        drafts += [[] for _ in entering]
+        positions = [(s, ahead) for s, drafted in zip(running, drafts) for ahead in range(len(drafted) + 1)]
+        samples = zip(*sample(logits, temperature, positions))
+
+        # 4. Accept tokens as far as the drafts were right
+        for sequence, drafted in zip(running, drafts):
+            own_samples = list(islice(samples, len(drafted) + 1))
+            for token, log_prob in accepted(drafted, own_samples):
                 sequence.add(token, log_prob, stop_ids, max_new_tokens)
                 if on_token:
                     on_token(sequence)
-                if (
-                    sequence.finish_reason or token != expected
-                ):  # what was computed after another token is worth nothing
+                if sequence.finish_reason:
                     break
-        for slot in reversed(range(len(running))):  # the last sequence moves into the slot of one that ended
-            if running[slot].finish_reason:
-                ended, running[slot] = running[slot], running[-1]
-                last = running.pop()
-                if last is not ended:
-                    slots.copy(len(running), slot, len(last.prompt) + len(last.ids) - 1)
-                yield ended
+
+        # 5. Retire the sequences that have ended
+        yield from retire(running, cache)
+        if should_stop and should_stop():
+            return
 
 
-@torch.inference_mode()
-def decode_with_generate(
+def draft_all(running: Sequence[GeneratedSequence], max_new_tokens: int) -> list[list[int]]:
+    """A draft for each running sequence, empty if there is nothing to copy or too many are running to share a
+    pass."""
+    share = DRAFT_TOKENS // max(len(running), 1)
+    if share < 2:
+        return [[] for _ in running]
+    return [draft(sequence, min(share, max_new_tokens - len(sequence.ids) - 1)) for sequence in running]
+
+
+def admit(waiting: deque[GeneratedSequence], n_free: int, n_shared: int) -> list[GeneratedSequence]:
+    """Takes the sequences from `waiting` that enter the next pass: as many as slots are free and memory
+    allows."""
+    entering = []
+    n_tokens = 0
+    while waiting and len(entering) < n_free and n_tokens < PREFILL_TOKENS:
+        entering.append(waiting.popleft())
+        n_tokens += len(entering[-1].prompt) - n_shared
+    return entering
+
+
+def run_pass(
     model,
+    cache: KVCache,
+    running: list[GeneratedSequence],
+    drafts: list[list[int]],
+    entering: list[GeneratedSequence],
+    n_shared: int,
+) -> torch.Tensor:
+    """Logits after each running sequence's newest token and after each token of its draft, then after each
+    prompt that enters. With drafts, all running sequences enter the pass as chunks."""
+    newest = running
+    chunks = []
+    if any(drafts):
+        newest = []
+        for slot, (sequence, drafted) in enumerate(zip(running, drafts)):
+            chunks.append(Chunk(slot, sequence.n_cached, [sequence.ids[-1], *drafted], len(drafted) + 1))
+    for slot, sequence in enumerate(entering, len(running)):
+        if n_shared:
+            cache.copy(cache.n_slots - 1, slot, n_shared)
+        chunks.append(Chunk(slot, n_shared, sequence.prompt[n_shared:], 1))
+    return forward(model, cache, newest, chunks)
+
+
+def accepted(drafted: list[int], samples: list[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+    """The samples up to the first that differs from the draft: what the model computed after it followed
+    another token.
+
+    `samples` are (token, log-probability), one more than there are drafted tokens."""
+    for expected, (token, log_prob) in zip([*drafted, None], samples):
+        yield token, log_prob
+        if token != expected:
+            return
+
+
+def retire(running: list[GeneratedSequence], cache: KVCache) -> list[GeneratedSequence]:
+    """Removes the sequences that have ended from `running` and returns them. The last running sequence moves
+    into the slot of each, so that slot i belongs to running[i]."""
+    ended = []
+    for slot in reversed(range(len(running))):
+        if running[slot].finish_reason:
+            ended.append(running[slot])
+            last = running.pop()
+            if slot < len(running):
+                running[slot] = last
+                cache.copy(len(running), slot, last.n_cached)
+    return ended
+
+
+# ------------------------------------------------------------------------------------------------ memory
+
+
+def decode_within_memory(
+    decoder: Callable,
     prompts: dict[int, list[int]],
     max_new_tokens: int,
     stop_ids: Sequence[int],
     *,
-    temperature: float = 0.0,
-    batch_size: int = 32,
-    seed: int = 0,
-    on_token: Callable[[GeneratedSequence], None] | None = None,
-) -> Iterator[GeneratedSequence]:
-    """The same through transformers' `generate`, for models that cannot take slots: batches padded on the left."""
-    device = model.get_input_embeddings().weight.device
-    sequences = make_sequences(prompts, seed)
-    for start in range(0, len(sequences), batch_size):
-        batch = sequences[start : start + batch_size]
-        longest = len(batch[0].prompt)
-        input_ids = torch.tensor(
-            [[stop_ids[0]] * (longest - len(s.prompt)) + s.prompt for s in batch], device=device
-        )
-        attention_mask = torch.tensor(
-            [[0] * (longest - len(s.prompt)) + [1] * len(s.prompt) for s in batch], device=device
-        )
+    batch_size: int,
+    should_stop: Callable[[], bool] | None = None,
+    **options,
+) -> Iterator[tuple[int, GeneratedSequence | None]]:
+    """Yields (number, sequence) from `decoder`: `decode` or `decode_with_generate` with its model. Out of
+    memory, half as many sequences at a time are tried; a prompt that does not even fit alone gives (number,
+    None).
 
-        class Choose(LogitsProcessor):
-            def __call__(self, input_ids, scores):
-                tokens, log_probs = sample(scores, temperature, [(s, 0) for s in batch])
-                for sequence, token, log_prob in zip(batch, tokens, log_probs):
-                    if not sequence.finish_reason:
-                        sequence.add(token, log_prob, stop_ids, max_new_tokens)
-                        if on_token:
-                            on_token(sequence)
-                chosen = torch.tensor(tokens, device=scores.device)[:, None]
-                return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+    Raises RunError if the model fails for another reason.
+    """
+    waiting = dict(prompts)
+    options["should_stop"] = should_stop
+    while waiting and not (should_stop and should_stop()):
+        try:
+            for sequence in decoder(
+                dict(waiting), max_new_tokens, stop_ids, batch_size=batch_size, **options
+            ):
+                del waiting[sequence.index]
+                yield sequence.index, sequence
+        except (MemoryError, RuntimeError, OSError) as error:
+            _raise_unless_out_of_memory(error)
+            if batch_size > 1 and len(waiting) > 1:
+                batch_size = min(batch_size, len(waiting)) // 2
+            else:
+                # The longest was the first to be tried
+                longest = max(waiting, key=lambda number: len(waiting[number]))
+                del waiting[longest]
+                yield longest, None
 
-        model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=GenerationConfig(
-                max_new_tokens=max_new_tokens,
-                eos_token_id=list(stop_ids),
-                pad_token_id=stop_ids[0],
-                do_sample=False,
-                use_cache=True,
-            ),
-            logits_processor=LogitsProcessorList([Choose()]),
-        )
-        yield from batch
+
+def _raise_unless_out_of_memory(error: Exception) -> None:
+    """Raises a RuntimeError as RunError, with the first line of its message, and any other error as it is."""
+    if is_out_of_memory(error):
+        return
+    if not isinstance(error, RuntimeError):
+        raise error
+    reason = str(error).partition("\n")[0]
+    problem = f"the model failed ({type(error).__name__}: {reason})"
+    raise RunError(problem, "check the device and its driver") from error
+
+
+# ------------------------------------------------------------------------------------------------ can a model do it?
 
 
 @torch.inference_mode()
-def supports_kv_cache(model) -> bool:
-    """Whether `forward` gives a base model's own logits: tried with prompts that enter together, share a beginning, and
-    have tokens written after them, longer than an attention window of up to 512 tokens."""
-    text, device = model.config.get_text_config(), model.get_input_embeddings().weight.device
-    if getattr(text, "attention_chunk_size", None):  # Llama 4: the chunks are in transformers' mask alone
-        return False
-    window = getattr(text, "sliding_window", None) or 0
-    shared, lengths = [5, 2], ((window if window <= 512 else 0) + 9, 7, 4)
-    sequences = make_sequences(
-        {i: shared + [(7 * k + 3 * n) % text.vocab_size for k in range(n)] for i, n in enumerate(lengths)}, 0
-    )
-    exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
+def enable_kv_cache(model) -> tuple[bool, str]:
+    """(True, "") if `decode` gives a base model's own logits; its attention is then set to "kv_cache" for
+    good, before any thread uses it. Otherwise (False, why not), with the attention as it was. Raises what
+    probe_failure raises."""
+    before = model.config._attn_implementation
+    if before == "kv_cache":
+        return True, ""
+    if getattr(model.config.get_text_config(), "attention_chunk_size", None):
+        # Llama 4: the chunks are in transformers' mask alone
+        return False, "its attention works in chunks of tokens"
+    reason = "the probe failed"
     try:
-        slots = KVCache(4, len(sequences[0].prompt) + 2)
-        forward(model, slots, [], [(3, 0, shared, 1)])
-        for slot in range(3):
-            slots.copy(3, slot, 2)
-        found = [forward(model, slots, [], [(slot, 2, s.prompt[2:], 1) for slot, s in enumerate(sequences)])]
-        for _ in range(2):
-            for sequence in sequences:
-                sequence.ids.append((sequence.index + 11) % text.vocab_size)
-            found.append(forward(model, slots, sequences, []))
+        reason = _probe(model)
+    except Exception as error:
+        reason = probe_failure(error)
+    finally:
+        model.config._attn_implementation = before if reason else "kv_cache"
+    return not reason, reason
+
+
+def _probe(model) -> str:
+    """How the logits of `forward` differ from a plain forward pass, in words; "" if they do not. Sets the
+    model's attention.
+
+    Three prompts enter together and share a prefix, then two tokens are written after each: longer than an
+    attention window of up to 512 tokens."""
+    device = model.get_input_embeddings().weight.device
+    own_attention = model.config._attn_implementation
+    # One that enable_packing set needs arguments that a plain pass does not have
+    if own_attention in ("per_example", "varlen"):
+        own_attention = "sdpa" if model._supports_sdpa else "eager"
+    sequences = _probe_sequences(model.config.get_text_config())
+
+    model.config._attn_implementation = "kv_cache"
+    found = _probe_logits(model, sequences)
+    model.config._attn_implementation = own_attention
+    for sequence in sequences:
+        tokens = torch.tensor([sequence.prompt + sequence.ids], device=device)
+        expected = model(input_ids=tokens, use_cache=False).logits[0, -3:]
+        problem = logits_problem(found[:, sequence.index], expected, model)
+        if problem:
+            return problem
+    return ""
+
+
+def _probe_sequences(text_config) -> list[GeneratedSequence]:
+    window = getattr(text_config, "sliding_window", None) or 0
+    longest = (window if window <= 512 else 0) + 9
+    shared = [5, 2]
+    prompts = {
+        i: shared + [(7 * k + 3 * n) % text_config.vocab_size for k in range(n)]
+        for i, n in enumerate((longest, 7, 4))
+    }
+    return make_sequences(prompts, seed=0)
+
+
+def _probe_logits(model, sequences: list[GeneratedSequence]) -> torch.Tensor:
+    """Logits (3, sequences, vocabulary) after each prompt and after each of two tokens that are then written
+    to it."""
+    cache = KVCache(len(sequences) + 1, len(sequences[0].prompt) + 2)
+    shared = sequences[0].prompt[:2]
+    forward(model, cache, [], [Chunk(len(sequences), 0, shared, 1)])
+    for slot in range(len(sequences)):
+        cache.copy(len(sequences), slot, len(shared))
+    prompts = [Chunk(slot, 2, sequence.prompt[2:], 1) for slot, sequence in enumerate(sequences)]
+    logits = [forward(model, cache, [], prompts)]
+    for _ in range(2):
         for sequence in sequences:
-            own = (
-                model(
-                    input_ids=torch.tensor([sequence.prompt + sequence.ids], device=device), use_cache=False
-                )
-                .logits[0, -3:]
-                .float()
-            )
-            ours = torch.stack([logits[sequence.index] for logits in found]).float()
-            if (
-                ours.shape != own.shape
-                or not (ours - own).abs().max() <= (1e-3 if exact else 5e-2) * own.abs().max()
-            ):
-                return False
-    except torch.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, KeyError, AttributeError, IndexError):
-        return False
-    return True
+            sequence.ids.append((sequence.index + 11) % model.config.get_text_config().vocab_size)
+        logits.append(forward(model, cache, sequences, []))
+    return torch.stack(logits)

@@ -1,0 +1,91 @@
+"""Decoding through transformers' `generate`, for models that `sft.inference.decoding.enable_kv_cache`
+refuses."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from sft.inference.decoding import GeneratedSequence, make_sequences, sample
+from sft.options import DEFAULT_GENERATION_BATCH_SIZE
+
+
+@torch.inference_mode()
+def decode_with_generate(
+    model,
+    prompts: dict[int, list[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    *,
+    temperature: float = 0.0,
+    batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
+    seed: int = 0,
+    on_token: Callable[[GeneratedSequence], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[GeneratedSequence]:
+    """The same through transformers' `generate`, for models that `enable_kv_cache` refuses: batches padded on
+    the left."""
+    device = model.get_input_embeddings().weight.device
+    pad = stop_ids[0]
+    generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad,
+        do_sample=False,
+        use_cache=True,
+    )
+    criteria = StoppingCriteriaList([_StopWhenAsked(should_stop)] if should_stop else [])
+
+    def write(sequence: GeneratedSequence, token: int, log_prob: float) -> None:
+        sequence.add(token, log_prob, stop_ids, max_new_tokens)
+        if on_token:
+            on_token(sequence)
+
+    sequences = make_sequences(prompts, seed)
+    for start in range(0, len(sequences), batch_size):
+        batch = sequences[start : start + batch_size]
+        longest = len(batch[0].prompt)
+        n_padding = [longest - len(sequence.prompt) for sequence in batch]
+        rows = [[pad] * n + sequence.prompt for n, sequence in zip(n_padding, batch)]
+        mask = [[0] * n + [1] * (longest - n) for n in n_padding]
+        model.generate(
+            input_ids=torch.tensor(rows, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            generation_config=generation_config,
+            logits_processor=LogitsProcessorList([_SampleTokens(batch, temperature, write)]),
+            stopping_criteria=criteria,
+        )
+        yield from (sequence for sequence in batch if sequence.finish_reason)
+        if should_stop and should_stop():
+            return
+
+
+class _SampleTokens(LogitsProcessor):
+    """Makes `generate` take the tokens that `sample` gives, and writes them to the sequences of the batch."""
+
+    def __init__(self, batch: list[GeneratedSequence], temperature: float, write: Callable):
+        self.batch = batch
+        self.temperature = temperature
+        self.write = write
+
+    def __call__(self, input_ids, scores):
+        tokens, log_probs = sample(scores, self.temperature, [(sequence, 0) for sequence in self.batch])
+        for sequence, token, log_prob in zip(self.batch, tokens, log_probs):
+            if not sequence.finish_reason:
+                self.write(sequence, token, log_prob)
+        chosen = torch.tensor(tokens, device=scores.device)[:, None]
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
+
+
+class _StopWhenAsked(StoppingCriteria):
+    def __init__(self, should_stop: Callable[[], bool]):
+        self.should_stop = should_stop
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), bool(self.should_stop()), device=input_ids.device)

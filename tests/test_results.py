@@ -1,0 +1,55 @@
+"""What a result says about its summary, and text while it is written."""
+
+from types import SimpleNamespace
+
+import pytest
+from tiny import tiny_tokenizer
+
+from sft.inference.results import make_result, note_problem, summary_warnings, text_stream
+
+
+def test_warnings_name_what_is_wrong_with_a_summary():
+    warnings = summary_warnings("BP 120/80. BP 120/80. [Evidence: S7; Conf: 0.9]", "BP 110/70.")
+    assert warnings == [
+        "the summary repeats itself",
+        "cites sentences the note does not have: S7",
+        "states numbers the note does not hold: 120, 80",
+    ]
+    assert summary_warnings("", "BP 110/70.") == ["the model wrote nothing"]
+    assert summary_warnings("BP 110/70. [Evidence: S1; Conf: 0.9]", "BP 110/70.") == []
+
+
+def test_warnings_of_prompt_ending_and_text_come_in_this_order():
+    sequence = SimpleNamespace(prompt=[1] * 5, ids=[1, 2], log_probs=[-1.0, -1.0], finish_reason="length")
+    result = make_result("BP 110/70.", "BP 120/70.", sequence, ["note shortened: x"])
+    assert [warning.split()[0] for warning in result["warnings"]] == ["note", "summary", "states"]
+    assert "cut after 2 tokens" in result["warnings"][1]
+    assert result["confidence"] == pytest.approx(0.3679)
+    assert result["n_prompt_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    "note, problem", [(" \x00", "empty"), ("\u200b", "empty"), (None, "not text"), ("x", "")]
+)
+def test_notes_without_text(note, problem):
+    found = note_problem(note)
+    assert problem in found
+    assert bool(found) == bool(problem)
+
+
+def test_text_waits_for_whole_characters_and_is_never_repeated():
+    """Sequences that take turns; one of them is written again from its start, as after running out of
+    memory."""
+    tokenizer = tiny_tokenizer()
+    texts = ["Fi\u00e8vre \U0001f600", "Toux."]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    pieces = {0: [], 1: []}
+    on_token = text_stream(tokenizer, [4], lambda number, text: pieces[number].append(text))
+    for n in range(1, len(ids[0]) + 1):
+        on_token(SimpleNamespace(index=0, ids=ids[0][:n], finish_reason=""))
+        on_token(SimpleNamespace(index=1, ids=ids[1][: 1 + n % len(ids[1])], finish_reason=""))
+    on_token(SimpleNamespace(index=1, ids=[*ids[1], 4], finish_reason="stop"))
+    assert ["".join(pieces[number]) for number in (0, 1)] == texts
+    assert not any("\ufffd" in piece for piece in pieces[0])
+    on_token(SimpleNamespace(index=0, ids=[*ids[0], ids[0][-1]], finish_reason="length"))
+    assert "".join(pieces[0]).endswith("\ufffd")
