@@ -247,7 +247,9 @@ def finish(run: "Run") -> None:
     which = "the lowest" if is_lowest else "the lowest with a complete checkpoint,"
     final_model = run.output_dir / "final_model"
     run.log("\nTraining completed!")
-    run.log(f"Saved final model to {final_model} (epoch {kept['epoch']}, {which} Val Loss: {kept['val_loss']:.4f})")
+    run.log(
+        f"Saved final model to {final_model} (epoch {kept['epoch']}, {which} Val Loss: {kept['val_loss']:.4f})"
+    )
     for advice in advise(progress.untrained_val_loss, progress.epochs, progress.skipped_steps):
         run.log(advice)
     run.accelerator.wait_for_everyone()
@@ -263,7 +265,9 @@ def dry_run(run: "Run") -> dict:
 
     def largest_pass(step: int) -> int:
         examples = [train_examples[i] for i in run.plan.rows(step)]
-        passes = [batch for process in range(run.plan.n_processes) for batch in run.micro_batches(examples, process)]
+        passes = [
+            batch for process in range(run.plan.n_processes) for batch in run.micro_batches(examples, process)
+        ]
         if run.packed:
             return max(sum(example.n_tokens for example in batch) for batch in passes)
         return max(len(batch) * max((example.n_tokens for example in batch), default=0) for batch in passes)
@@ -297,7 +301,9 @@ def dry_run(run: "Run") -> dict:
         f"peak memory {measured['peak_memory_mb']:,.0f} MB"
     )
     run.log(f"  a typical step takes {step_seconds:.1f} s ({tokens_per_second:,.0f} tokens/s)")
-    run.log(f"  the whole run about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations")
+    run.log(
+        f"  the whole run about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations"
+    )
     return measured
 
 

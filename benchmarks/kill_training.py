@@ -7,7 +7,6 @@ third of the resumed runs are killed again. Every final adapter and metrics.json
 the byte. The model is a small random one with the bundled model's tokenizer; a run of it takes seconds.
 """
 
-# ruff: noqa: I001
 import argparse
 import csv
 import hashlib
@@ -23,10 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import sft.model.base  # noqa: E402  first: it imports torch and peft, once before the forks
 import torch
 
+# torch and peft are imported once, before the forks
 from sft.data.rows import COLUMNS
+from sft.model.base import bundled_model, load_tokenizer
 from sft.options import TrainConfig
 from stage_a_sft_training import train
 
@@ -34,7 +34,7 @@ from stage_a_sft_training import train
 def small_model(folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    base = sft.model.base.bundled_model()
+    base = bundled_model()
     config = AutoConfig.from_pretrained(base)
     config.update(
         {
@@ -49,7 +49,7 @@ def small_model(folder: Path) -> None:
     config.layer_types = None
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    base.load_tokenizer(base).save_pretrained(folder)
+    load_tokenizer(base).save_pretrained(folder)
 
 
 def rows_of(source: Path, target: Path, n: int) -> None:

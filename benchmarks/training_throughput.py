@@ -35,6 +35,7 @@ from sft.data.dataset import SFTDataset, load_datasets, read_data
 from sft.data.rows import COLUMNS, Row, factual_rows, read_rows
 from sft.files import ROOT
 from sft.options import DataOptions, TrainConfig
+from sft.training.run import epoch_order
 
 MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog" / "train.csv"
 BATCH_SIZE, LEARNING_RATE, SEED, MAX_LENGTH = 8, 2e-4, 42, 512

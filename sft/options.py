@@ -243,6 +243,11 @@ class TrainConfig(MachineOptions, DataOptions):
         may_change=True,
     )
 
+    @property
+    def token_cache(self) -> Path:
+        """The folder that keeps the rows as tokens for the next start."""
+        return Path(self.output_dir) / "token_cache"
+
 
 @dataclass
 class InferenceConfig(MachineOptions):

@@ -59,7 +59,10 @@ def write_csv_files(folder: Path) -> tuple[Path, Path]:
     """(training file with 11 factual and 1 hallucinated row, validation file with 3 rows)."""
     train = [(f"t{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES)]
     train.insert(1, ("t0-h", NOTES[0][0], "Influenza B with fever.", "hallucinated", "wrong_number"))
-    validation = [(f"v{i}", f"Seen again. {note}", summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:3])]
+    validation = [
+        (f"v{i}", f"Seen again. {note}", summary, "factual", "")
+        for i, (note, summary) in enumerate(NOTES[:3])
+    ]
     return write_csv(folder / "train.csv", train), write_csv(folder / "val.csv", validation)
 
 
@@ -164,7 +167,9 @@ def specialist(adapters):
 # ------------------------------------------------------------------------------------------------ running the scripts
 
 
-def run_python(*arguments, stdin: str | None = None, timeout: float = 300, **environment) -> subprocess.CompletedProcess:
+def run_python(
+    *arguments, stdin: str | None = None, timeout: float = 300, **environment
+) -> subprocess.CompletedProcess:
     """A script of the toolkit as a user runs it, in a process of its own."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -234,7 +239,8 @@ def assert_same_run(config, reference) -> None:
     assert metrics_of(config) == metrics_of(reference)
     assert_same_adapter(f"{config.output_dir}/final_model", f"{reference.output_dir}/final_model")
     losses = [
-        [(epoch["train_loss"], epoch["val_loss"]) for epoch in stats_of(run)["epochs"]] for run in (config, reference)
+        [(epoch["train_loss"], epoch["val_loss"]) for epoch in stats_of(run)["epochs"]]
+        for run in (config, reference)
     ]
     assert losses[0] == losses[1]
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments_of, assert_same_adapter, assert_same_run, metrics_of, stats_of, wait_for_steps
+from conftest import (
+    ROOT,
+    arguments_of,
+    assert_same_adapter,
+    assert_same_run,
+    metrics_of,
+    stats_of,
+    wait_for_steps,
+)
 
 import stage_a_sft_training as training
 from sft.cli import InputError
@@ -236,7 +244,9 @@ def test_a_newer_version_is_refused(configured, copied):
         read_adapter_folder(out / "final_model")
 
 
-FORMAT_1 = Path("tests") / "fixtures" / "format_1"  # a model of 9,184 weights, trained for an epoch by 18a780b
+FORMAT_1 = (
+    Path("tests") / "fixtures" / "format_1"
+)  # a model of 9,184 weights, trained for an epoch by 18a780b
 
 
 def test_a_run_of_format_1_resumes_as_it_would_have_then(tmp_path, monkeypatch):

@@ -37,7 +37,13 @@ from sft.cli import (
         ("raise Stopped(15, 'stopped')", {}, 143, "", "stopped\n"),
         ("raise KeyboardInterrupt", {}, 130, "", "interrupted\n"),
         ("raise MemoryError", {}, 1, "", "error: out of memory\nfix:   use a smaller --batch_size"),
-        ("open('/nowhere/file')", {}, 2, "", "error: No such file or directory: /nowhere/file\nfix:   check the path"),
+        (
+            "open('/nowhere/file')",
+            {},
+            2,
+            "",
+            "error: No such file or directory: /nowhere/file\nfix:   check the path",
+        ),
         (
             "raise OSError(27, 'File too large')",
             {},
@@ -80,7 +86,7 @@ def test_closed_streams(tmp_path):
 
 def test_a_closed_pipe_ends_quietly():
     script = "from sft.cli import run_script\ndef main():\n    print('x\\n' * 100_000)\nrun_script(main)"
-    command = f"{sys.executable} -c \"$0\" | head -1; exit ${{PIPESTATUS[0]}}"
+    command = f'{sys.executable} -c "$0" | head -1; exit ${{PIPESTATUS[0]}}'
     result = subprocess.run(["bash", "-c", command, script], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 141
     assert result.stderr == ""
@@ -93,7 +99,12 @@ def test_a_closed_pipe_ends_quietly():
     "error, expected",
     [
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), True),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), True),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            ),
+            True,
+        ),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
         (RuntimeError("could not create a primitive"), True),
         (RuntimeError("MPS backend out of memory"), True),

@@ -251,7 +251,6 @@ def test_packed_and_padded_batches_ask_for_the_same_targets():
         assert torch.equal(values, collated[name])
 
 
-
 def test_dataloaders_and_the_hugging_face_trainer(csv_files, tmp_path):
     """Our data in the Trainer of transformers: its loss is what F.cross_entropy gives on the same batch."""
     from transformers import Trainer, TrainingArguments

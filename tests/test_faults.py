@@ -1,7 +1,6 @@
 """Signals, out of memory, losses that are not finite, full disks, several processes."""
 
 import errno
-import json
 import math
 import os
 import re
@@ -25,19 +24,10 @@ from conftest import (
     wait_for_steps,
     write_csv_files,
 )
-    ROOT,
-    adapter_of,
-    arguments_of,
-    assert_same_adapter,
-    metrics_of,
-    run_python,
-    wait_for_steps,
-    write_csv_files,
-)
 from tiny import NOTES
 
 import stage_a_sft_training as training
-from sft.cli import InputError, RunError, Stopped, noted_signals
+from sft.cli import InputError, RunError, Stopped
 from sft.training.checkpoint import newest_checkpoint
 from stage_a_sft_training import train
 
@@ -141,17 +131,6 @@ def test_a_second_interrupt_stops_at_once_and_harms_nothing(configured, finished
     assert process.returncode == 130 and "Traceback" not in said
     train(configured("part", **options, resume=True))
     assert_same_run(configured("part"), finished(**options))
-
-
-def test_the_first_signal_is_noted_and_the_second_raised(capfd):
-    with noted_signals() as noted:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert noted == [signal.SIGTERM] and "SIGTERM" in capfd.readouterr().err
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(SystemExit, match="143"):
-            os.kill(os.getpid(), signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_signal_during_validation_saves_too(configured, finished, monkeypatch):
@@ -317,7 +296,9 @@ def finished_by_two(model_folder, tmp_path_factory):
     """An uninterrupted run of two processes (dropout depends on the process, so one process ends elsewhere)."""
     folder = tmp_path_factory.mktemp("two")
     config = short_run(model_folder(), write_csv_files(folder), folder / "out", **TWO_PROCESSES)
-    result = run_python(*LAUNCHERS["torchrun"], "stage_a_sft_training.py", *arguments_of(config), **ONE_THREAD)
+    result = run_python(
+        *LAUNCHERS["torchrun"], "stage_a_sft_training.py", *arguments_of(config), **ONE_THREAD
+    )
     assert result.returncode == 0, result.stderr
     return config
 

@@ -112,7 +112,11 @@ def test_new_files_are_checked_before_work_begins(tmp_path):
     check_new_file("--output", None)
     check_new_file("--output", tmp_path / "new.csv", (".csv",))
     (tmp_path / "old.csv").write_text("")
-    for path, words in (("old.csv", "exists"), ("new.doc", "unknown file extension"), ("no/new.csv", "no folder")):
+    for path, words in (
+        ("old.csv", "exists"),
+        ("new.doc", "unknown file extension"),
+        ("no/new.csv", "no folder"),
+    ):
         with pytest.raises(InputError, match=words):
             check_new_file("--output", tmp_path / path, (".csv",))
 

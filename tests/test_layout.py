@@ -60,7 +60,9 @@ def test_what_users_import():
     from sft_inference import SFTInference
     from stage_a_sft_training import TrainConfig, train
 
-    assert all(map(callable, (SFTCollator, SFTDataset, create_sft_dataloaders, SFTInference, TrainConfig, train)))
+    assert all(
+        map(callable, (SFTCollator, SFTDataset, create_sft_dataloaders, SFTInference, TrainConfig, train))
+    )
 
 
 @pytest.mark.parametrize("first", ["", "import transformers, accelerate, peft"])
@@ -68,7 +70,9 @@ def test_what_users_import():
 def test_telemetry_is_off_in_every_entry_point(script, first):
     """Also where the user's own program imported the libraries before."""
     code = f"{first}\nimport {script}\nimport huggingface_hub.constants, os\n"
-    code += "print(huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, os.environ['HF_HUB_DISABLE_TELEMETRY'])"
+    code += (
+        "print(huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY, os.environ['HF_HUB_DISABLE_TELEMETRY'])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "True 1\n", result.stderr
 

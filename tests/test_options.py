@@ -83,7 +83,15 @@ def test_shared_options_have_the_same_defaults():
     training = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for other in (ReportConfig, InferenceConfig):
         for field in dataclasses.fields(other):
-            if field.name in ("device", "dtype", "use_8bit", "use_4bit", "train_csv", "val_csv", "model_name"):
+            if field.name in (
+                "device",
+                "dtype",
+                "use_8bit",
+                "use_4bit",
+                "train_csv",
+                "val_csv",
+                "model_name",
+            ):
                 assert field.default == training[field.name].default
                 assert field.metadata["help"] == training[field.name].metadata["help"]
 
@@ -97,6 +105,10 @@ def test_bounds():
 
 
 def test_quantization():
-    assert [quantization_of(*flags) for flags in ((False, False), (True, False), (False, True))] == [None, "8bit", "4bit"]
+    assert [quantization_of(*flags) for flags in ((False, False), (True, False), (False, True))] == [
+        None,
+        "8bit",
+        "4bit",
+    ]
     with pytest.raises(InputError, match="choose one"):
         quantization_of(True, True)

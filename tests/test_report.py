@@ -41,6 +41,11 @@ def test_the_model_card_holds_losses_and_limits():
     }
     card = model_card(sft_config, "some/base", ["q_proj", "v_proj"], 3.0, epochs_of((2.5, 2.4)))
     assert card.startswith("---\nlibrary_name: peft\nbase_model: some/base\n")
-    for words in ("r=8, alpha=16, on q_proj, v_proj", "1,200 factual", "7 hallucinated", "| 1 | 2.5000 | 2.4000 |"):
+    for words in (
+        "r=8, alpha=16, on q_proj, v_proj",
+        "1,200 factual",
+        "7 hallucinated",
+        "| 1 | 2.5000 | 2.4000 |",
+    ):
         assert words in card
     assert "treat this folder as patient data" in card

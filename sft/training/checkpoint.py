@@ -54,7 +54,13 @@ def _is_our_metrics(file: Path) -> bool:
 
 def leftovers(output_dir: Path) -> list[Path]:
     """What a killed run was about to write."""
-    patterns = (".checkpoint_*", ".final_model*", ".training_stats.json.*", ".metrics.jsonl.*", ".loss_curve.png.*")
+    patterns = (
+        ".checkpoint_*",
+        ".final_model*",
+        ".training_stats.json.*",
+        ".metrics.jsonl.*",
+        ".loss_curve.png.*",
+    )
     return [path for pattern in patterns for path in output_dir.glob(pattern)]
 
 
@@ -72,7 +78,9 @@ def check_output_dir(config: TrainConfig) -> Path | None:
     if run_files(output_dir):
         fix = "use --resume to continue it, --overwrite to replace it, or --output_dir for another folder"
         raise InputError(f"{output_dir} holds an earlier run", fix)
-    others = [path for path in output_dir.glob("*") if not path.name.startswith(".") and path != config.token_cache]
+    others = [
+        path for path in output_dir.glob("*") if not path.name.startswith(".") and path != config.token_cache
+    ]
     if others:
         fix = "name another, or use --overwrite: files that are not from a run stay"
         raise InputError(f"--output_dir {output_dir} is not empty", fix)
@@ -206,7 +214,9 @@ def begin(run: "Run", checkpoint: Path | None) -> None:
     run.accelerator.wait_for_everyone()
     if run.config.report_to != "none":
         # No text, no paths
-        numbers = {name: value for name, value in asdict(run.config).items() if isinstance(value, int | float)}
+        numbers = {
+            name: value for name, value in asdict(run.config).items() if isinstance(value, int | float)
+        }
         run.accelerator.init_trackers("sft_tracker", numbers)
 
 

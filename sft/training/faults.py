@@ -27,7 +27,9 @@ def stop_if_asked(run: "Run") -> None:
     if step:
         folder = save_checkpoint(run, f"checkpoint_step_{step}")
         message += f"; saved to {folder}"
-    raise Stopped(number, f"{message}\nRun the same command with --resume (and without --overwrite) to continue")
+    raise Stopped(
+        number, f"{message}\nRun the same command with --resume (and without --overwrite) to continue"
+    )
 
 
 def retry_on_oom(run: "Run", work: Callable):

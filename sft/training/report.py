@@ -83,7 +83,9 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     axes.plot([0, *ends], val_losses, "s-", color="tab:orange", label="validation")
     kept = f"kept: epoch {best['epoch']}, {best['val_loss']:.3f}"
     axes.plot(ends[best["epoch"] - 1], best["val_loss"], "*", markersize=18, color="tab:green", label=kept)
-    axes.set(xlabel="step", ylabel="loss (nats per target token)", title="Stage A: training and validation loss")
+    axes.set(
+        xlabel="step", ylabel="loss (nats per target token)", title="Stage A: training and validation loss"
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()
@@ -98,7 +100,9 @@ def model_card(
     """README.md of an adapter folder: where it comes from and what it is not for. No note text, no absolute path."""
     config = sft_config["training"]
     counts = sft_config["rows"]["train"]
-    lines = [f"| {epoch['epoch']} | {epoch['train_loss']:.4f} | {epoch['val_loss']:.4f} |" for epoch in epochs]
+    lines = [
+        f"| {epoch['epoch']} | {epoch['train_loss']:.4f} | {epoch['val_loss']:.4f} |" for epoch in epochs
+    ]
     losses = "\n".join(lines)
     return f"""---
 library_name: peft

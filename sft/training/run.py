@@ -5,7 +5,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from importlib.metadata import version
@@ -17,7 +17,15 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 
 from sft.cli import InputError, log
-from sft.data.dataset import Batch, Example, SFTDataset, load_datasets, log_data_warnings, packed_batch, padded_batch
+from sft.data.dataset import (
+    Batch,
+    Example,
+    SFTDataset,
+    load_datasets,
+    log_data_warnings,
+    packed_batch,
+    padded_batch,
+)
 from sft.data.prompt import pad_token_id
 from sft.data.rows import Row
 from sft.files import FORMAT_VERSION, sha256, write_json
@@ -135,8 +143,8 @@ class TrainingProgress:
     def load_state(self, values: dict) -> None:
         """Takes the values that a checkpoint holds; format 1 wrote skipped_steps as skipped_updates."""
         values = {"skipped_steps": values.get("skipped_updates", 0), **values}
-        for field in fields(self):
-            setattr(self, field.name, values[field.name])
+        for name in asdict(self):
+            setattr(self, name, values[name])
 
     def add(self, metrics: dict, seconds: float) -> None:
         self.step = metrics["step"]
@@ -168,7 +176,9 @@ class TrainingProgress:
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether `patience` or more epochs have passed since the best one (0: never), asked at the end of an epoch."""
-        return bool(patience and self.epochs and len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience)
+        return bool(
+            patience and self.epochs and len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience
+        )
 
 
 @dataclass
@@ -178,7 +188,9 @@ class Run:
     config: TrainConfig
     accelerator: Accelerator
     model: PeftModel
-    wrapped: torch.nn.Module  # the same in DDP, which averages gradients over the processes; saving needs `model`
+    wrapped: (
+        torch.nn.Module
+    )  # the same in DDP, which averages gradients over the processes; saving needs `model`
     tokenizer: object  # transformers' PreTrainedTokenizerBase
     rows: tuple[list[Row], list[Row]]  # of both files, hallucinated ones included
     train_set: SFTDataset
@@ -199,7 +211,9 @@ class Run:
         return Path(self.config.output_dir)
 
     def make_batch(self, examples: Sequence[Example]) -> Batch:
-        batch = packed_batch(examples) if self.packed else padded_batch(examples, pad_token_id(self.tokenizer))
+        batch = (
+            packed_batch(examples) if self.packed else padded_batch(examples, pad_token_id(self.tokenizer))
+        )
         return batch.to(self.accelerator.device)
 
     def micro_batches(self, examples: list[Example], process: int) -> list[list[Example]]:
@@ -278,7 +292,11 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
     }
     may_change = {field.name for field in fields(config) if field.metadata["may_change"]}
     fingerprint = {name: value for name, value in asdict(config).items() if name not in may_change}
-    fingerprint |= {"n_processes": accelerator.num_processes, "base_dtype": str(placement.dtype), "packed": packed}
+    fingerprint |= {
+        "n_processes": accelerator.num_processes,
+        "base_dtype": str(placement.dtype),
+        "packed": packed,
+    }
     sft_config = describe_run(config, rows, (train_set, val_set), dtype, hashes)
     return Run(
         config=config,
@@ -310,8 +328,14 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
 
 def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
     """accelerate's process group, on CPU or GPU, alone or under torchrun; what it would add to the loop is off."""
-    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        log("warning: accelerate launch --cpu starts a single process; for more, use torchrun --nproc_per_node")
+    if (
+        os.environ.get("ACCELERATE_USE_CPU") == "True"
+        and "MASTER_PORT" in os.environ
+        and "WORLD_SIZE" not in os.environ
+    ):
+        log(
+            "warning: accelerate launch --cpu starts a single process; for more, use torchrun --nproc_per_node"
+        )
     # One process may be downloading a model while the others wait
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(
@@ -411,7 +435,9 @@ def describe_run(
     for name, value in asdict(config).items():
         is_absolute = isinstance(value, str) and Path(value).is_absolute()
         training[name] = Path(value).name if is_absolute else value
-    packages = [name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)]
+    packages = [
+        name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)
+    ]
     return {
         "format_version": FORMAT_VERSION,
         "prompt": asdict(datasets[0].encoder.template),
