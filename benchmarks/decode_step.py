@@ -2,8 +2,8 @@
 
     python benchmarks/decode_step.py [--hidden_size 2048 --layers 8 --rounds 2]
 
-A Llama with random weights (shape of TinyLlama-1.1B, whose 22 layers would only take longer), prompts of 150 random tokens. The
-precisions take turns in one process; prints the best of the rounds, and each one's share of float32's time.
+A Llama with random weights (the shape of TinyLlama-1.1B, whose 22 layers would only take longer), prompts of 150 random
+tokens. The precisions take turns in one process; prints the best of the rounds, and each one's fraction of float32's time.
 """
 
 import argparse
@@ -14,7 +14,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-PROMPT, STEPS, VOCABULARY = 150, 20, 32_000
+PROMPT_TOKENS = 150
+STEPS = 20
+VOCABULARY = 32_000
+STOP_TOKEN = VOCABULARY - 1
 
 
 def main() -> None:
@@ -34,7 +37,7 @@ def main() -> None:
     from sft.inference import decoding
     from sft.model.kernels import Int8Linear, PackedLinear, replace_linear_layers
 
-    decoding.DRAFT_TOKENS = 0  # a step writes one token a sequence
+    decoding.DRAFT_TOKENS = 0  # each step writes one token per sequence
     config = LlamaConfig(
         hidden_size=arguments.hidden_size,
         intermediate_size=arguments.intermediate_size,
@@ -53,15 +56,18 @@ def main() -> None:
         models[name] = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         if kind:
             replace_linear_layers(models[name], kind)
+        fits, reason = decoding.enable_kv_cache(models[name])
+        assert fits, reason
 
     def seconds(model, batch_size: int, n_new: int) -> float:
         source = random.Random(0)
-        prompts = {i: [source.randrange(VOCABULARY - 1) for _ in range(PROMPT)] for i in range(batch_size)}
+        prompts = {i: [source.randrange(STOP_TOKEN) for _ in range(PROMPT_TOKENS)] for i in range(batch_size)}
+        options = {"temperature": 0.0, "batch_size": batch_size, "seed": 0}
         started = time.perf_counter()
-        list(decoding.decode(model, prompts, n_new, [VOCABULARY - 1], batch_size=batch_size))
+        list(decoding.decode(model, prompts, n_new, [STOP_TOKEN], **options))
         return time.perf_counter() - started
 
-    print("| sequences | " + " | ".join(f"{name}: prompts, s | a step, ms" for name in models) + " |")
+    print("| sequences | " + " | ".join(f"{name}: prompts, s | one step, ms" for name in models) + " |")
     print("|--:|" + "--:|" * 2 * len(models))
     for batch_size in arguments.batch_sizes:
         times = {name: [] for name in models}
@@ -70,11 +76,10 @@ def main() -> None:
                 times[name].append([seconds(model, batch_size, n_new) for n_new in (1, 1 + STEPS)])
         best = {name: [min(column) for column in zip(*rows)] for name, rows in times.items()}
         steps = {name: (whole - first) / STEPS for name, (first, whole) in best.items()}
-        cells = [
-            f"{best[name][0]:.2f} | {step * 1000:.0f}"
-            + (f" ({step / steps['float32']:.2f})" if name != "float32" else "")
-            for name, step in steps.items()
-        ]
+        cells = []
+        for name, step in steps.items():
+            fraction = "" if name == "float32" else f" ({step / steps['float32']:.2f})"
+            cells.append(f"{best[name][0]:.2f} | {step * 1000:.0f}{fraction}")
         print(f"| {batch_size} | " + " | ".join(cells) + " |", flush=True)
 
 
