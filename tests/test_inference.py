@@ -23,7 +23,6 @@ from sft.files import FORMAT_VERSION, sha256
 from sft.inference import decoding
 from sft.inference.note_files import read_notes
 from sft.model import adapter, base
-from sft.model.base import device_of_process
 from sft.model.kernels import Int8Linear, has_int8
 from sft_inference import SFTInference, read_adapter_folder
 
@@ -387,24 +386,6 @@ run_script(main)
     result = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script], cwd=ROOT)
     assert result.returncode == 0
     assert (tmp_path / "file").read_text() == ""
-
-
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert device_of_process("auto") == "auto"
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for rank in (0, 1):
-        monkeypatch.setenv("LOCAL_RANK", str(rank))
-        assert device_of_process("auto") == f"cuda:{rank}"
-        assert device_of_process("cuda") == f"cuda:{rank}"
-        assert device_of_process("cpu") == "cpu"
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    assert device_of_process("cpu") == "cpu"
-    with pytest.raises(
-        InputError, match="process 3 of this machine finds no GPU of its own: there are 2 GPUs"
-    ):
-        device_of_process("auto")
 
 
 @pytest.mark.parametrize(
