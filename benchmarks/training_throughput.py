@@ -631,7 +631,10 @@ def scaling_table(section: dict) -> str:
         "|--:|--:|--:|--:|--:|",
     ]
     for size, runs in section["runs"].items():
-        middle = lambda value, runs=runs: statistics.median(map(value, runs))
+
+        def middle(value, runs=runs):
+            return statistics.median(map(value, runs))
+
         lines.append(
             f"| {int(size):,} | {middle(lambda r: 1e3 * r['seconds'] / r['n_examples']):.0f} | {middle(lambda r: 1e5 * r['seconds'] / r['n_tokens']):.0f} "
             f"| {middle(lambda r: r['peak_memory_mb']) * 2**20 / 1e9:.2f} | {middle(lambda r: r['set_up_seconds']):.1f} |"

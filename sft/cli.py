@@ -128,7 +128,7 @@ def open_standard_streams() -> None:
     os.close(descriptor)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # streams that a test put there
         sys.stdin.reconfigure(errors="replace")
         sys.stdout.reconfigure(errors="backslashreplace")

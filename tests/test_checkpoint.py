@@ -78,8 +78,9 @@ def test_changed_data_is_not_resumed_and_moved_data_is(configured, csv_files, tm
 
 
 def test_fewer_epochs_are_refused(configured, copied):
+    copied()
     with pytest.raises(InputError, match="in epoch 2 already"):
-        train(configured(num_epochs=1, resume=True, output_dir=str(copied())))
+        train(configured(num_epochs=1, resume=True))
 
 
 def test_lost_metrics_lose_no_run(configured, tmp_path):
