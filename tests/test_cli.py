@@ -2,6 +2,7 @@
 
 import errno
 import io
+import mmap
 import os
 import signal
 import subprocess
@@ -117,6 +118,15 @@ def test_a_closed_pipe_ends_quietly():
 )
 def test_out_of_memory_is_recognized(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+def test_real_out_of_memory_is_recognized():
+    with pytest.raises(RuntimeError) as no_room:
+        torch.empty(1 << 55)
+    with pytest.raises(OSError) as no_map:
+        mmap.mmap(-1, 1 << 60)
+    assert is_out_of_memory(no_room.value)
+    assert is_out_of_memory(no_map.value)
 
 
 def test_a_full_disk_is_recognized():

@@ -2,7 +2,6 @@
 
 import functools
 import math
-import mmap
 import random
 from itertools import combinations
 
@@ -12,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import NOTES, tiny_model
 
-from sft.cli import RunError, is_out_of_memory
+from sft.cli import RunError
 from sft.inference import decoding
 from sft.inference.decoding import (
     GeneratedSequence,
@@ -299,16 +298,3 @@ def test_a_dead_gpu_stops_the_run(specialist, monkeypatch):
         RunError, match=r"the model failed \(AcceleratorError: CUDA error: device-side assert triggered\)"
     ):
         specialist.generate_batch([note for note, _ in NOTES], 5)
-
-
-def test_errors_that_mean_out_of_memory():
-    with pytest.raises(RuntimeError) as no_room:
-        torch.empty(1 << 55)
-    with pytest.raises(OSError) as no_map:
-        mmap.mmap(-1, 1 << 60)
-    cuda = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    for error in (no_room.value, no_map.value, cuda, MemoryError()):
-        assert is_out_of_memory(error)
-    illegal = RuntimeError("CUDA error: an illegal memory access was encountered")
-    for error in (illegal, OSError(5, "x")):
-        assert not is_out_of_memory(error)

@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -335,34 +334,6 @@ def test_one_text_is_no_batch(specialist):
         specialist.generate_batch("Fever.")
 
 
-@pytest.mark.parametrize(
-    "code, environment, status, stdout, stderr",
-    [
-        ("print('38\u00b0')", {"PYTHONIOENCODING": "ascii"}, 0, "38\\xb0\n", ""),
-        ("print(len(input()))", {"PYTHONIOENCODING": "utf-8:strict"}, 0, "5\n", ""),
-        (
-            "import errno; raise OSError(errno.EFBIG, 'File too large')",
-            {},
-            2,
-            "",
-            "error: File too large: the output folder\nfix:   raise the limit",
-        ),
-    ],
-)
-def test_streams_and_disks_of_all_kinds(code, environment, status, stdout, stderr):
-    script = f"from sft.cli import run_script\ndef main():\n    {code}\nrun_script(main)"
-    result = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=ROOT,
-        input="Fi\xe8vr\n".encode("latin-1"),
-        capture_output=True,
-        env={**os.environ, **environment},
-    )
-    assert result.returncode == status, result.stderr
-    assert result.stdout.decode() == stdout
-    assert result.stderr.decode().startswith(stderr)
-
-
 def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
     # Blocks of 1,024 bytes
     command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'
@@ -371,21 +342,6 @@ def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
         subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "free some space"
     )
     assert not list(tmp_path.iterdir())
-
-
-def test_closed_streams(tmp_path):
-    """As cron starts a program: what it opens first must not become its standard output."""
-    script = f"""
-from sft.cli import run_script
-def main():
-    file = open({str(tmp_path / "file")!r}, "w")
-    print("note")
-    file.close()
-run_script(main)
-"""
-    result = subprocess.run(["bash", "-c", '"$0" -c "$1" <&- >&- 2>&-', sys.executable, script], cwd=ROOT)
-    assert result.returncode == 0
-    assert (tmp_path / "file").read_text() == ""
 
 
 @pytest.mark.parametrize(
