@@ -92,8 +92,9 @@ def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
 class SFTInference:
     """A trained adapter on its base model, ready to summarize. Threads that share one take turns.
 
-    With `merge` (the default) a float32 adapter is merged into the weights, and these are packed for speed on
-    a CPU, in 8 bit with `use_8bit`; without it `model` is the PeftModel as it was loaded. `max_length` limits
+    With `merge` (the default) the adapter is merged into a float32 base, whose weights are packed for speed on
+    a CPU, or into 8-bit weights there (`use_8bit`); without it, and for other bases, `model` is the PeftModel
+    as it was loaded. `max_length` limits
     the tokens of prompt and summary together (None: the model's context window). Raises InputError if the
     folder, the base model or the device cannot be used."""
 

@@ -25,7 +25,7 @@ from sft.options import TrainConfig, parse_options
 from sft.training.checkpoint import begin, promote_best_epoch, save_checkpoint
 from sft.training.checks import check_inputs
 from sft.training.faults import advice_for_faults, check_finite, retry_on_oom, stop_if_asked
-from sft.training.report import advise, draw_losses, duration, log_plan
+from sft.training.report import advise, best_epoch, draw_losses, duration, log_plan
 
 if TYPE_CHECKING:
     import torch
@@ -79,11 +79,9 @@ def gradients(run: "Run", step: int, examples: list[Example], n_target_tokens: i
     import torch
 
     accelerator = run.accelerator
-    n_passes = len(run.micro_batches(examples, accelerator.process_index))
     loss_sum = torch.zeros((), device=accelerator.device)
-    for j, (batch, weight) in enumerate(run.batches(examples)):
+    for j, (batch, weight, is_last) in enumerate(run.batches(examples)):
         torch.manual_seed(dropout_seed(run.config.seed, step, j, accelerator.process_index))
-        is_last = j + 1 == n_passes
         with contextlib.nullcontext() if is_last else accelerator.no_sync(run.wrapped):
             loss = summed_loss(run.wrapped, batch) * weight
             # The mean over the step's target tokens; DDP averages over the processes, which is undone here
@@ -150,7 +148,7 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     run.model.eval()
     with torch.no_grad():
         for start in range(0, len(ordered), n_rows):
-            for batch, weight in run.batches(ordered[start : start + n_rows]):
+            for batch, weight, _ in run.batches(ordered[start : start + n_rows]):
                 losses.append(summed_loss(run.model, batch) * weight)
             # Of several processes, all would have to leave at the same place
             if accelerator.num_processes == 1:
@@ -217,19 +215,19 @@ def train_epoch(run: "Run", on_step: Callable[["Run", dict], None] | None) -> No
     run.log(f"\nEpoch {epoch}/{run.config.num_epochs}\n{'=' * 60}")
     n_done = progress.step - (epoch - 1) * plan.steps_per_epoch
     bar = Progress(plan.steps_per_epoch, "step", done=n_done, scope=" in this epoch")
-    while progress.step < epoch * plan.steps_per_epoch:
-        seconds, metrics = timed(lambda: train_step(run, progress.step))
-        progress.add(metrics, seconds)
-        run.write_metrics(metrics)
-        tokens_per_second = progress.n_tokens / progress.seconds
-        bar.advance(f"loss {metrics['loss']:.3f}, {tokens_per_second:,.0f} tokens/s")
-        inside_epoch = progress.step % plan.steps_per_epoch
-        if save_steps and progress.step % save_steps == 0 and inside_epoch:
-            save_checkpoint(run, f"checkpoint_step_{progress.step}")
-        stop_if_asked(run)
-        if on_step:
-            on_step(run, metrics)
-    bar.close()
+    with contextlib.closing(bar):
+        while progress.step < epoch * plan.steps_per_epoch:
+            seconds, metrics = timed(lambda: train_step(run, progress.step))
+            progress.add(metrics, seconds)
+            run.write_metrics(metrics)
+            tokens_per_second = progress.n_tokens / progress.seconds
+            bar.advance(f"loss {metrics['loss']:.3f}, {tokens_per_second:,.0f} tokens/s")
+            inside_epoch = progress.step % plan.steps_per_epoch
+            if save_steps and progress.step % save_steps == 0 and inside_epoch:
+                save_checkpoint(run, f"checkpoint_step_{progress.step}")
+            if on_step:
+                on_step(run, metrics)
+            stop_if_asked(run)
 
 
 def finish(run: "Run") -> None:
@@ -243,7 +241,7 @@ def finish(run: "Run") -> None:
         image = draw_losses(metrics, progress.untrained_val_loss, progress.epochs, run.plan.steps_per_epoch)
         write_atomic(run.output_dir / "loss_curve.png", image)
     kept = progress.epochs[progress.kept_epoch - 1]
-    is_lowest = kept["val_loss"] == min(epoch["val_loss"] for epoch in progress.epochs)
+    is_lowest = kept["val_loss"] == best_epoch(progress.epochs)["val_loss"]
     which = "the lowest" if is_lowest else "the lowest with a complete checkpoint,"
     final_model = run.output_dir / "final_model"
     run.log("\nTraining completed!")

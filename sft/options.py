@@ -35,8 +35,9 @@ _GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, WRITING, MACHINE, RUN)
 def option(default, help: str, *, group: str, may_change: bool = False, **argparse_arguments):
     """A dataclass field that is also a command-line option.
 
-    `may_change`: a run resumed with --resume may have another value; any other option would change the result. An option
-    that older runs did not have counts as having had its default.
+    `may_change`: --resume accepts another value. Either the steps already done do not depend on it, or something else
+    in the fingerprint stands for it: the SHA-256 of data and base weights, the dtype that is used in the end. An
+    option that older runs did not have counts as having had its default.
     """
     metadata = {"help": help, "group": group, "may_change": may_change, "argparse": argparse_arguments}
     if isinstance(default, list):

@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("sft_dataset.py", "stage_a_sft_training.py", "sft_inference.py")
 ERRORS = ("InputError", "RunError", "Stopped", "ArgumentTypeError", "_exit_with")
-CALLS = (*ERRORS, "log", "say", "print", "input", "failure", "option", "parse_options")
+CALLS = (*ERRORS, "log", "log", "print", "input", "failure", "option", "parse_options")
 
 
 def string(node: ast.AST) -> str | None:

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": {"cli", "files", "options", "grounding"},
     "model": {"cli", "files", "options"},
     "inference": {"cli", "files", "options", "grounding", "data", "model"},
-    "training": {"cli", "files", "options", "grounding", "data", "model", "inference"},
+    "training": {"cli", "files", "options", "grounding", "data", "model"},
 }
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from sft.cli import RunError, is_out_of_memory
-from sft.model.attention import KVCache, logits_problem, probe_failure
+from sft.model.attention import KVCache, logits_problem, probe_failure, reference_attention
 from sft.options import DEFAULT_GENERATION_BATCH_SIZE
 
 # Prompts enter a forward pass until they have this many tokens: more would only take more memory
@@ -370,21 +370,18 @@ def _probe(model) -> str:
     Three prompts enter together and share a prefix, then two tokens are written after each: longer than an
     attention window of up to 512 tokens."""
     device = model.get_input_embeddings().weight.device
-    own_attention = model.config._attn_implementation
-    # One that enable_packing set needs arguments that a plain pass does not have
-    if own_attention in ("per_example", "varlen"):
-        own_attention = "sdpa" if model._supports_sdpa else "eager"
     sequences = _probe_sequences(model.config.get_text_config())
-
+    before = model.config._attn_implementation
     model.config._attn_implementation = "kv_cache"
     found = _probe_logits(model, sequences)
-    model.config._attn_implementation = own_attention
-    for sequence in sequences:
-        tokens = torch.tensor([sequence.prompt + sequence.ids], device=device)
-        expected = model(input_ids=tokens, use_cache=False).logits[0, -3:]
-        problem = logits_problem(found[:, sequence.index], expected, model)
-        if problem:
-            return problem
+    model.config._attn_implementation = before
+    with reference_attention(model):
+        for sequence in sequences:
+            tokens = torch.tensor([sequence.prompt + sequence.ids], device=device)
+            expected = model(input_ids=tokens, use_cache=False).logits[0, -3:]
+            problem = logits_problem(found[:, sequence.index], expected, model)
+            if problem:
+                return problem
     return ""
 
 

@@ -147,14 +147,13 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
         self.bias = bias
         expected_rows = 32  # of the inputs
         weight = weight.detach().contiguous()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, expected_rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return onednn_linear(x, self.packed, self.bias)
 
 
 class Int8Linear(nn.Module):
@@ -168,7 +167,6 @@ class Int8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
-        self.out_features, self.in_features = weight.shape
         self.bias = bias
         levels, scale = quantize_rows(weight.detach().float().contiguous(), 127)
         self.packed = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 from sft.cli import InputError, log, on_main_process
 from sft.files import (
-    check_format_version,
     checksum_problem,
     make_private_dir,
     new_folder,
@@ -141,9 +140,11 @@ def save_checkpoint(run: "Run", name: str) -> Path:
     Raises InputError if the disk is full: the checkpoints before this one stay as they were.
     """
     folder = run.output_dir / name
-    is_there = name.startswith("checkpoint_step_") and folder.is_dir() and checksum_problem(folder) is None
-    if run.accelerator.is_main_process and not is_there:
-        # A checkpoint never knows of steps that the metrics do not
+    # A signal right after --save_steps has saved this step asks for it again
+    is_saved = run.accelerator.is_main_process and name.startswith("checkpoint_step_") and folder.is_dir()
+    is_saved = is_saved and checksum_problem(folder) is None
+    if run.accelerator.is_main_process and not is_saved:
+        # Metrics reach the disk before the checkpoint that includes their steps
         sync_file(run.output_dir / "metrics.jsonl")
         _write_checkpoint(run, folder)
         remove(_needless_checkpoints(run, folder))
@@ -231,7 +232,6 @@ def restore(run: "Run", folder: Path) -> None:
     """Continues the run from checkpoint `folder`. Raises InputError if that is another run's."""
     from sft.model.adapter import load_adapter_weights, read_state
 
-    check_format_version(folder, json.loads((folder / "sft_config.json").read_text()))
     state = read_state(folder)
     # Format 1 called it "identity"
     check_same_run(run, folder, state.get("fingerprint") or state["identity"])

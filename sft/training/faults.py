@@ -35,7 +35,8 @@ def stop_if_asked(run: "Run") -> None:
 def retry_on_oom(run: "Run", work: Callable):
     """`work()`; if memory runs out, again with half as many rows in a forward pass and twice as many passes.
 
-    The same rows make a step, so the step is unchanged. Raises RunError if that does not help.
+    The same rows make a step, so it is the same step but for dropout's random numbers. Raises RunError if that does
+    not help.
     """
     from accelerate.utils.memory import clear_device_cache
 

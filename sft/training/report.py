@@ -18,13 +18,18 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60:,} h {minutes % 60} min"
 
 
+def best_epoch(epochs: list[dict]) -> dict:
+    """The epoch (an entry of training_stats.json) with the lowest validation loss."""
+    return min(epochs, key=lambda epoch: epoch["val_loss"])
+
+
 def log_plan(run: "Run") -> None:
     """Four lines: base model, LoRA, data, steps."""
     config = run.config
     plan = run.plan
     quantization = quantization_of(config.use_8bit, config.use_4bit)
     trainable, total = run.model.get_nb_trainable_parameters()
-    n_hallucinated = sum(row.label == "hallucinated" for row in run.rows[0])
+    n_hallucinated = run.sft_config["rows"]["train"]["hallucinated"]
     run.log(f"Base model: {config.model_name}{f', {quantization}' if quantization else ''}")
     run.log(
         f"LoRA: r={config.lora_r}, alpha={config.lora_alpha:g}; "
@@ -43,7 +48,7 @@ def log_plan(run: "Run") -> None:
 
 def advise(untrained: float, epochs: list[dict], skipped_steps: int = 0) -> list[str]:
     """What the losses tell a reader, with the option to try. `untrained` is the validation loss before the first step."""
-    best = min(epochs, key=lambda epoch: epoch["val_loss"])
+    best = best_epoch(epochs)
     last = epochs[-1]
     advice = []
     if best["val_loss"] > untrained:
@@ -71,7 +76,7 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
 
     ends = [epoch["epoch"] * steps_per_epoch for epoch in epochs]
     middles = [end - steps_per_epoch / 2 for end in ends]
-    best = min(epochs, key=lambda epoch: epoch["val_loss"])
+    best = best_epoch(epochs)
     train_losses = [epoch["train_loss"] for epoch in epochs]
     val_losses = [untrained, *(epoch["val_loss"] for epoch in epochs)]
     steps = [line["step"] for line in metrics]

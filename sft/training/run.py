@@ -1,4 +1,4 @@
-"""A training run: which rows each step takes, how far it is, what it works with, and its set-up in five steps."""
+"""A training run: which rows each step takes, how far it is, what it works with, and its set-up."""
 
 import functools
 import json
@@ -44,6 +44,7 @@ from sft.model.base import (
 )
 from sft.model.kernels import use_frozen_kernels
 from sft.options import CPU_TOKENS_PER_PASS, TrainConfig, quantization_of
+from sft.training.report import best_epoch
 
 # ------------------------------------------------------------------------------------------------ the plan
 
@@ -118,11 +119,6 @@ class Plan:
 # ------------------------------------------------------------------------------------------------ the state
 
 
-def best_epoch(epochs: list[dict]) -> dict:
-    """The epoch (an entry of training_stats.json) with the lowest validation loss."""
-    return min(epochs, key=lambda epoch: epoch["val_loss"])
-
-
 @dataclass
 class TrainingProgress:
     """How far a run is: with the weights and the optimizer's state, all that a checkpoint needs."""
@@ -176,9 +172,9 @@ class TrainingProgress:
 
     def out_of_patience(self, patience: int) -> bool:
         """Whether `patience` or more epochs have passed since the best one (0: never), asked at the end of an epoch."""
-        return bool(
-            patience and self.epochs and len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience
-        )
+        if not patience or not self.epochs:
+            return False
+        return len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience
 
 
 @dataclass
@@ -192,7 +188,6 @@ class Run:
         torch.nn.Module
     )  # the same in DDP, which averages gradients over the processes; saving needs `model`
     tokenizer: object  # transformers' PreTrainedTokenizerBase
-    rows: tuple[list[Row], list[Row]]  # of both files, hallucinated ones included
     train_set: SFTDataset
     val_set: SFTDataset
     packed: bool  # else padded batches
@@ -226,13 +221,18 @@ class Run:
             max_tokens = math.ceil(max_tokens * max_rows / self.config.batch_size)
         return self.plan.split_rows(examples, process, max_rows, max_tokens, not self.packed)
 
-    def batches(self, examples: list[Example]) -> Iterator[tuple[Batch, int]]:
-        """This process's forward passes over `examples`, each with its weight in the loss.
+    def batches(self, examples: list[Example]) -> Iterator[tuple[Batch, int, bool]]:
+        """This process's forward passes over `examples`: each batch, its weight in the loss, whether it is the last.
 
         A rank with no rows left runs a dummy batch of weight 0, so that all ranks make the same calls.
         """
-        for micro_batch in self.micro_batches(examples, self.accelerator.process_index):
-            yield self.make_batch(micro_batch or examples[:1]), int(bool(micro_batch))
+        micro_batches = self.micro_batches(examples, self.accelerator.process_index)
+        for i, micro_batch in enumerate(micro_batches, 1):
+            yield (
+                self.make_batch(micro_batch or examples[:1]),
+                int(bool(micro_batch)),
+                i == len(micro_batches),
+            )
 
     def log(self, message: str = "") -> None:
         if self.accelerator.is_main_process:
@@ -271,7 +271,7 @@ class Run:
 
 
 def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
-    """Everything before the first step, from checked options and rows: processes, model, optimizer, tokens.
+    """Everything before the first step, from checked options and rows: processes, base model, LoRA, optimizer, data.
 
     Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
     """
@@ -304,7 +304,6 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
         model=model,
         wrapped=model if is_sharded else accelerator.prepare_model(model),
         tokenizer=tokenizer,
-        rows=rows,
         train_set=train_set,
         val_set=val_set,
         packed=packed,
@@ -407,8 +406,7 @@ def load_data(
     cache_dir = None if config.dry_run else config.token_cache
     with accelerator.main_process_first():
         datasets = load_datasets(rows, tokenizer, config, cache_dir)
-    if accelerator.is_main_process:
-        log_data_warnings(rows, datasets, config)
+    log_data_warnings(rows, datasets, config)
     return datasets
 
 
@@ -431,10 +429,10 @@ def describe_run(
         }
         for name, part, dataset in zip(("train", "validation"), rows, datasets)
     }
-    training = {}
-    for name, value in asdict(config).items():
-        is_absolute = isinstance(value, str) and Path(value).is_absolute()
-        training[name] = Path(value).name if is_absolute else value
+    training = asdict(config)
+    for name in ("train_csv", "val_csv", "model_name", "output_dir"):
+        if Path(training[name]).is_absolute():
+            training[name] = Path(training[name]).name
     packages = [
         name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)
     ]
