@@ -110,7 +110,7 @@ def train_step(run: "Run", step: int) -> dict:
     n_target_tokens = sum(example.n_target_tokens for example in examples)
     loss_sum = retry_on_oom(run, lambda: gradients(run, step, examples, n_target_tokens))
     if any(parameter.grad is None for parameter in run.parameters):
-        fix = "use other --target_modules, or leave out --use_4bit and --use_8bit"
+        fix = "use different --target_modules, or leave out --use_4bit and --use_8bit"
         raise RunError("some LoRA weights get no gradient", fix)
     # A sharded base has no DDP around it to average the gradients
     if accelerator.num_processes > 1 and run.wrapped is run.model:
@@ -244,11 +244,11 @@ def finish(run: "Run") -> None:
         write_atomic(run.output_dir / "loss_curve.png", image)
     kept = progress.epochs[progress.kept_epoch - 1]
     is_lowest = kept["val_loss"] == min(epoch["val_loss"] for epoch in progress.epochs)
-    which = "the lowest" if is_lowest else "the lowest with a complete checkpoint,"
+    among = "" if is_lowest else " among complete checkpoints"
     final_model = run.output_dir / "final_model"
     run.log("\nTraining completed!")
     run.log(
-        f"Saved final model to {final_model} (epoch {kept['epoch']}, {which} Val Loss: {kept['val_loss']:.4f})"
+        f"Saved final model to {final_model} (epoch {kept['epoch']}, the lowest Val Loss{among}: {kept['val_loss']:.4f})"
     )
     for advice in advise(progress.untrained_val_loss, progress.epochs, progress.skipped_steps):
         run.log(advice)
@@ -295,14 +295,14 @@ def dry_run(run: "Run") -> dict:
         "estimated_seconds": config.num_epochs * epoch_seconds + (config.num_epochs + 1) * val_seconds,
     }
     total = duration(measured["estimated_seconds"])
-    run.log("\nDry run: the data and the model can be used; nothing was written")
+    run.log("\nDry run passed: the data and the model can be used; nothing was written")
     run.log(
         f"  largest forward pass: {measured['largest_forward_pass_tokens']:,} tokens, "
         f"peak memory {measured['peak_memory_mb']:,.0f} MB"
     )
     run.log(f"  a typical step takes {step_seconds:.1f} s ({tokens_per_second:,.0f} tokens/s)")
     run.log(
-        f"  the whole run about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations"
+        f"  the whole run will take about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations"
     )
     return measured
 

@@ -101,7 +101,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(141)
     except Exception as error:
         if is_out_of_memory(error):
-            _exit_with(1, "out of memory", "use a smaller --batch_size, or --use_4bit")
+            _exit_with(1, "out of memory", "use a smaller batch size or model, or close other programs")
         if not isinstance(error, OSError) or error.errno is None:
             raise
         if error.filename is None and error.errno not in _OS_ERROR_FIXES:
@@ -156,9 +156,9 @@ def noted_signals() -> Iterator[list[int]]:
         last_heard = now
         noted.append(number)
         if len(noted) == 1:
-            log(
-                f"\n{signal.Signals(number).name}: finishing the current step, then saving; a second one stops at once"
-            )
+            name = signal.Signals(number).name
+            how = "press Ctrl-C again (or send SIGTERM) to stop immediately"
+            log(f"\n{name} received: stopping cleanly; {how}")
         elif number == signal.SIGINT and not is_echo:
             raise KeyboardInterrupt
         elif number == signal.SIGTERM and not is_echo:

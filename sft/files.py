@@ -68,7 +68,8 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
     if not path.parent.is_dir():
         raise InputError(f"{option_name} {path}: there is no folder {path.parent}", "create it first")
     if path.exists():
-        raise InputError(f"{option_name} {path} exists", "choose another name, or move it away")
+        fix = f"rename or move it, or choose another {option_name}"
+        raise InputError(f"{option_name} {path} exists", fix)
 
 
 def remove(paths: list[Path]) -> None:
@@ -131,7 +132,7 @@ def disk_full_as_input_error(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if is_disk_full(error):
-            fix = "free some space, then run the same command again (training: with --resume)"
+            fix = "free some space and run the same command again (training: with --resume, without --overwrite)"
             raise InputError(f"{path}: the disk is full; what was saved before is complete", fix) from None
         raise
 

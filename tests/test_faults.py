@@ -43,7 +43,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(configured, monkeypatch, tmp_pa
         return real_loss(model, batch) * (float("nan") if len(calls) == 4 and model.training else 1)
 
     monkeypatch.setattr(training, "summed_loss", loss)
-    with pytest.raises(RunError, match=r"step 4: loss nan.*ids t[\s\S]*learning_rate") as error:
+    with pytest.raises(
+        RunError, match=r"step 4: .*not finite \(loss nan.*ids: t[\s\S]*learning_rate"
+    ) as error:
         train(configured())
     assert "checkpoint_epoch_1" in str(error.value)
     assert all(

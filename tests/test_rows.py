@@ -55,7 +55,7 @@ def test_values_are_unchanged_text(tmp_path):
         ),
         (
             b"id,clinical_note,clinical_note,model_summary,label\n1,a,b,c,factual\n",
-            ["clinical_note", "twice"],
+            ["column clinical_note appears more than once"],
         ),
         (None, ["no such file"]),
     ],
@@ -188,7 +188,7 @@ def test_repairs_are_counted_in_one_line_per_kind(tmp_path, capfd):
         "1 repeated header row skipped",
         "2 blank rows skipped",
         "2 control characters (NUL and the like) dropped",
-        "4 labels in another spelling, read as factual or hallucinated",
+        "4 labels in a different spelling, read as factual or hallucinated",
     ]
 
 
@@ -237,12 +237,18 @@ def quotes_swallow(position: int) -> str:
         (b"\xd0\xcf\x11\xe0SECRET", ["Excel workbook"]),
         (gzip.compress(b"SECRET"), ["gzip", "unpack"]),
         (bytes(range(256)) * 9, ["binary"]),
-        (b"\0" * 999, ["empty"]),
+        (b"\0" * 999, ["empty", "add a header row: id, clinical_note, model_summary, label (hall"]),
         (b" \n \n", ["empty"]),
         (table(GOOD).encode("utf-16")[:-1], ["UTF-16"]),
-        ("SECRET,note\n", ["no column id", "2 columns, known: none"]),
+        (
+            "SECRET,note\n",
+            ["no column id", "2 columns, known: none", "must name id, clinical_note, model_summary, label"],
+        ),
         ("1,SECRET,SECRET,label,\n", ["no column id", "5 columns, known: label"]),
-        (table(header=["ID", "id", "clinical_note", "model_summary", "label"]), ["id appears twice"]),
+        (
+            table(header=["ID", "id", "clinical_note", "model_summary", "label"]),
+            ["column id appears more than once"],
+        ),
         (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["row 2 (id 7)", "label"]),
         (table([("\u200b", "SECRET", "SECRET", "factual", "")]), ["row 2 (id empty)", "id is empty"]),
         (table([("7", " \u200b\t", "SECRET\0", "factual", "")]), ["row 2 (id 7)", "clinical_note is empty"]),
@@ -256,7 +262,7 @@ def quotes_swallow(position: int) -> str:
         (quotes_swallow(38), ["row 39,", "line 39", "quotes"]),
         (
             'id,clinical_note,model_summary,label\n7,"SECRET\n8,SECRET,SECRET,factual\n9,SECRET",SECRET,factual\n',
-            ["row 2 (id 7)", "other rows"],
+            ["row 2 (id 7)", "contains other rows"],
         ),
     ],
 )

@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
-from sft.cli import InputError, is_disk_full, log, on_main_process, preview_list
+from sft.cli import InputError, is_disk_full, log, on_main_process, plural, preview_list
 from sft.files import (
     ROOT,
     check_format_version,
@@ -41,6 +41,8 @@ from sft.model.base import (
 )
 from sft.model.kernels import FastDropout, Int8Linear, convert_linear, replace_linear_layers
 from sft.options import BUNDLED_MODEL
+
+_FIX_BASE_MODEL = "pass --base_model with the model this adapter was trained on (a folder or Hub id)"
 
 # ------------------------------------------------------------------------------------------------ on the model
 
@@ -231,7 +233,7 @@ def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = 
             saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # safetensors raises a type of its own
         problem = f"{file}: not a readable safetensors file: {first_line(error)}"
-        raise InputError(problem, "restore it or train again") from None
+        raise InputError(problem, "restore it from a backup, or train again") from None
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _check_weights(file, saved, expected, may_be_zero)
     with torch.no_grad():
@@ -240,20 +242,21 @@ def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = 
 
 
 def _check_weights(file: Path, saved: dict, expected: dict, may_be_zero: bool) -> None:
-    fix = "restore it or train again"
+    fix = "restore it from a backup, or train again"
     missing = sorted(expected.keys() - saved.keys())
     if missing:
         problem = f"{file}: lacks {len(missing)} of the {len(expected)} weights its configuration names"
         raise InputError(f"{problem}, the first {missing[0]}", fix)
     extra = sorted(saved.keys() - expected.keys())
     if extra:
-        problem = f"{file}: holds {len(extra)} weights that do not belong, the first {extra[0]}"
+        problem = f"{file}: holds {plural(len(extra), 'unexpected weight')}, the first {extra[0]}"
         raise InputError(problem, fix)
     for key, tensor in expected.items():
         found = tuple(saved[key].shape)
         if found != tuple(tensor.shape):
             problem = f"{file}: {key} has shape {found}, not {tuple(tensor.shape)}"
-            raise InputError(problem, "is this its base model?")
+            fix = "check that the base model is the one this adapter was trained on (--base_model)"
+            raise InputError(problem, fix)
     if not may_be_zero and not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
         raise InputError(f"{file}: all weights are zero, so the adapter does nothing", fix)
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
@@ -275,9 +278,9 @@ def load_specialist(
     check_format_version(folder, sft_config)
     base_folder = _find_base_model(sft_config, adapter_config, base_model)
     recorded = sft_config.get("sha256", {}).get("base_weights")
-    fix = "give the right one with --base_model"
+    fix = _FIX_BASE_MODEL
     if recorded and base_weights_sha256(base_folder) != recorded:
-        problem = f"{folder}: the base model in {base_folder.name} has other weights than the one this adapter was trained on"
+        problem = f"{folder}: the base model in {base_folder.name} does not have the weights this adapter was trained on"
         raise InputError(problem, fix)
     _check_recorded(folder, sft_config, "tokenizer", "tokenizer.json")
     tokenizer = load_tokenizer(folder)
@@ -301,23 +304,23 @@ def _check_recorded(folder: Path, sft_config: dict, name: str, file: str) -> Non
     intact = not recorded or ((folder / file).is_file() and sha256(folder / file) == recorded)
     if not intact:
         problem = f"{folder}: {file} is not the file that training wrote (SHA-256 differs)"
-        raise InputError(problem, "restore it or train again")
+        raise InputError(problem, "restore it from a backup, or train again")
 
 
 def _find_base_model(sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:
     """The folder of an adapter's base model: `base_model` if given, else as the adapter names it."""
     try:
         if base_model is not None:
-            return resolve_model(base_model)
+            return resolve_model(base_model, _FIX_BASE_MODEL)
         name = adapter_config["base_model_name_or_path"]
         if name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
             return bundled_model()
         if (ROOT / name).is_dir() or sft_config.get("base_model_is_local"):
-            return resolve_model(str(ROOT / name))  # never looked up on the Hub
-        return resolve_model(name)
+            return resolve_model(str(ROOT / name), _FIX_BASE_MODEL)  # never looked up on the Hub
+        return resolve_model(name, _FIX_BASE_MODEL)
     except InputError as error:
-        problem = f"the adapter's base model: {error.problem}"
-        raise InputError(problem, f"{error.fix}; or --base_model FOLDER") from None
+        problem = f"the adapter's base model is not available: {error.problem}"
+        raise InputError(problem, error.fix) from None
 
 
 # ------------------------------------------------------------------------------------------------ merging

@@ -399,7 +399,7 @@ def enable_packing(model, max_length: int) -> tuple[bool, str]:
         return True, ""
     device = base.get_input_embeddings().weight.device
     if device.type == "mps":
-        return False, "packed rows have not been measured on Apple GPUs"
+        return False, "packed rows have not been tested on Apple GPUs"
     was_training = base.training
     problems = []
     fits = False

@@ -68,21 +68,21 @@ def check_output_dir(config: TrainConfig) -> Path | None:
     """The checkpoint to resume from, if any. Raises InputError if the run may not write to its output folder."""
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file", "name a folder")
+        raise InputError(f"--output_dir {output_dir} is a file", "specify a folder with --output_dir")
     if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite together", "choose one")
+        raise InputError("--resume cannot be combined with --overwrite", "choose one")
     if config.resume:
         return newest_checkpoint(config)
     if config.overwrite:
         return None
     if run_files(output_dir):
-        fix = "use --resume to continue it, --overwrite to replace it, or --output_dir for another folder"
+        fix = "use --resume to continue it, --overwrite to replace it, or choose another --output_dir"
         raise InputError(f"{output_dir} holds an earlier run", fix)
     others = [
         path for path in output_dir.glob("*") if not path.name.startswith(".") and path != config.token_cache
     ]
     if others:
-        fix = "name another, or use --overwrite: files that are not from a run stay"
+        fix = "choose another --output_dir, or use --overwrite (files not written by a run are kept)"
         raise InputError(f"--output_dir {output_dir} is not empty", fix)
     return None
 
@@ -107,10 +107,10 @@ def newest_checkpoint(config: TrainConfig) -> Path | None:
     if complete:
         return max(complete, key=_position)
     if n_incomplete:
-        fix = "restore one, or use --overwrite to start again"
+        fix = "restore one, or replace --resume with --overwrite to start over"
         raise InputError(f"--resume: {output_dir} holds no complete checkpoint", fix)
     if not _is_our_metrics(output_dir / "metrics.jsonl") and not config.token_cache.is_dir():
-        fix = "leave out --resume to start a new run, or name the run's --output_dir"
+        fix = "leave out --resume to start a new run, or pass the run's folder with --output_dir"
         raise InputError(f"--resume: {output_dir} holds no checkpoint", fix)
     return None
 
@@ -259,8 +259,8 @@ def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
     changed = [name for name, value in run.fingerprint.items() if was[name] != value]
     if changed:
         differences = ", ".join(f"{name} was {was[name]}, is {run.fingerprint[name]}" for name in changed)
-        fix = "use the same options, or --overwrite to start again"
-        raise InputError(f"--resume: {folder} belongs to a run with other options: {differences}", fix)
+        fix = "use the same options, data and base model, or replace --resume with --overwrite to start over"
+        raise InputError(f"--resume: {folder} was written with different options or data: {differences}", fix)
 
 
 def truncate_metrics(file: Path, step: int) -> None:

@@ -21,7 +21,8 @@ def check_inputs(config: TrainConfig) -> tuple[tuple[list[Row], list[Row]], Path
 def check_options(config: TrainConfig) -> None:
     """Raises InputError for options that exclude each other, or that this environment cannot serve."""
     if config.report_to != "none" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise InputError("--report_to tensorboard: the package is not installed", "pip install tensorboardX")
+        problem = "--report_to tensorboard: tensorboardX is not installed"
+        raise InputError(problem, "run: pip install tensorboardX")
     if quantization_of(config.use_8bit, config.use_4bit) and config.shard_base:
         raise InputError("--shard_base cannot be combined with --use_8bit or --use_4bit", "choose one")
     # accelerate sets these for a configuration that would take over division, clipping and optimizer of the loop

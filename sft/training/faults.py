@@ -28,7 +28,7 @@ def stop_if_asked(run: "Run") -> None:
         folder = save_checkpoint(run, f"checkpoint_step_{step}")
         message += f"; saved to {folder}"
     raise Stopped(
-        number, f"{message}\nRun the same command with --resume (and without --overwrite) to continue"
+        number, f"{message}\nrun the same command with --resume to continue (and without --overwrite)"
     )
 
 
@@ -70,7 +70,8 @@ def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples:
         run.progress.skipped_steps += 1
         return
     ids = preview_list((safe_id(example.row_id) for example in examples), 16)
-    problem = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; its rows have the ids {ids}"
+    values = f"(loss {loss}, gradient norm {grad_norm})"
+    problem = f"step {step + 1}: the loss or gradient is not finite {values}; row ids: {ids}"
     raise RunError(problem, advice_for_faults(run))
 
 

@@ -124,8 +124,8 @@ A LoRA adapter (r={config["lora_r"]}, alpha={config["lora_alpha"]:g}, on {", ".j
 Losses are cross-entropy in nats per summary token. `sft_config.json` holds the prompt, the whole configuration and
 SHA-256 checksums of data and base weights.
 
-**Limits.** It can still state what a note does not say. Every summary needs a clinician's reading beside the note. The
-weights may hold traces of the notes they were trained on: treat this folder as patient data.
+**Limits.** The model can still state things the note does not say. A clinician must check every summary against its
+note. The weights may hold traces of the notes they were trained on: treat this folder as patient data.
 
     python sft_inference.py --model_path THIS_FOLDER --clinical_note "..."
 """

@@ -351,7 +351,7 @@ def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
         dtype = str(placement.dtype).removeprefix("torch.")
         log(f"Device: {accelerator.device}, {dtype} ({placement.why})")
         if config.shard_base and accelerator.num_processes == 1:
-            log("note: --shard_base has no effect with a single process")
+            log("info: --shard_base has no effect with a single process")
     return accelerator
 
 
@@ -388,7 +388,7 @@ def build_model(
         use_frozen_kernels(model)
     packed, reason = enable_packing(model, config.max_length)
     if not packed and accelerator.is_main_process:
-        log(f"note: padded batches, since this model takes no packed rows: {reason}")
+        log(f"info: this model does not support packed rows, so batches are padded: {reason}")
     if config.gradient_checkpointing:
         set_gradient_checkpointing(model, True)
     return model.train(), packed
