@@ -1,4 +1,4 @@
-"""Checks training data and reports on it: counts, token lengths, what will be shortened or refused.
+"""Checks training data and reports on it: counts, token lengths, what will be shortened or left out.
 
     python sft_dataset.py                       # check the bundled data and report on it
     python sft_dataset.py --train_csv my.csv    # check your own
@@ -37,7 +37,8 @@ def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) ->
     )
     n_shortened = plural(len(dataset.shortened), "note")
     n_refused = plural(len(dataset.refused), "row")
-    n_repeated = plural(len(repeated_rows(rows)), "repeated row")
+    n_repeated = len(repeated_rows(rows))
+    repeat = "repeats" if n_repeated == 1 else "repeat"
     lines = [
         str(path),
         f"  rows            {len(rows):>6,}",
@@ -46,7 +47,8 @@ def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) ->
         *(f"    {name:<24} {count:>4,}" for name, count in types.most_common()),
         "  tokens                    median   95th percentile   longest",
         *_length_lines(dataset),
-        f"  {n_shortened} shortened, {n_refused} refused at --max_length {dataset.max_length}; {n_repeated}",
+        f"  {n_shortened} shortened, {n_refused} left out at --max_length {dataset.max_length}",
+        f"  {plural(n_repeated, 'row')} {repeat} the id, or the note and summary, of an earlier row",
     ]
     return "\n".join(lines)
 
@@ -115,7 +117,7 @@ def export_preferences(path: Path, rows: Sequence[Row], template: PromptTemplate
 
 def main() -> None:
     description = (
-        "Checks training data and reports on it: counts, token lengths, what will be shortened or refused."
+        "Checks training data and reports on it: counts, token lengths, what will be shortened or left out."
     )
     config = parse_options(ReportConfig, description)
     check_new_file("--export_preferences", config.export_preferences)
@@ -128,8 +130,9 @@ def main() -> None:
     for path, part, dataset in zip((config.train_csv, config.val_csv), rows, datasets):
         print(describe_rows(path, part, dataset) + "\n")
     log_data_warnings(rows, datasets, config)
-    n_leaked = plural(len(leaked_rows(*rows)), "validation row")
-    print(f"{n_leaked} with a note that is in the training rows too.")
+    n_leaked = len(leaked_rows(*rows))
+    share = "shares" if n_leaked == 1 else "share"
+    print(f"{plural(n_leaked, 'validation row')} {share} a note with the training rows.")
     numbered = "numbered" if template.number_sentences else "not numbered"
     print(f"The note's sentences are {numbered} in the prompt.")
     if is_bundled(config.train_csv):

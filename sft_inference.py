@@ -35,7 +35,7 @@ from sft.options import (
     quantization_of,
 )
 
-# ------------------------------------------------------------------------------------------------ the adapter folder
+# ------------------------------------------------------------------------------- the adapter folder
 
 
 def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
@@ -43,23 +43,23 @@ def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
     this toolkit."""
     folder = Path(model_path)
     if not folder.is_dir():
-        fix = "train first (python stage_a_sft_training.py), or name an adapter folder"
+        fix = "train first (python stage_a_sft_training.py), or pass an adapter folder with --model_path"
         raise InputError(f"--model_path {folder}: no such folder", fix)
     if not (folder / "adapter_config.json").is_file():
         inside = sorted(folder.glob("*/adapter_config.json"), reverse=True)
         fix = f"use {inside[0].parent if inside else 'a final_model folder'}"
         raise InputError(f"--model_path {folder}: no adapter here (no adapter_config.json)", fix)
     if not (folder / "adapter_model.safetensors").is_file():
-        has_pickle = (folder / "adapter_model.bin").is_file()
-        pickle = " but a pickle file, which is not loaded here" if has_pickle else ""
-        problem = f"--model_path {folder}: no adapter_model.safetensors{pickle}"
-        raise InputError(problem, "restore it or train again")
+        fix = "restore it from a backup, or train again"
+        if (folder / "adapter_model.bin").is_file():
+            fix = "use a safetensors version of this adapter (pickle files are not loaded, for security)"
+        raise InputError(f"--model_path {folder}: no adapter_model.safetensors", fix)
     sft_config = _read_config(folder, "sft_config.json")
     adapter_config = _read_config(folder, "adapter_config.json")
     check_format_version(folder, sft_config)
     if not _is_complete(sft_config, adapter_config):
         problem = f"--model_path {folder}: its configuration lacks the prompt, base model or checksums"
-        raise InputError(problem, "restore it or train again")
+        raise InputError(problem, "restore it from a backup, or train again")
     return folder, sft_config, adapter_config
 
 
@@ -72,7 +72,8 @@ def _read_config(folder: Path, name: str) -> dict:
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise InputError(f"--model_path {folder}: {name} is not valid JSON", "restore it or train again")
+        fix = "restore it from a backup, or train again"
+        raise InputError(f"--model_path {folder}: {name} is not valid JSON", fix)
     return config
 
 
@@ -86,17 +87,16 @@ def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------ the specialist
+# ------------------------------------------------------------------------------- the specialist
 
 
 class SFTInference:
     """A trained adapter on its base model, ready to summarize. Threads that share one take turns.
 
-    With `merge` (the default) the adapter is merged into a float32 base, whose weights are packed for speed on
-    a CPU, or into 8-bit weights there (`use_8bit`); without it, and for other bases, `model` is the PeftModel
-    as it was loaded. `max_length` limits
-    the tokens of prompt and summary together (None: the model's context window). Raises InputError if the
-    folder, the base model or the device cannot be used."""
+    With `merge` (the default) the adapter is merged into a float32 base, whose weights are packed for speed
+    on a CPU, or into 8-bit weights there (`use_8bit`); without it, and for other bases, `model` is the
+    PeftModel as it was loaded. `max_length` limits the tokens of prompt and summary together (None: the
+    model's context window). Raises InputError if the folder, the base model or the device cannot be used."""
 
     def __init__(
         self,
@@ -176,7 +176,7 @@ class SFTInference:
         fits, reason = enable_kv_cache(self._base)
         self.decoder = decode if fits else decode_with_generate
         if not fits:
-            log(f"note: writing through transformers' generate, more slowly than the decoding loop: {reason}")
+            log(f"info: using transformers' generate(), which is slower than the built-in decoder: {reason}")
 
     def generate_summary(
         self,
@@ -196,18 +196,18 @@ class SFTInference:
         are true); `warnings` (list of str); `n_prompt_tokens`; `n_new_tokens` (with the end token);
         `finish_reason` ("stop", or "length" if max_new_tokens cut it).
 
-        Raises InputError for an empty note, RunError if memory does not suffice.
+        Raises InputError for an empty note, RunError if memory runs out.
         """
         problem = note_problem(clinical_note)
         if problem:
-            raise InputError(problem, "give a note with text")
+            raise InputError(problem, "pass a note with text")
         on_text_of = (lambda _, text: on_text(text)) if on_text else None
         results = self.summarize(
             {0: clinical_note}, max_new_tokens, temperature, batch_size=1, seed=seed, on_text=on_text_of
         )
         result = dict(results)[0]
         if "error" in result:
-            raise RunError(result["error"], "lower --max_length, or use a smaller model or --use_4bit")
+            raise RunError(result["error"], "lower --max_length or use --use_4bit")
         return result
 
     def generate_batch(
@@ -221,8 +221,8 @@ class SFTInference:
     ) -> list[dict]:
         """The results of many notes, in their order: those of `summarize` for notes numbered from 0."""
         if isinstance(clinical_notes, str):
-            fix = "give a list of notes, or call generate_summary"
-            raise InputError("clinical_notes is one text", fix)
+            fix = "pass a list of notes, or call generate_summary"
+            raise InputError("clinical_notes is a single string", fix)
         notes = dict(enumerate(clinical_notes))
         results = dict(self.summarize(notes, max_new_tokens, temperature, batch_size=batch_size, seed=seed))
         return [results[number] for number in notes]
@@ -250,10 +250,10 @@ class SFTInference:
         iterating. Raises InputError for settings that fit no note, RunError if the model fails for another
         reason than memory."""
         if batch_size < 1:
-            raise InputError(f"batch_size {batch_size}", "give 1 or more")
+            raise InputError(f"batch_size must be 1 or more, not {batch_size}")
         if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-            problem = "max_new_tokens must be 1 or more, temperature 0 or more"
-            raise InputError(problem, "see the guide, section 7")
+            problem = "max_new_tokens must be 1 or more; temperature must be a finite number, 0 or more"
+            raise InputError(problem)
         from sft.inference.decoding import decode_within_memory
 
         # The tokenizer cannot be shared between threads either
@@ -279,7 +279,7 @@ class SFTInference:
             )
             for number, sequence in sequences:
                 if sequence is None:
-                    yield number, failure("too little memory for this note")
+                    yield number, failure("out of memory on this note")
                 else:
                     yield number, self._result(texts[number], sequence, warnings[number])
 
@@ -288,7 +288,9 @@ class SFTInference:
         limit = self.window - max_new_tokens - self.encoder.n_template_tokens
         if limit < 1:
             problem = f"--max_new_tokens {max_new_tokens} leaves no room for a note"
-            raise InputError(f"{problem}: the limit is {self.window} tokens", "lower it")
+            limits = f"prompt and summary together may have at most {self.window} tokens"
+            fix = "lower --max_new_tokens, or raise --max_length if you set it"
+            raise InputError(f"{problem}: {limits}", fix)
         return limit
 
     def prompt_ids(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
@@ -320,24 +322,25 @@ class SFTInference:
         return make_result(note, summary, sequence, prompt_warnings)
 
 
-# ------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------- command line
 
 
 def check_files(config: InferenceConfig) -> Notes | None:
     """The notes of input_file, once it is clear that they can be read and their summaries written. Raises
     InputError for options that contradict each other."""
     if config.clinical_note is not None and config.input_file:
-        raise InputError("--clinical_note and --input_file together", "choose one")
+        raise InputError("--clinical_note cannot be combined with --input_file", "choose one")
     if config.output_file and not config.input_file:
-        fix = "name the file with the notes; one note's summary goes to standard output"
-        raise InputError("--output_file without --input_file", fix)
+        fix = "add --input_file with the notes; one note's summary goes to standard output"
+        raise InputError("--output_file requires --input_file", fix)
     if config.merge_to and (config.clinical_note is not None or config.input_file):
-        raise InputError("--merge_to together with notes", "merge first, then summarize")
+        problem = "--merge_to cannot be combined with --clinical_note or --input_file"
+        raise InputError(problem, "merge first, then summarize")
     if config.resume and not config.output_file:
-        raise InputError("--resume without --output_file", "name the file to resume")
+        raise InputError("--resume requires --output_file", "specify the file to continue with --output_file")
     if processes()[1] > 1 and not config.output_file:
-        fix = "they share the notes of an --input_file and join their --output_file"
-        raise InputError("several processes, but no --output_file", fix)
+        problem = "running several processes requires --input_file and --output_file"
+        raise InputError(problem, "add both, or start one process")
     check_new_file("--merge_to", config.merge_to)
     if not config.input_file:
         return None
@@ -410,7 +413,10 @@ def load_inference(config: InferenceConfig) -> SFTInference:
 
 
 def main() -> None:
-    description = "Summarizes clinical notes with a trained adapter: one note, a file, or interactively."
+    description = (
+        "Summarizes clinical notes with a trained adapter: one note, a file, or interactively. "
+        "With neither --clinical_note nor --input_file, starts an interactive session."
+    )
     config = parse_options(InferenceConfig, description)
     notes = check_files(config)
     sft_config = read_adapter_folder(config.model_path)[1]
@@ -423,7 +429,7 @@ def main() -> None:
     if config.clinical_note == "-":
         config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
     if config.clinical_note is not None and note_problem(config.clinical_note):
-        raise InputError("--clinical_note is empty", "give a note with text")
+        raise InputError("--clinical_note is empty", "pass a note with text")
     inference = load_inference(config)
     if config.merge_to:
         from sft.model.adapter import save_merged

@@ -1,13 +1,14 @@
 """Stage A: trains a LoRA adapter on the factual rows of a CSV, with a loop written out by hand.
 
     python stage_a_sft_training.py                                  # bundled model, bundled data
-    python stage_a_sft_training.py --train_csv my_train.csv --val_csv my_val.csv --model_name meta-llama/Llama-2-7b-hf
+    python stage_a_sft_training.py --train_csv my_train.csv --val_csv my_val.csv --model_name FOLDER_OR_HUB_ID
 
-What happens at a step depends on the seed and the step alone (order of rows, dropout, learning rate), so a resumed run
-is the run that was never interrupted. sft/training/ holds what surrounds the loop: the run and its plan (run.py), the
-output folder (checkpoint.py), interruptions (faults.py), what people are told (report.py).
+What happens at a step depends on the seed and the step alone (order of rows, dropout, learning rate), so a
+resumed run is the run that was never interrupted. sft/training/ holds what surrounds the loop: the run and
+its plan (run.py), the output folder (checkpoint.py), interruptions (faults.py), what is reported
+(report.py).
 
-torch is imported inside the functions: `--help` and wrong options are answered at once.
+torch is imported inside the functions: so that `--help` and wrong options respond immediately.
 """
 
 import contextlib
@@ -33,11 +34,12 @@ if TYPE_CHECKING:
     from sft.training.run import Run
 
 
-# ------------------------------------------------------------------------------------------------ pure functions
+# ------------------------------------------------------------------------------- pure functions
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The learning rate of `step` (0-based): linear warmup, then cosine, linear or no decay (to 0 after the last)."""
+    """The learning rate of `step` (0-based): linear warmup, then cosine, linear or no decay (to 0 after the
+    last)."""
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
@@ -71,7 +73,7 @@ def summed_loss(model: "torch.nn.Module", batch: Batch) -> "torch.Tensor":
     return SummedCrossEntropy.apply(logits, batch.targets)
 
 
-# ------------------------------------------------------------------------------------------------ one step
+# ------------------------------------------------------------------------------- one step
 
 
 def gradients(run: "Run", step: int, examples: list[Example], n_target_tokens: int) -> "torch.Tensor":
@@ -108,7 +110,7 @@ def train_step(run: "Run", step: int) -> dict:
     n_target_tokens = sum(example.n_target_tokens for example in examples)
     loss_sum = retry_on_oom(run, lambda: gradients(run, step, examples, n_target_tokens))
     if any(parameter.grad is None for parameter in run.parameters):
-        fix = "use other --target_modules, or leave out --use_4bit and --use_8bit"
+        fix = "use different --target_modules, or leave out --use_4bit and --use_8bit"
         raise RunError("some LoRA weights get no gradient", fix)
     # A sharded base has no DDP around it to average the gradients
     if accelerator.num_processes > 1 and run.wrapped is run.model:
@@ -137,8 +139,8 @@ def train_step(run: "Run", step: int) -> dict:
 
 
 def evaluate(run: "Run", examples: Sequence[Example]) -> float:
-    """Validation loss: cross-entropy in nats per target token over all `examples`, whatever the batch size and the
-    number of processes."""
+    """Validation loss: cross-entropy in nats per target token over all `examples`, whatever the batch size
+    and the number of processes."""
     import torch
 
     accelerator = run.accelerator
@@ -162,15 +164,14 @@ def evaluate(run: "Run", examples: Sequence[Example]) -> float:
     return loss
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ------------------------------------------------------------------------------- the loop
 
 
 def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = None) -> dict:
     """A whole run; returns what training_stats.json holds (with dry_run, what `dry_run` measured).
 
-    `on_step(run, metrics)` is called after each step. Raises InputError for what the user can fix, RunError if the run
-    cannot continue, Stopped after SIGTERM, SIGHUP or Ctrl-C.
-    """
+    `on_step(run, metrics)` is called after each step. Raises InputError for what the user can fix, RunError
+    if the run cannot continue, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
     # Checked before the slow imports: options, output folder, rows
     rows, checkpoint = check_inputs(config)
     from sft.training.run import set_up
@@ -242,11 +243,11 @@ def finish(run: "Run") -> None:
         write_atomic(run.output_dir / "loss_curve.png", image)
     kept = progress.epochs[progress.kept_epoch - 1]
     is_lowest = kept["val_loss"] == best_epoch(progress.epochs)["val_loss"]
-    which = "the lowest" if is_lowest else "the lowest with a complete checkpoint,"
+    among = "" if is_lowest else " among complete checkpoints"
     final_model = run.output_dir / "final_model"
     run.log("\nTraining completed!")
     run.log(
-        f"Saved final model to {final_model} (epoch {kept['epoch']}, {which} Val Loss: {kept['val_loss']:.4f})"
+        f"Saved final model to {final_model} (epoch {kept['epoch']}, the lowest Val Loss{among}: {kept['val_loss']:.4f})"
     )
     for advice in advise(progress.untrained_val_loss, progress.epochs, progress.skipped_steps):
         run.log(advice)
@@ -255,8 +256,9 @@ def finish(run: "Run") -> None:
 
 
 def dry_run(run: "Run") -> dict:
-    """Does the step with the largest forward pass, then a typical one and a validation, and says what the whole run would
-    take. The weights it changes are thrown away; nothing is written. Returns the numbers it says."""
+    """Does the step with the largest forward pass, then a typical one and a validation, and says what the
+    whole run would take. The weights it changes are thrown away; nothing is written. Returns the numbers it
+    says."""
     config = run.config
     train_examples = run.train_set.examples
     val_examples = run.val_set.examples
@@ -293,14 +295,14 @@ def dry_run(run: "Run") -> dict:
         "estimated_seconds": config.num_epochs * epoch_seconds + (config.num_epochs + 1) * val_seconds,
     }
     total = duration(measured["estimated_seconds"])
-    run.log("\nDry run: the data and the model can be used; nothing was written")
+    run.log("\nDry run passed: the data and the model can be used; nothing was written")
     run.log(
         f"  largest forward pass: {measured['largest_forward_pass_tokens']:,} tokens, "
         f"peak memory {measured['peak_memory_mb']:,.0f} MB"
     )
     run.log(f"  a typical step takes {step_seconds:.1f} s ({tokens_per_second:,.0f} tokens/s)")
     run.log(
-        f"  the whole run about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations"
+        f"  the whole run will take about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations"
     )
     return measured
 

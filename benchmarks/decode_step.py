@@ -1,10 +1,11 @@
-"""How long does one step of the decoding loop take in float32, bfloat16 and 8 bit, for a model larger than the bundled one?
+"""How long does one step of the decoding loop take in float32, bfloat16 and 8 bit, for a model larger than
+the bundled one?
 
     python benchmarks/decode_step.py [--hidden_size 2048 --layers 8 --rounds 2]
 
-A Llama with random weights (the shape of TinyLlama-1.1B, whose 22 layers would only take longer), prompts of 150 random
-tokens. The precisions take turns in one process; prints the best of the rounds, and each one's fraction of float32's time.
-"""
+A Llama with random weights (the shape of TinyLlama-1.1B, whose 22 layers would only take longer), prompts of
+150 random tokens. The precisions take turns in one process; prints the best of the rounds, and each one's
+fraction of float32's time."""
 
 import argparse
 import random

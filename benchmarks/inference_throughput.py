@@ -1,10 +1,10 @@
 """How fast are summaries written, compared with the same model in other programs, on real notes?
 
     python benchmarks/inference_throughput.py [--model_path FOLDER] [--mts 32] [--aci 4] [--rounds 2]
-    python benchmarks/inference_throughput.py --llama_cpp FOLDER   # where `npm install node-llama-cpp` has been run
+    python benchmarks/inference_throughput.py --llama_cpp FOLDER   # with `npm install node-llama-cpp` run there
 
-Needs ../shared/data (see docs). Peers, in turn, each in a process of its own, on the same prompts with the same stop
-tokens:
+Needs ../shared/data (see docs). Peers, in turn, each in a process of its own, on the same prompts with the
+same stop tokens:
 
   toolkit       SFTInference.generate_batch, as --input_file does;
                 toolkit-bfloat16 and toolkit-int8 with --dtype bfloat16, --use_8bit

@@ -2,10 +2,10 @@
 
     python benchmarks/kill_training.py --kills 100
 
-Half of the kills are aimed at a moment when a checkpoint is being written. A killed run is resumed until it ends; a
-third of the resumed runs are killed again. Every final adapter and metrics.jsonl must equal the uninterrupted run's to
-the byte. The model is a small random one with the bundled model's tokenizer; a run of it takes seconds.
-"""
+Half of the kills are aimed at a moment when a checkpoint is being written. A killed run is resumed until it
+ends; a third of the resumed runs are killed again. Every final adapter and metrics.jsonl must equal the
+uninterrupted run's to the byte. The model is a small random one with the bundled model's tokenizer; a run of
+it takes seconds."""
 
 import argparse
 import csv
@@ -86,7 +86,8 @@ def is_saving(output_dir: Path) -> bool:
 
 
 def kill_at_random(child: int, output_dir: Path, seconds: float, dice: random.Random) -> bool:
-    """Kills `child` at a moment of up to `seconds` from now, or at its first save after it; False if it ended before."""
+    """Kills `child` at a moment of up to `seconds` from now, or at its first save after it; False if it ended
+    before."""
     moment, aimed = time.monotonic() + dice.uniform(0, seconds), dice.random() < 0.5
     while time.monotonic() < moment or (aimed and not is_saving(output_dir)):
         if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):

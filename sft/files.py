@@ -15,10 +15,10 @@ ROOT = (
     Path(__file__).resolve().parent.parent
 )  # the repository: the bundled model and adapters' base paths start here
 
-# The version of adapter folders and checkpoints, in their sft_config.json. What a newer version adds has a stated default
-# where an older folder is read:
+# The version of adapter folders and checkpoints, in their sft_config.json. What a newer version adds has a
+# stated default where an older folder is read:
 #   1  as written by 18a780b
-#   2  training_state.pt: "fingerprint", before "identity"
+#   2  training_state.pt: "fingerprint", before "identity"; "skipped_steps", before "skipped_updates"
 FORMAT_VERSION = 2
 
 
@@ -31,7 +31,8 @@ def check_format_version(folder: Path, sft_config: dict) -> None:
 
 
 def make_private_dir(path: Path) -> Path:
-    """Creates `path`; what is new of it only the user may read: adapters and summaries count as patient data."""
+    """Creates `path`; what is new of it only the user may read: adapters and summaries count as patient
+    data."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -40,7 +41,8 @@ def make_private_dir(path: Path) -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: to a temporary file, fsync, rename. Only the user may read it."""
+    """Writes a file that appears whole or not at all: to a temporary file, fsync, rename. Only the user may
+    read it."""
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -59,7 +61,8 @@ def write_json(path: Path, value) -> None:
 
 
 def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[str, ...] = ()) -> None:
-    """Raises InputError unless a new file (or folder) can be created at `path`; nothing that exists is overwritten."""
+    """Raises InputError unless a new file (or folder) can be created at `path`; nothing that exists is
+    overwritten."""
     if path is None:
         return
     path = Path(path)
@@ -68,7 +71,8 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
     if not path.parent.is_dir():
         raise InputError(f"{option_name} {path}: there is no folder {path.parent}", "create it first")
     if path.exists():
-        raise InputError(f"{option_name} {path} exists", "choose another name, or move it away")
+        fix = f"rename or move it, or choose another {option_name}"
+        raise InputError(f"{option_name} {path} exists", fix)
 
 
 def remove(paths: list[Path]) -> None:
@@ -80,7 +84,7 @@ def remove(paths: list[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------ folders
+# ------------------------------------------------------------------------------- folders
 
 
 def sync_dir(folder: Path, *, with_files: bool = True) -> None:
@@ -98,8 +102,8 @@ def sync_dir(folder: Path, *, with_files: bool = True) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a private temporary folder to fill; on success it takes the place of `folder`, which appears whole or not
-    at all. Raises InputError if the disk is full."""
+    """Yields a private temporary folder to fill; on success it takes the place of `folder`, which appears
+    whole or not at all. Raises InputError if the disk is full."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     remove([temporary])
     make_private_dir(temporary)
@@ -131,12 +135,12 @@ def disk_full_as_input_error(path: Path) -> Iterator[None]:
         yield
     except Exception as error:
         if is_disk_full(error):
-            fix = "free some space, then run the same command again (training: with --resume)"
+            fix = "free some space and run the same command again (training: with --resume, without --overwrite)"
             raise InputError(f"{path}: the disk is full; what was saved before is complete", fix) from None
         raise
 
 
-# ------------------------------------------------------------------------------------------------ checksums
+# ------------------------------------------------------------------------------- checksums
 
 
 def sha256(path: Path) -> str:

@@ -1,4 +1,5 @@
-"""Command-line options. Each is declared once, as a dataclass field that is parser, help text and saved configuration.
+"""Command-line options. Each is declared once, as a dataclass field that is parser, help text and saved
+configuration.
 
 Options that several scripts share are declared in groups that the scripts' configurations inherit.
 """
@@ -26,19 +27,18 @@ NOTES = "notes"
 MODEL = "model"
 TRAINING = "training"
 LORA = "LoRA"
-WRITING = "writing"
+GENERATION = "generation"
 MACHINE = "machine"
 RUN = "run"
-_GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, WRITING, MACHINE, RUN)
+_GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN)
 
 
 def option(default, help: str, *, group: str, may_change: bool = False, **argparse_arguments):
     """A dataclass field that is also a command-line option.
 
-    `may_change`: --resume accepts another value. Either the steps already done do not depend on it, or something else
-    in the fingerprint stands for it: the SHA-256 of data and base weights, the dtype that is used in the end. An
-    option that older runs did not have counts as having had its default.
-    """
+    `may_change`: --resume accepts another value. Either the steps already done do not depend on it, or
+    something else in the fingerprint stands for it: the SHA-256 of data and base weights, the dtype that is
+    used in the end. An option that older runs did not have counts as having had its default."""
     metadata = {"help": help, "group": group, "may_change": may_change, "argparse": argparse_arguments}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -59,27 +59,33 @@ def number(kind: type, low: float, high: float = float("inf"), *, above_low: boo
         if abs(value) == float("inf") or too_low or not value <= high:
             bounds = f"{'above' if above_low else 'at least'} {low}"
             if high != float("inf"):
-                bounds += f" and at most {high}"
+                bounds = f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
 
     return parse
 
 
-# ------------------------------------------------------------------------------------------------ shared groups
+# ------------------------------------------------------------------------------- shared groups
 
 
 @dataclass
 class DataOptions:
     train_csv: str = option(
-        "phase1_data/sft/train_set_processed.csv", "CSV of training rows", group=DATA, may_change=True
+        "phase1_data/sft/train_set_processed.csv",
+        "CSV of training rows (columns id, clinical_note, model_summary, label)",
+        group=DATA,
+        may_change=True,
     )
     val_csv: str = option(
-        "phase1_data/sft/validation_set_processed.csv", "CSV of validation rows", group=DATA, may_change=True
+        "phase1_data/sft/validation_set_processed.csv",
+        "CSV of validation rows (the same columns)",
+        group=DATA,
+        may_change=True,
     )
     max_length: int = option(
         DEFAULT_MAX_LENGTH,
-        "tokens of prompt and summary together; longer notes are shortened",
+        "maximum tokens of prompt plus summary; longer notes are shortened",
         type=number(int, 32),
         group=DATA,
     )
@@ -111,19 +117,21 @@ class MachineOptions:
         may_change=True,
     )
     use_8bit: bool = option(
-        False, "base model in 8 bit (bitsandbytes; for inference on an x86 CPU, oneDNN)", group=MACHINE
+        False,
+        "load the base model in 8-bit (bitsandbytes; for inference on an x86 CPU, oneDNN)",
+        group=MACHINE,
     )
-    use_4bit: bool = option(False, "base model in 4 bit (bitsandbytes, NF4)", group=MACHINE)
+    use_4bit: bool = option(False, "load the base model in 4-bit (bitsandbytes, NF4)", group=MACHINE)
 
 
 def quantization_of(use_8bit: bool, use_4bit: bool) -> str | None:
     """ "8bit", "4bit" or None. Raises InputError for both."""
     if use_8bit and use_4bit:
-        raise InputError("--use_8bit and --use_4bit together", "choose one")
+        raise InputError("--use_8bit cannot be combined with --use_4bit", "choose one")
     return "8bit" if use_8bit else "4bit" if use_4bit else None
 
 
-# ------------------------------------------------------------------------------------------------ the scripts' options
+# ------------------------------------------------------------------------------- the scripts' options
 
 
 @dataclass
@@ -195,7 +203,7 @@ class TrainConfig(MachineOptions, DataOptions):
 
     max_tokens_per_batch: int | None = option(
         None,
-        "split forward passes at about this many tokens: less memory, the same step "
+        "split forward passes at about this many tokens: less memory, the optimizer step is unchanged "
         f"(default: {CPU_TOKENS_PER_PASS:,} on a CPU, else no limit)",
         type=number(int, 1),
         group=MACHINE,
@@ -207,11 +215,14 @@ class TrainConfig(MachineOptions, DataOptions):
         may_change=True,
     )
     gradient_checkpointing: bool = option(
-        False, "less memory for about a third more time", group=MACHINE, may_change=True
+        False,
+        "recompute activations in the backward pass: less memory, about a third slower",
+        group=MACHINE,
+        may_change=True,
     )
 
     output_dir: str = option(
-        "models/sft_specialist", "folder that everything is written to", group=RUN, may_change=True
+        "models/sft_specialist", "folder for checkpoints, final_model and metrics", group=RUN, may_change=True
     )
     save_steps: int = option(
         0,
@@ -256,7 +267,10 @@ class InferenceConfig(MachineOptions):
 
     model_path: str = option("./models/sft_specialist/final_model", "adapter folder", group=MODEL)
     base_model: str | None = option(
-        None, "folder of the base model (default: where the adapter says)", group=MODEL, metavar="DIR"
+        None,
+        "base model folder or Hub id (default: the one the adapter was trained on)",
+        group=MODEL,
+        metavar="MODEL",
     )
     merge_to: str | None = option(
         None, "write base model and adapter, merged, to this new folder and exit", group=MODEL, metavar="DIR"
@@ -277,19 +291,23 @@ class InferenceConfig(MachineOptions):
         group=NOTES,
         metavar="FILE",
     )
-    resume: bool = option(False, "resume an interrupted output_file", group=NOTES)
-    json: bool = option(False, "print complete results as JSON, one per line", group=NOTES)
+    resume: bool = option(False, "continue an interrupted run (same --output_file)", group=NOTES)
+    json: bool = option(
+        False, "print complete results as JSON, one per line (standard output only)", group=NOTES
+    )
 
     max_new_tokens: int = option(
-        DEFAULT_MAX_NEW_TOKENS, "longest summary, in tokens", type=number(int, 1), group=WRITING
+        DEFAULT_MAX_NEW_TOKENS, "longest summary, in tokens", type=number(int, 1), group=GENERATION
     )
-    temperature: float = option(0.0, "0 = greedy; above 0 = sampling", type=number(float, 0), group=WRITING)
-    seed: int = option(0, "random seed for sampling", type=number(int, 0, 2**32 - 1), group=WRITING)
+    temperature: float = option(
+        0.0, "0 = greedy; above 0 = sampling", type=number(float, 0), group=GENERATION
+    )
+    seed: int = option(0, "random seed for sampling", type=number(int, 0, 2**32 - 1), group=GENERATION)
     max_length: int | None = option(
         None,
-        "tokens of prompt and summary together, at most (default: the model's context window)",
+        "maximum tokens of prompt plus summary (default: the model's context window)",
         type=number(int, 32),
-        group=WRITING,
+        group=GENERATION,
     )
 
     batch_size: int = option(
@@ -303,15 +321,15 @@ class InferenceConfig(MachineOptions):
     )
 
 
-# ------------------------------------------------------------------------------------------------ the command line
+# ------------------------------------------------------------------------------- the command line
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        fix = f"see python {self.prog} --help"
+        fix = f"run python {self.prog} --help"
         if message.endswith("expected one argument"):
             name = message.split()[1].rstrip(":")
-            fix = f'give it a value; a value that starts with "-" needs "=": {name}=-TEXT'
+            fix = f'pass a value; one that starts with "-" needs "=": {name}=-VALUE'
         raise InputError(message, fix)
 
 
@@ -363,17 +381,18 @@ def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
 
 
 def parse_options(config_class, description: str, argv: list[str] | None = None):
-    """The command line as a `config_class` (a dataclass of `option` fields). Raises InputError for a bad option."""
+    """The command line as a `config_class` (a dataclass of `option` fields). Raises InputError for a bad
+    option."""
     parser = _make_parser(config_class, description)
     values, unknown = parser.parse_known_args(argv)
     names = [word.partition("=")[0] for word in unknown if re.fullmatch(r"--\w+(=.*)?", word, re.DOTALL)]
     if names:
-        raise InputError(f"unrecognized arguments: {preview_list(names)}", f"see python {parser.prog} --help")
+        raise InputError(f"unrecognized arguments: {preview_list(names)}", f"run python {parser.prog} --help")
     if unknown:  # may be patients' text: not shown
         problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
         raise InputError(problem, "put quotes around a text with spaces")
     for name, value in vars(values).items():
         # An empty note has a message of its own
         if isinstance(value, str) and not value.strip() and name != "clinical_note":
-            raise InputError(f"--{name} is empty", "give it a value, or leave it out")
+            raise InputError(f"--{name} is empty", "pass a value, or leave it out")
     return config_class(**vars(values))

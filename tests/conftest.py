@@ -1,4 +1,5 @@
-"""Fixtures (folders with tiny models, short runs, specialists), a network that is off, and helpers that run the scripts."""
+"""Fixtures (folders with tiny models, short runs, specialists), a network that is off, and helpers that run
+the scripts."""
 
 import functools
 import json
@@ -38,7 +39,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
-# ------------------------------------------------------------------------------------------------ files and models
+# ------------------------------------------------------------------------------- files and models
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ def csv_files(tmp_path):
     return write_csv_files(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ short runs
+# ------------------------------------------------------------------------------- short runs
 
 
 def short_run(model: Path, csv_files: tuple[Path, Path], output_dir: Path, **options):
@@ -96,7 +97,8 @@ def short_run(model: Path, csv_files: tuple[Path, Path], output_dir: Path, **opt
 
 @pytest.fixture
 def configured(csv_files, model_folder, tmp_path):
-    """configured(output name, architecture, chat, **options): the configuration of a short run, not trained yet."""
+    """configured(output name, architecture, chat, **options): the configuration of a short run, not trained
+    yet."""
 
     def make(name: str = "out", architecture: str = "llama", chat: str = "chatml", **options):
         return short_run(model_folder(architecture, chat), csv_files, tmp_path / name, **options)
@@ -106,7 +108,8 @@ def configured(csv_files, model_folder, tmp_path):
 
 @pytest.fixture(scope="session")
 def finished(model_folder, tmp_path_factory):
-    """finished(**options): a short run that was trained, once for all tests: read its folder, change nothing in it.
+    """finished(**options): a short run that was trained, once for all tests: read its folder, change nothing
+    in it.
 
     Its rows are those of `csv_files`, so a run of `configured` with the same options must end the same.
     """
@@ -127,7 +130,8 @@ def finished(model_folder, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def adapters(model_folder, tmp_path_factory):
-    """adapters(architecture, chat, evidence): the final_model folder of a run that learns its rows by heart."""
+    """adapters(architecture, chat, evidence): the final_model folder of a run that learns its rows by
+    heart."""
     from stage_a_sft_training import train
 
     @functools.cache
@@ -164,7 +168,7 @@ def specialist(adapters):
     return SFTInference(adapters(), device="cpu")
 
 
-# ------------------------------------------------------------------------------------------------ running the scripts
+# ------------------------------------------------------------------------------- running the scripts
 
 
 def run_python(
@@ -208,7 +212,7 @@ def wait_for_steps(output_dir: Path, n_steps: int, seconds: float = 120) -> None
         time.sleep(0.005)
 
 
-# ------------------------------------------------------------------------------------------------ what came out
+# ------------------------------------------------------------------------------- what came out
 
 
 def metrics_of(config) -> list[dict]:

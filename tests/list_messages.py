@@ -1,11 +1,11 @@
-"""Prints every message and help text of the product code, with file and line, so that they can be read in one sitting.
+"""Prints every message and help text of the product code, with file and line, so that they can be read in one
+sitting.
 
     python tests/list_messages.py
 
-A line is FILE:LINE: KIND: TEXT. The kind is the call that the text is an argument of (InputError, log, option, ...), or
-"text" if it is assigned, appended, returned or yielded first: a fix, a warning in a result, a reason. The values in an
-f-string are shown as {…}. The --help of the three scripts follows.
-"""
+A line is FILE:LINE: KIND: TEXT. The kind is the call that the text is an argument of (InputError, log,
+option, ...), or "text" if it is assigned, appended, returned or yielded first: a fix, a warning in a result,
+a reason. The values in an f-string are shown as {…}. The --help of the three scripts follows."""
 
 import ast
 import subprocess
@@ -28,7 +28,8 @@ def string(node: ast.AST) -> str | None:
 
 
 class Messages(ast.NodeVisitor):
-    """Collects (line, kind, text) of a module's messages. Strings without a space count only as arguments of CALLS."""
+    """Collects (line, kind, text) of a module's messages. Strings without a space count only as arguments of
+    CALLS."""
 
     def __init__(self):
         self.found: list[tuple[int, str, str]] = []

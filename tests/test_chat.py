@@ -28,7 +28,7 @@ EVIDENCE = {
 def made_up(note, max_new_tokens, temperature, *, seed, on_text):
     """A result as SFTInference.generate_summary gives it; its text is what it was called with."""
     if note == "too long":
-        raise RunError("too little memory for this note")
+        raise RunError("out of memory on this note", "lower --max_length")
     on_text(f"{note!r} {max_new_tokens} {temperature} {seed}")
     return {
         "evidence": [EVIDENCE] if "fever" in note else [],
@@ -62,7 +62,7 @@ def test_commands_change_what_follows(typed):
 
 def test_a_note_that_fails_does_not_end_the_conversation(typed):
     out, err = typed("too long", "", "pain", "")
-    assert "error: too little memory for this note" in err
+    assert "error: out of memory on this note\nfix:   lower --max_length\n" in err
     assert out.startswith("'pain'")
 
 

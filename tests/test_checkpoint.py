@@ -1,4 +1,5 @@
-"""Resuming after an interruption; checkpoints that are complete or do not count; folders of older versions."""
+"""Resuming after an interruption; checkpoints that are complete or do not count; folders of older
+versions."""
 
 import json
 import shutil
@@ -24,7 +25,7 @@ from sft.files import FORMAT_VERSION, write_checksums
 from sft.training.checkpoint import newest_checkpoint
 from stage_a_sft_training import TrainConfig, train
 
-# ------------------------------------------------------------------------------------------------ resuming
+# ------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3, 4, 5])
@@ -91,7 +92,7 @@ def test_lost_metrics_lose_no_run(configured, tmp_path):
     assert (tmp_path / "out" / "loss_curve.png").exists()
 
 
-# ------------------------------------------------------------------------------------------------ damage
+# ------------------------------------------------------------------------------- damage
 
 
 @pytest.fixture
@@ -116,7 +117,8 @@ def flip_a_bit(file):
 
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, Path.unlink])
 def test_an_incomplete_checkpoint_is_skipped(configured, finished, copied, capfd, damage):
-    """Every file of the newest checkpoint in turn; the run continues from the one before and ends as it would have."""
+    """Every file of the newest checkpoint in turn; the run continues from the one before and ends as it would
+    have."""
     config = configured()
     out = copied()
     intact = Path(finished().output_dir) / "checkpoint_epoch_2"
@@ -184,7 +186,7 @@ def test_needless_checkpoints_go_once_the_new_one_is_safe(configured, monkeypatc
     assert stats["kept_epoch"] == 2
 
 
-# ------------------------------------------------------------------------------------------------ other runs, other versions
+# ------------------------------------------------------------------------------- other runs, other versions
 
 
 def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(configured, copied, tmp_path):
@@ -216,7 +218,8 @@ def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(conf
 
 
 def test_an_option_of_a_later_version_counts_as_its_default(configured, copied):
-    """A checkpoint that a version without --warmup_ratio wrote resumes with its default, and with no other value."""
+    """A checkpoint that a version without --warmup_ratio wrote resumes with its default, and with no other
+    value."""
     out = copied(num_epochs=1)
     folder = out / "checkpoint_epoch_1"
     state = torch.load(folder / "training_state.pt", weights_only=True)

@@ -25,7 +25,7 @@ from sft.cli import (
     safe_id,
 )
 
-# ------------------------------------------------------------------------------------------------ exit codes and streams
+# ------------------------------------------------------------------------------- exit codes and streams
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,13 @@ from sft.cli import (
         ("raise RunError('failed')", {}, 1, "", "error: failed\n"),
         ("raise Stopped(15, 'stopped')", {}, 143, "", "stopped\n"),
         ("raise KeyboardInterrupt", {}, 130, "", "interrupted\n"),
-        ("raise MemoryError", {}, 1, "", "error: out of memory\nfix:   use a smaller --batch_size"),
+        (
+            "raise MemoryError",
+            {},
+            1,
+            "",
+            "error: out of memory\nfix:   use a smaller batch size or model, or close other programs\n",
+        ),
         (
             "open('/nowhere/file')",
             {},
@@ -93,7 +99,7 @@ def test_a_closed_pipe_ends_quietly():
     assert result.stderr == ""
 
 
-# ------------------------------------------------------------------------------------------------ kinds of errors
+# ------------------------------------------------------------------------------- kinds of errors
 
 
 @pytest.mark.parametrize(
@@ -135,14 +141,14 @@ def test_a_full_disk_is_recognized():
     assert not is_disk_full(OSError(errno.EACCES, "Permission denied"))
 
 
-# ------------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------- signals
 
 
 def test_the_first_signal_is_noted_and_the_second_raised(capfd):
     with noted_signals() as noted:
         os.kill(os.getpid(), signal.SIGTERM)
         assert noted == [signal.SIGTERM]
-        assert "SIGTERM" in capfd.readouterr().err
+        assert "SIGTERM received" in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(SystemExit, match="143"):
@@ -161,7 +167,7 @@ def test_ignored_signals_stay_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-# ------------------------------------------------------------------------------------------------ processes and progress
+# ------------------------------------------------------------------------------- processes and progress
 
 
 def test_processes_are_those_of_the_environment(monkeypatch):
@@ -200,7 +206,7 @@ def test_progress_is_quiet_on_other_processes(monkeypatch):
     assert lines.getvalue() == ""
 
 
-# ------------------------------------------------------------------------------------------------ words
+# ------------------------------------------------------------------------------- words
 
 
 def test_ids_that_look_like_text_are_not_shown():

@@ -44,7 +44,7 @@ def options_for(train_csv, val_csv=None, **options) -> DataOptions:
     return DataOptions(train_csv=str(train_csv), val_csv=str(val_csv or train_csv), **options)
 
 
-# ------------------------------------------------------------------------------------------------ examples
+# ------------------------------------------------------------------------------- examples
 
 
 @pytest.mark.parametrize("chat", CHAT_TEMPLATES)
@@ -184,7 +184,7 @@ def test_real_conversations():
     assert all(len(example.input_ids) <= 512 for example in dataset.examples)
 
 
-# ------------------------------------------------------------------------------------------------ both files
+# ------------------------------------------------------------------------------- both files
 
 
 def test_numbering_follows_the_citations(tmp_path):
@@ -220,7 +220,7 @@ def test_a_file_of_which_no_row_fits_is_refused(csv_files):
     assert not train.refused
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------- batches
 
 
 def test_padding_is_masked_by_length_not_by_token():
@@ -278,7 +278,7 @@ def test_dataloaders_and_the_hugging_face_trainer(csv_files, tmp_path):
     trainer.train()
 
 
-# ------------------------------------------------------------------------------------------------ warnings
+# ------------------------------------------------------------------------------- warnings
 
 
 def test_warnings_read_naturally_for_one_row(capfd):
@@ -292,9 +292,9 @@ def test_warnings_read_naturally_for_one_row(capfd):
     assert capfd.readouterr().err.splitlines() == [
         "warning: x.csv: 1 row with a summary that cites sentences its note does not have: id c",
         "warning: x.csv: 1 pair of note and summary labeled both factual and hallucinated",
-        "warning: x.csv: 1 row with the id or the texts of an earlier row: row 3",
-        "warning: leak: 1 validation row with a note that is in the training rows too, so the validation loss"
-        " will look better than it is: id a",
+        "warning: x.csv: 1 row repeats the id, or the note and summary, of an earlier row: row 3",
+        "warning: 1 validation row shares its note with training rows, so validation loss will look better"
+        " than it is: id a; remove them from one file",
     ]
 
 
@@ -308,9 +308,9 @@ def test_warnings_about_many_rows(capfd):
     log_data_warnings((rows, []), (dataset, SFTDataset([], dataset.encoder, 160)), options_for("x.csv"))
     assert capfd.readouterr().err.splitlines() == [
         "warning: x.csv: 9 notes shortened to fit --max_length 160: ids r0, r1, r2, r3, r4 and 4 more",
-        "warning: x.csv: 2 rows refused, with a summary (and any sentences it cites) that does not fit"
+        "warning: x.csv: 2 rows left out: the summary and any sentences it cites do not fit in"
         f" --max_length 160; --max_length {needed} would hold them all: ids r7, r8",
-        "warning: x.csv: 2 rows with the id or the texts of an earlier row: rows 11, 12",
+        "warning: x.csv: 2 rows repeat the id, or the note and summary, of an earlier row: rows 11, 12",
     ]
 
 

@@ -264,7 +264,7 @@ def test_samples_follow_the_probabilities():
         assert log_probs == pytest.approx(logits[0].log_softmax(-1)[torch.tensor(tokens)].tolist(), abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------- memory
 
 
 def test_one_note_without_memory_does_not_fail_the_others(specialist, monkeypatch):
@@ -280,7 +280,7 @@ def test_one_note_without_memory_does_not_fail_the_others(specialist, monkeypatc
 
     monkeypatch.setattr(specialist, "decoder", forgetful)
     results = specialist.generate_batch(notes, 5)
-    assert results[longest]["error"] == "too little memory for this note"
+    assert results[longest]["error"] == "out of memory on this note"
     del results[longest]
     del expected[longest]
     assert results == expected

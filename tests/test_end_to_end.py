@@ -1,4 +1,5 @@
-"""The scripts as a user runs them, a few steps of the bundled model, and what must never happen on the way."""
+"""The scripts as a user runs them, a few steps of the bundled model, and what must never happen on the
+way."""
 
 import importlib.util
 import json
@@ -43,7 +44,8 @@ def test_help_and_errors_come_before_the_slow_imports(script, tmp_path):
 
 @bundled
 def test_bundled_model_learns_and_no_patient_text_or_network_on_the_way(tmp_path):
-    """Training and inference with sockets blocked; a marker phrase in every note and summary turns up in no log or file."""
+    """Training and inference with sockets blocked; a marker phrase in every note and summary turns up in no
+    log or file."""
     marker = "zyxomarker"
     rows = [
         (f"r{i}", f"{note} {marker}.", f"{summary} {marker}.", "factual", "")

@@ -1,4 +1,5 @@
-"""sft/model/kernels.py: each operation against PyTorch's own, value and gradient, at several sizes and seeds."""
+"""sft/model/kernels.py: each operation against PyTorch's own, value and gradient, at several sizes and
+seeds."""
 
 import copy
 import pickle

@@ -1,4 +1,5 @@
-"""The layout: which way imports run, what the scripts hand on, telemetry that is off before any library is imported."""
+"""The layout: which way imports run, what the scripts hand on, telemetry that is off before any library is
+imported."""
 
 import ast
 import subprocess

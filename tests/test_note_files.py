@@ -46,8 +46,8 @@ def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
     assert summaries == list(zip(ids, expected))
     n_failed = 0 if kind == ".txt" else 1
     assert len(lines) == 4 + n_failed
-    assert f"4 done, 0 of them shortened, {n_failed} failed" in result.stderr
-    assert f"notes/s, written to {target}" in result.stderr
+    assert f"4 notes summarized (0 of the notes shortened), {n_failed} failed" in result.stderr
+    assert f"notes/s; written to {target}" in result.stderr
     assert not list(tmp_path.glob("*.partial"))
     assert target.stat().st_mode & 0o077 == 0
 
@@ -62,7 +62,7 @@ def test_bad_rows_of_input_files(tmp_path):
     with pytest.raises(InputError, match="line 2"):
         list(read_notes(tmp_path / "a.jsonl"))
     write_csv(tmp_path / "a.csv", [(1,)], header=["text"])
-    with pytest.raises(InputError, match="clinical_note"):
+    with pytest.raises(InputError, match=r"header row must name clinical_note \(id is optional\);"):
         list(read_notes(tmp_path / "a.csv"))
 
 
@@ -123,10 +123,10 @@ def test_standard_output(capsys, json_lines):
         assert [json.loads(line)["id"] for line in out.splitlines()] == ["a", "b"]
     else:
         assert out == "[a] 'x' is 0 of 0\n\n[b] empty\n\n"
-    assert "1 done, 1 of them shortened, 1 failed" in err
+    assert "1 note summarized (1 of the notes shortened), 1 failed; " in err
 
 
-# ------------------------------------------------------------------------------------------------ resuming
+# ------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv"])
@@ -135,7 +135,9 @@ def test_a_file_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, kind, 
     whole = tmp_path / f"whole{kind}"
     fingerprint = {"adapter": "a"}
     summarize_file(notes, options(whole), fingerprint, made_up)
-    assert "52 done, 11 of them shortened, 9 failed" in capsys.readouterr().err
+    assert (
+        '52 notes summarized (11 of the notes shortened), 9 failed (see "error")' in capsys.readouterr().err
+    )
     source = random.Random(0)
     target = tmp_path / f"out{kind}"
     partial = tmp_path / f"out{kind}.partial"
@@ -160,7 +162,9 @@ def test_a_file_interrupted_anywhere_ends_as_if_it_had_not_been(tmp_path, kind, 
                 file.write(whole.read_bytes()[: source.randrange(50)])
     assert n_interruptions > 1
     assert target.read_bytes() == whole.read_bytes()
-    assert "52 done, 11 of them shortened, 9 failed" in capsys.readouterr().err
+    assert (
+        '52 notes summarized (11 of the notes shortened), 9 failed (see "error")' in capsys.readouterr().err
+    )
     records = [f".out{kind}.done.json", f".whole{kind}.done.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*records, f"out{kind}", f"whole{kind}"]
     assert target.stat().st_mode & 0o077 == 0
@@ -185,7 +189,7 @@ def test_a_file_that_the_previous_version_began_is_resumed(tmp_path):
     record["belongs_to"] = record.pop("fingerprint")
     assert record["belongs_to"] == {"adapter": "a", "part of the notes": [0, 30]}
     record_file.write_text(json.dumps(record))
-    with pytest.raises(InputError, match="another adapter"):
+    with pytest.raises(InputError, match="different adapter"):
         summarize_file(notes, options(target, resume=True), {"adapter": "b"}, made_up)
     summarize_file(notes, options(target, resume=True), {"adapter": "a"}, made_up)
     assert len(target.read_text().splitlines()) == 30
@@ -202,7 +206,10 @@ def test_a_window_that_cannot_be_written_is_not_counted(tmp_path, capsys):
 
     with pytest.raises(UnicodeEncodeError):
         summarize_file(notes, options(target), {}, unwritable)
-    assert "partial holds 8 of 30 notes; the same command with --resume continues" in capsys.readouterr().err
+    assert (
+        "partial holds 8 of 30 notes; run the same command with --resume to continue"
+        in capsys.readouterr().err
+    )
     summarize_file(notes, options(target, resume=True), {}, made_up)
     assert "Resuming after 8 of 30 notes" in capsys.readouterr().err
 
@@ -216,9 +223,9 @@ def test_partial_files_of_other_runs_are_refused(tmp_path):
     record = tmp_path / "out.jsonl.partial.json"
     with pytest.raises(InputError, match="--resume"):
         summarize_file(notes, options(target), {"adapter": "a", "seed": 1}, made_up)
-    with pytest.raises(InputError, match="another adapter, seed"):
+    with pytest.raises(InputError, match="different adapter, seed"):
         summarize_file(notes, options(target, resume=True), {"adapter": "b", "seed": 2}, made_up)
-    with pytest.raises(InputError, match="another part of the notes"):
+    with pytest.raises(InputError, match="different part of the notes"):
         summarize_file(notes[:-1], options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
     assert "x" not in record.read_text().replace("max", "")  # no text of a note
     (tmp_path / "out.jsonl.partial").write_text("short")
@@ -231,7 +238,7 @@ def test_partial_files_of_other_runs_are_refused(tmp_path):
         with pytest.raises(InputError, match="damaged"):
             summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
     record.unlink()
-    with pytest.raises(InputError, match="no record"):
+    with pytest.raises(InputError, match=r"its record .* is missing or unreadable"):
         summarize_file(notes, options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
     assert (tmp_path / "out.jsonl.partial").read_text() == "short"
 
@@ -257,7 +264,7 @@ def test_only_files_of_its_own_are_touched(tmp_path):
     ]
     for name in strangers:
         (tmp_path / name).write_text("{}")
-    with pytest.raises(InputError, match=r"partial-1-of-2 exists: an earlier run had another number"):
+    with pytest.raises(InputError, match=r"partial-1-of-2 exists: the earlier run used a different number"):
         check_output(str(target), False, dict)
     (tmp_path / strangers[-1]).unlink()
     summarize_file(notes, options(target), {"seed": 1}, made_up)
@@ -318,7 +325,7 @@ def test_a_complete_file_of_another_run_is_refused(tmp_path):
         "counts": {"done": 0, "shortened": 0, "failed": 0},
     }
     (tmp_path / "out.jsonl.partial.json").write_text(json.dumps(record))
-    with pytest.raises(InputError, match="another seed"):
+    with pytest.raises(InputError, match="different seed"):
         check_output(str(target), True, lambda: {"adapter": "a", "seed": 2})
     assert left.exists()
     assert check_output(str(target), True, lambda: {"adapter": "a", "seed": 1})
@@ -331,7 +338,7 @@ def test_a_complete_file_of_another_run_is_refused(tmp_path):
             (tmp_path / ".out.jsonl.done.json").unlink()
         else:
             (tmp_path / ".out.jsonl.done.json").write_text(record)
-        with pytest.raises(InputError, match="no record"):
+        with pytest.raises(InputError, match=r"its record .* is missing or unreadable"):
             check_output(str(target), True, lambda: {"adapter": "a", "seed": 1})
     target.unlink()
     assert not check_output(str(target), True, dict)
@@ -349,7 +356,7 @@ def test_a_signal_stops_at_the_next_token(tmp_path, number, capsys):
             assert should_stop()
         return made_up(window, should_stop)
 
-    message = "holds 8 of 20 notes; the same command with --resume continues"
+    message = "holds 8 of 20 notes; run the same command with --resume to continue"
     with pytest.raises(Stopped, match=message) as stopped:
         summarize_file(notes, options(target), {}, signalled)
     assert stopped.value.signal == number
@@ -413,7 +420,7 @@ def test_kills_and_terminations(adapters, tmp_path, start):
     arguments += ["--max_new_tokens", 20, "--batch_size", 1, "--temperature", 0.7]
     status, err = finished(*start(*arguments, "--output_file", whole))
     assert status == 0, err
-    assert "60 done" in err
+    assert "60 notes summarized" in err
     partial = tmp_path / "out.jsonl.partial"
     sizes = []
     for number in (signal.SIGKILL, signal.SIGTERM):
@@ -428,7 +435,7 @@ def test_kills_and_terminations(adapters, tmp_path, start):
         sizes.append(partial.stat().st_size)
         assert not target.exists()
         assert status == (-9 if number == signal.SIGKILL else 143)
-    assert err.count("--resume continues") == 1
+    assert err.count("--resume to continue") == 1
     assert NOTES[0][0] not in err
     assert "Traceback" not in err
     assert 0 < sizes[0] < sizes[1]
@@ -438,14 +445,14 @@ def test_kills_and_terminations(adapters, tmp_path, start):
     status, err = finished(*start(*arguments, "--output_file", target, "--resume"))
     assert status == 0, err
     assert "Resuming after" in err
-    assert "60 done" in err
+    assert "60 notes summarized" in err
     assert target.read_bytes() == whole.read_bytes()
     status, err = finished(*start(*arguments, "--output_file", target, "--resume"))
     assert status == 0, err
     assert "complete" in err
     status, err = finished(*start(*arguments, "--output_file", target, "--resume", "--seed", 1))
     assert status == 2
-    assert "another seed" in err
+    assert "different seed" in err
 
 
 def test_several_processes(adapters, specialist, tmp_path):
@@ -456,7 +463,7 @@ def test_several_processes(adapters, specialist, tmp_path):
     options += ["--device", "cpu", "--max_new_tokens", 8, "--batch_size", 1, "--temperature", 0.7]
     result = run_python(*torchrun, "sft_inference.py", *options)
     assert result.returncode == 0, result.stderr
-    assert result.stderr.count("7 done") == 1
+    assert result.stderr.count("7 notes summarized") == 1
     with open(target, newline="") as file:
         written = [(row["id"], row["generated_summary"].removeprefix("'")) for row in csv.DictReader(file)]
     ids, notes = zip(*read_notes(source))

@@ -35,7 +35,7 @@ any_text = st.text(max_size=120) | st.lists(
 ).map("".join)
 
 
-# ------------------------------------------------------------------------------------------------ template
+# ------------------------------------------------------------------------------- template
 
 
 @pytest.mark.parametrize("chat", CHAT_TEMPLATES)
@@ -99,7 +99,7 @@ def test_tokenizer_without_an_end_token_is_refused():
         build_template(bare)
 
 
-# ------------------------------------------------------------------------------------------------ texts
+# ------------------------------------------------------------------------------- texts
 
 
 @pytest.mark.parametrize("chat", CHAT_TEMPLATES)
@@ -127,7 +127,7 @@ def test_unknown_tokens_are_kept():
     assert encoder.encode_texts(["fever of µ </s>"])[0][:3] == [2, 3, 0]
 
 
-# ------------------------------------------------------------------------------------------------ shortening
+# ------------------------------------------------------------------------------- shortening
 
 
 @pytest.mark.parametrize("numbered", [False, True])

@@ -12,8 +12,8 @@ def test_warnings_name_what_is_wrong_with_a_summary():
     warnings = summary_warnings("BP 120/80. BP 120/80. [Evidence: S7; Conf: 0.9]", "BP 110/70.")
     assert warnings == [
         "the summary repeats itself",
-        "cites sentences the note does not have: S7",
-        "states numbers the note does not hold: 120, 80",
+        "cites sentences that are not in the note: S7",
+        "states numbers that are not in the note: 120, 80",
     ]
     assert summary_warnings("", "BP 110/70.") == ["the model wrote nothing"]
     assert summary_warnings("BP 110/70. [Evidence: S1; Conf: 0.9]", "BP 110/70.") == []

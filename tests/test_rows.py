@@ -55,7 +55,7 @@ def test_values_are_unchanged_text(tmp_path):
         ),
         (
             b"id,clinical_note,clinical_note,model_summary,label\n1,a,b,c,factual\n",
-            ["clinical_note", "twice"],
+            ["column clinical_note appears more than once"],
         ),
         (None, ["no such file"]),
     ],
@@ -102,7 +102,7 @@ def test_what_the_csv_module_writes_is_what_is_read(tmp_path_factory, pairs):
     ]
 
 
-# ------------------------------------------------------------------------------------------------ repaired
+# ------------------------------------------------------------------------------- repaired
 
 GOOD = [
     ("1", "Température 38,5 °C; toux.", "Fièvre.", "factual", ""),
@@ -188,7 +188,7 @@ def test_repairs_are_counted_in_one_line_per_kind(tmp_path, capfd):
         "1 repeated header row skipped",
         "2 blank rows skipped",
         "2 control characters (NUL and the like) dropped",
-        "4 labels in another spelling, read as factual or hallucinated",
+        "4 labels in a different spelling, read as factual or hallucinated",
     ]
 
 
@@ -220,7 +220,7 @@ def test_a_10_mb_cell(tmp_path):
     assert read(tmp_path, table([("1", note, "Fever.", "factual", "")]))[0].clinical_note == note.strip()
 
 
-# ------------------------------------------------------------------------------------------------ refused
+# ------------------------------------------------------------------------------- refused
 
 
 def quotes_swallow(position: int) -> str:
@@ -237,12 +237,18 @@ def quotes_swallow(position: int) -> str:
         (b"\xd0\xcf\x11\xe0SECRET", ["Excel workbook"]),
         (gzip.compress(b"SECRET"), ["gzip", "unpack"]),
         (bytes(range(256)) * 9, ["binary"]),
-        (b"\0" * 999, ["empty"]),
+        (b"\0" * 999, ["empty", "add a header row: id, clinical_note, model_summary, label (hall"]),
         (b" \n \n", ["empty"]),
         (table(GOOD).encode("utf-16")[:-1], ["UTF-16"]),
-        ("SECRET,note\n", ["no column id", "2 columns, known: none"]),
+        (
+            "SECRET,note\n",
+            ["no column id", "2 columns, known: none", "must name id, clinical_note, model_summary, label"],
+        ),
         ("1,SECRET,SECRET,label,\n", ["no column id", "5 columns, known: label"]),
-        (table(header=["ID", "id", "clinical_note", "model_summary", "label"]), ["id appears twice"]),
+        (
+            table(header=["ID", "id", "clinical_note", "model_summary", "label"]),
+            ["column id appears more than once"],
+        ),
         (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["row 2 (id 7)", "label"]),
         (table([("\u200b", "SECRET", "SECRET", "factual", "")]), ["row 2 (id empty)", "id is empty"]),
         (table([("7", " \u200b\t", "SECRET\0", "factual", "")]), ["row 2 (id 7)", "clinical_note is empty"]),
@@ -256,7 +262,7 @@ def quotes_swallow(position: int) -> str:
         (quotes_swallow(38), ["row 39,", "line 39", "quotes"]),
         (
             'id,clinical_note,model_summary,label\n7,"SECRET\n8,SECRET,SECRET,factual\n9,SECRET",SECRET,factual\n',
-            ["row 2 (id 7)", "other rows"],
+            ["row 2 (id 7)", "contains other rows"],
         ),
     ],
 )
@@ -274,7 +280,7 @@ def test_a_folder_is_not_a_csv(tmp_path):
         read_rows(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------ anything at all
+# ------------------------------------------------------------------------------- anything at all
 
 MARKER = "SECRETNOTE"
 
@@ -310,7 +316,7 @@ def test_any_file_gives_rows_or_a_refusal(tmp_path_factory, encoding, changes):
             assert MARKER not in str(error)
 
 
-# ------------------------------------------------------------------------------------------------ sets of rows
+# ------------------------------------------------------------------------------- sets of rows
 
 
 def test_leaked_rows():

@@ -25,7 +25,7 @@ def test_report_holds_counts_and_no_text(arguments, tmp_path):
     assert result.returncode == 0, result.stderr
     assert re.search(r"factual +11", result.stdout)
     assert re.search(r"wrong_number +1", result.stdout)
-    assert "0 validation rows with a note that is in the training rows too." in result.stdout
+    assert "0 validation rows share a note with the training rows." in result.stdout
     assert "Wrote 1 preference pair to" in result.stderr
     for texts in NOTES:
         assert not any(text in result.stdout + result.stderr for text in texts)
@@ -54,17 +54,18 @@ def test_preferences_need_a_factual_twin():
 
 
 @pytest.mark.parametrize(
-    "max_length, last_line",
+    "max_length, what_fits",
     [
-        (512, "  0 notes shortened, 0 rows refused at --max_length 512; 1 repeated row"),
-        (150, "  1 note shortened, 1 row refused at --max_length 150; 1 repeated row"),
+        (512, "  0 notes shortened, 0 rows left out at --max_length 512"),
+        (150, "  1 note shortened, 1 row left out at --max_length 150"),
     ],
 )
-def test_report_on_rows_that_do_not_fit(max_length, last_line):
+def test_report_on_rows_that_do_not_fit(max_length, what_fits):
     rows = rows_of([NOTES[3], NOTES[3], ("Fever. " * 60, "Fever."), ("Cough.", "No cough. " * 30)])
     report = describe_rows("x.csv", rows, SFTDataset(rows, encoder_for("none"), max_length))
     assert report.splitlines()[0] == "x.csv"
-    assert report.splitlines()[-1] == last_line
+    repeated = "  1 row repeats the id, or the note and summary, of an earlier row"
+    assert report.splitlines()[-2:] == [what_fits, repeated]
 
 
 def test_the_report_encodes_nothing():

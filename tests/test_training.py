@@ -22,7 +22,7 @@ from stage_a_sft_training import TrainConfig, learning_rate_at, train, train_ste
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2", "bloom"]
 
 
-# ------------------------------------------------------------------------------------------------ learning rate
+# ------------------------------------------------------------------------------- learning rate
 
 
 @given(st.integers(1, 300), st.floats(0, 1), st.sampled_from(["cosine", "linear", "constant"]))
@@ -48,12 +48,12 @@ def test_learning_rate_equals_that_of_transformers():
         schedule.step()
 
 
-# ------------------------------------------------------------------------------------------------ losses and steps
+# ------------------------------------------------------------------------------- losses and steps
 
 
 def test_losses_do_not_depend_on_the_split_of_a_batch(configured, finished):
-    """(8, 1), (4, 2), (1, 8), and 8 in passes of about 150 tokens: the same losses and gradients, the short last group of
-    11 rows included."""
+    """(8, 1), (4, 2), (1, 8), and 8 in passes of about 150 tokens: the same losses and gradients, the short
+    last group of 11 rows included."""
 
     def numbers(config) -> list[float]:
         # The gradient norm shows what AdamW hides: the scale
@@ -123,7 +123,7 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(configured):
     assert norm > 0.5
 
 
-# ------------------------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------- whole runs
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -247,7 +247,7 @@ def test_early_stopping_keeps_the_best_epoch(configured, monkeypatch):
     assert stats["kept_epoch"] == 1
 
 
-# ------------------------------------------------------------------------------------------------ options
+# ------------------------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize(

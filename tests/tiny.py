@@ -40,7 +40,8 @@ CORPUS = [
 
 @functools.cache
 def tiny_tokenizer(chat: str = "chatml", bos: bool = True):
-    """A byte-level BPE of a few hundred tokens. With `bos` the tokenizer puts <s> before a text of its own accord."""
+    """A byte-level BPE of a few hundred tokens. With `bos` the tokenizer puts <s> before a text of its own
+    accord."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -186,7 +187,8 @@ def encoder_for(chat: str, **options):
 
 
 class CountingTokenizer:
-    """A tokenizer that counts its calls and the characters it is given; with `is_fast=False`, like a slow one."""
+    """A tokenizer that counts its calls and the characters it is given; with `is_fast=False`, like a slow
+    one."""
 
     def __init__(self, tokenizer, is_fast: bool = True):
         self.tokenizer = tokenizer

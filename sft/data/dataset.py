@@ -26,7 +26,7 @@ MIN_NOTE_TOKENS = 8  # a row that leaves its note less room than this is refused
 _ROWS_PER_CALL = 1000  # of the tokenizer
 
 
-# ------------------------------------------------------------------------------------------------ examples
+# ------------------------------------------------------------------------------- examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ class SFTDataset:
         return {"input_ids": example.input_ids, "labels": example.labels}
 
 
-# ------------------------------------------------------------------------------------------------ both files
+# ------------------------------------------------------------------------------- both files
 
 
 def read_data(options: DataOptions) -> tuple[list[Row], list[Row]]:
@@ -225,7 +225,7 @@ def _needed_length(dataset: SFTDataset) -> int:
     return max(needed for _, needed in dataset.refused)
 
 
-# ------------------------------------------------------------------------------------------------ batches
+# ------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -352,7 +352,7 @@ def create_sft_dataloaders(
     )
 
 
-# ------------------------------------------------------------------------------------------------ warnings
+# ------------------------------------------------------------------------------- warnings
 
 
 def log_data_warnings(
@@ -367,9 +367,10 @@ def log_data_warnings(
             log(f"warning: {path}: {warning}")
     leaked = leaked_rows(*rows)
     if leaked:
+        share = "shares its" if len(leaked) == 1 else "share their"
         log(
-            f"warning: leak: {plural(len(leaked), 'validation row')} with a note that is in the training rows"
-            f" too, so the validation loss will look better than it is: {_ids(row.id for row in leaked)}"
+            f"warning: {plural(len(leaked), 'validation row')} {share} note with training rows, so validation"
+            f" loss will look better than it is: {_ids(row.id for row in leaked)}; remove them from one file"
         )
 
 
@@ -382,7 +383,7 @@ def _file_warnings(rows: Sequence[Row], dataset: SFTDataset) -> Iterator[str]:
         n_rows = plural(len(dataset.refused), "row")
         ids = _ids(row_id for row_id, _ in dataset.refused)
         yield (
-            f"{n_rows} refused, with a summary (and any sentences it cites) that does not fit {limit};"
+            f"{n_rows} left out: the summary and any sentences it cites do not fit in {limit};"
             f" --max_length {_needed_length(dataset)} would hold them all: {ids}"
         )
     if dataset.encoder.template.number_sentences:
@@ -396,8 +397,9 @@ def _file_warnings(rows: Sequence[Row], dataset: SFTDataset) -> Iterator[str]:
     repeated = [str(row.number) for row in repeated_rows(rows)]
     if repeated:
         n_rows = plural(len(repeated), "row")
-        word = "row" if len(repeated) == 1 else "rows"
-        yield f"{n_rows} with the id or the texts of an earlier row: {word} {preview_list(repeated)}"
+        repeat, word = ("repeats", "row") if len(repeated) == 1 else ("repeat", "rows")
+        what = "the id, or the note and summary, of an earlier row"
+        yield f"{n_rows} {repeat} {what}: {word} {preview_list(repeated)}"
 
 
 def _ids(row_ids: Iterable[str]) -> str:

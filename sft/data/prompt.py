@@ -23,7 +23,7 @@ _NOTE_MARK = "CLINICAL-NOTE-GOES-HERE"
 _ANSWER_MARK = "SUMMARY-GOES-HERE"
 
 
-# ------------------------------------------------------------------------------------------------ template
+# ------------------------------------------------------------------------------- template
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt:
     )
 
 
-# ------------------------------------------------------------------------------------------------ special tokens
+# ------------------------------------------------------------------------------- special tokens
 
 
 def control_token_ids(tokenizer) -> frozenset[int]:
@@ -162,7 +162,7 @@ def pad_token_id(tokenizer) -> int:
     return next(token for token in known if token is not None)
 
 
-# ------------------------------------------------------------------------------------------------ encoder
+# ------------------------------------------------------------------------------- encoder
 
 
 class PromptEncoder:

@@ -34,10 +34,10 @@ LABELS = ("factual", "hallucinated")
 _CONTROL_CHARACTER = Repair("control character", "(NUL and the like) dropped")
 _BLANK_ROW = Repair("blank row", "skipped")
 _HEADER_ROW = Repair("repeated header row", "skipped")
-_LABEL_SPELLING = Repair("label", f"in another spelling, read as {' or '.join(LABELS)}")
+_LABEL_SPELLING = Repair("label", f"in a different spelling, read as {' or '.join(LABELS)}")
 
 
-# ------------------------------------------------------------------------------------------------ table
+# ------------------------------------------------------------------------------- table
 
 
 class _Header(NamedTuple):
@@ -62,7 +62,7 @@ def read_table(
     counts = Counter() if repairs is None else repairs
     data = read_bytes(Path(path))
     if not data.strip(b"\0 \t\r\n"):
-        raise InputError(f"{path}: the file is empty", f"its first row names the columns {','.join(COLUMNS)}")
+        raise InputError(f"{path}: the file is empty", f"add a header row: {_header_of(required)}")
     encoding = find_encoding(data, str(path), counts)
     # A note may be longer than the csv module's 128 KiB
     csv.field_size_limit(1 << 30)
@@ -123,13 +123,19 @@ def _check_columns(path: str | Path, columns: list[str], required: Sequence[str]
         known = preview_list(name for name in COLUMNS if name in columns) or "none"
         found = f"{plural(len(columns), 'column')}, known: {known}"
         problem = f"{path}: no column {preview_list(missing)} in the header ({found})"
-        raise InputError(
-            problem, f"name the columns {','.join(COLUMNS)}, separated by commas, semicolons or tabs"
-        )
+        fix = f"the header row must name {_header_of(required)}; separate columns with commas, semicolons or tabs"
+        raise InputError(problem, fix)
     repeated = [name for name in COLUMNS if columns.count(name) > 1]
     if repeated:
-        problem = f"{path}: column {preview_list(repeated)} appears twice in the header"
-        raise InputError(problem, "keep one of each")
+        words = ("column", "appears") if len(repeated) == 1 else ("columns", "appear")
+        problem = f"{words[0]} {preview_list(repeated)} {words[1]} more than once in the header"
+        raise InputError(f"{path}: {problem}", "keep one of each")
+
+
+def _header_of(required: Sequence[str]) -> str:
+    """The columns of a header, for people."""
+    optional = "hallucination_type" if "id" in required else "id"
+    return f"{', '.join(required)} ({optional} is optional)"
 
 
 def _plain(name: str) -> str:
@@ -137,7 +143,7 @@ def _plain(name: str) -> str:
     return "".join(c for c in name if unicodedata.category(c) != "Cf").strip().lower()
 
 
-# ------------------------------------------------------------------------------------------------ rows
+# ------------------------------------------------------------------------------- rows
 
 _SPELLINGS = {"factual": "factual", "hallucinated": "hallucinated", "hallucination": "hallucinated"}
 _WHOLE_ROW = re.compile(rf"""[,;\t]"?({"|".join(LABELS)})"?([,;\t]|$)""", re.IGNORECASE | re.MULTILINE)
@@ -215,12 +221,12 @@ def _problems(row: Row, has_more_fields: bool) -> Iterator[str]:
         if is_blank(text):
             yield f"{name} is empty"
         elif "\n" in text and _WHOLE_ROW.search(text):
-            yield f"{name} holds other rows (a quote that is not closed?)"
+            yield f"{name} contains other rows (an unclosed quote?)"
     if not row.label:
-        yield f"label is neither {' nor '.join(LABELS)} (or a comma outside quotes shifts the columns)"
+        yield f"label is neither {' nor '.join(LABELS)} (a comma outside quotes?)"
 
 
-# ------------------------------------------------------------------------------------------------ sets of rows
+# ------------------------------------------------------------------------------- sets of rows
 
 
 def factual_rows(rows: Iterable[Row]) -> list[Row]:

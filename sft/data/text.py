@@ -52,7 +52,7 @@ def log_repairs(name: str | Path, repairs: Counter) -> None:
             log(f"warning: {name}: {plural(count, repair.noun)} {repair.action}")
 
 
-# ------------------------------------------------------------------------------------------------ cleaning
+# ------------------------------------------------------------------------------- cleaning
 
 
 def clean_text(text: str) -> str:
@@ -67,7 +67,7 @@ def is_blank(text: str) -> bool:
     return not any(character.isprintable() and not character.isspace() for character in text)
 
 
-# ------------------------------------------------------------------------------------------------ reading
+# ------------------------------------------------------------------------------- reading
 
 
 def read_bytes(path: Path) -> bytes:

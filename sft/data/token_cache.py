@@ -79,7 +79,8 @@ def write_cache(path: Path, key: str, arrays: dict[str, "np.ndarray"]) -> None:
             leftover.unlink()
         write_atomic(path, b"".join([digest.digest(), *parts]))
     except OSError as error:
-        log(f"warning: the tokens are not kept for the next start: {error.strerror}: {path}")
+        what = "could not write the token cache, so the next run will tokenize again"
+        log(f"warning: {what}: {error.strerror}: {path}")
 
 
 def read_cache(path: Path, key: str) -> dict[str, "np.ndarray"] | None:

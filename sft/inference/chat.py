@@ -12,8 +12,8 @@ from sft.cli import InputError, RunError, log
 from sft.options import InferenceConfig, number
 
 HELP = """\
-Type or paste a note and press Enter; it may have many lines. If you type
-them one by one, end each but the last with \\.
+Type or paste a note and press Enter. A pasted note may span several lines.
+When typing, end every line except the last with \\.
   /temperature T   0 = greedy, above 0 = sampling (now {temperature:g})
   /tokens N        longest summary, in tokens (now {max_new_tokens})
   /evidence        the sentences that the last summary cites
@@ -112,6 +112,8 @@ def _summarize_aloud(
         log("(stopped)")
     except (InputError, RunError) as error:
         log(f"error: {error.problem}")
+        if error.fix:
+            log(f"fix:   {error.fix}")
     else:
         print(flush=True)
         log_result(result, time.perf_counter() - started)

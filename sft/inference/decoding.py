@@ -30,7 +30,7 @@ DRAFT_TOKENS = 8
 GREEDY_BELOW = 0.01
 
 
-# ------------------------------------------------------------------------------------------------ sequences
+# ------------------------------------------------------------------------------- sequences
 
 
 @dataclass
@@ -78,7 +78,7 @@ def sample(
 ) -> tuple[list[int], list[float]]:
     """A token for each position (sequence, tokens ahead) and its log-probability at temperature 1.
 
-    `logits` is (positions, vocabulary). The largest sum of a logit and Gumbel noise is a sample from the
+    `logits` is (positions, vocabulary). The largest sum of a logit and Gumbel noise samples from the
     softmax, which rounding rarely changes."""
     logits = logits.float()
     scores = logits
@@ -104,7 +104,7 @@ def draft(sequence: GeneratedSequence, n: int) -> list[int]:
 
 
 def common_prefix_length(prompts: Sequence[list[int]]) -> int:
-    """How many tokens all prompts begin with, leaving each a last one of its own; 0 for a single prompt."""
+    """How many tokens all prompts share at the start, at most all but the last of each; 0 for one prompt."""
     if len(prompts) < 2:
         return 0
     # In the order of a dictionary all other prompts lie between these two
@@ -114,7 +114,7 @@ def common_prefix_length(prompts: Sequence[list[int]]) -> int:
     return min(n_same, *(len(prompt) - 1 for prompt in prompts))
 
 
-# ------------------------------------------------------------------------------------------------ one forward pass
+# ------------------------------------------------------------------------------- one forward pass
 
 
 class Chunk(NamedTuple):
@@ -156,7 +156,7 @@ def forward(
     ).logits[0]
 
 
-# ------------------------------------------------------------------------------------------------ the loop
+# ------------------------------------------------------------------------------- the loop
 
 
 @torch.inference_mode()
@@ -289,7 +289,7 @@ def retire(running: list[GeneratedSequence], cache: KVCache) -> list[GeneratedSe
     return ended
 
 
-# ------------------------------------------------------------------------------------------------ memory
+# ------------------------------------------------------------------------------- memory
 
 
 def decode_within_memory(
@@ -339,7 +339,7 @@ def _raise_unless_out_of_memory(error: Exception) -> None:
     raise RunError(problem, "check the device and its driver") from error
 
 
-# ------------------------------------------------------------------------------------------------ can a model do it?
+# ------------------------------------------------------------------------------- can a model do it?
 
 
 @torch.inference_mode()

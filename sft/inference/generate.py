@@ -29,8 +29,8 @@ def decode_with_generate(
     on_token: Callable[[GeneratedSequence], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[GeneratedSequence]:
-    """What `decode` does, through transformers' `generate`, for models that `enable_kv_cache` refuses: batches padded on
-    the left."""
+    """What `decode` does, through transformers' `generate`, for models that `enable_kv_cache` refuses:
+    batches padded on the left."""
     device = model.get_input_embeddings().weight.device
     pad = stop_ids[0]
     generation_config = GenerationConfig(

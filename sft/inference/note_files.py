@@ -25,6 +25,7 @@ from sft.cli import (
     Stopped,
     log,
     noted_signals,
+    plural,
     preview_list,
     processes,
     safe_id,
@@ -40,7 +41,7 @@ WINDOW = 8
 Notes = list[tuple[str, object]]  # (id, text); what a .jsonl file calls a note may be no text
 
 
-# ------------------------------------------------------------------------------------------------ formats
+# ------------------------------------------------------------------------------- formats
 
 
 def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
@@ -116,7 +117,7 @@ def defuse(cell):
     return f"'{cell}" if is_formula else cell
 
 
-# ------------------------------------------------------------------------------------------------ outputs
+# ------------------------------------------------------------------------------- outputs
 
 
 def count(results: list[dict]) -> dict[str, int]:
@@ -158,7 +159,7 @@ class PartialFile:
         self.kind = kind
         self.record = {"fingerprint": fingerprint, "done": 0, "bytes": 0, "counts": count([])}
         if path.is_symlink():
-            fix = "move it away: summaries are written to a file of their own"
+            fix = "rename or move it: summaries are written to a file of their own"
             raise InputError(f"{path} is a symbolic link", fix)
         _check_resume(path, resume)
         has_record = path.exists() and record_path(path).exists()
@@ -170,8 +171,8 @@ class PartialFile:
                 self.record = self._read_own_record(fingerprint)
             elif not header.encode().startswith(self.file.read(len(header) + 1)):
                 # More than a run leaves that was killed before its first record
-                problem = f"{path} exists, and no record ({record_path(path).name}) names its run"
-                raise InputError(problem, "move it away")
+                problem = f"{path} exists, but its record {record_path(path).name} is missing or unreadable"
+                raise InputError(f"{problem}, so this run cannot be matched to it", "rename or move it")
         except InputError:
             self.file.close()
             raise
@@ -184,10 +185,10 @@ class PartialFile:
 
     def _read_own_record(self, fingerprint: dict) -> dict:
         record = read_record(record_path(self.path))
-        fix = "give the same files and options, or delete it and its .json and start again"
+        fix = "use the same files and options, or delete it and its .json to start over"
         check_same_run(self.path, record["fingerprint"], fingerprint, fix)
         if self.path.stat().st_size < record["bytes"]:
-            fix = "delete it and its .json, and start again"
+            fix = "delete it and its .json to start over"
             raise InputError(f"{self.path} is shorter than its record says", fix)
         return record
 
@@ -232,13 +233,13 @@ def _lock(file, path: Path) -> None:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            fix = "wait for it, or name another --output_file"
+            fix = "wait for it, or choose another --output_file"
             raise InputError(f"another process is writing {path}", fix) from None
         except OSError:  # a file system without locks
             pass
 
 
-# ------------------------------------------------------------------------------------------------ records and names
+# ------------------------------------------------------------------------------- records and names
 
 
 def read_record(path: Path) -> dict:
@@ -253,7 +254,7 @@ def read_record(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, AttributeError):
         intact = False
     if not intact:
-        raise InputError(f"{path} is damaged", f"delete it and {path.stem}, and start again")
+        raise InputError(f"{path} is damaged", f"delete it and {path.stem} to start over")
     return record
 
 
@@ -262,7 +263,7 @@ def check_same_run(path: Path, recorded: dict, fingerprint: dict, fix: str) -> N
     names = sorted(recorded.keys() | fingerprint.keys())
     different = [name for name in names if recorded.get(name) != fingerprint.get(name)]
     if different:
-        raise InputError(f"{path} is from a run with another {', '.join(different)}", fix)
+        raise InputError(f"{path} was written with a different {', '.join(different)}", fix)
 
 
 def record_path(partial: Path) -> Path:
@@ -295,13 +296,13 @@ def check_output(output_file: str, resume: bool, fingerprint: Callable[[], dict]
     check_new_file("--output_file", output_file, (".jsonl", ".csv"))
     # The names of the partial files and their records must fit too
     if len(os.fsencode(target.name)) > 200:
-        raise InputError("--output_file: the name is too long", "give one of at most 200 bytes")
+        raise InputError("--output_file: the name is too long", "choose one of at most 200 bytes")
     rank, n_processes = processes()
     expected = {partial_path(target, i, n_processes) for i in range(n_processes)}
     others = [path for path in existing_partials(target) if path.exists() and path not in expected]
     if others:
-        fix = "resume with as many, or delete it"
-        raise InputError(f"{others[0].name} exists: an earlier run had another number of processes", fix)
+        problem = f"{others[0].name} exists: the earlier run used a different number of processes"
+        raise InputError(problem, "use the same number with --resume, or delete it")
     _check_resume(partial_path(target, rank, n_processes), resume)
     return False
 
@@ -309,12 +310,13 @@ def check_output(output_file: str, resume: bool, fingerprint: Callable[[], dict]
 def _check_complete(target: Path, fingerprint: dict) -> None:
     """Raises InputError unless this run wrote `target`; removes its partial files, if it was killed before
     that."""
+    fix = "rename or move it, or choose another --output_file"
     try:
         recorded = dict(json.loads(done_path(target).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
-        problem = f"{target} exists, and no record ({done_path(target).name}) names its run"
-        raise InputError(problem, "name another, or move it away") from None
-    check_same_run(target, recorded, fingerprint, "name another --output_file, or move it away")
+        problem = f"{target} exists, but its record {done_path(target).name} is missing or unreadable"
+        raise InputError(f"{problem}, so this run cannot be matched to it", fix) from None
+    check_same_run(target, recorded, fingerprint, fix)
     for partial in existing_partials(target):
         # Without an intact record it is not known to be this run's, and stays
         with contextlib.suppress(InputError, FileNotFoundError):
@@ -327,7 +329,7 @@ def join_partials(partials: list[Path], target: Path, fingerprint: dict) -> None
     """Moves the complete partial files, end to end, to `target`, which appears whole or not at all, after its
     record. Raises InputError if another file has appeared there."""
     if target.exists():
-        fix = "move it away, then run the same command with --resume"
+        fix = "rename or move it, then run the same command with --resume to continue"
         raise InputError(f"{target} has appeared while its summaries were written", fix)
     write_json(done_path(target), fingerprint)
     joined = partials[0]
@@ -351,7 +353,7 @@ def remove_partials(partials: list[Path]) -> None:
         record_path(partial).unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------ the run
+# ------------------------------------------------------------------------------- the run
 
 
 def summarize_file(notes: Notes, config: InferenceConfig, fingerprint: dict, summarize: Callable) -> None:
@@ -382,7 +384,7 @@ def summarize_file(notes: Notes, config: InferenceConfig, fingerprint: dict, sum
     except BaseException as error:
         if target:
             problem = f"not complete: {partial} holds {out.n_done:,} of {last - first:,} notes"
-            message = f"{problem}; the same command with --resume continues"
+            message = f"{problem}; run the same command with --resume to continue"
             if isinstance(error, Stopped):
                 raise Stopped(error.signal, message) from None
             log(f"\n{message}")
@@ -426,9 +428,10 @@ def _finish(target: Path | None, fingerprint: dict, counts: dict[str, int], rate
         records = [read_record(record_path(partial)) for partial in partials]
         counts = {name: sum(record["counts"][name] for record in records) for name in counts}
         join_partials(partials, target, fingerprint)
-    written = f", written to {target}" if target else ""
-    shortened = f"{counts['shortened']:,} of them shortened"
-    log(f"{counts['done']:,} done, {shortened}, {counts['failed']:,} failed{rate}{written}")
+    written = f"; written to {target}" if target else ""
+    done = f"{plural(counts['done'], 'note')} summarized ({counts['shortened']:,} of the notes shortened)"
+    why = ' (see "error")' if target and counts["failed"] else ""
+    log(f"{done}, {counts['failed']:,} failed{why}{rate}{written}")
 
 
 def _wait_for_all() -> None:
@@ -442,5 +445,5 @@ def _wait_for_all() -> None:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
     except RuntimeError:
-        fix = "the same command with --resume continues"
+        fix = "run the same command with --resume to continue"
         raise RunError("another process ended before its notes were done", fix) from None

@@ -51,10 +51,10 @@ def summary_warnings(summary: str, note: str) -> list[str]:
         warnings.append("the summary repeats itself")
     missing = [f"S{n}" for citation in parse_citations(summary, note) for n in citation["missing"]]
     if missing:
-        warnings.append(f"cites sentences the note does not have: {preview_list(missing)}")
+        warnings.append(f"cites sentences that are not in the note: {preview_list(missing)}")
     numbers = unsupported_numbers(summary, note)
     if numbers:
-        warnings.append(f"states numbers the note does not hold: {preview_list(numbers)}")
+        warnings.append(f"states numbers that are not in the note: {preview_list(numbers)}")
     return warnings
 
 

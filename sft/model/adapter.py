@@ -1,8 +1,8 @@
 """The LoRA adapter: on the model, in its folder, merged into the base weights.
 
-An adapter folder holds what inference needs besides the base model: adapter_config.json and adapter_model.safetensors
-(as PEFT writes them), the tokenizer, sft_config.json (prompt template, training configuration, SHA-256s), a model card,
-SHA256SUMS over all of them and, in a checkpoint, training_state.pt.
+An adapter folder holds what inference needs besides the base model: adapter_config.json and
+adapter_model.safetensors (as PEFT writes them), the tokenizer, sft_config.json (prompt template, training
+configuration, SHA-256s), a model card, SHA256SUMS over all of them and, in a checkpoint, training_state.pt.
 """
 
 import io
@@ -19,7 +19,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 
-from sft.cli import InputError, is_disk_full, log, on_main_process, preview_list
+from sft.cli import InputError, is_disk_full, log, on_main_process, plural, preview_list
 from sft.files import (
     ROOT,
     check_format_version,
@@ -42,7 +42,9 @@ from sft.model.base import (
 from sft.model.kernels import FastDropout, Int8Linear, convert_linear, replace_linear_layers
 from sft.options import BUNDLED_MODEL
 
-# ------------------------------------------------------------------------------------------------ on the model
+_FIX_BASE_MODEL = "pass --base_model with the model this adapter was trained on (a folder or Hub id)"
+
+# ------------------------------------------------------------------------------- on the model
 
 
 def unwrap(model):
@@ -53,11 +55,12 @@ def unwrap(model):
 def add_lora(
     model, *, r: int, alpha: float, dropout: float, target_modules: list[str], seed: int
 ) -> PeftModel:
-    """The model with LoRA adapters (float32, B zero) on `target_modules`, or on all linear layers with ["all-linear"].
+    """The model with LoRA adapters (float32, B zero) on `target_modules`, or on all linear layers with
+    ["all-linear"].
 
-    If a model has no q_proj and v_proj, the default, PEFT's choice for its architecture is taken (GPT-2's c_attn), or
-    all linear layers if PEFT has none. Raises InputError for any other layers that the model does not have.
-    """
+    If a model has no q_proj and v_proj, the default, PEFT's choice for its architecture is taken (GPT-2's
+    c_attn), or all linear layers if PEFT has none. Raises InputError for any other layers that the model does
+    not have."""
     # An image or sound encoder of a multimodal model sees no token here
     encoders = {
         name for name, _ in model.named_modules() if re.search(r"(vision|visual|image|audio)[^.]*$", name)
@@ -105,8 +108,8 @@ def _lora_targets(model, wanted: list[str]) -> list[str] | str:
 
 
 def shard_base(model: PeftModel, device: torch.device, n_processes: int) -> None:
-    """Splits the frozen base weights over the processes (FSDP2: torch.distributed.fsdp.fully_shard). Each process gathers
-    a layer while it computes it; every process keeps the whole adapter."""
+    """Splits the frozen base weights over the processes (FSDP2: torch.distributed.fsdp.fully_shard). Each
+    process gathers a layer while it computes it; every process keeps the whole adapter."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -122,8 +125,8 @@ def shard_base(model: PeftModel, device: torch.device, n_processes: int) -> None
 
 
 def set_gradient_checkpointing(model, on: bool) -> None:
-    """Trades time for memory in training; must be off for generation, which needs the KV cache. Raises InputError if
-    the model does not support it."""
+    """Trades time for memory in training; must be off for generation, which needs the KV cache. Raises
+    InputError if the model does not support it."""
     base = unwrap(model)
     base.config.use_cache = not on
     if not on:
@@ -139,7 +142,7 @@ def set_gradient_checkpointing(model, on: bool) -> None:
     base.enable_input_require_grads()
 
 
-# ------------------------------------------------------------------------------------------------ saving
+# ------------------------------------------------------------------------------- saving
 
 
 def save_adapter(
@@ -153,8 +156,8 @@ def save_adapter(
 ) -> None:
     """Writes an adapter folder that appears whole or not at all, readable by the user alone.
 
-    `state` is what training needs to resume from here (tensors and plain values). Raises InputError if the disk is full.
-    """
+    `state` is what training needs to resume from here (tensors and plain values). Raises InputError if the
+    disk is full."""
     files = {
         "adapter": "adapter_model.safetensors",
         "adapter_config": "adapter_config.json",
@@ -179,11 +182,11 @@ def save_adapter(
 
 
 def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: Path) -> None:
-    """The base model with the adapter merged in, in standard form: transformers alone loads it, and stops where we do.
+    """The base model with the adapter merged in, in standard form: transformers alone loads it, and stops
+    where we do.
 
-    Merges `model` itself. Raises InputError for a quantized base (merging into rounded weights would lose the adapter)
-    and if the folder cannot be written.
-    """
+    Merges `model` itself. Raises InputError for a quantized base (merging into rounded weights would lose the
+    adapter) and if the folder cannot be written."""
     if getattr(unwrap(model), "is_quantized", False):
         raise InputError("a quantized base model cannot be merged", "leave out --use_8bit and --use_4bit")
     with new_folder(folder) as temporary:
@@ -202,12 +205,12 @@ def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: 
         tokenizer.save_pretrained(temporary)
 
 
-# ------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------- loading
 
 
 def read_state(folder: Path) -> dict:
-    """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled. Raises InputError
-    if it cannot be read or a newer version of this toolkit wrote it."""
+    """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled. Raises
+    InputError if it cannot be read or a newer version of this toolkit wrote it."""
     try:
         sft_config = json.loads((folder / "sft_config.json").read_text(encoding="utf-8"))
         check_format_version(folder, sft_config)
@@ -222,16 +225,16 @@ def read_state(folder: Path) -> dict:
 def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = False) -> None:
     """Copies an adapter folder's weights into `model`.
 
-    Raises InputError if a weight is missing, extra, of another shape or not finite, or if the adapter as a whole is zero
-    and so does nothing (unless it `may_be_zero`, as in a checkpoint of a run that has just begun).
-    """
+    Raises InputError if a weight is missing, extra, of another shape or not finite, or if the adapter as a
+    whole is zero and so does nothing (unless it `may_be_zero`, as in a checkpoint of a run that has just
+    begun)."""
     file = folder / "adapter_model.safetensors"
     try:
         with safe_open(file, "pt") as weights:
             saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # safetensors raises a type of its own
         problem = f"{file}: not a readable safetensors file: {first_line(error)}"
-        raise InputError(problem, "restore it or train again") from None
+        raise InputError(problem, "restore it from a backup, or train again") from None
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _check_weights(file, saved, expected, may_be_zero)
     with torch.no_grad():
@@ -240,20 +243,21 @@ def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = 
 
 
 def _check_weights(file: Path, saved: dict, expected: dict, may_be_zero: bool) -> None:
-    fix = "restore it or train again"
+    fix = "restore it from a backup, or train again"
     missing = sorted(expected.keys() - saved.keys())
     if missing:
         problem = f"{file}: lacks {len(missing)} of the {len(expected)} weights its configuration names"
         raise InputError(f"{problem}, the first {missing[0]}", fix)
     extra = sorted(saved.keys() - expected.keys())
     if extra:
-        problem = f"{file}: holds {len(extra)} weights that do not belong, the first {extra[0]}"
+        problem = f"{file}: holds {plural(len(extra), 'unexpected weight')}, the first {extra[0]}"
         raise InputError(problem, fix)
     for key, tensor in expected.items():
         found = tuple(saved[key].shape)
         if found != tuple(tensor.shape):
             problem = f"{file}: {key} has shape {found}, not {tuple(tensor.shape)}"
-            raise InputError(problem, "is this its base model?")
+            fix = "check that the base model is the one this adapter was trained on (--base_model)"
+            raise InputError(problem, fix)
     if not may_be_zero and not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
         raise InputError(f"{file}: all weights are zero, so the adapter does nothing", fix)
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
@@ -270,14 +274,14 @@ def load_specialist(
     quantization: str | None = None,
     base_model: str | None = None,
 ):
-    """(model, tokenizer) of an adapter folder, in evaluation mode. Raises InputError if they do not belong together, or
-    a newer version of this toolkit wrote the folder."""
+    """(model, tokenizer) of an adapter folder, in evaluation mode. Raises InputError if they do not belong
+    together, or a newer version of this toolkit wrote the folder."""
     check_format_version(folder, sft_config)
     base_folder = _find_base_model(sft_config, adapter_config, base_model)
     recorded = sft_config.get("sha256", {}).get("base_weights")
-    fix = "give the right one with --base_model"
+    fix = _FIX_BASE_MODEL
     if recorded and base_weights_sha256(base_folder) != recorded:
-        problem = f"{folder}: the base model in {base_folder.name} has other weights than the one this adapter was trained on"
+        problem = f"{folder}: the base model in {base_folder.name} does not have the weights this adapter was trained on"
         raise InputError(problem, fix)
     _check_recorded(folder, sft_config, "tokenizer", "tokenizer.json")
     tokenizer = load_tokenizer(folder)
@@ -301,31 +305,32 @@ def _check_recorded(folder: Path, sft_config: dict, name: str, file: str) -> Non
     intact = not recorded or ((folder / file).is_file() and sha256(folder / file) == recorded)
     if not intact:
         problem = f"{folder}: {file} is not the file that training wrote (SHA-256 differs)"
-        raise InputError(problem, "restore it or train again")
+        raise InputError(problem, "restore it from a backup, or train again")
 
 
 def _find_base_model(sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:
     """The folder of an adapter's base model: `base_model` if given, else as the adapter names it."""
     try:
         if base_model is not None:
-            return resolve_model(base_model)
+            return resolve_model(base_model, _FIX_BASE_MODEL)
         name = adapter_config["base_model_name_or_path"]
         if name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
             return bundled_model()
         if (ROOT / name).is_dir() or sft_config.get("base_model_is_local"):
-            return resolve_model(str(ROOT / name))  # never looked up on the Hub
-        return resolve_model(name)
+            return resolve_model(str(ROOT / name), _FIX_BASE_MODEL)  # never looked up on the Hub
+        return resolve_model(name, _FIX_BASE_MODEL)
     except InputError as error:
-        problem = f"the adapter's base model: {error.problem}"
-        raise InputError(problem, f"{error.fix}; or --base_model FOLDER") from None
+        problem = f"the adapter's base model is not available: {error.problem}"
+        raise InputError(problem, error.fix) from None
 
 
-# ------------------------------------------------------------------------------------------------ merging
+# ------------------------------------------------------------------------------- merging
 
 
 def merge_into_int8(model: PeftModel, dtype: torch.dtype):
-    """The base model with the adapter merged into its linear layers and these in 8 bit (Int8Linear), on a CPU; the rest
-    in `dtype`. Layer by layer in float32, so that each weight is rounded once and memory holds one such copy."""
+    """The base model with the adapter merged into its linear layers and these in 8 bit (Int8Linear), on a
+    CPU; the rest in `dtype`. Layer by layer in float32, so that each weight is rounded once and memory holds
+    one such copy."""
     base = unwrap(model)
     # Names alone are kept, so that the old weights are freed one by one
     names = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
@@ -335,7 +340,7 @@ def merge_into_int8(model: PeftModel, dtype: torch.dtype):
         module.merge(safe_merge=True)
         base.set_submodule(name, convert_linear(linear, Int8Linear))
     replace_linear_layers(base, Int8Linear)
-    # transformers sets this for its own quantized models. Ours must count as one too: `logits_problem` then allows for
-    # rounded weights, and `save_merged` refuses to write them
+    # transformers sets this for its own quantized models. Ours must count as one too: `logits_problem` then
+    # allows for rounded weights, and `save_merged` refuses to write them
     base.is_quantized = True
     return base.to(dtype)

@@ -1,17 +1,18 @@
-"""Everything that touches transformers' attention: three implementations, their masks, and the probes' checks.
+"""Everything that touches transformers' attention: three implementations, their masks, the probes' checks.
 
     per_example    training: packed rows, one call of PyTorch's attention per example
     varlen         training on a CUDA GPU in 16 bit: packed rows in one FlashAttention call
-    kv_cache       inference: a row of tokens of many sequences, each with its own keys and values in a KVCache
+    kv_cache       inference: a row of tokens of many sequences, each with its own slot in a KVCache
 
 A model gets one of them once, when it is loaded and after a probe (`enable_packing`; `enable_kv_cache` in
-sft/inference/decoding.py); nothing switches it during a call. All have the signature of transformers' AttentionInterface
-(https://huggingface.co/docs/transformers/attention_interface): query (batch, heads, tokens, head_dim), key and value
-(batch, key-value heads, keys, head_dim) -> (batch, tokens, heads, head_dim) and None.
+sft/inference/decoding.py); nothing switches it during a call. All have the signature of transformers'
+AttentionInterface (https://huggingface.co/docs/transformers/attention_interface): query (batch, heads,
+tokens, head_dim), key and value (batch, key-value heads, keys, head_dim) -> (batch, tokens, heads, head_dim)
+and None.
 
-transformers builds no mask for an attention without a mask function of that name, and then drops the caller's padding
-mask too (masking_utils.py). Packed rows need no mask; kv_cache registers a mask function for passes without a KVCache.
-"""
+transformers builds no mask for an attention without a mask function of that name, and then drops the caller's
+padding mask too (masking_utils.py). Packed rows need no mask; kv_cache registers a mask function for passes
+without a KVCache."""
 
 import contextlib
 import math
@@ -33,16 +34,17 @@ from sft.model.base import first_line
 PACKED_ATTENTION = ("varlen", "per_example")
 OWN_ATTENTION = (*PACKED_ATTENTION, "kv_cache")
 
-# How many bytes a CPU of two cores reads in the time of one more attention call: 75 microseconds at 20 GB/s, both measured
+# How many bytes a CPU of two cores reads in the time of one more attention call: 75 microseconds at 20 GB/s,
+# both measured
 BYTES_PER_CALL = 1_500_000
 
 
-# ------------------------------------------------------------------------------------------------ masks and grouped heads
+# ------------------------------------------------------------------------------- masks and grouped heads
 
 
 def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> torch.Tensor:
-    """(*positions.shape, n_keys): True if a query at that position sees the key: none after it, and with a sliding
-    `window` only the newest so many."""
+    """(*positions.shape, n_keys): True if a query at that position sees the key: none after it, and with a
+    sliding `window` only the newest `window` keys."""
     distance = positions[..., None] - torch.arange(n_keys, device=positions.device)
     return ~((distance < 0) | (distance >= (window or n_keys)))
 
@@ -54,7 +56,8 @@ def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _attention(query, key, value, mask, *, scaling, softcap=None, dropout=0.0):
-    """Attention with a mask (batch or 1, 1, queries or 1, keys), Boolean or additive, or None if all queries see all keys."""
+    """Attention with a mask (batch or 1, 1, queries or 1, keys), Boolean or additive, or None if all queries
+    see all keys."""
     # The query heads that share a key-value head become that many more queries, so that no key is copied
     n_queries = query.shape[2]
     groups = query.shape[1] // key.shape[1]
@@ -104,7 +107,7 @@ def _refuse_unsupported(arguments: dict) -> None:
             raise ValueError(f"this attention does not compute {name}")
 
 
-# ------------------------------------------------------------------------------------------------ packed rows
+# ------------------------------------------------------------------------------- packed rows
 
 
 def per_example_attention(
@@ -120,10 +123,11 @@ def per_example_attention(
     sliding_window=None,
     **kwargs,
 ):
-    """Causal attention inside each example of one packed row, no example seeing another, without a dense mask.
+    """Causal attention inside each example of one packed row, no example seeing another, without a dense
+    mask.
 
-    `example_lengths` are Python integers that add up to the row's tokens. Raises ValueError for what is not computed.
-    """
+    `example_lengths` are Python integers that add up to the row's tokens. Raises ValueError for what is not
+    computed."""
     _refuse_unsupported(kwargs)
     dtype = query.dtype
     # A CPU's 16-bit attention is slower than that in float32
@@ -151,8 +155,8 @@ def varlen_attention(
 ):
     """per_example_attention in one FlashAttention call, on a CUDA GPU in 16 bit.
 
-    `example_starts` (examples + 1,) is an int32 tensor on the GPU. Raises ValueError for what is not computed.
-    """
+    `example_starts` (examples + 1,) is an int32 tensor on the GPU. Raises ValueError for what is not
+    computed."""
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse_unsupported(kwargs)
@@ -168,15 +172,16 @@ def varlen_attention(
     return output[None], None
 
 
-# ------------------------------------------------------------------------------------------------ the KV cache
+# ------------------------------------------------------------------------------- the KV cache
 
 
 class KVCache:
-    """Keys and values of the sequences being written, one slot each, and the layout of the present forward pass.
+    """Keys and values of the sequences being written, one slot each, and the layout of the current forward
+    pass.
 
     Four invariants, kept by the decoding loop:
-    - `plan_pass` is called before each forward pass, with the row's layout: the newest token of each running sequence,
-      then the prefill chunks.
+    - `plan_pass` is called before each forward pass, with the row's layout: the newest token of each running
+      sequence, then chunks (prompts, or tokens with their drafts).
     - The masks belong to one pass: `plan_pass` resets them, and the layers of the pass share them.
     - Memory is taken layer by layer, when the first pass shows the shapes of each.
     - Slot i belongs to running[i]: when a sequence ends, `copy` moves another into its slot.
@@ -189,8 +194,8 @@ class KVCache:
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def plan_pass(self, positions: list[int], chunks: list[tuple[int, int, int]], device) -> None:
-        """The layout of the next pass: the position of each running sequence's newest token, then prefill chunks (slot,
-        first position, number of tokens)."""
+        """The layout of the next pass: the position of each running sequence's newest token, then prefill
+        chunks (slot, first position, number of tokens)."""
         self.n_running = len(positions)
         self.chunks = chunks
         self.runs = group_by_length([position + 1 for position in positions], self._keys_per_call())
@@ -199,7 +204,8 @@ class KVCache:
         self._masks = {}
 
     def _keys_per_call(self) -> float:
-        """How many keys (with their values) of one layer memory delivers in the time that one more attention call costs."""
+        """How many keys (with their values) of one layer memory delivers in the time that one more attention
+        call costs."""
         states = next(iter(self.layers.values()), None)
         # Not measured on GPUs, where many calls are worse
         if states is None or states[0].device.type != "cpu":
@@ -235,9 +241,8 @@ class KVCache:
 def group_by_length(lengths: list[int], keys_per_call: float) -> list[tuple[int, int, int]]:
     """The slots split into runs (first, last + 1, longest) of sequences of similar length.
 
-    Attention over a run reads as many keys of each sequence as of the longest. This is the cheapest split if a call
-    costs as much as reading `keys_per_call` keys.
-    """
+    Attention over a run reads as many keys of each sequence as of the longest. This is the cheapest split if
+    a call costs as much as reading `keys_per_call` keys."""
     if math.isinf(keys_per_call):
         return [(0, len(lengths), max(lengths))] if lengths else []
     # For the first 0, 1, 2, ... slots: the cost in keys, and the runs
@@ -255,8 +260,8 @@ def group_by_length(lengths: list[int], keys_per_call: float) -> list[tuple[int,
 
 
 def lazy_zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    """Zeros of `like`'s dtype and device; on a CPU they take no memory until written. (Zeros, since masked values are
-    multiplied by 0 and must be finite.)"""
+    """Zeros of `like`'s dtype and device; on a CPU they take no memory until written. (Zeros, since masked
+    values are multiplied by 0 and must be finite.)"""
     if like.device.type != "cpu":
         return like.new_zeros(shape)
     memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
@@ -277,11 +282,11 @@ def kv_cache_attention(
     dropout=0.0,
     **kwargs,
 ):
-    """Attention of one row of tokens as laid out by `KVCache.plan_pass`, each to the keys of its own sequence.
+    """Attention of one row of tokens as laid out by `KVCache.plan_pass`, each to the keys of its own
+    sequence.
 
-    Without `kv_cache`, as in a plain forward pass or `generate`, the model's ordinary attention: by the mask if there is
-    one, else causal. Raises ValueError for what is not computed.
-    """
+    Without `kv_cache`, as in a plain forward pass or `generate`, the model's ordinary attention: by the mask
+    if there is one, else causal. Raises ValueError for what is not computed."""
     _refuse_unsupported(kwargs)
     options = {"scaling": scaling, "softcap": softcap, "dropout": dropout}
     if kv_cache is None:
@@ -317,13 +322,14 @@ def kv_cache_attention(
     return torch.cat(outputs, dim=1), None
 
 
-# Stands for the dense mask of positions that are not one sequence's, which a pass with a KVCache has and does not need
+# Placeholder for the mask of a packed row, which a pass with a KVCache does not need
 _PACKED_POSITIONS = torch.empty(1, 1, 1, 0)
 
 
 def _kv_cache_mask(*, attention_mask=None, allow_is_causal_skip=True, **pattern) -> torch.Tensor | None:
-    """The mask transformers hands to kv_cache_attention, called like `sdpa_mask` with the padding (batch, keys): None if
-    it is causal and the queries are the last of the keys, else Boolean (batch, 1, queries, keys), the window in it."""
+    """The mask transformers hands to kv_cache_attention, called like `sdpa_mask` with the padding (batch,
+    keys): None if it is causal and the queries are the last of the keys, else Boolean (batch, 1, queries,
+    keys), the window in it."""
     n_after = pattern["kv_offset"] + pattern["kv_length"] - pattern["q_offset"] - pattern["q_length"]
     queries_are_last = bool(n_after == 0)
     # transformers found positions that are not one sequence's
@@ -341,12 +347,12 @@ AttentionInterface.register("kv_cache", kv_cache_attention)
 AttentionMaskInterface.register("kv_cache", _kv_cache_mask)
 
 
-# ------------------------------------------------------------------------------------------------ probes
+# ------------------------------------------------------------------------------- probes
 
 
 def logits_problem(found: torch.Tensor, expected: torch.Tensor, model) -> str:
-    """ "" if `found` are `expected` to within rounding, else how they differ. The bound is 1e-3 of the largest logit for
-    a model in float32, 5e-2 in fewer bits or quantized."""
+    """ "" if `found` are `expected` to within rounding, else how they differ. The bound is 1e-3 of the
+    largest logit for a model in float32, 5e-2 in fewer bits or quantized."""
     if found.shape != expected.shape:
         return f"its logits have shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
@@ -362,9 +368,8 @@ def logits_problem(found: torch.Tensor, expected: torch.Tensor, model) -> str:
 def probe_failure(error: Exception) -> str:
     """Why a model cannot work in some way, from the exception that a probe met.
 
-    Raises the exception again if memory ran out, or if it is a programming error in code of this package: a mistake of
-    ours must not become a silent slower path.
-    """
+    Raises the exception again if memory ran out, or if it is a programming error in code of this package: a
+    mistake of ours must not become a silent slower path."""
     frames = traceback.extract_tb(error.__traceback__)
     is_ours = bool(frames) and Path(sft.__file__).parent in Path(frames[-1].filename).parents
     programming_errors = (AttributeError, NameError, TypeError, KeyError, IndexError)
@@ -387,19 +392,20 @@ def reference_attention(base):
 
 
 def enable_packing(model, max_length: int) -> tuple[bool, str]:
-    """Sets the model up for packed rows (`sft.data.dataset.packed_batch`) if it can take them; it then takes no others.
+    """Sets the model up for packed rows (`sft.data.dataset.packed_batch`) if it can take them; it then takes
+    no others.
 
-    The probe: two examples, the second longer than any attention window that matters at `max_length` tokens, must come
-    out of one packed row as they do one by one. Returns (whether they do, the reason if not; or, on a GPU, why
-    varlen_attention does not fit and the slower per_example_attention was taken). A model that cannot is left as it was.
-    """
+    The probe: two examples, the second longer than any attention window that matters at `max_length` tokens,
+    must come out of one packed row as they do one by one. Returns (whether they do, the reason if not; or, on
+    a GPU, why varlen_attention does not fit and the slower per_example_attention was taken). A model that
+    cannot is left as it was."""
     base = unwrap(model)
     before = base.config._attn_implementation
     if before in PACKED_ATTENTION:
         return True, ""
     device = base.get_input_embeddings().weight.device
     if device.type == "mps":
-        return False, "packed rows have not been measured on Apple GPUs"
+        return False, "packed rows have not been tested on Apple GPUs"
     was_training = base.training
     problems = []
     fits = False
@@ -423,7 +429,8 @@ def enable_packing(model, max_length: int) -> tuple[bool, str]:
 
 @torch.no_grad()
 def _packing_problem(base, attention: str, max_length: int) -> str:
-    """ "" if the model, which is left with `attention` set, computes a packed row right, else what is wrong."""
+    """ "" if the model, which is left with `attention` set, computes a packed row right, else what is
+    wrong."""
     text = base.config.get_text_config()
     device = base.get_input_embeddings().weight.device
     windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]

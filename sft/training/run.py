@@ -46,12 +46,13 @@ from sft.model.kernels import use_frozen_kernels
 from sft.options import CPU_TOKENS_PER_PASS, TrainConfig, quantization_of
 from sft.training.report import best_epoch
 
-# ------------------------------------------------------------------------------------------------ the plan
+# ------------------------------------------------------------------------------- the plan
 
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """The order of the examples in `epoch` (0-based): a permutation that depends on `seed` and `epoch` alone."""
+    """The order of the examples in `epoch` (0-based): a permutation that depends on `seed` and `epoch`
+    alone."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     return tuple(torch.randperm(n_examples, generator=generator).tolist())
 
@@ -91,9 +92,8 @@ class Plan:
     ) -> list[list[Example]]:
         """The forward passes of one process over its share of a step's `examples`.
 
-        At most `max_rows` rows and about `max_tokens` tokens each, similar in size. Every process gets the same number of
-        passes; with few examples some are empty.
-        """
+        At most `max_rows` rows and about `max_tokens` tokens each, similar in size. Every process gets the
+        same number of passes; with few examples some are empty."""
 
         def fullness(batch: list[Example]) -> tuple[bool, int]:
             return len(batch) >= max_rows, sum(example.n_tokens for example in batch)
@@ -116,7 +116,7 @@ class Plan:
         return batches[process :: self.n_processes]
 
 
-# ------------------------------------------------------------------------------------------------ the state
+# ------------------------------------------------------------------------------- the state
 
 
 @dataclass
@@ -171,7 +171,8 @@ class TrainingProgress:
         return epoch
 
     def out_of_patience(self, patience: int) -> bool:
-        """Whether `patience` or more epochs have passed since the best one (0: never), asked at the end of an epoch."""
+        """Whether `patience` or more epochs have passed since the best one (0: never), asked at the end of an
+        epoch."""
         if not patience or not self.epochs:
             return False
         return len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience
@@ -222,7 +223,8 @@ class Run:
         return self.plan.split_rows(examples, process, max_rows, max_tokens, not self.packed)
 
     def batches(self, examples: list[Example]) -> Iterator[tuple[Batch, int, bool]]:
-        """This process's forward passes over `examples`: each batch, its weight in the loss, whether it is the last.
+        """This process's forward passes over `examples`: each batch, its weight in the loss, whether it is
+        the last.
 
         A rank with no rows left runs a dummy batch of weight 0, so that all ranks make the same calls.
         """
@@ -267,11 +269,12 @@ class Run:
             write_json(self.output_dir / "training_stats.json", self.stats())
 
 
-# ------------------------------------------------------------------------------------------------ set-up
+# ------------------------------------------------------------------------------- set-up
 
 
 def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
-    """Everything before the first step, from checked options and rows: processes, base model, LoRA, optimizer, data.
+    """Everything before the first step, from checked options and rows: processes, base model, LoRA,
+    optimizer, data.
 
     Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
     """
@@ -326,7 +329,8 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
 
 
 def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
-    """accelerate's process group, on CPU or GPU, alone or under torchrun; what it would add to the loop is off."""
+    """accelerate's process group, on CPU or GPU, alone or under torchrun; what it would add to the loop is
+    off."""
     if (
         os.environ.get("ACCELERATE_USE_CPU") == "True"
         and "MASTER_PORT" in os.environ
@@ -350,7 +354,7 @@ def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
         dtype = str(placement.dtype).removeprefix("torch.")
         log(f"Device: {accelerator.device}, {dtype} ({placement.why})")
         if config.shard_base and accelerator.num_processes == 1:
-            log("note: --shard_base has no effect with a single process")
+            log("info: --shard_base has no effect with a single process")
     return accelerator
 
 
@@ -387,7 +391,7 @@ def build_model(
         use_frozen_kernels(model)
     packed, reason = enable_packing(model, config.max_length)
     if not packed and accelerator.is_main_process:
-        log(f"note: padded batches, since this model takes no packed rows: {reason}")
+        log(f"info: this model does not support packed rows, so batches are padded: {reason}")
     if config.gradient_checkpointing:
         set_gradient_checkpointing(model, True)
     return model.train(), packed
@@ -417,8 +421,8 @@ def describe_run(
     dtype: str,
     hashes: dict[str, str],
 ) -> dict:
-    """sft_config.json: what inference needs to rebuild the prompt, and where the adapter comes from. No text, no
-    absolute path."""
+    """sft_config.json: what inference needs to rebuild the prompt, and where the adapter comes from. No text,
+    no absolute path."""
     counts = {
         name: {
             "factual": sum(row.label == "factual" for row in part),
