@@ -174,7 +174,7 @@ def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = N
     if the run cannot continue, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
     # Checked before the slow imports: options, output folder, rows
     rows, checkpoint = check_inputs(config)
-    from sft.training.run import set_up
+    from sft.training.set_up import set_up
 
     run = set_up(config, rows)
     log_plan(run)

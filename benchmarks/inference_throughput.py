@@ -1,7 +1,7 @@
 """How fast are summaries written, compared with the same model in other programs, on real notes?
 
     python benchmarks/inference_throughput.py [--model_path FOLDER] [--mts 32] [--aci 4] [--rounds 2]
-    python benchmarks/inference_throughput.py --llama_cpp FOLDER   # with `npm install node-llama-cpp` run there
+    python benchmarks/inference_throughput.py --llama_cpp FOLDER   # after `npm install node-llama-cpp` there
 
 Needs ../shared/data (see docs). Peers, in turn, each in a process of its own, on the same prompts with the
 same stop tokens:

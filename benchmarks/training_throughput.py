@@ -213,7 +213,7 @@ def targets_by_step(examples) -> list[int]:
 
 def toolkit(options: argparse.Namespace) -> dict:
     """This toolkit: the steps of stage_a_sft_training.py, which makes its batches itself."""
-    from sft.training.run import set_up
+    from sft.training.set_up import set_up
     from stage_a_sft_training import train_step
 
     started = time.perf_counter()

@@ -28,7 +28,6 @@ from sft.model.adapter import (
     set_gradient_checkpointing,
     unwrap,
 )
-from sft.model.attention import enable_packing
 from sft.model.base import (
     base_weights_sha256,
     load_base_model,
@@ -37,6 +36,7 @@ from sft.model.base import (
     portable_name,
 )
 from sft.model.kernels import Int8Linear, has_int8
+from sft.model.probes import enable_packing
 from stage_a_sft_training import summed_loss
 
 IDS = torch.tensor([[3, 50, 60, 70, 80, 90]])

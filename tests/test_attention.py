@@ -15,16 +15,8 @@ from transformers import AttentionInterface
 
 import sft.model.attention as attention_module
 from sft.data.dataset import packed_batch, padded_batch
-from sft.model.attention import (
-    KVCache,
-    causal_mask,
-    enable_packing,
-    group_by_length,
-    logits_problem,
-    per_example_attention,
-    probe_failure,
-    reference_attention,
-)
+from sft.model.attention import KVCache, causal_mask, group_by_length, per_example_attention
+from sft.model.probes import enable_packing, logits_problem, probe_failure, reference_attention
 from stage_a_sft_training import summed_loss
 
 PACKING = ["llama", "mistral", "qwen2", "gemma", "phi3", "gpt2"]

@@ -12,7 +12,6 @@ from tiny import tiny_model
 import sft.model.base as base_module
 from sft.cli import InputError
 from sft.data.dataset import packed_batch
-from sft.model.attention import enable_packing
 from sft.model.base import (
     base_weights_sha256,
     device_of_process,
@@ -24,6 +23,7 @@ from sft.model.base import (
     portable_name,
     resolve_model,
 )
+from sft.model.probes import enable_packing
 from sft.options import BUNDLED_MODEL
 from stage_a_sft_training import summed_loss
 

@@ -23,7 +23,8 @@ from sft.inference.decoding import (
     sample,
 )
 from sft.inference.generate import decode_with_generate
-from sft.model.attention import KVCache, enable_packing, group_by_length
+from sft.model.attention import KVCache, group_by_length
+from sft.model.probes import enable_packing
 
 STOPS = list(range(2, 420, 12))  # many, so that some sequences end early and others enter
 ARCHITECTURES = ["llama", "llama-wide", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2"]

@@ -16,7 +16,7 @@ import stage_a_sft_training as training
 from sft.cli import InputError
 from sft.data.dataset import load_datasets, packed_batch, read_data
 from sft.model.base import load_base_model, load_tokenizer
-from sft.training.run import set_up
+from sft.training.set_up import set_up
 from stage_a_sft_training import TrainConfig, learning_rate_at, train, train_step
 
 ARCHITECTURES = ["llama", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2", "bloom"]

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 
 from sft.cli import RunError, is_out_of_memory
-from sft.model.attention import KVCache, logits_problem, probe_failure, reference_attention
+from sft.model.attention import KVCache
+from sft.model.probes import logits_problem, probe_failure, reference_attention
 from sft.options import DEFAULT_GENERATION_BATCH_SIZE
 
 # Prompts enter a forward pass until they have this many tokens: more would only take more memory

@@ -1,0 +1,214 @@
+"""Everything before the first step, from checked options and rows: processes, base model, LoRA, optimizer, data."""
+
+import math
+import os
+import platform
+from dataclasses import asdict, fields
+from datetime import timedelta
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from peft import PeftModel
+
+from sft.cli import InputError, log
+from sft.data.dataset import SFTDataset, load_datasets, log_data_warnings
+from sft.data.rows import Row
+from sft.files import FORMAT_VERSION, sha256
+from sft.model.adapter import add_lora, set_gradient_checkpointing, shard_base
+from sft.model.base import (
+    Placement,
+    base_weights_sha256,
+    is_local,
+    load_base_model,
+    load_tokenizer,
+    pick_device,
+    portable_name,
+    resolve_model,
+)
+from sft.model.kernels import use_frozen_kernels
+from sft.model.probes import enable_packing
+from sft.options import TrainConfig, quantization_of
+from sft.training.run import Plan, Run, TrainingProgress
+
+
+def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
+    """Everything before the first step, from checked options and rows: processes, base model, LoRA,
+    optimizer, data.
+
+    Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
+    """
+    placement = pick_device(config.device, config.dtype)
+    accelerator = start_processes(config, placement)
+    base_folder, base_weights = find_base(config, accelerator)
+    tokenizer = load_tokenizer(base_folder)
+    model, packed = build_model(config, placement, accelerator, base_folder)
+    optimizer = make_optimizer(config, model)
+    train_set, val_set = load_data(config, accelerator, tokenizer, rows)
+
+    dtype = str(placement.dtype).removeprefix("torch.")
+    is_sharded = config.shard_base and accelerator.num_processes > 1
+    hashes = {
+        "train_csv": sha256(Path(config.train_csv)),
+        "val_csv": sha256(Path(config.val_csv)),
+        "base_weights": base_weights,
+    }
+    may_change = {field.name for field in fields(config) if field.metadata["may_change"]}
+    fingerprint = {name: value for name, value in asdict(config).items() if name not in may_change}
+    fingerprint |= {
+        "n_processes": accelerator.num_processes,
+        "base_dtype": str(placement.dtype),
+        "packed": packed,
+    }
+    sft_config = describe_run(config, rows, (train_set, val_set), dtype, hashes)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        wrapped=model if is_sharded else accelerator.prepare_model(model),
+        tokenizer=tokenizer,
+        train_set=train_set,
+        val_set=val_set,
+        packed=packed,
+        plan=Plan(
+            len(train_set),
+            config.batch_size,
+            config.gradient_accumulation_steps,
+            accelerator.num_processes,
+            config.num_epochs,
+            config.seed,
+        ),
+        parameters=optimizer.param_groups[0]["params"],
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(accelerator.device.type, enabled=placement.dtype == torch.float16),
+        base_name=portable_name(config.model_name, base_folder),
+        sft_config=sft_config,
+        fingerprint=fingerprint | hashes,
+        progress=TrainingProgress(micro_batch_size=config.batch_size),
+    )
+
+
+def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
+    """accelerate's process group, on CPU or GPU, alone or under torchrun; what it would add to the loop is
+    off."""
+    if (
+        os.environ.get("ACCELERATE_USE_CPU") == "True"
+        and "MASTER_PORT" in os.environ
+        and "WORLD_SIZE" not in os.environ
+    ):
+        log(
+            "warning: accelerate launch --cpu starts a single process; for more, use torchrun --nproc_per_node"
+        )
+    # One process may be downloading a model while the others wait
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    accelerator = Accelerator(
+        cpu=placement.device.type == "cpu",
+        mixed_precision="no",
+        kwargs_handlers=[patience],
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=Path(config.output_dir),
+    )
+    # Accumulation is the loop's; accelerate would divide the loss by what its environment says
+    accelerator.gradient_accumulation_steps = 1
+    if accelerator.is_main_process:
+        dtype = str(placement.dtype).removeprefix("torch.")
+        log(f"Device: {accelerator.device}, {dtype} ({placement.why})")
+        if config.shard_base and accelerator.num_processes == 1:
+            log("info: --shard_base has no effect with a single process")
+    return accelerator
+
+
+def find_base(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, str]:
+    """(folder, SHA-256) of the base model; one process converts or downloads it while the others wait."""
+    with accelerator.main_process_first():
+        folder = resolve_model(config.model_name)
+        return folder, base_weights_sha256(folder)
+
+
+def build_model(
+    config: TrainConfig, placement: Placement, accelerator: Accelerator, base_folder: Path
+) -> tuple[PeftModel, bool]:
+    """(base model with LoRA, ready to train; whether it takes packed rows)."""
+    is_sharded = config.shard_base and accelerator.num_processes > 1
+    device = torch.device("cpu") if is_sharded else accelerator.device
+    quantization = quantization_of(config.use_8bit, config.use_4bit)
+    base = load_base_model(base_folder, device, placement.dtype, quantization)
+    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if config.max_length > longest:
+        problem = f"--max_length {config.max_length}: {config.model_name} takes {longest} tokens at most"
+        raise InputError(problem, f"use --max_length {longest}")
+    model = add_lora(
+        base,
+        r=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.target_modules,
+        seed=config.seed,
+    )
+    if is_sharded:
+        shard_base(model, accelerator.device, accelerator.num_processes)
+    else:
+        use_frozen_kernels(model)
+    packed, reason = enable_packing(model, config.max_length)
+    if not packed and accelerator.is_main_process:
+        log(f"info: this model does not support packed rows, so batches are padded: {reason}")
+    if config.gradient_checkpointing:
+        set_gradient_checkpointing(model, True)
+    return model.train(), packed
+
+
+def make_optimizer(config: TrainConfig, model: PeftModel) -> torch.optim.Optimizer:
+    """AdamW over the trainable weights, which are float32 whatever the base's dtype."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+
+
+def load_data(
+    config: TrainConfig, accelerator: Accelerator, tokenizer, rows: tuple[list[Row], list[Row]]
+) -> tuple[SFTDataset, SFTDataset]:
+    """Both sets as tokens; one process tokenizes, the others read its cache."""
+    cache_dir = None if config.dry_run else config.token_cache
+    with accelerator.main_process_first():
+        datasets = load_datasets(rows, tokenizer, config, cache_dir)
+    log_data_warnings(rows, datasets, config)
+    return datasets
+
+
+def describe_run(
+    config: TrainConfig,
+    rows: tuple[list[Row], list[Row]],
+    datasets: tuple[SFTDataset, SFTDataset],
+    dtype: str,
+    hashes: dict[str, str],
+) -> dict:
+    """sft_config.json: what inference needs to rebuild the prompt, and where the adapter comes from. No text,
+    no absolute path."""
+    counts = {
+        name: {
+            "factual": sum(row.label == "factual" for row in part),
+            "hallucinated": sum(row.label == "hallucinated" for row in part),
+            "used": len(dataset),
+            "shortened": len(dataset.shortened),
+            "refused": len(dataset.refused),
+        }
+        for name, part, dataset in zip(("train", "validation"), rows, datasets)
+    }
+    training = asdict(config)
+    for name in ("train_csv", "val_csv", "model_name", "output_dir"):
+        if Path(training[name]).is_absolute():
+            training[name] = Path(training[name]).name
+    packages = [
+        name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)
+    ]
+    return {
+        "format_version": FORMAT_VERSION,
+        "prompt": asdict(datasets[0].encoder.template),
+        "max_length": config.max_length,
+        "training": training | {"dtype": dtype},
+        "rows": counts,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "sha256": hashes,
+        "base_model_is_local": is_local(config.model_name),
+    }
