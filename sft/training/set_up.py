@@ -1,4 +1,4 @@
-"""Everything before the first step, from checked options and rows: processes, base model, LoRA, optimizer, data."""
+"""Everything before the first step: processes, base model, LoRA, optimizer, data."""
 
 import math
 import os
