@@ -304,7 +304,7 @@ class SFTInference:
             note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0]
         if note_ids is None or len(note_ids) > limit:
             note_ids, n_kept = self.encoder.shorten(note, limit)
-            n_sentences = len(sentence_spans(note))
+            n_sentences = len(sentence_spans(note, self.template.sentence_version))
             kept = f"its first {n_kept} of {n_sentences} sentences"
             if n_kept == 0:
                 kept = "the beginning of its first sentence"
@@ -319,7 +319,7 @@ class SFTInference:
         n_end_tokens = 1 if sequence.finish_reason == "stop" else 0
         ids = sequence.ids[: len(sequence.ids) - n_end_tokens]
         summary = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return make_result(note, summary, sequence, prompt_warnings)
+        return make_result(note, summary, sequence, prompt_warnings, self.template.sentence_version)
 
 
 # ------------------------------------------------------------------------------- command line

@@ -176,7 +176,7 @@ def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = N
     rows, checkpoint = check_inputs(config)
     from sft.training.set_up import set_up
 
-    run = set_up(config, rows)
+    run = set_up(config, rows, checkpoint)
     log_plan(run)
     if config.dry_run:
         return dry_run(run)

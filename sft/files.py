@@ -19,7 +19,8 @@ ROOT = (
 # stated default where an older folder is read:
 #   1  as written by 18a780b
 #   2  training_state.pt: "fingerprint", before "identity"; "skipped_steps", before "skipped_updates"
-FORMAT_VERSION = 2
+#   3  sft_config.json, prompt: "sentence_version", before 1
+FORMAT_VERSION = 3
 
 
 def check_format_version(folder: Path, sft_config: dict) -> None:

@@ -91,8 +91,9 @@ class DataOptions:
     )
     sentence_numbering: str = option(
         "auto",
-        "number the note's sentences in the prompt; auto = if most training summaries cite them",
-        choices=["auto", "on", "off"],
+        "number the note's sentences in the prompt; auto = if most training summaries cite them; v1 = by the"
+        " rules of earlier versions, for citations that were written with them",
+        choices=["auto", "on", "off", "v1"],
         group=DATA,
     )
     instruction: str | None = option(None, "instruction in the prompt (default: built in)", group=DATA)

@@ -15,6 +15,7 @@ from sft.data.prompt import PromptEncoder, build_template, pad_token_id
 from sft.data.rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
 from sft.data.token_cache import cache_key, read_cache, write_cache
 from sft.grounding.citations import cited_sentence_numbers, has_citation, parse_citations
+from sft.grounding.sentences import SENTENCE_VERSION
 from sft.options import DEFAULT_MAX_LENGTH, DataOptions
 
 if TYPE_CHECKING:
@@ -190,18 +191,28 @@ def read_data(options: DataOptions) -> tuple[list[Row], list[Row]]:
 
 
 def load_datasets(
-    rows: tuple[list[Row], list[Row]], tokenizer, options: DataOptions, cache_dir: Path | None = None
+    rows: tuple[list[Row], list[Row]],
+    tokenizer,
+    options: DataOptions,
+    cache_dir: Path | None = None,
+    sentence_version: int = SENTENCE_VERSION,
 ) -> tuple[SFTDataset, SFTDataset]:
     """The training and the validation set of what `read_data` read, with one prompt template for both.
 
-    `cache_dir` keeps the tokens for the next start. Raises InputError if no row of a file fits.
+    `cache_dir` keeps the tokens for the next start. `sentence_version`: of the rules that find the notes'
+    sentences, unless the options say v1. Raises InputError if no row of a file fits.
     """
     train, validation = (factual_rows(part) for part in rows)
     if options.sentence_numbering == "auto":
         is_numbered = _cites_evidence(train)
     else:
-        is_numbered = options.sentence_numbering == "on"
-    template = build_template(tokenizer, instruction=options.instruction, number_sentences=is_numbered)
+        is_numbered = options.sentence_numbering != "off"
+    template = build_template(
+        tokenizer,
+        instruction=options.instruction,
+        number_sentences=is_numbered,
+        sentence_version=1 if options.sentence_numbering == "v1" else sentence_version,
+    )
     encoder = PromptEncoder(tokenizer, template)
 
     def load(name: str, path: str, part: list[Row]) -> SFTDataset:
@@ -330,8 +341,8 @@ def create_sft_dataloaders(
     """(training, validation) DataLoaders of padded batches for a loop of your own.
 
     Their `.dataset` and `.collate_fn` suit Hugging Face's Trainer. The training loader shuffles again each
-    epoch, reproducibly from `seed`. `sentence_numbering`: "on", "off", or "auto" (on if most training
-    summaries carry citations). Raises InputError if a file cannot be used.
+    epoch, reproducibly from `seed`. `sentence_numbering`: as of the option of that name. Raises InputError if
+    a file cannot be used.
     """
     import torch
     from torch.utils.data import DataLoader
@@ -387,7 +398,8 @@ def _file_warnings(rows: Sequence[Row], dataset: SFTDataset) -> Iterator[str]:
             f" --max_length {_needed_length(dataset)} would hold them all: {ids}"
         )
     if dataset.encoder.template.number_sentences:
-        wrong = [row.id for row in rows if _cites_missing_sentence(row)]
+        version = dataset.encoder.template.sentence_version
+        wrong = [row.id for row in rows if _cites_missing_sentence(row, version)]
         if wrong:
             n_rows = plural(len(wrong), "row")
             yield f"{n_rows} with a summary that cites sentences its note does not have: {_ids(wrong)}"
@@ -408,8 +420,9 @@ def _ids(row_ids: Iterable[str]) -> str:
     return f"{'id' if len(row_ids) == 1 else 'ids'} {preview_list(row_ids)}"
 
 
-def _cites_missing_sentence(row: Row) -> bool:
-    return any(citation["missing"] for citation in parse_citations(row.model_summary, row.clinical_note))
+def _cites_missing_sentence(row: Row, version: int) -> bool:
+    citations = parse_citations(row.model_summary, row.clinical_note, version)
+    return any(citation["missing"] for citation in citations)
 
 
 def _count_contradictions(rows: Sequence[Row]) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sft.cli import InputError
-from sft.grounding.sentences import number_sentences, sentence_spans
+from sft.grounding.sentences import SENTENCE_VERSION, number_sentences, sentence_spans
 
 INSTRUCTION = "Summarize the clinical note. State only what the note says."
 EVIDENCE_INSTRUCTION = (
@@ -36,6 +36,7 @@ class PromptTemplate:
     end_token_id          ends the summary; carries loss in training
     stop_token_ids        generation stops at each of these
     number_sentences      whether the note's sentences are lines of their own, numbered S1, S2, ...
+    sentence_version      of the rules that find the sentences; adapters of format 1 and 2 do not name theirs
     """
 
     prefix: str
@@ -44,6 +45,7 @@ class PromptTemplate:
     end_token_id: int
     stop_token_ids: tuple[int, ...]
     number_sentences: bool
+    sentence_version: int = 1
 
     @classmethod
     def from_dict(cls, values: dict) -> "PromptTemplate":
@@ -51,16 +53,21 @@ class PromptTemplate:
         stop_token_ids = tuple(values["stop_token_ids"])
         are_texts = all(isinstance(values[name], str) for name in ("prefix", "suffix"))
         are_tokens = all(isinstance(token, int) for token in (*stop_token_ids, values["end_token_id"]))
-        if not (are_texts and are_tokens and stop_token_ids):
+        is_known = values.get("sentence_version", 1) in range(1, SENTENCE_VERSION + 1)
+        if not (are_texts and are_tokens and stop_token_ids and is_known):
             raise TypeError("the prompt's parts are of other types")
         return cls(**{**values, "stop_token_ids": stop_token_ids})
 
     def render_note(self, note: str) -> str:
-        return "\n".join(number_sentences(note)) if self.number_sentences else note
+        return "\n".join(number_sentences(note, self.sentence_version)) if self.number_sentences else note
 
 
 def build_template(
-    tokenizer, *, instruction: str | None = None, number_sentences: bool = False
+    tokenizer,
+    *,
+    instruction: str | None = None,
+    number_sentences: bool = False,
+    sentence_version: int = SENTENCE_VERSION,
 ) -> PromptTemplate:
     """The tokenizer's chat template around the note, or a plain template if it has none.
 
@@ -88,6 +95,7 @@ def build_template(
         end_token_id=end,
         stop_token_ids=tuple(stops),
         number_sentences=number_sentences,
+        sentence_version=sentence_version,
     )
 
 
@@ -225,12 +233,12 @@ class PromptEncoder:
         # More than fits, so that a 10 MB note costs no more than this
         note = note[: room * 100]
         if self.template.number_sentences:
-            lines = number_sentences(note)
+            lines = number_sentences(note, self.template.sentence_version)
             text = "\n".join(lines)
             ends = list(itertools.accumulate((len(line) + 1 for line in lines), initial=-1))[1:]
         else:
             text = note
-            ends = [end for _, end in sentence_spans(note)]
+            ends = [end for _, end in sentence_spans(note, self.template.sentence_version)]
         ids, n_kept = self._longest_that_fits(text, ends, room)
         if not n_kept:
             word_ends = [match.end() for match in re.finditer(r"\S+", text)]

@@ -1,65 +1,153 @@
-"""Reads the citations of a summary, like [Evidence: S1,2; Conf: 0.85] after each claim."""
+"""Reads the citations of a summary, like [Evidence: S1,2; Conf: 0.85] after each claim.
+
+Every function takes time linear in the text: no pattern has two ways to read the same characters.
+"""
 
 import re
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from sft.grounding.sentences import split_sentences
+from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 
-# S1-3 is a range of sentences
-_CITATION = re.compile(
-    r"\[\s*evidence\s*:\s*(?P<sentences>S\s*\d+(?:\s*[,–-]\s*S?\s*\d+)*)"
-    r"\s*;\s*conf(?:idence)?\s*:\s*(?P<confidence>[01](?:\.\d+)?|\.\d+)\s*\]",
+# What may be a citation: text in brackets or parentheses; "[Evidence: S1, 2" that never ends, as far as it
+# looks like one; "Evidence: S1" at a sentence's or a line's beginning
+_CANDIDATE = re.compile(
+    r"\[(?P<square>[^\[\]]*+)\]|\((?P<round>[^()\[\]]*+)\)"
+    r"|\[\s*+(?:evidence|conf(?:idence)?)\b(?:[\s,;:&/=%.–—-]++|S?\d++|and\b|to\b|conf(?:idence)?\b)*+"
+    r"|(?:^|(?<=[.!?]\s))(?P<bare>evidence\s*+:?\s*+S\s?\d++"
+    r"(?:[ \t,;:&/=%–—-]++|\.(?=\d)|S?\d++|and\b|to\b|conf(?:idence)?\b)*+)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_HEAD = re.compile(
+    r"\s*+(?:(evidence|conf(?:idence)?)\b\s*+[:=,;]?+)?\s*+(sentences?+\b\s*+:?+)?", re.IGNORECASE
+)
+_NUMBERS = re.compile(
+    r"\s*+(?:(?P<range>[–—-]|to\b|through\b)|(?P<and>[,;&+/]|and\b)|(?:S\s*+|sentences?+\s++)?(?P<number>\d++))",
     re.IGNORECASE,
 )
-_CITATION_WITH_SPACE = re.compile(r"\s*" + _CITATION.pattern, re.IGNORECASE)
+_CONFIDENCE = re.compile(r"conf|\d?\.\d|\d{1,3}\s?%", re.IGNORECASE)
+_CONFIDENCE_VALUE = re.compile(r"(?:\d{1,3}(?:[.,]\d{1,9})?|\.\d{1,9})\s?%?")
+_SENTENCE_NAME = re.compile(r"(?:\bS\s?|sentence)\d", re.IGNORECASE)
 _LONGEST_RANGE = 1000  # sentences; no note has more
 
 
+class _Citation(NamedTuple):
+    start: int
+    end: int
+    numbers: list[int]  # [] if it cannot be read
+    confidence: float | None
+
+
 def strip_citations(summary: str) -> str:
-    """The summary without its citations."""
-    return _CITATION_WITH_SPACE.sub("", summary).strip()
+    """The summary without its citations, also without those that cannot be read."""
+    pieces = []
+    position = 0
+    for citation in _citations(summary):
+        pieces.append(summary[position : citation.start].rstrip())
+        position = citation.end
+    return "".join([*pieces, summary[position:]]).strip()
 
 
 def has_citation(summary: str) -> bool:
-    return _CITATION.search(summary) is not None
+    return any(citation.numbers for citation in _citations(summary))
 
 
 def cited_sentence_numbers(summary: str) -> list[int]:
     """Every sentence number that the summary cites."""
-    return [n for match in _CITATION.finditer(summary) for n in _sentence_numbers(match["sentences"])]
+    return [number for citation in _citations(summary) for number in citation.numbers]
 
 
-def parse_citations(summary: str, note: str) -> list[dict]:
-    """Every citation of a summary with what it cites.
+def unreadable_citations(summary: str) -> list[tuple[int, int]]:
+    """(start, end) of what is meant as a citation, but names no sentences: "[Evidence: the note]", or
+    "[Evidence: S1, 2" without an end."""
+    return [(citation.start, citation.end) for citation in _citations(summary) if not citation.numbers]
+
+
+def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) -> list[dict]:
+    """Every citation of a summary with what it cites. `version`: of the note's sentence numbers.
 
     Returns one dict per citation: `claim` (the summary's words before it), `sentence_numbers` (1-based),
     `sentences` (the note's sentences with these numbers), `missing` (numbers that the note does not have),
-    `confidence` (the number the model wrote, 0 to 1; see the guide on how far to trust it).
+    `confidence` (the number the model wrote, 0 to 1, or None; see the guide on how far to trust it).
     """
-    sentences = split_sentences(note)
+    sentences = split_sentences(note, version)
     citations = []
     claim_start = 0
-    for match in _CITATION.finditer(summary):
-        numbers = _sentence_numbers(match["sentences"])
-        existing = [n for n in numbers if 1 <= n <= len(sentences)]
-        citations.append(
-            {
-                "claim": summary[claim_start : match.start()].strip(),
-                "sentence_numbers": numbers,
-                "sentences": [sentences[n - 1] for n in existing],
-                "missing": [n for n in numbers if n not in existing],
-                "confidence": min(float(match["confidence"]), 1.0),
-            }
-        )
-        claim_start = match.end()
+    for citation in _citations(summary):
+        existing = [n for n in citation.numbers if 1 <= n <= len(sentences)]
+        if citation.numbers:
+            citations.append(
+                {
+                    "claim": summary[claim_start : citation.start].strip(),
+                    "sentence_numbers": citation.numbers,
+                    "sentences": [sentences[n - 1] for n in existing],
+                    "missing": [n for n in citation.numbers if not 1 <= n <= len(sentences)],
+                    "confidence": citation.confidence,
+                }
+            )
+        claim_start = citation.end
     return citations
 
 
-def _sentence_numbers(text: str) -> list[int]:
-    """ "S1,3-5" -> [1, 3, 4, 5]. Of a range that is too long or runs backward, the ends alone."""
+def _citations(summary: str) -> Iterator[_Citation]:
+    """What is meant as a citation, in order; `numbers` is empty if it cannot be read."""
+    for match in _CANDIDATE.finditer(summary):
+        content = next((match[name] for name in ("square", "round", "bare") if match[name] is not None), None)
+        # "[Evidence: S1, 2" that never ends
+        if content is None:
+            yield _Citation(match.start(), match.start() + len(match[0].rstrip()), [], None)
+            continue
+        head = _HEAD.match(content)
+        numbers, confidence = _read(content[head.end() :])
+        # "(S1)" is a nerve root or a heart sound, unless it follows a sentence
+        after_sentence = summary[max(0, match.start() - 3) : match.start()].rstrip()[-1:] in (".", "!", "?")
+        is_named = bool(head[1] or head[2]) or (
+            _SENTENCE_NAME.match(content.lstrip()) is not None
+            and (match["square"] is not None or after_sentence)
+        )
+        end = match.start() + len(match[0].rstrip())
+        if numbers and is_named:
+            yield _Citation(match.start(), end, numbers, confidence)
+        # "(evidence: normal X-ray)" is the summary's own
+        elif match["square"] is not None and _is_meant(content, head):
+            yield _Citation(match.start(), end, [], None)
+
+
+def _is_meant(content: str, head: re.Match) -> bool:
+    """Whether text in brackets is meant as a citation: "Evidence: none", not "evidence of pneumonia"."""
+    if not head[1]:
+        return False
+    return head[0].rstrip()[-1:] in (":", "=", ";", ",") or bool(
+        head[1] == content.strip() or _SENTENCE_NAME.search(content)
+    )
+
+
+def _read(text: str) -> tuple[list[int], float | None]:
+    """ "S1, 3-5; Conf: 0.9" -> ([1, 3, 4, 5], 0.9). No numbers if it is something else."""
+    confidence_start = _CONFIDENCE.search(text)
+    listed = text[: confidence_start.start()] if confidence_start else text
+    value = _CONFIDENCE_VALUE.search(text, confidence_start.start()) if confidence_start else None
     numbers = []
-    for part in re.sub(r"[Ss\s]", "", text).split(","):
-        # The ninth digit is enough for any note, and int() refuses thousands of them
-        ends = [int(number[:9]) for number in re.split(r"[–-]", part)]
-        is_range = ends[0] < ends[-1] <= ends[0] + _LONGEST_RANGE
-        numbers += range(ends[0], ends[-1] + 1) if is_range else ends
-    return list(dict.fromkeys(numbers))
+    in_range = False
+    position = 0
+    while match := _NUMBERS.match(listed, position):
+        position = match.end()
+        if match["number"]:
+            # The ninth digit is enough for any note, and int() refuses thousands of them
+            number = int(match["number"][:9])
+            # Of a range that is too long or runs backward, the ends alone
+            if in_range and numbers and numbers[-1] < number <= numbers[-1] + _LONGEST_RANGE:
+                numbers += range(numbers[-1] + 1, number)
+            numbers.append(number)
+        in_range = bool(match["range"])
+    if listed[position:].strip(" \t\n.:;,"):
+        numbers = []
+    return list(dict.fromkeys(numbers)), _confidence(value[0]) if value else None
+
+
+def _confidence(text: str) -> float | None:
+    """ "0.85", "85 %" and "85" -> 0.85; "5" may be of 10 or of 5."""
+    number = float(text.rstrip("% ").replace(",", "."))
+    if "%" in text or number >= 10:
+        return min(number / 100, 1.0)
+    return min(number, 1.0) if number < 2 else None

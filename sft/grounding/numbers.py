@@ -4,13 +4,14 @@ import re
 
 from sft.grounding.citations import strip_citations
 
-_NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?")
+# 1,200.5, and .5 unless it follows a letter, as in "q.4h"
+_NUMBER = re.compile(r"(?<![\w.])(?:\d+(?:,\d{3})+(?:\.\d+)?|\.\d+)|\d+(?:\.\d+)?")
 
 
 def unsupported_numbers(summary: str, note: str) -> list[str]:
     """Numbers that the summary states (in digits, outside citations) and the note does not hold.
 
-    1,200 equals 1200, and 5.0 equals 5.
+    1,200 equals 1200, 5.0 equals 5, and .5 equals 0.5.
     """
     known = {_canonical(number) for number in _NUMBER.findall(note)}
     stated = _NUMBER.findall(strip_citations(summary))

@@ -1,48 +1,83 @@
 """Splits clinical text into sentences and numbers them S1, S2, ..., as summaries cite them.
 
-Adapters trained on numbered notes depend on the numbering: it must not change.
+An adapter trained on numbered notes depends on the numbering, so its rules have a version, saved with the
+adapter. Change them only together with a new version, and keep the old one, as sentences_v1.py does.
 """
 
 import re
 
-# A period, question or exclamation mark (and closing quotes or brackets) before white space, or a line's end
-_BOUNDARY = re.compile(r"""(?P<mark>[.!?…])["'”’)\]]*(?=\s)|(?P<newline>\n)""")
-_LIST_NUMBER = re.compile(r"\s*\(?\d{1,3}")
-# Never the end of a sentence. Case counts: "MR." and "ms." are mitral regurgitation and milliseconds
-_NEVER_END = frozenset("Dr Mr Mrs Ms Prof St vs eg ie e.g i.e cf approx incl Fig fig".split())
+from sft.grounding import sentences_v1
+from sft.grounding.lines import wrapped_newlines
+
+SENTENCE_VERSION = 2  # of new trainings; 1 = as written by format 1 and 2
+
+# A period, question or exclamation mark (and closing quotes or brackets) before white space, a line's end, or
+# the place before the number of a list item on the same line ("Asthma, 2. Gout" and "Asthma., 2. Gout")
+_BOUNDARY = re.compile(
+    r"""(?P<mark>[.!?…])(?P<closing>["'”’)\]]*)(?=\s)|(?P<newline>\n)"""
+    r"""|[,;:](?=[ \t]{1,4}\(?(?P<number>\d{1,2})[.)][ \t]{1,4}[^\W\d])"""
+)
+# At the beginning of a sentence: "1.", "(2.", "1.2.", "a.", "iv.", also after a bullet
+_LIST_MARK = re.compile(
+    r"(?:[-*•·–—+>]\s{0,4})?\(?(?:\d{1,3}(?:\.\d{1,3}){0,3}|[A-Za-z]|[ivx]{2,4}|[IVX]{2,4})"
+)
+_SPEAKER = re.compile(r"[A-Za-z][\w ]{0,30}:\s{0,4}")
+# Never the end of a sentence. "MR." and "ms." may be mitral regurgitation and milliseconds: these need a name
+_NEVER_END = frozenset("dr drs mrs prof st vs eg ie e.g i.e cf approx incl fig figs viz".split())
+_TITLES = frozenset("mr ms".split())
 # The end only if a capital or a digit follows
 _ABBREVIATIONS = frozenset(
-    "pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec tab tabs cap caps dept inc".split()
+    "pt pts hx dx tx rx sx fx yo yr yrs wk wks mo mos hr hrs min mins sec secs dept inc etc temp resp wt ht"
+    " neg pos abd ext amt avg max vol jr sr tab tabs cap caps inj susp supp oint syr gtt gtts"
+    " bid tid qid qd prn jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
-_DOTTED = re.compile(r"(?:[A-Za-z]\.)+[A-Za-z]")  # b.i.d, p.o, a.m
-_WRAP_WIDTH = 60  # a shorter line is a list item or a heading, not a wrapped line
+_MONTHS = frozenset("jan feb mar apr jun jul aug sep sept oct nov dec".split())
+_FORMS = frozenset("tab tabs cap caps inj susp supp oint syr".split())  # "Tab. Aspirin 75 mg"
+_UNITS = frozenset("mg mcg ug g gm gms kg ml cc l cm mm u units iu meq mmol".split())
+_ROUTES = frozenset("p.o i.v i.m s.c s.l p.r po iv im".split())
+# What goes on after "5 mg.", "p.o." or "2 tabs."
+_DOSING = re.compile(
+    r"(?:[a-z]\.){2}|(?:po|iv|im|sc|sl|pr|bid|tid|qid|qd|qhs|prn|q\.?\d+|q|od|bd|tds|hs|stat|daily|every|each"
+    r"|per|once|twice|three|four|at|by|with|for|in|as|to|and|or)\b",
+    re.IGNORECASE,
+)
+_DOTTED = re.compile(r"(?:[A-Za-z]{1,2}\.){1,4}[A-Za-z]")  # b.i.d, p.o, a.m, Ph.D
+_FREQUENCY = re.compile(r"q\.?\d{1,2}(?:-\d{1,2})?(?:h|hr|hrs|d|wk)?", re.IGNORECASE)  # q.4-6h, q12h
+_VALVE = frozenset("mild moderate severe trace trivial no significant mild-moderate".split())
+# Words before a letter that is no initial of a name: "hepatitis C. Cirrhosis"
+_LETTERED = frozenset(
+    "hepatitis influenza vitamin type group grade class stage lead factor protein plan option part point".split()
+)
+# Words that begin a sentence, so that the letter before them is no initial of a name
+_STARTERS = frozenset(
+    "he she it we they i you the a an his her their this that these there patient no denies normal recent"
+    " also will has had was is in on at for if as when after before since then continue start one two three"
+    " unfortunately however today yesterday currently".split()
+)
+_LOOKBACK = 40  # characters; no abbreviation is longer
 
 
-def sentence_spans(text: str) -> list[tuple[int, int]]:
-    """(start, end) of every sentence of `text`, in order, without overlap.
+def sentence_spans(text: str, version: int = SENTENCE_VERSION) -> list[tuple[int, int]]:
+    """(start, end) of every sentence of `text`, in order, without overlap, by the rules of `version`.
 
     Together they hold every visible character. Made for clinical notes: list items, headings and dialogue
     turns are sentences of their own, wrapped lines are joined, decimal points and common abbreviations do not
-    end a sentence.
+    end a sentence. Time and memory are linear in the text.
     """
-    spans = []
-    start = 0
-    for match in _BOUNDARY.finditer(text):
-        if _ends_sentence(text, start, match):
-            spans.append((start, match.end()))
-            start = match.end()
-    spans.append((start, len(text)))
+    boundaries = sentences_v1.boundaries if version == 1 else _boundaries
+    ends = [*boundaries(text), len(text)]
+    spans = zip([0, *ends], ends)
     return [_strip(text, start, end) for start, end in spans if text[start:end].strip()]
 
 
-def split_sentences(text: str) -> list[str]:
+def split_sentences(text: str, version: int = SENTENCE_VERSION) -> list[str]:
     """The sentences of `text`, each on one line (inner white space folded)."""
-    return [" ".join(text[start:end].split()) for start, end in sentence_spans(text)]
+    return [" ".join(text[start:end].split()) for start, end in sentence_spans(text, version)]
 
 
-def number_sentences(text: str) -> list[str]:
+def number_sentences(text: str, version: int = SENTENCE_VERSION) -> list[str]:
     """["S1: first sentence", ...]: the lines of a note as an evidence-trained model reads it."""
-    return [f"S{number}: {sentence}" for number, sentence in enumerate(split_sentences(text), 1)]
+    return [f"S{number}: {sentence}" for number, sentence in enumerate(split_sentences(text, version), 1)]
 
 
 def _strip(text: str, start: int, end: int) -> tuple[int, int]:
@@ -53,37 +88,120 @@ def _strip(text: str, start: int, end: int) -> tuple[int, int]:
     return start + n_leading, end - n_trailing
 
 
-def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
-    """Whether the sentence that begins at `start` ends at this boundary."""
-    after = text[match.end() : match.end() + 40]
-    if match["newline"]:
-        return not _is_wrapped(text, match.start(), after)
-    if match["mark"] != ".":
-        return True
-    return _period_ends_sentence(text, start, match.start(), after)
+# ------------------------------------------------------------------------------- version 2
 
 
-def _is_wrapped(text: str, newline: int, after: str) -> bool:
-    """Whether a sentence continues on the next line."""
-    line = text[text.rfind("\n", 0, newline) + 1 : newline].rstrip()
-    return len(line) >= _WRAP_WIDTH and line[-1] not in ".!?:;" and after[:1].islower()
+def _boundaries(text: str) -> list[int]:
+    """Where the sentences of `text` end, in order, without its end."""
+    wrapped = wrapped_newlines(text)
+    has_second = re.search(r"[.,;:]\s{1,4}\(?2[.)]\s", text) is not None
+    ends = []
+    start = 0
+    last_item = 0  # the number of the list item that the sentence is in or follows
+    asked = False  # whether the sentence before is a question
+    for match in _BOUNDARY.finditer(text):
+        end = match.end()
+        if match["newline"]:
+            is_end = match.start() not in wrapped
+        elif match["number"]:
+            # "1. Asthma, 2. Gout" or "Asthma, 2. Gout", but not "on March 3, 14. He"
+            number = int(match["number"])
+            is_end = has_second and (number == last_item + 1 or (number == 2 and last_item == 0))
+        elif match["mark"] == ".":
+            is_end, item = _period_ends_sentence(text, start, match, wrapped, asked)
+            last_item = item or last_item
+        else:
+            # 'He asked "Why?" and left', "Well... yes"
+            goes_on = match["closing"] if match["mark"] != "…" else "…"
+            is_end = not (goes_on and _following(text, end)[:1].islower())
+        if is_end:
+            # Blank lines do not part an answer from its question
+            if text[start:end].strip():
+                asked = match["mark"] == "?"
+            start = end
+            ends.append(end)
+    return ends
 
 
-def _period_ends_sentence(text: str, start: int, period: int, after: str) -> bool:
-    white_space = after[: len(after) - len(after.lstrip())]
-    following = after.lstrip()[:1]
+def _following(text: str, end: int) -> str:
+    return text[end : end + _LOOKBACK].lstrip()
+
+
+def _period_ends_sentence(
+    text: str, start: int, match: re.Match, wrapped: set[int], asked: bool
+) -> tuple[bool, int]:
+    """(whether the sentence that begins at `start` ends at this period, the number of the list item that it
+    marks or 0)."""
+    period = match.start()
+    end = match.end()
+    # What has been said on this line; `start` may be thousands of characters back
+    before = text[max(start, period - _LOOKBACK) : period]
+    is_whole = start >= period - _LOOKBACK
+    beginning = before.lstrip() if is_whole else ""
+    after = text[end : end + _LOOKBACK]
+    following = after.lstrip()
+    line_ends = "\n" in after[: len(after) - len(following)] and end + after.index("\n") not in wrapped
     # "1. Diabetes": the number of a list item, with text on the same line
-    if _LIST_NUMBER.fullmatch(text[start : min(start + 8, period)]) and "\n" not in white_space:
-        return False
-    words = text[max(start, period - 40) : period].split()
+    if is_whole and not line_ends and not match["closing"] and _LIST_MARK.fullmatch(beginning):
+        digits = re.sub(r"\D", "", beginning.rpartition(".")[2])
+        if following[:1] != "" and not (asked and beginning.isdigit()):
+            return False, int(digits or 0)
+    words = before.split()
     word = words[-1].lstrip("([\"'") if words else ""
-    # "E. coli"
-    is_initial = len(word) == 1 and word.isupper() and following.islower()
-    if word in _NEVER_END or is_initial:
+    previous = words[-2] if len(words) > 1 else ""
+    if line_ends or not following:
+        return True, 0
+    return not _goes_on(word, previous, following, beginning, asked), 0
+
+
+def _goes_on(word: str, previous: str, following: str, beginning: str, asked: bool) -> bool:
+    """Whether the sentence goes on after "`previous` `word`." and before `following`."""
+    lower = word.lower()
+    next_is_lower = following[0].islower()
+    next_is_digit = following[0].isdigit()
+    is_first = beginning in (word, f"({word}")
+    # "room no. 4", but "Any pain? No. 4 days ago it stopped"
+    if lower == "no":
+        is_answer = (is_first and asked) or _SPEAKER.fullmatch(beginning.removesuffix(word)) is not None
+        return next_is_digit and not is_answer
+    if lower in _NEVER_END:
+        return True
+    if lower in _TITLES:
+        return (
+            word[1:].islower() and previous.lower() not in _VALVE and not previous[:1].isdigit()
+        ) or is_first
+    if lower in _UNITS or _FREQUENCY.fullmatch(word):
+        return _DOSING.match(following) is not None and (next_is_lower or word.isupper())
+    if lower in _ROUTES and (next_is_digit or _DOSING.match(following)):
+        return True
+    if lower in _FORMS and ((word[0].isupper() and not word.isupper()) or is_first or next_is_digit):
+        return True
+    if lower in _ABBREVIATIONS or _DOTTED.fullmatch(word):
+        is_date = next_is_digit and lower in _MONTHS
+        return next_is_lower or is_date or following[0] in ",;" or _is_dosing_in_capitals(word, following)
+    if len(word) == 1 and word.isupper():
+        return next_is_lower or _is_initial(previous, following)
+    # "Well... yes"
+    return word.endswith("..") and next_is_lower
+
+
+def _is_dosing_in_capitals(word: str, following: str) -> bool:
+    """ "METFORMIN 500 MG P.O. B.I.D. PRN"."""
+    token = following.split(None, 1)[0]
+    return (
+        "." in word and re.fullmatch(r"(?:[A-Z]\.){2,4}|PRN|QHS|BID|TID|DAILY|Q\S*\d\S*", token) is not None
+    )
+
+
+def _is_initial(previous: str, following: str) -> bool:
+    """Whether a capital letter and a period before `following` belong to a name: "John D. Smith"."""
+    next_word = re.split(r"\W", following, maxsplit=1)[0]
+    if not next_word[:1].isupper() or next_word.lower() in _STARTERS:
         return False
-    # "room no. 4", but "Any pain? No. Any fever?"
-    if word.lower() == "no":
-        return not following.isdigit()
-    if word.lower() in _ABBREVIATIONS or _DOTTED.fullmatch(word):
-        return following.isupper() or following.isdigit() or not following
-    return True
+    is_name = previous[1:].islower() and previous[:1].isupper() and previous.lower() not in _LETTERED
+    return (
+        is_name
+        or previous.lower() == "by"
+        or previous.lower().rstrip(".") in _NEVER_END | _TITLES
+        or (len(previous) == 2 and previous[0].isupper() and previous[1] == ".")
+    )

@@ -128,7 +128,8 @@ def print_piece(text: str) -> None:
 def show_evidence(result: dict) -> str:
     lines = []
     for citation in result["evidence"]:
-        lines.append(f"{citation['claim']}  (confidence the model wrote: {citation['confidence']:.2f})")
+        confidence = "none" if citation["confidence"] is None else f"{citation['confidence']:.2f}"
+        lines.append(f"{citation['claim']}  (confidence the model wrote: {confidence})")
         known = [n for n in citation["sentence_numbers"] if n not in citation["missing"]]
         lines += [f"    S{n}: {text}" for n, text in zip(known, citation["sentences"])]
     return "\n".join(lines or ["the last summary cites nothing"])

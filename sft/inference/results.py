@@ -4,11 +4,11 @@ written."""
 import math
 from collections.abc import Callable, Sequence
 
-from sft.cli import preview_list
+from sft.cli import plural, preview_list
 from sft.data.text import clean_text, is_blank
-from sft.grounding.citations import parse_citations, strip_citations
+from sft.grounding.citations import parse_citations, strip_citations, unreadable_citations
 from sft.grounding.numbers import unsupported_numbers
-from sft.grounding.sentences import split_sentences
+from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 
 
 def note_problem(note: object) -> str:
@@ -23,25 +23,31 @@ def failure(reason: str) -> dict:
     return {"generated_summary": "", "error": reason}
 
 
-def make_result(note: str, summary: str, sequence, prompt_warnings: list[str]) -> dict:
+def make_result(
+    note: str,
+    summary: str,
+    sequence,
+    prompt_warnings: list[str],
+    sentence_version: int = SENTENCE_VERSION,
+) -> dict:
     """The result of a GeneratedSequence whose text is `summary`, as SFTInference.generate_summary describes
-    it."""
+    it. `sentence_version`: of the note's sentence numbers."""
     warnings = list(prompt_warnings)
     n_new_tokens = len(sequence.ids)
     if sequence.finish_reason == "length":
         warnings.append(f"summary cut after {n_new_tokens} tokens: raise max_new_tokens")
     return {
         "generated_summary": summary,
-        "evidence": parse_citations(summary, note),
+        "evidence": parse_citations(summary, note, sentence_version),
         "confidence": round(math.exp(sum(sequence.log_probs) / n_new_tokens), 4),
-        "warnings": warnings + summary_warnings(summary, note),
+        "warnings": warnings + summary_warnings(summary, note, sentence_version),
         "n_prompt_tokens": len(sequence.prompt),
         "n_new_tokens": n_new_tokens,
         "finish_reason": sequence.finish_reason,
     }
 
 
-def summary_warnings(summary: str, note: str) -> list[str]:
+def summary_warnings(summary: str, note: str, sentence_version: int = SENTENCE_VERSION) -> list[str]:
     """What is wrong with a summary, as far as its text and the note's show."""
     warnings = []
     if not summary:
@@ -49,9 +55,13 @@ def summary_warnings(summary: str, note: str) -> list[str]:
     sentences = split_sentences(strip_citations(summary))
     if len(set(sentences)) < len(sentences):
         warnings.append("the summary repeats itself")
-    missing = [f"S{n}" for citation in parse_citations(summary, note) for n in citation["missing"]]
+    citations = parse_citations(summary, note, sentence_version)
+    missing = [f"S{n}" for citation in citations for n in citation["missing"]]
     if missing:
         warnings.append(f"cites sentences that are not in the note: {preview_list(missing)}")
+    n_unreadable = len(unreadable_citations(summary))
+    if n_unreadable:
+        warnings.append(f"{plural(n_unreadable, 'citation')} cannot be read")
     numbers = unsupported_numbers(summary, note)
     if numbers:
         warnings.append(f"states numbers that are not in the note: {preview_list(numbers)}")

@@ -1,5 +1,6 @@
 """Everything before the first step: processes, base model, LoRA, optimizer, data."""
 
+import json
 import math
 import os
 import platform
@@ -15,8 +16,10 @@ from peft import PeftModel
 
 from sft.cli import InputError, log
 from sft.data.dataset import SFTDataset, load_datasets, log_data_warnings
+from sft.data.prompt import PromptTemplate
 from sft.data.rows import Row
 from sft.files import FORMAT_VERSION, sha256
+from sft.grounding.sentences import SENTENCE_VERSION
 from sft.model.adapter import add_lora, set_gradient_checkpointing, shard_base
 from sft.model.base import (
     Placement,
@@ -34,9 +37,9 @@ from sft.options import TrainConfig, quantization_of
 from sft.training.run import Plan, Run, TrainingProgress
 
 
-def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
+def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: Path | None = None) -> Run:
     """Everything before the first step, from checked options and rows: processes, base model, LoRA,
-    optimizer, data.
+    optimizer, data. `checkpoint`: of the run that is resumed.
 
     Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
     """
@@ -46,7 +49,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
     tokenizer = load_tokenizer(base_folder)
     model, packed = build_model(config, placement, accelerator, base_folder)
     optimizer = make_optimizer(config, model)
-    train_set, val_set = load_data(config, accelerator, tokenizer, rows)
+    train_set, val_set = load_data(config, accelerator, tokenizer, rows, checkpoint)
 
     dtype = str(placement.dtype).removeprefix("torch.")
     is_sharded = config.shard_base and accelerator.num_processes > 1
@@ -166,12 +169,21 @@ def make_optimizer(config: TrainConfig, model: PeftModel) -> torch.optim.Optimiz
 
 
 def load_data(
-    config: TrainConfig, accelerator: Accelerator, tokenizer, rows: tuple[list[Row], list[Row]]
+    config: TrainConfig,
+    accelerator: Accelerator,
+    tokenizer,
+    rows: tuple[list[Row], list[Row]],
+    checkpoint: Path | None = None,
 ) -> tuple[SFTDataset, SFTDataset]:
     """Both sets as tokens; one process tokenizes, the others read its cache."""
     cache_dir = None if config.dry_run else config.token_cache
+    # A resumed run keeps the sentences that it began with
+    sentence_version = SENTENCE_VERSION
+    if checkpoint:
+        saved_prompt = json.loads((checkpoint / "sft_config.json").read_text(encoding="utf-8"))["prompt"]
+        sentence_version = PromptTemplate.from_dict(saved_prompt).sentence_version
     with accelerator.main_process_first():
-        datasets = load_datasets(rows, tokenizer, config, cache_dir)
+        datasets = load_datasets(rows, tokenizer, config, cache_dir, sentence_version)
     log_data_warnings(rows, datasets, config)
     return datasets
 
