@@ -13,7 +13,7 @@ from conftest import ROOT, run_inference
 from tiny import NOTES
 
 from sft.cli import RunError
-from sft.inference.chat import converse
+from sft.inference.chat import converse, show_evidence
 from sft.options import InferenceConfig
 
 EVIDENCE = {
@@ -74,6 +74,11 @@ def test_evidence_of_the_last_summary(typed):
     )
     third = "the last summary cites nothing"
     assert err.index(first) < err.index(second) < err.index(third)
+
+
+def test_evidence_without_a_confidence():
+    text = show_evidence({"evidence": [EVIDENCE | {"confidence": None}]})
+    assert text.startswith("Fever.  (confidence the model wrote: none)\n")
 
 
 def test_conversation_through_a_pipe(adapters, specialist):

@@ -278,6 +278,9 @@ def test_a_run_of_format_1_resumes_as_it_would_have_then(tmp_path, monkeypatch):
         assert line == pytest.approx(expected_line, rel=1e-4)
     losses = [epoch["val_loss"] for epoch in stats_of(config)["epochs"]]
     assert losses == pytest.approx(expected["resumed_val_losses"], rel=1e-5)
+    # It keeps the sentences it began with
+    sft_config = json.loads((out / "final_model" / "sft_config.json").read_text())
+    assert sft_config["prompt"]["sentence_version"] == 1
 
 
 def test_an_adapter_of_format_1_writes_what_it_wrote_then(monkeypatch):

@@ -1,15 +1,20 @@
 """Citations in summaries: read against the note, removed, and harmless if malformed."""
 
 import pytest
+from conftest import SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft.data.rows import read_rows
 from sft.grounding.citations import (
     cited_sentence_numbers,
     has_citation,
     parse_citations,
     strip_citations,
+    unreadable_citations,
 )
+
+SHARED_CASES = SHARED_DATA.parent / "cases"
 
 text = st.text(max_size=200) | st.text(st.sampled_from("aB1.?! \n\t-:;,()é[]S\u200f\U0001f600"), max_size=200)
 text_with_citations = text | st.lists(
@@ -57,14 +62,96 @@ def test_cited_sentence_numbers(cited, numbers):
 
 
 @pytest.mark.parametrize(
+    "citation, numbers, confidence",
+    [
+        ("[Evidence: S2 and S1; Conf: 0.8]", [2, 1], 0.8),
+        ("[Evidence: S1]", [1], None),
+        ("[Evidence: S1; Conf: 90%]", [1], 0.9),
+        ("[Evidence: S1; Confidence: 85]", [1], 0.85),
+        ("[Evidence: S1; conf 0,7]", [1], 0.7),
+        ("[Evidence: S1; 0.85]", [1], 0.85),
+        ("[Evidence: S1; Confidence high]", [1], None),
+        ("[Evidence: S1; Conf: 7]", [1], None),  # of 10?
+        ("[Evidence: S1-S3; Conf: .9]", [1, 2, 3], 0.9),
+        ("[evidence: s1–3]", [1, 2, 3], None),
+        ("[Evidence S1 to S3]", [1, 2, 3], None),
+        ("[Evidence S1, S2]", [1, 2], None),
+        ("[Evidence: S1; S2; Conf: 1]", [1, 2], 1.0),
+        ("[Evidence: S1/S2 & S3.]", [1, 2, 3], None),
+        ("[Evidence: 1, 2; Conf: 0.9]", [1, 2], 0.9),
+        ("[Evidence: sentences 1 and 2]", [1, 2], None),
+        ("[Sentences 1 and 2]", [1, 2], None),
+        ("(Evidence: S3)", [3], None),
+        ("(S1)", [1], None),
+        ("[S1, S4]", [1, 4], None),
+        ("Evidence: S1, S2", [1, 2], None),
+    ],
+)
+def test_other_forms_are_read(citation, numbers, confidence):
+    summary = f"Claim. {citation} Next claim."
+    (read,) = parse_citations(summary, "One. Two. Three. Four.")
+    assert (read["claim"], read["sentence_numbers"], read["confidence"]) == ("Claim.", numbers, confidence)
+    assert strip_citations(summary) == "Claim. Next claim."
+    assert not unreadable_citations(summary)
+
+
+@pytest.mark.parametrize(
+    "citation",
+    [
+        "[Evidence: none]",
+        "[Evidence]",
+        "[Evidence: S1 (vitals)]",
+        "[Conf: 0.9]",
+        "[Evidence: S1, 2, 3",
+        "[evidence from S2]",
+    ],
+)
+def test_what_cannot_be_read_is_reported_and_removed(citation):
+    summary = f"Claim. {citation}\nNext claim."
+    start, end = unreadable_citations(summary)[0]
+    assert summary[start:end] == citation
+    assert strip_citations(summary) == "Claim.\nNext claim."
+    assert not has_citation(summary)
+    assert not parse_citations(summary, "One. Two.")
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        "Pain at the nerve root (S1). Heart sounds (S1, S2) normal.",
+        "No evidence of pneumonia [evidence of edema] (no evidence of S1 compression).",
+        "Odds ratio 2 (confidence interval 0.8-1.2) [confirmed] [1, 2].",
+        "Stable (evidence: normal X-ray). No evidence: S1 is free.",
+    ],
+)
+def test_clinical_text_is_no_citation(summary):
+    assert not has_citation(summary)
+    assert not unreadable_citations(summary)
+    assert strip_citations(summary) == summary
+
+
+def test_numbers_are_those_of_the_version():
+    note = "The patient denies chest pain and has no\nfever. Cough."
+    (old,) = parse_citations("Cough. [Evidence: S3]", note, 1)
+    assert old["sentences"] == ["Cough."]
+    (new,) = parse_citations("Cough. [Evidence: S2]", note, 2)
+    assert new["sentences"] == ["Cough."]
+
+
+@pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="no ../shared/cases")
+def test_cases_of_other_forms():
+    summaries = {row.id: row.model_summary for row in read_rows(SHARED_CASES / "more" / "bad_cited.csv")}
+    assert all(has_citation(summary) for summary in summaries.values())
+    assert cited_sentence_numbers(summaries["t0"]) == [2, 1]
+
+
+@pytest.mark.parametrize(
     "text",
     [
         "[Evidence: ; Conf: 0.8]",
-        "[Evidence: S1]",
-        "[Evidence: S1; Conf: high]",
-        "Evidence: S1; Conf: 0.9",
         "[Evidence: S1-999999999999; Conf: 1]",
         f"[Evidence: S{'9' * 5000}; Conf: 1]",
+        f"[Evidence: S1; Conf: {'9' * 5000}]",
     ],
 )
 def test_malformed_or_absurd_citations_do_no_harm(text):
@@ -75,3 +162,5 @@ def test_malformed_or_absurd_citations_do_no_harm(text):
 def test_citation_parsing_never_fails(summary, note):
     for citation in parse_citations(summary, note):
         assert len(citation["sentences"]) + len(citation["missing"]) == len(citation["sentence_numbers"])
+    starts = [start for start, _ in unreadable_citations(summary)]
+    assert starts == sorted(starts)

@@ -37,6 +37,7 @@ from sft.data.dataset import (
     read_data,
 )
 from sft.data.rows import Row, read_rows
+from sft.grounding.sentences import SENTENCE_VERSION
 from sft.options import DataOptions
 
 
@@ -195,12 +196,14 @@ def test_numbering_follows_the_citations(tmp_path):
         (plain, "auto", False),
         (plain, "on", True),
         (cited, "off", False),
+        (cited, "v1", True),
     ):
         options = options_for(write_csv(tmp_path / "a.csv", rows), sentence_numbering=numbering)
         train, _ = load_datasets(read_data(options), tiny_tokenizer(), options)
         assert train.encoder.template.number_sentences is numbered
         prompt = train.encoder.tokenizer.decode(train.examples[0].input_ids)
         assert ("S1: Fever.\nS2: Cough." in prompt) is numbered
+        assert train.encoder.template.sentence_version == (1 if numbering == "v1" else SENTENCE_VERSION)
 
 
 def test_files_without_factual_rows_are_refused(csv_files, tmp_path):

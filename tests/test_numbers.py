@@ -15,3 +15,11 @@ def test_numbers_of_citations_are_not_stated():
 
 def test_numbers_without_support():
     assert unsupported_numbers("BP 130/80 and 50 mg", NOTE) == ["130", "50"]
+
+
+def test_a_point_without_a_zero_is_a_decimal_point():
+    assert unsupported_numbers("Give 0.5 mg.", "Give .5 mg.") == []
+    assert unsupported_numbers("Give .5 mg.", "Give 0.50 mg.") == []
+    assert unsupported_numbers("Give 5 mg.", "Give .5 mg.") == ["5"]
+    assert unsupported_numbers("Give .5 mg.", "Give 5 mg.") == [".5"]
+    assert unsupported_numbers("q.4h, 5 mg", "every 4 h...5 mg") == []

@@ -12,7 +12,7 @@ from tiny import CHAT_TEMPLATES, CountingTokenizer, encoder_for, tiny_tokenizer
 from sft.cli import InputError
 from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
 from sft.data.text import clean_text
-from sft.grounding.sentences import number_sentences, sentence_spans
+from sft.grounding.sentences import SENTENCE_VERSION, number_sentences, sentence_spans
 
 any_text = st.text(max_size=120) | st.lists(
     st.sampled_from(
@@ -78,9 +78,26 @@ def test_template_survives_json():
     assert PromptTemplate.from_dict(json.loads(json.dumps(asdict(template)))) == template
 
 
+def test_a_template_keeps_the_sentences_it_was_trained_with():
+    template = build_template(tiny_tokenizer(), number_sentences=True)
+    values = asdict(template)
+    assert values.pop("sentence_version") == SENTENCE_VERSION
+    note = "The patient has no\nfever."
+    # Adapters of format 1 and 2 do not name the version
+    assert PromptTemplate.from_dict(values).render_note(note) == "S1: The patient has no\nS2: fever."
+    assert template.render_note(note) == "S1: The patient has no fever."
+
+
 @pytest.mark.parametrize(
     "damage",
-    [{"prefix": 1}, {"stop_token_ids": []}, {"stop_token_ids": None}, {"end_token_id": "2"}, {"unknown": 1}],
+    [
+        {"sentence_version": SENTENCE_VERSION + 1},
+        {"prefix": 1},
+        {"stop_token_ids": []},
+        {"stop_token_ids": None},
+        {"end_token_id": "2"},
+        {"unknown": 1},
+    ],
 )
 def test_a_damaged_template_is_an_error(damage):
     values = asdict(build_template(tiny_tokenizer()))

@@ -15,6 +15,7 @@ def test_warnings_name_what_is_wrong_with_a_summary():
         "cites sentences that are not in the note: S7",
         "states numbers that are not in the note: 120, 80",
     ]
+    assert summary_warnings("Fever. [Evidence: none]", "Fever.") == ["1 citation cannot be read"]
     assert summary_warnings("", "BP 110/70.") == ["the model wrote nothing"]
     assert summary_warnings("BP 110/70. [Evidence: S1; Conf: 0.9]", "BP 110/70.") == []
 

@@ -149,6 +149,8 @@ def test_evidence_files_are_the_same_rows_with_citations(split):
         assert strip_citations(cited.model_summary) == plain.model_summary
         citations = parse_citations(cited.model_summary, cited.clinical_note)
         assert [citation["claim"] for citation in citations] == split_sentences(plain.model_summary)
+        # Written for the sentences of version 1, which are those of the newest
+        assert citations == parse_citations(cited.model_summary, cited.clinical_note, 1)
         for citation in citations:
             assert citation["sentences"], cited.id
             assert not citation["missing"], cited.id

@@ -11,16 +11,18 @@ from sft.grounding.lines import wrapped_newlines
 
 SENTENCE_VERSION = 2  # of new trainings; 1 = as written by format 1 and 2
 
-# A period, question or exclamation mark (and closing quotes or brackets) before white space, a line's end, or
-# the place before the number of a list item on the same line ("Asthma, 2. Gout" and "Asthma., 2. Gout")
+# A period, question or exclamation mark (and closing quotes or brackets) before white space; a line's end;
+# the place before the number of a list item on the same line ("Asthma, 2. Gout"). Exports that replace line
+# ends by commas write "Asthma., Gout."
 _BOUNDARY = re.compile(
-    r"""(?P<mark>[.!?…])(?P<closing>["'”’)\]]*)(?=\s)|(?P<newline>\n)"""
+    r"""(?P<mark>[.!?…])(?P<closing>["'”’)\]]*+)(?P<comma>,?)(?=\s)|(?P<newline>\n)"""
     r"""|[,;:](?=[ \t]{1,4}\(?(?P<number>\d{1,2})[.)][ \t]{1,4}[^\W\d])"""
 )
 # At the beginning of a sentence: "1.", "(2.", "1.2.", "a.", "iv.", also after a bullet
 _LIST_MARK = re.compile(
     r"(?:[-*•·–—+>]\s{0,4})?\(?(?:\d{1,3}(?:\.\d{1,3}){0,3}|[A-Za-z]|[ivx]{2,4}|[IVX]{2,4})"
 )
+_ITEM = re.compile(r"[A-Z]|\(?\d{1,2}[.)]\s")
 _SPEAKER = re.compile(r"[A-Za-z][\w ]{0,30}:\s{0,4}")
 # Never the end of a sentence. "MR." and "ms." may be mitral regurgitation and milliseconds: these need a name
 _NEVER_END = frozenset("dr drs mrs prof st vs eg ie e.g i.e cf approx incl fig figs viz".split())
@@ -31,7 +33,9 @@ _ABBREVIATIONS = frozenset(
     " neg pos abd ext amt avg max vol jr sr tab tabs cap caps inj susp supp oint syr gtt gtts"
     " bid tid qid qd prn jan feb mar apr jun jul aug sep sept oct nov dec".split()
 )
-_MONTHS = frozenset("jan feb mar apr jun jul aug sep sept oct nov dec".split())
+_BEFORE_NUMBERS = frozenset(
+    "jan feb mar apr jun jul aug sep sept oct nov dec temp resp wt ht avg max vol amt".split()
+)
 _FORMS = frozenset("tab tabs cap caps inj susp supp oint syr".split())  # "Tab. Aspirin 75 mg"
 _UNITS = frozenset("mg mcg ug g gm gms kg ml cc l cm mm u units iu meq mmol".split())
 _ROUTES = frozenset("p.o i.v i.m s.c s.l p.r po iv im".split())
@@ -52,7 +56,7 @@ _LETTERED = frozenset(
 _STARTERS = frozenset(
     "he she it we they i you the a an his her their this that these there patient no denies normal recent"
     " also will has had was is in on at for if as when after before since then continue start one two three"
-    " unfortunately however today yesterday currently".split()
+    " unfortunately however today yesterday currently do does did are can could what how why where who".split()
 )
 _LOOKBACK = 40  # characters; no abbreviation is longer
 
@@ -107,6 +111,9 @@ def _boundaries(text: str) -> list[int]:
             # "1. Asthma, 2. Gout" or "Asthma, 2. Gout", but not "on March 3, 14. He"
             number = int(match["number"])
             is_end = has_second and (number == last_item + 1 or (number == 2 and last_item == 0))
+            last_item = number if is_end else last_item
+        elif match["comma"] and not _ITEM.match(_following(text, end)):
+            is_end = False
         elif match["mark"] == ".":
             is_end, item = _period_ends_sentence(text, start, match, wrapped, asked)
             last_item = item or last_item
@@ -177,8 +184,10 @@ def _goes_on(word: str, previous: str, following: str, beginning: str, asked: bo
     if lower in _FORMS and ((word[0].isupper() and not word.isupper()) or is_first or next_is_digit):
         return True
     if lower in _ABBREVIATIONS or _DOTTED.fullmatch(word):
-        is_date = next_is_digit and lower in _MONTHS
-        return next_is_lower or is_date or following[0] in ",;" or _is_dosing_in_capitals(word, following)
+        has_number = next_is_digit and lower in _BEFORE_NUMBERS
+        # Nothing but an abbreviation is no sentence: "J.R. Smith"
+        is_alone = is_first and not next_is_digit
+        return next_is_lower or has_number or is_alone or _is_dosing_in_capitals(word, following)
     if len(word) == 1 and word.isupper():
         return next_is_lower or _is_initial(previous, following)
     # "Well... yes"
@@ -189,7 +198,8 @@ def _is_dosing_in_capitals(word: str, following: str) -> bool:
     """ "METFORMIN 500 MG P.O. B.I.D. PRN"."""
     token = following.split(None, 1)[0]
     return (
-        "." in word and re.fullmatch(r"(?:[A-Z]\.){2,4}|PRN|QHS|BID|TID|DAILY|Q\S*\d\S*", token) is not None
+        "." in word
+        and re.fullmatch(r"(?:[A-Z]\.){2,4}|(?:PRN|QHS|BID|TID|DAILY|Q\S*\d)\W?", token) is not None
     )
 
 
