@@ -115,6 +115,10 @@ def test_version_1_is_as_it_was():
         ("Tylenol q.4-6h. p.r.n. pain. Tab. Aspirin.", ["Tylenol q.4-6h. p.r.n. pain.", "Tab. Aspirin."]),
         ("Lasix 40 mg. p.o. b.i.d. Rest.", ["Lasix 40 mg. p.o. b.i.d.", "Rest."]),
         ("Gave 1.5 mg. Slept. Took one tab. Better.", ["Gave 1.5 mg.", "Slept.", "Took one tab.", "Better."]),
+        (
+            "Stage IV. In remission. Given p.o. For pain.",
+            ["Stage IV.", "In remission.", "Given p.o.", "For pain."],
+        ),
         ("METFORMIN 500 MG P.O. B.I.D. PRN. WELL.", ["METFORMIN 500 MG P.O. B.I.D. PRN.", "WELL."]),
         # Names, titles, numbers
         ("seen by dr. lee. mr. roe is well.", ["seen by dr. lee.", "mr. roe is well."]),
@@ -127,6 +131,12 @@ def test_version_1_is_as_it_was():
         ("The patient has no\nfever. Rash: none", ["The patient has no fever.", "Rash: none"]),
         ("- start insulin for\n  diabetes\n- rest", ["- start insulin for diabetes", "- rest"]),
         ("Seen in the clinic by Dr.\nLee today.", ["Seen in the clinic by Dr. Lee today."]),
+        (
+            "A WOMAN OF 58 YEARS WHO CAME TO THE EMERGENCY DEPARTMENT OF THE\nHOSPITAL WITH FEVER AND COUGH.",
+            [
+                "A WOMAN OF 58 YEARS WHO CAME TO THE EMERGENCY DEPARTMENT OF THE HOSPITAL WITH FEVER AND COUGH."
+            ],
+        ),
         # Lines that are items
         ("no fever\nno cough\nno pain", ["no fever", "no cough", "no pain"]),
         ("smoker: no\nalcohol: yes", ["smoker: no", "alcohol: yes"]),

@@ -29,7 +29,9 @@ def wrapped_newlines(text: str) -> set[int]:
     of a text go on in the next line, as words and small letters show, then all full lines do, also before a
     name or a number. Elsewhere a line goes on only where its own end or the next line's beginning shows it.
     """
-    lines = text.split("\n")
+    # Old transcriptions are in capitals throughout
+    lower = text.lower()
+    lines = (lower if text.isupper() and len(lower) == len(text) else text).split("\n")
     stripped = [line.strip() for line in lines]
     width = _width(lines)
     # "2." begins an item if there is a "1.", which "at age" / "60. Both" has not

@@ -38,8 +38,8 @@ _BEFORE_NUMBERS = frozenset(
 )
 _FORMS = frozenset("tab tabs cap caps inj susp supp oint syr".split())  # "Tab. Aspirin 75 mg"
 _UNITS = frozenset("mg mcg ug g gm gms kg ml cc l cm mm u units iu meq mmol".split())
-_ROUTES = frozenset("p.o i.v i.m s.c s.l p.r po iv im".split())
-# What goes on after "5 mg.", "p.o." or "2 tabs."
+_ROUTES = frozenset("p.o i.v i.m s.c s.l p.r".split())
+# What goes on after "5 mg."
 _DOSING = re.compile(
     r"(?:[a-z]\.){2}|(?:po|iv|im|sc|sl|pr|bid|tid|qid|qd|qhs|prn|q\.?\d+|q|od|bd|tds|hs|stat|daily|every|each"
     r"|per|once|twice|three|four|at|by|with|for|in|as|to|and|or)\b",
@@ -178,8 +178,8 @@ def _goes_on(word: str, previous: str, following: str, beginning: str, asked: bo
             word[1:].islower() and previous.lower() not in _VALVE and not previous[:1].isdigit()
         ) or is_first
     if lower in _UNITS or _FREQUENCY.fullmatch(word):
-        return _DOSING.match(following) is not None and (next_is_lower or word.isupper())
-    if lower in _ROUTES and (next_is_digit or _DOSING.match(following)):
+        return _DOSING.match(following) is not None and (next_is_lower or word in ("MG", "ML"))
+    if lower in _ROUTES and next_is_digit:
         return True
     if lower in _FORMS and ((word[0].isupper() and not word.isupper()) or is_first or next_is_digit):
         return True
