@@ -9,7 +9,6 @@ how many summaries state a number that the note does not hold.
 """
 
 import argparse
-import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft.cli import log, plural
 from sft.data.rows import Row, factual_rows, read_rows
-from sft.grounding.citations import cited_sentence_numbers, strip_citations
+from sft.grounding.citations import cited_sentence_numbers, strip_citations, unreadable_citations
 from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import split_sentences
 from sft_inference import SFTInference
@@ -34,7 +33,7 @@ def count_forms(row: Row, result: dict) -> Counter:
         truncated=result["finish_reason"] == "length",
         sentences=len(split_sentences(strip_citations(summary))),
         cited_sentences=sum(len(split_sentences(citation["claim"])) == 1 for citation in evidence),
-        begun=len(re.findall(r"\[\s*evidence", summary, re.IGNORECASE)),
+        begun=len(evidence) + len(unreadable_citations(summary)),
         parsed=len(evidence),
         existing=sum(not citation["missing"] for citation in evidence),
         numbers=len(numbers),

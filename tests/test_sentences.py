@@ -109,6 +109,8 @@ def test_version_1_is_as_it_was():
             "Smith Jr., 40, is well. Gravida: 1. Para: 1.",
             ["Smith Jr., 40, is well.", "Gravida: 1.", "Para: 1."],
         ),
+        ("Gravida: 1. Para: 2. Well.", ["Gravida: 1.", "Para: 2.", "Well."]),
+        ("1.  Gout.,2.  HTN.", ["1. Gout.,", "2. HTN."]),
         ("On March 3, 14. He", ["On March 3, 14.", "He"]),
         ("a. Stop aspirin. b. Start heparin.", ["a. Stop aspirin.", "b. Start heparin."]),
         # Dosing

@@ -15,7 +15,7 @@ SENTENCE_VERSION = 2  # of new trainings; 1 = as written by format 1 and 2
 # the place before the number of a list item on the same line ("Asthma, 2. Gout"). Exports that replace line
 # ends by commas write "Asthma., Gout."
 _BOUNDARY = re.compile(
-    r"""(?P<mark>[.!?…])(?P<closing>["'”’)\]]*+)(?P<comma>,?)(?=\s)|(?P<newline>\n)"""
+    r"""(?P<mark>[.!?…])(?P<closing>["'”’)\]]*+)(?P<comma>,?)(?=\s|(?<=\.,)\(?\d{1,2}[.)]\s)|(?P<newline>\n)"""
     r"""|[,;:](?=[ \t]{1,4}\(?(?P<number>\d{1,2})[.)][ \t]{1,4}[^\W\d])"""
 )
 # At the beginning of a sentence: "1.", "(2.", "1.2.", "a.", "iv.", also after a bullet
@@ -98,7 +98,8 @@ def _strip(text: str, start: int, end: int) -> tuple[int, int]:
 def _boundaries(text: str) -> list[int]:
     """Where the sentences of `text` end, in order, without its end."""
     wrapped = wrapped_newlines(text)
-    has_second = re.search(r"[.,;:]\s{1,4}\(?2[.)]\s", text) is not None
+    # "Gravida: 1. Para: 2." is no list
+    has_second = re.search(r"[.,;]\s{1,4}\(?2[.)]\s", text) is not None
     ends = []
     start = 0
     last_item = 0  # the number of the list item that the sentence is in or follows
