@@ -68,7 +68,8 @@ def peak_memory_mb() -> float:
 
 def start(folder: Path, model_name: str) -> dict:
     """What a start of training does with its data, in this process: seconds of each part, and memory."""
-    from sft.data.dataset import load_datasets, log_data_warnings, packed_batch, read_data
+    from sft.data.dataset import load_datasets, packed_batch, read_data
+    from sft.data.report import log_data_warnings
     from sft.model.base import load_tokenizer
     from sft.options import DataOptions
     from sft.training.run import epoch_order

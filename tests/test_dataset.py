@@ -31,11 +31,11 @@ from sft.data.dataset import (
     create_sft_dataloaders,
     encode_example,
     load_datasets,
-    log_data_warnings,
     packed_batch,
     padded_batch,
     read_data,
 )
+from sft.data.report import log_data_warnings
 from sft.data.rows import Row, read_rows
 from sft.options import DataOptions
 
