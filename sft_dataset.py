@@ -1,7 +1,7 @@
 """Checks training data and reports on it: counts, token lengths, what will be shortened or left out.
 
     python sft_dataset.py                       # check the bundled data and report on it
-    python sft_dataset.py --train_csv my.csv    # check your own (with --val_csv: both, and leaks between them)
+    python sft_dataset.py --train_csv my.csv    # check your own; with --val_csv also leaks between the two
 
 For a training loop of your own: `from sft_dataset import create_sft_dataloaders`. Everything but the report
 is in sft/data.

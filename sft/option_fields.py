@@ -44,7 +44,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above_low: boo
 
 
 def kinds_of(hint) -> list:
-    """The types of a field but None: [str] for `str | None`. Of `str | list[str]` the parser takes the last."""
+    """The types of a field but None: [str] for `str | None`; the parser takes the last."""
     hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return [kind for kind in hints if kind is not types.NoneType]
 

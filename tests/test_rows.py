@@ -242,7 +242,11 @@ def quotes_swallow(position: int) -> str:
         (table(GOOD).encode("utf-16")[:-1], ["UTF-16"]),
         (
             "SECRET,note\n",
-            ["no column clinical_note, model_summary, label", "2 columns, known: none", "--note_column NAME"],
+            [
+                "no column clinical_note, model_summary, label",
+                "2 columns, known: none",
+                "name the columns clinical_note, model_summary, label (id, hall",
+            ],
         ),
         (
             "1,SECRET,SECRET,label,\n",
@@ -325,13 +329,16 @@ def test_any_file_gives_rows_or_a_refusal(tmp_path_factory, encoding, changes):
 
 def test_leaked_rows():
     train = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
-    assert [row.id for row in leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))] == ["r1"]
+    ((row, twin, share),) = leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))
+    assert (row.id, twin.id, share) == ("r1", "r0", 1.0)
 
 
 def test_repeated_rows():
     rows = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
     assert [row.id for row in repeated_rows(rows)] == ["r2"]
     assert [row.number for row in repeated_rows([*rows[:2], Row(9, "r0", "other", "text", "factual")])] == [9]
+    # Several summaries of one note
+    assert not repeated_rows([rows[0], Row(9, "r0", rows[0].clinical_note, "another", "factual")])
 
 
 def test_factual_rows():

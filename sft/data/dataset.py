@@ -4,7 +4,6 @@ torch and numpy are imported inside functions, so that input errors are instant.
 """
 
 import dataclasses
-import hashlib
 import itertools
 from array import array
 from collections.abc import Sequence
@@ -14,15 +13,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sft.cli import InputError, plural, preview_list
 from sft.data.prompt import PromptEncoder, build_template, pad_token_id
-from sft.data.rows import Row, factual_rows, name_rows, read_rows
-from sft.data.similar import groups_of_similar
+from sft.data.rows import Row, drop_stray_citations, factual_rows, name_rows, read_rows, split_rows
 from sft.data.token_cache import cache_key, read_cache, write_cache
-from sft.grounding.citations import (
-    cited_sentence_numbers,
-    has_citation,
-    parse_citations,
-    strip_citations,
-)
+from sft.grounding.citations import cited_sentence_numbers, has_citation
 from sft.options import DataOptions, check_config
 
 if TYPE_CHECKING:
@@ -230,36 +223,6 @@ def _read_factual(source: "str | Path | pd.DataFrame", options: DataOptions) -> 
     return rows
 
 
-def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training, validation): about `fraction` of the factual rows, chosen by `seed` and the notes alone.
-
-    All rows of a note, and notes that are nearly the same, stay together. Raises InputError if they cannot be
-    parted.
-    """
-    notes = {row.note_key: row.clinical_note for row in rows}
-    groups: dict[int, list[bytes]] = {}
-    for key, group in zip(notes, groups_of_similar(list(notes.values()))):
-        groups.setdefault(group, []).append(key)
-    n_factual = dict.fromkeys(notes, 0)
-    for row in rows:
-        n_factual[row.note_key] += row.label == "factual"
-    sizes = {min(keys): sum(n_factual[key] for key in keys) for keys in groups.values()}
-    members = {min(keys): keys for keys in groups.values()}
-    shuffled = sorted(sizes, key=lambda key: hashlib.sha256(b"%d" % seed + key).digest())
-    n_wanted = max(1, round(fraction * sum(sizes.values())))
-    chosen = set()
-    n_chosen = 0
-    for key in shuffled:
-        if 0 < sizes[key] <= n_wanted - n_chosen:
-            chosen |= set(members[key])
-            n_chosen += sizes[key]
-    if not n_chosen or n_chosen == sum(sizes.values()):
-        problem = f"--val_fraction {fraction}: the notes cannot be parted ({plural(len(groups), 'group')} of similar ones)"
-        raise InputError(problem, "add rows, use a larger fraction, or pass --val_csv FILE")
-    train = [row for row in rows if row.note_key not in chosen]
-    return train, [row for row in rows if row.note_key in chosen]
-
-
 def load_datasets(
     rows: tuple[list[Row], list[Row]], tokenizer, options: DataOptions, cache_dir: Path | None = None
 ) -> tuple[SFTDataset, SFTDataset]:
@@ -305,27 +268,6 @@ def file_names(options: DataOptions) -> tuple[str, str]:
 def _cites_evidence(rows: Sequence[Row]) -> bool:
     """Whether most summaries carry citations, so that the notes' sentences should be numbered."""
     return sum(has_citation(row.model_summary) for row in rows) > len(rows) / 2
-
-
-def drop_stray_citations(rows: Sequence[Row], is_numbered: bool) -> tuple[list[Row], list[str]]:
-    """(rows, names of the changed ones): a summary loses its citations if the prompt does not number the
-    note's sentences, or one of them does not exist. They would teach numbers that nothing supports."""
-    kept = []
-    stray = []
-    for row in rows:
-        if has_citation(row.model_summary) and not (is_numbered and not cites_missing_sentence(row)):
-            stray.append(row.name)
-            summary = strip_citations(row.model_summary)
-            # Nothing but a citation: no row
-            if not summary:
-                continue
-            row = dataclasses.replace(row, model_summary=summary)
-        kept.append(row)
-    return kept, stray
-
-
-def cites_missing_sentence(row: Row) -> bool:
-    return any(citation["missing"] for citation in parse_citations(row.model_summary, row.clinical_note))
 
 
 # ------------------------------------------------------------------------------- batches

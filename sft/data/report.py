@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from sft.cli import log, on_main_process, plural, preview_list
 from sft.data.dataset import SFTDataset, file_names
 from sft.data.formats import describe_problem, main_language
-from sft.data.rows import Row, factual_rows, name_rows, repeated_rows
-from sft.data.similar import similar_notes
+from sft.data.rows import Row, factual_rows, leaked_rows, name_rows, repeated_rows
 from sft.grounding.citations import strip_citations
 from sft.options import DataOptions
 
@@ -30,33 +29,15 @@ def log_data_warnings(
         for warning in (*_length_warnings(dataset), *_text_warnings(part, dataset, language)):
             log(f"warning: {path}: {warning}")
     # Hallucinated rows are not trained on, so their notes give nothing away
-    leaks = _leaks(train, validation)
+    leaks = [
+        f"{row.name} ({share:.0%} like {twin.name})" for row, twin, share in leaked_rows(train, validation)
+    ]
     if leaks:
         share = "shares its" if len(leaks) == 1 else "share their"
         log(
             f"warning: {plural(len(leaks), 'validation row')} {share} note, or nearly, with training rows, so"
             f" validation loss will look better than it is: {preview_list(leaks)}; remove them from one file"
         )
-
-
-def _leaks(train: Sequence[Row], validation: Sequence[Row]) -> list[str]:
-    """ "v1 (100 % like t7)" for each validation row whose note is nearly that of a training row."""
-    known = {row.note_key: row for row in reversed(train)}
-    others = {row.note_key: row for row in validation if row.note_key not in known}
-    training = list(known.values())
-    notes = [row.clinical_note for row in (*training, *others.values())]
-    keys = list(others)
-    like = (
-        {
-            keys[note - len(known)]: (training[earlier], share)
-            for note, earlier, share in similar_notes(notes, len(known))
-        }
-        if known and others
-        else {}
-    )
-    like |= {key: (row, 1.0) for key, row in known.items()}
-    found = [(row, *like[row.note_key]) for row in validation if row.note_key in like]
-    return [f"{row.name} ({share:.0%} like {twin.name})" for row, twin, share in found]
 
 
 def _length_warnings(dataset: SFTDataset) -> Iterator[str]:

@@ -4,18 +4,21 @@ What can be repaired safely is repaired, counted and reported once per kind; the
 and id. No message holds text of the file.
 """
 
+import dataclasses
 import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.cli import InputError, plural, preview_list, safe_id
+from sft.data.similar import groups_of_similar, similar_notes
 from sft.data.table import COLUMNS, OPTION_OF_COLUMN, REQUIRED_COLUMNS, TOO_MANY_FIELDS, plain, read_table
 from sft.data.text import Repair, clean_text, is_blank, log_repairs
+from sft.grounding.citations import has_citation, parse_citations, strip_citations
 from sft.options import DataOptions
 
 if TYPE_CHECKING:
@@ -195,10 +198,19 @@ def factual_rows(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.label == "factual"]
 
 
-def leaked_rows(train: Iterable[Row], validation: Iterable[Row]) -> list[Row]:
-    """The validation rows whose note is in the training rows too."""
-    known = {row.note_key for row in train}
-    return [row for row in validation if row.note_key in known]
+def leaked_rows(train: Sequence[Row], validation: Sequence[Row]) -> list[tuple[Row, Row, float]]:
+    """(validation row, training row, how alike their notes are) for each validation row whose note is that of
+    a training row, or nearly."""
+    known = {row.note_key: row for row in reversed(train)}
+    others = {row.note_key: row for row in validation if row.note_key not in known}
+    like = {key: (row, 1.0) for key, row in known.items()}
+    if known and others:
+        training = list(known.values())
+        notes = [row.clinical_note for row in (*training, *others.values())]
+        keys = list(others)
+        for note, earlier, share in similar_notes(notes, len(training)):
+            like[keys[note - len(training)]] = (training[earlier], share)
+    return [(row, *like[row.note_key]) for row in validation if row.note_key in like]
 
 
 def repeated_rows(rows: Iterable[Row]) -> list[Row]:
@@ -214,3 +226,54 @@ def repeated_rows(rows: Iterable[Row]) -> list[Row]:
             repeated.append(row)
         texts.add(text)
     return repeated
+
+
+def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training, validation): about `fraction` of the factual rows, chosen by `seed` and the notes alone.
+
+    All rows of a note, and notes that are nearly the same, stay together. Raises InputError if they cannot be
+    parted.
+    """
+    notes = {row.note_key: row.clinical_note for row in rows}
+    groups: dict[int, list[bytes]] = {}
+    for key, group in zip(notes, groups_of_similar(list(notes.values()))):
+        groups.setdefault(group, []).append(key)
+    n_factual = dict.fromkeys(notes, 0)
+    for row in rows:
+        n_factual[row.note_key] += row.label == "factual"
+    sizes = {min(keys): sum(n_factual[key] for key in keys) for keys in groups.values()}
+    members = {min(keys): keys for keys in groups.values()}
+    shuffled = sorted(sizes, key=lambda key: hashlib.sha256(b"%d" % seed + key).digest())
+    n_wanted = max(1, round(fraction * sum(sizes.values())))
+    chosen = set()
+    n_chosen = 0
+    for key in shuffled:
+        if 0 < sizes[key] <= n_wanted - n_chosen:
+            chosen |= set(members[key])
+            n_chosen += sizes[key]
+    if not n_chosen or n_chosen == sum(sizes.values()):
+        problem = f"--val_fraction {fraction}: the notes cannot be parted ({plural(len(groups), 'group')} of similar ones)"
+        raise InputError(problem, "add rows, use a larger fraction, or pass --val_csv FILE")
+    train = [row for row in rows if row.note_key not in chosen]
+    return train, [row for row in rows if row.note_key in chosen]
+
+
+def drop_stray_citations(rows: Sequence[Row], is_numbered: bool) -> tuple[list[Row], list[str]]:
+    """(rows, names of the changed ones): a summary loses its citations if the prompt does not number the
+    note's sentences, or one of them does not exist. They would teach numbers that nothing supports."""
+    kept = []
+    stray = []
+    for row in rows:
+        if has_citation(row.model_summary) and not (is_numbered and not cites_missing_sentence(row)):
+            stray.append(row.name)
+            summary = strip_citations(row.model_summary)
+            # Nothing but a citation: no row
+            if not summary:
+                continue
+            row = dataclasses.replace(row, model_summary=summary)
+        kept.append(row)
+    return kept, stray
+
+
+def cites_missing_sentence(row: Row) -> bool:
+    return any(citation["missing"] for citation in parse_citations(row.model_summary, row.clinical_note))

@@ -1,8 +1,8 @@
-"""Notes that are nearly the same: a changed name or date, sentences in another order, some in other words.
+"""Notes that are nearly the same: another name or date, sentences in another order, some in other words.
 
-Two notes are as alike as the share of word pairs that they have in common (Jaccard). MinHash estimates it, and
-locality-sensitive hashing finds the pairs, so that time grows with the number of notes, not with its square
-(Broder 1997; Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3).
+Two notes are as alike as the share of word pairs that they have in common (Jaccard). MinHash estimates it,
+and locality-sensitive hashing finds the pairs, so that time grows with the number of notes, not with its
+square (Broder 1997; Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3).
 """
 
 import re
@@ -26,7 +26,7 @@ _WORD = re.compile(r"\w+")
 def similar_notes(notes: Sequence[str], n_known: int = 0) -> list[tuple[int, int, float]]:
     """(note, an earlier one that it is like, how alike from 0 to 1), by index, at most once per note.
 
-    With `n_known`, later notes are compared with the first `n_known` only. The same notes give the same pairs.
+    With `n_known`, later notes are compared with the first `n_known` only. Deterministic.
     """
     import numpy as np
 
@@ -64,7 +64,8 @@ def groups_of_similar(notes: Sequence[str]) -> list[int]:
 
 
 def _signatures(notes: Sequence[str]) -> "tuple[np.ndarray, np.ndarray]":
-    """(uint32 (n_notes, 126): of 126 hash functions the least value over each note's word pairs; its words)."""
+    """(uint32 (n_notes, 126): the least value of each of 126 hash functions over a note's word pairs;
+    the numbers of words)."""
     import numpy as np
 
     class Codes(dict):
@@ -97,8 +98,8 @@ def _signatures(notes: Sequence[str]) -> "tuple[np.ndarray, np.ndarray]":
 
 
 def _candidates(signatures: "np.ndarray", n_known: int):
-    """Arrays (n_pairs, 2) of (note, earlier note) that agree in a whole band: each with the first and the last
-    before it, so that a thousand copies of one note make no million pairs."""
+    """Arrays (n_pairs, 2) of (note, earlier note) that agree in a whole band: each with the first and the
+    last before it, so that a thousand copies of one note make no million pairs."""
     import numpy as np
 
     yield np.empty((0, 2), np.int64)

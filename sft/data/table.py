@@ -1,8 +1,9 @@
 """A file as people export it (.csv, .tsv, .json, .jsonl) or a pandas DataFrame -> rows of text cells.
 
-Every cell is the text that stands in the file: "NA" is sodium, an id 3.0 of JSON is "3", null is an empty cell.
-pandas' own readers would lose that (ids become floats, "NA" is missing) and what is repaired here, so the csv
-and json modules read, and pandas makes a table of JSON in whatever orientation. No message holds text of a file.
+Every cell is the text that stands in the file: "NA" is sodium, an id 3.0 of JSON is "3", null is an empty
+cell. pandas' own readers would lose that (ids become floats, "NA" is missing) and what is repaired here, so
+the csv and json modules read, and pandas makes a table of JSON of either orientation. No message holds text
+of a file.
 """
 
 import csv

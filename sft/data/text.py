@@ -59,8 +59,8 @@ def log_repairs(name: str | Path, repairs: Counter) -> None:
 def clean_text(text: str) -> str:
     """Text as the model reads it: line ends are \\n, no control characters, no white space at the ends.
 
-    In Unicode's NFC: other spellings of the same letters, as macOS and some PDFs write them, become the tokens
-    that the base model knows."""
+    In Unicode's NFC: other spellings of the same letters, as macOS and some PDFs write them, become the
+    tokens that the base model knows."""
     if not text.isascii():
         text = unicodedata.normalize("NFC", _SURROGATES.sub("\ufffd", text))
     return CONTROL_CHARACTERS.sub("", _LINE_ENDS.sub("\n", text)).strip()
