@@ -4,7 +4,7 @@
 
 Rows are invented from word lists, always the same: notes of 4 to 45 sentences, one row in ten hallucinated.
 Each start is a process of its own, the first without a token cache, the second with it; the baseline is a
-process with the tokenizer alone.
+process with the tokenizer alone. Before the table: the search for near-copies alone.
 """
 
 import argparse
@@ -92,6 +92,18 @@ def start(folder: Path, model_name: str) -> dict:
     }
 
 
+def time_similar(n: int) -> float:
+    """Seconds to compare n training notes and n / 20 validation notes, of which one in ten is a near-copy."""
+    from sft.data.similar import similar_notes
+
+    dice = random.Random(n)
+    notes = [f"Bed {i}. {sentences(dice, 4, 45)}" for i in range(n)]
+    new = [sentences(dice, 4, 45) if i % 10 else f"Seen today. {notes[i]}" for i in range(max(1, n // 20))]
+    start = time.perf_counter()
+    similar_notes(notes + new, len(notes))
+    return time.perf_counter() - start
+
+
 def start_alone(model_name: str) -> dict:
     """The baseline: the tokenizer and the libraries."""
     from sft.model.base import load_tokenizer
@@ -122,6 +134,8 @@ def main() -> None:
         print(json.dumps(start(Path(folder), model_name) if folder else start_alone(model_name)))
         return
 
+    for n in arguments.rows:
+        print(f"Near-copies among {n:,} notes: {time_similar(n):.2f} s")
     print(f"Baseline, tokenizer loaded: {run_start('', model_name)['memory']:,.0f} MB\n")
     columns = [
         "rows",

@@ -244,8 +244,8 @@ def quotes_swallow(position: int) -> str:
             "SECRET,note\n",
             [
                 "no column clinical_note, model_summary, label",
-                "2 columns, known: none",
-                "name the columns clinical_note, model_summary, label (id, hall",
+                "2 columns, known: note",
+                "--note_column note --summary_column NAME --label factual",
             ],
         ),
         (
