@@ -92,7 +92,7 @@ def _signatures(notes: Sequence[str]) -> "tuple[np.ndarray, np.ndarray]":
         starts = np.concatenate([[0], (ends - np.arange(1, len(ends) + 1))[:-1]])
         for i, factor in enumerate(factors):
             mixed = pairs * factor
-            mixed ^= mixed >> np.uint32(16)
+            mixed ^= mixed >> np.uint32(16)  # else the 126 functions are too much like each other
             signatures[start : start + len(part), i] = np.minimum.reduceat(mixed * factors[i - 1], starts)
     return signatures, n_words
 
