@@ -93,7 +93,7 @@ def start(folder: Path, model_name: str) -> dict:
 
 
 def time_similar(n: int) -> float:
-    """CPU seconds to compare n training notes and n / 20 validation notes, of which one in ten is a near-copy."""
+    """CPU seconds to compare n training notes and n / 20 validation notes, one in ten of them a near-copy."""
     from sft.data.similar import similar_notes
 
     dice = random.Random(n)

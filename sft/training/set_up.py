@@ -55,9 +55,10 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
     is_sharded = config.shard_base and accelerator.num_processes > 1
     hashes = {
         "train_csv": sha256_of_files(config.train_files),
-        "val_csv": sha256_of_files([config.val_file]) if config.val_file else None,
         "base_weights": base_weights,
     }
+    if config.val_file:
+        hashes["val_csv"] = sha256(Path(config.val_file))
     may_change = {field.name for field in fields(config) if field.metadata["may_change"]}
     fingerprint = {name: value for name, value in asdict(config).items() if name not in may_change}
     fingerprint |= {
