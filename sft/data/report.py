@@ -24,7 +24,7 @@ def log_data_warnings(
     if not on_main_process():
         return
     train, validation = (factual_rows(part) for part in rows)
-    language = main_language(row.clinical_note for row in train)
+    language = main_language([row.clinical_note for row in train])
     for path, part, dataset in zip(file_names(options), rows, datasets):
         for warning in (*_length_warnings(dataset), *_text_warnings(part, dataset, language)):
             log(f"warning: {path}: {warning}")

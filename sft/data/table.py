@@ -264,7 +264,7 @@ def _missing_columns(
     options += [f"{OPTION_OF_COLUMN[ours]} NAME" for ours in missing if ours not in found and ours != "label"]
     if "label" in missing and "label" not in found:
         options.append("--label factual (if all summaries are)")
-    return problem, f"name the columns {_header_of(required)}, or use {' '.join(options)}"
+    return problem, f"the header must name {_header_of(required)}; or use {' '.join(options)}"
 
 
 def _header_of(required: Sequence[str]) -> str:

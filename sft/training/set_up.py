@@ -214,7 +214,7 @@ def describe_run(
     training["train_csv"] = [portable(name) for name in training["train_csv"]]
     for name in ("val_csv", "model_name", "output_dir"):
         training[name] = portable(training[name])
-    notes = (row.clinical_note for row in datasets[0].rows)
+    notes = [row.clinical_note for row in datasets[0].rows]
     packages = [
         name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)
     ]
