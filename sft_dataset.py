@@ -1,7 +1,7 @@
 """Checks training data and reports on it: counts, token lengths, what will be shortened or left out.
 
     python sft_dataset.py                       # check the bundled data and report on it
-    python sft_dataset.py --train_csv my.csv    # check your own
+    python sft_dataset.py --train_csv my.csv    # check your own; with --val_csv also leaks between the two
 
 For a training loop of your own: `from sft_dataset import create_sft_dataloaders`. Everything but the report
 is in sft/data.
@@ -17,12 +17,13 @@ from sft.data.dataset import (
     SFTCollator,
     SFTDataset,
     create_sft_dataloaders,
+    file_names,
     load_datasets,
-    log_data_warnings,
     read_data,
 )
 from sft.data.prompt import PromptTemplate
-from sft.data.rows import Row, leaked_rows, repeated_rows
+from sft.data.report import log_data_warnings
+from sft.data.rows import Row, shown_kinds
 from sft.files import ROOT, check_new_file, sha256, write_atomic
 from sft.options import ReportConfig, parse_options
 
@@ -32,13 +33,11 @@ __all__ = ["SFTCollator", "SFTDataset", "create_sft_dataloaders"]
 def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) -> str:
     """The report on one file: counts and token lengths, never text."""
     labels = Counter(row.label for row in rows)
-    types = Counter(
-        safe_id(row.hallucination_type or "unnamed") for row in rows if row.label == "hallucinated"
-    )
+    types = [row.hallucination_type or "unnamed" for row in rows if row.label == "hallucinated"]
+    # Names with spaces are shown if they are few and short
+    types = Counter(types if shown_kinds(types) else map(safe_id, types))
     n_shortened = plural(len(dataset.shortened), "note")
     n_refused = plural(len(dataset.refused), "row")
-    n_repeated = len(repeated_rows(rows))
-    repeat = "repeats" if n_repeated == 1 else "repeat"
     lines = [
         str(path),
         f"  rows            {len(rows):>6,}",
@@ -48,7 +47,6 @@ def describe_rows(path: str | Path, rows: Sequence[Row], dataset: SFTDataset) ->
         "  tokens                    median   95th percentile   longest",
         *_length_lines(dataset),
         f"  {n_shortened} shortened, {n_refused} left out at --max_length {dataset.max_length}",
-        f"  {plural(n_repeated, 'row')} {repeat} the id, or the note and summary, of an earlier row",
     ]
     return "\n".join(lines)
 
@@ -121,21 +119,19 @@ def main() -> None:
     )
     config = parse_options(ReportConfig, description)
     check_new_file("--export_preferences", config.export_preferences)
-    rows = read_data(config)
+    rows = read_data(config, validate=False)
 
     from sft.model.base import load_tokenizer
 
     datasets = load_datasets(rows, load_tokenizer(config.model_name), config)
     template = datasets[0].encoder.template
-    for path, part, dataset in zip((config.train_csv, config.val_csv), rows, datasets):
-        print(describe_rows(path, part, dataset) + "\n")
+    for path, part, dataset in zip(file_names(config), rows, datasets):
+        if part:
+            print(describe_rows(path, part, dataset) + "\n")
     log_data_warnings(rows, datasets, config)
-    n_leaked = len(leaked_rows(*rows))
-    share = "shares" if n_leaked == 1 else "share"
-    print(f"{plural(n_leaked, 'validation row')} {share} a note with the training rows.")
     numbered = "numbered" if template.number_sentences else "not numbered"
     print(f"The note's sentences are {numbered} in the prompt.")
-    if is_bundled(config.train_csv):
+    if all(map(is_bundled, config.train_files)):
         print("\n" + show_spans(datasets[0]))
     if config.export_preferences:
         export_preferences(Path(config.export_preferences), rows[0], template)

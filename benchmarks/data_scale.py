@@ -4,7 +4,7 @@
 
 Rows are invented from word lists, always the same: notes of 4 to 45 sentences, one row in ten hallucinated.
 Each start is a process of its own, the first without a token cache, the second with it; the baseline is a
-process with the tokenizer alone.
+process with the tokenizer alone. Before the table: the search for near-copies alone.
 """
 
 import argparse
@@ -68,7 +68,8 @@ def peak_memory_mb() -> float:
 
 def start(folder: Path, model_name: str) -> dict:
     """What a start of training does with its data, in this process: seconds of each part, and memory."""
-    from sft.data.dataset import load_datasets, log_data_warnings, packed_batch, read_data
+    from sft.data.dataset import load_datasets, packed_batch, read_data
+    from sft.data.report import log_data_warnings
     from sft.model.base import load_tokenizer
     from sft.options import DataOptions
     from sft.training.run import epoch_order
@@ -89,6 +90,18 @@ def start(folder: Path, model_name: str) -> dict:
         "memory": peak_memory_mb(),
         "n_tokens": sum(example.n_tokens for dataset in datasets for example in dataset.examples),
     }
+
+
+def time_similar(n: int) -> float:
+    """CPU seconds to compare n training notes and n / 20 validation notes, one in ten of them a near-copy."""
+    from sft.data.similar import similar_notes
+
+    dice = random.Random(n)
+    notes = [f"Bed {i}. {sentences(dice, 4, 45)}" for i in range(n)]
+    new = [sentences(dice, 4, 45) if i % 10 else f"Seen today. {notes[i]}" for i in range(max(1, n // 20))]
+    start = time.process_time()
+    similar_notes(notes + new, len(notes))
+    return time.process_time() - start
 
 
 def start_alone(model_name: str) -> dict:
@@ -121,6 +134,8 @@ def main() -> None:
         print(json.dumps(start(Path(folder), model_name) if folder else start_alone(model_name)))
         return
 
+    for n in arguments.rows:
+        print(f"Near-copies among {n:,} notes: {time_similar(n):.2f} s of CPU time")
     print(f"Baseline, tokenizer loaded: {run_start('', model_name)['memory']:,.0f} MB\n")
     columns = [
         "rows",

@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from tiny import HEADER, NOTES, tiny_tokenizer
 
 from sft.cli import InputError
-from sft.data.dataset import load_datasets, log_data_warnings, read_data
+from sft.data.dataset import load_datasets, read_data
+from sft.data.report import log_data_warnings
 from sft.inference.note_files import read_notes
 from sft.options import DataOptions
 from sft_dataset import describe_rows

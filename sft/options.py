@@ -7,15 +7,18 @@ Options that several scripts share are declared in groups that the scripts' conf
 import argparse
 import dataclasses
 import re
-import types
 import typing
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from sft.cli import InputError, plural, preview_list
+from sft.option_fields import check_config, kinds_of, number, option
+
+__all__ = ["check_config", "number"]  # for those who read configurations
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
+BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
+BUNDLED_VALIDATION_FILE = "phase1_data/sft/validation_set_processed.csv"
 DEFAULT_MAX_LENGTH = 512
 DEFAULT_MAX_NEW_TOKENS = 150
 DEFAULT_GENERATION_BATCH_SIZE = 32
@@ -33,55 +36,52 @@ RUN = "run"
 _GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN)
 
 
-def option(default, help: str, *, group: str, may_change: bool = False, **argparse_arguments):
-    """A dataclass field that is also a command-line option.
-
-    `may_change`: --resume accepts another value. Either the steps already done do not depend on it, or
-    something else in the fingerprint stands for it: the SHA-256 of data and base weights, the dtype that is
-    used in the end. An option that older runs did not have counts as having had its default."""
-    metadata = {"help": help, "group": group, "may_change": may_change, "argparse": argparse_arguments}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def number(kind: type, low: float, high: float = float("inf"), *, above_low: bool = False) -> Callable:
-    """An argparse type: a number of `kind` from `low` to `high`; `above_low` excludes `low` itself."""
-
-    def parse(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
-        too_low = value <= low if above_low else value < low
-        # "not value <= high" is true for NaN too
-        if abs(value) == float("inf") or too_low or not value <= high:
-            bounds = f"{'above' if above_low else 'at least'} {low}"
-            if high != float("inf"):
-                bounds = f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
-        return value
-
-    return parse
-
-
 # ------------------------------------------------------------------------------- shared groups
 
 
 @dataclass
 class DataOptions:
-    train_csv: str = option(
-        "phase1_data/sft/train_set_processed.csv",
-        "CSV of training rows (columns id, clinical_note, model_summary, label)",
+    train_csv: str | list[str] = option(
+        [BUNDLED_TRAIN_FILE],
+        "training rows: .csv, .tsv, .json or .jsonl with the columns clinical_note, model_summary, label and "
+        "optionally id; several files are read as one",
         group=DATA,
         may_change=True,
     )
-    val_csv: str = option(
-        "phase1_data/sft/validation_set_processed.csv",
-        "CSV of validation rows (the same columns)",
+    val_csv: str | None = option(
+        None,
+        f"validation rows, the same (default: {BUNDLED_VALIDATION_FILE}, if train_csv is the default too)",
         group=DATA,
         may_change=True,
+    )
+    val_fraction: float | None = option(
+        None,
+        "without val_csv: set this share of the training notes apart for validation, with all that are nearly "
+        "the same, chosen by seed",
+        type=number(float, 0, 0.5, above_low=True),
+        group=DATA,
+    )
+    id_column: str | None = option(None, "the column of ids, if not id", group=DATA, metavar="NAME")
+    note_column: str | None = option(
+        None, "the column of notes, if not clinical_note", group=DATA, metavar="NAME"
+    )
+    summary_column: str | None = option(
+        None, "the column of summaries, if not model_summary", group=DATA, metavar="NAME"
+    )
+    label_column: str | None = option(None, "the column of labels, if not label", group=DATA, metavar="NAME")
+    label: str | None = option(
+        None, "the label of all rows, for files without one", choices=["factual", "hallucinated"], group=DATA
+    )
+    label_map: str | None = option(
+        None, "labels of other names: yes=factual,no=hallucinated", group=DATA, metavar="A=B,..."
+    )
+    skip_empty: bool = option(False, "leave out rows with an empty note or summary", group=DATA)
+    stray_citations: str = option(
+        "drop",
+        "citations of sentences that the prompt does not number, or the note does not have: drop them from the "
+        "summary, or refuse the file",
+        choices=["drop", "refuse"],
+        group=DATA,
     )
     max_length: int = option(
         DEFAULT_MAX_LENGTH,
@@ -97,12 +97,31 @@ class DataOptions:
         group=DATA,
     )
     instruction: str | None = option(None, "instruction in the prompt (default: built in)", group=DATA)
+    seed: int = option(
+        42,
+        "random seed (row order, dropout, LoRA initialization, val_fraction)",
+        type=number(int, 0, 2**32 - 1),
+        group=TRAINING,
+    )
     model_name: str = option(
         BUNDLED_MODEL,
         "base model: the bundled one, a local folder or a Hugging Face id",
         group=MODEL,
         may_change=True,
     )
+
+    @property
+    def train_files(self) -> list:
+        return self.train_csv if isinstance(self.train_csv, list) else [self.train_csv]
+
+    @property
+    def val_file(self) -> str | None:
+        """None if no file was named: the bundled notes say nothing about other training notes."""
+        if self.val_csv is not None or self.val_fraction is not None:
+            return self.val_csv
+        first, *more = self.train_files
+        is_bundled = isinstance(first, str) and first == BUNDLED_TRAIN_FILE and not more
+        return BUNDLED_VALIDATION_FILE if is_bundled else None
 
 
 @dataclass
@@ -183,12 +202,6 @@ class TrainConfig(MachineOptions, DataOptions):
         type=number(int, 0),
         group=TRAINING,
         may_change=True,
-    )
-    seed: int = option(
-        42,
-        "random seed (row order, dropout, LoRA initialization)",
-        type=number(int, 0, 2**32 - 1),
-        group=TRAINING,
     )
 
     lora_r: int = option(16, "LoRA rank", type=number(int, 1), group=LORA)
@@ -365,9 +378,7 @@ def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind = hints[field.name]
-        if isinstance(kind, types.UnionType):  # `str | None`
-            kind = typing.get_args(kind)[0]
+        kind = kinds_of(hints[field.name])[-1]
         arguments = dict(field.metadata["argparse"])
         if kind is bool:
             arguments["action"] = "store_true"

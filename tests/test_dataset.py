@@ -31,11 +31,11 @@ from sft.data.dataset import (
     create_sft_dataloaders,
     encode_example,
     load_datasets,
-    log_data_warnings,
     packed_batch,
     padded_batch,
     read_data,
 )
+from sft.data.report import log_data_warnings
 from sft.data.rows import Row, read_rows
 from sft.grounding.sentences import SENTENCE_VERSION
 from sft.options import DataOptions
@@ -293,11 +293,10 @@ def test_warnings_read_naturally_for_one_row(capfd):
     dataset = SFTDataset(rows[:1], encoder_for("none", number_sentences=True), 512)
     log_data_warnings((rows, rows[:1]), (dataset, dataset), options_for("x.csv", "y.csv"))
     assert capfd.readouterr().err.splitlines() == [
-        "warning: x.csv: 1 row with a summary that cites sentences its note does not have: id c",
         "warning: x.csv: 1 pair of note and summary labeled both factual and hallucinated",
-        "warning: x.csv: 1 row repeats the id, or the note and summary, of an earlier row: row 3",
-        "warning: 1 validation row shares its note with training rows, so validation loss will look better"
-        " than it is: id a; remove them from one file",
+        "warning: x.csv: 1 row repeats the id of another note, or the note and summary, of an earlier row: row 3",
+        "warning: 1 validation row shares its note, or nearly, with training rows, so validation loss will look"
+        " better than it is: a (100% like a); remove them from one file",
     ]
 
 
@@ -307,13 +306,16 @@ def test_warnings_about_many_rows(capfd):
     too_long = [(f"{i}. Fever.", "Feverish. " * dice.randint(200, 300)) for i in range(2)]
     rows = rows_of([*notes, *too_long, *notes[:2]])
     dataset = SFTDataset(rows, encoder_for("none"), 160)
-    needed = max(needed for _, needed in dataset.refused)
+    whole = f"--max_length {dataset.whole_length} would hold all rows whole"
     log_data_warnings((rows, []), (dataset, SFTDataset([], dataset.encoder, 160)), options_for("x.csv"))
     assert capfd.readouterr().err.splitlines() == [
-        "warning: x.csv: 9 notes shortened to fit --max_length 160: ids r0, r1, r2, r3, r4 and 4 more",
+        "warning: x.csv: 9 notes shortened to fit --max_length 160, which cuts 69.4% of the text of all notes;"
+        f" {whole}: ids r0, r1, r2, r3, r4 and 4 more",
         "warning: x.csv: 2 rows left out: the summary and any sentences it cites do not fit in"
-        f" --max_length 160; --max_length {needed} would hold them all: ids r7, r8",
-        "warning: x.csv: 2 rows repeat the id, or the note and summary, of an earlier row: rows 11, 12",
+        f" --max_length 160; {whole}: ids r7, r8",
+        "warning: x.csv: 2 rows repeat the id of another note, or the note and summary, of an earlier row:"
+        " rows 11, 12",
+        "warning: x.csv: one summary stands under 7 of 9 different notes: ids r9, r10, r2, r3, r4 and 2 more",
     ]
 
 

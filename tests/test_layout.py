@@ -14,7 +14,8 @@ SCRIPTS = ["sft_dataset", "stage_a_sft_training", "sft_inference"]
 MAY_IMPORT = {
     "cli": set(),
     "files": {"cli"},
-    "options": {"cli"},
+    "option_fields": {"cli"},
+    "options": {"cli", "option_fields"},
     "grounding": set(),
     "data": {"cli", "files", "options", "grounding"},
     "model": {"cli", "files", "options"},

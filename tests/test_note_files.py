@@ -62,7 +62,9 @@ def test_bad_rows_of_input_files(tmp_path):
     with pytest.raises(InputError, match="line 2"):
         list(read_notes(tmp_path / "a.jsonl"))
     write_csv(tmp_path / "a.csv", [(1,)], header=["text"])
-    with pytest.raises(InputError, match=r"header row must name clinical_note \(id is optional\);"):
+    with pytest.raises(
+        InputError, match=r"must name clinical_note \(id optional\); or use --note_column text"
+    ):
         list(read_notes(tmp_path / "a.csv"))
 
 

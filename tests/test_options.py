@@ -6,7 +6,15 @@ import dataclasses
 import pytest
 
 from sft.cli import InputError
-from sft.options import InferenceConfig, ReportConfig, TrainConfig, number, parse_options, quantization_of
+from sft.options import (
+    InferenceConfig,
+    ReportConfig,
+    TrainConfig,
+    check_config,
+    number,
+    parse_options,
+    quantization_of,
+)
 
 CONFIGS = [ReportConfig, TrainConfig, InferenceConfig]
 
@@ -111,3 +119,33 @@ def test_quantization():
     ]
     with pytest.raises(InputError, match="--use_8bit cannot be combined with --use_4bit"):
         quantization_of(True, True)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"batch_size": 0}, "batch_size: .*at least 1"),
+        ({"batch_size": 2.5}, "batch_size is of type float"),
+        ({"batch_size": True}, "batch_size is of type bool"),
+        ({"learning_rate": "fast"}, "learning_rate is of type str"),
+        ({"learning_rate": float("nan")}, "learning_rate.*out of range"),
+        ({"lr_scheduler": "steep"}, "lr_scheduler is none of its choices"),
+        ({"target_modules": "q_proj"}, "target_modules is of type str"),
+        ({"target_modules": []}, "target_modules is of type list"),
+        ({"val_csv": 3}, "val_csv is of type int"),
+        ({"use_4bit": "yes"}, "use_4bit is of type str"),
+    ],
+)
+def test_values_from_python_are_checked_as_those_of_the_command_line(values, words):
+    with pytest.raises(InputError, match=words):
+        check_config(TrainConfig(**values))
+
+
+def test_configurations_from_python_that_are_right():
+    for config in CONFIGS:
+        check_config(config())
+    check_config(TrainConfig(learning_rate=1, max_tokens_per_batch=None, train_csv="a.csv", lora_alpha=8))
+    config = TrainConfig()
+    config.batchsize = 3
+    with pytest.raises(InputError, match="unknown options: batchsize"):
+        check_config(config)

@@ -237,19 +237,27 @@ def quotes_swallow(position: int) -> str:
         (b"\xd0\xcf\x11\xe0SECRET", ["Excel workbook"]),
         (gzip.compress(b"SECRET"), ["gzip", "unpack"]),
         (bytes(range(256)) * 9, ["binary"]),
-        (b"\0" * 999, ["empty", "add a header row: id, clinical_note, model_summary, label (hall"]),
+        (b"\0" * 999, ["empty", "add a header row: clinical_note, model_summary, label (id, hall"]),
         (b" \n \n", ["empty"]),
         (table(GOOD).encode("utf-16")[:-1], ["UTF-16"]),
         (
             "SECRET,note\n",
-            ["no column id", "2 columns, known: none", "must name id, clinical_note, model_summary, label"],
+            [
+                "no column clinical_note, model_summary, label",
+                "2 columns, known: note",
+                "--note_column note --summary_column NAME --label factual",
+            ],
         ),
-        ("1,SECRET,SECRET,label,\n", ["no column id", "5 columns, known: label"]),
+        (
+            "1,SECRET,SECRET,label,\n",
+            ["no column clinical_note, model_summary in", "5 columns, known: label"],
+        ),
         (
             table(header=["ID", "id", "clinical_note", "model_summary", "label"]),
             ["column id appears more than once"],
         ),
-        (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["row 2 (id 7)", "label"]),
+        (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["no row has a known label; found 1 kind"]),
+        (table([*GOOD, ("7", "SECRET", "SECRET", "non-factual", "")]), ["row 4 (id 7)", "label"]),
         (table([("\u200b", "SECRET", "SECRET", "factual", "")]), ["row 2 (id empty)", "id is empty"]),
         (table([("7", " \u200b\t", "SECRET\0", "factual", "")]), ["row 2 (id 7)", "clinical_note is empty"]),
         (table([*GOOD, ("7", "SECRET", "SECRET")]), ["row 4 (id 7)", "label"]),
@@ -321,13 +329,16 @@ def test_any_file_gives_rows_or_a_refusal(tmp_path_factory, encoding, changes):
 
 def test_leaked_rows():
     train = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
-    assert [row.id for row in leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))] == ["r1"]
+    ((row, twin, share),) = leaked_rows(train, rows_of([("new", "x"), ("a NOTE here", "z")]))
+    assert (row.id, twin.id, share) == ("r1", "r0", 1.0)
 
 
 def test_repeated_rows():
     rows = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
     assert [row.id for row in repeated_rows(rows)] == ["r2"]
     assert [row.number for row in repeated_rows([*rows[:2], Row(9, "r0", "other", "text", "factual")])] == [9]
+    # Several summaries of one note
+    assert not repeated_rows([rows[0], Row(9, "r0", rows[0].clinical_note, "another", "factual")])
 
 
 def test_factual_rows():

@@ -11,8 +11,9 @@ import numpy as np
 from conftest import ROOT
 from tiny import CountingTokenizer, encoder_for, many_rows, tiny_tokenizer
 
-from sft.data.dataset import SFTDataset, load_datasets, log_data_warnings, read_data
+from sft.data.dataset import SFTDataset, load_datasets, read_data
 from sft.data.prompt import INSTRUCTION, PromptEncoder, build_template
+from sft.data.report import log_data_warnings
 from sft.options import DataOptions
 
 

@@ -184,12 +184,29 @@ def test_what_a_run_records_of_itself(finished):
     out = Path(config.output_dir)
     recorded = json.loads((out / "final_model" / "sft_config.json").read_text())
     expected = {"factual": 11, "hallucinated": 1, "used": 11, "shortened": 0, "refused": 0}
+    expected["stray_citations"] = 0
+    assert recorded["language"] in ("en", None)
     assert recorded["rows"]["train"] == expected
     hashed = {"train_csv", "val_csv", "base_weights", "adapter", "adapter_config", "tokenizer"}
     assert recorded["sha256"].keys() == hashed
     texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
     for path in (out, config.model_name):
         assert not any(f'"{path}' in text for text in texts)
+
+
+def test_a_fraction_set_apart_is_written_down_and_kept_on_resume(configured):
+    import json
+
+    options = {"val_csv": None, "val_fraction": 0.2}
+    config = configured(num_epochs=1, **options)
+    train(config)
+    recorded = json.loads((Path(config.output_dir) / "final_model" / "sft_config.json").read_text())
+    assert recorded["training"]["val_fraction"] == 0.2
+    assert [recorded["rows"][part]["used"] for part in ("train", "validation")] == [9, 2]
+    assert "val_csv" not in recorded["sha256"]
+    with pytest.raises(InputError, match="val_fraction was"):
+        train(configured(num_epochs=2, resume=True, val_csv=None, val_fraction=0.3))
+    assert len(train(configured(num_epochs=2, resume=True, **options))["epochs"]) == 2
 
 
 def test_what_a_run_says(configured, capfd, tmp_path):

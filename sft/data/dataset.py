@@ -1,25 +1,27 @@
-"""Checked rows -> examples in tokens -> batches, and the warnings about the data. Knows no model.
+"""Checked rows -> examples in tokens -> batches. Knows no model.
 
 torch and numpy are imported inside functions, so that input errors are instant.
 """
 
+import dataclasses
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
+from sft.cli import InputError, plural, preview_list
 from sft.data.prompt import PromptEncoder, build_template, pad_token_id
-from sft.data.rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
+from sft.data.rows import Row, drop_stray_citations, factual_rows, name_rows, read_rows, split_rows
 from sft.data.token_cache import cache_key, read_cache, write_cache
-from sft.grounding.citations import cited_sentence_numbers, has_citation, parse_citations
+from sft.grounding.citations import cited_sentence_numbers, has_citation
 from sft.grounding.sentences import SENTENCE_VERSION
-from sft.options import DEFAULT_MAX_LENGTH, DataOptions
+from sft.options import DataOptions, check_config
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     import torch
 
 IGNORE_INDEX = -100  # the label of a token that carries no loss, as in torch's cross_entropy
@@ -34,7 +36,7 @@ _ROWS_PER_CALL = 1000  # of the tokenizer
 class Example:
     """One training example: prompt, summary and end token, of which the last two carry loss."""
 
-    row_id: str
+    row_id: str  # the row's name in messages
     tokens: "np.ndarray"  # int32 (n_tokens,), a view into the dataset's
     n_prompt: int  # the first n_prompt tokens carry no loss
     shortened: bool = False
@@ -130,10 +132,13 @@ class SFTDataset:
     Works in torch's DataLoader and in Hugging Face's Trainer, with `SFTCollator`. `dataset[i]` is a dict of
     `input_ids` and `labels` (lists of equal length, -100 for a token without loss).
 
-    examples     the same, with row ids
-    refused      (row id, the max_length it needs) of each row that does not fit
-    shortened    the ids of the rows whose notes were shortened
+    rows         what it was made of
+    examples     the same, with the rows' names
+    row_indices  of each example's row in `rows`
+    refused      (the row's name, the max_length it needs) of each row that does not fit
+    shortened    the names of the rows whose notes were shortened
     lengths      int32 (n_rows, 2): tokens of each row's whole note and of its summary
+    stray        the names of the rows whose citations were dropped
 
     With `cache`, a file, the tokens are kept there, and read from there if rows, tokenizer, prompt and
     max_length are the same.
@@ -142,8 +147,10 @@ class SFTDataset:
     def __init__(
         self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int, cache: Path | None = None
     ):
+        self.rows = rows
         self.encoder = encoder
         self.max_length = max_length
+        self.stray: list[str] = []
         key = cache_key(rows, encoder, max_length) if cache else None
         arrays = read_cache(cache, key) if key else None
         if arrays is None:
@@ -152,14 +159,21 @@ class SFTDataset:
                 write_cache(cache, key, arrays)
         self.lengths = arrays["lengths"]
         self.refused: list[tuple[str, int]] = [
-            (rows[i].id, needed) for i, needed in arrays["refused"].tolist()
+            (rows[i].name, needed) for i, needed in arrays["refused"].tolist()
         ]
+        self.row_indices: list[int] = arrays["examples"][:, 0].tolist()
         self.examples: list[Example] = []
         start = 0
         for i, n_tokens, n_prompt, shortened in arrays["examples"].tolist():
             tokens = arrays["tokens"][start : start + n_tokens]
-            self.examples.append(Example(rows[i].id, tokens, n_prompt, bool(shortened)))
+            self.examples.append(Example(rows[i].name, tokens, n_prompt, bool(shortened)))
             start += n_tokens
+
+    @property
+    def whole_length(self) -> int:
+        """The max_length that would hold every row with its whole note."""
+        n_end_token = 1
+        return int(self.lengths.sum(1).max(initial=0)) + self.encoder.n_template_tokens + n_end_token
 
     @property
     def shortened(self) -> list[str]:
@@ -176,18 +190,38 @@ class SFTDataset:
 # ------------------------------------------------------------------------------- both files
 
 
-def read_data(options: DataOptions) -> tuple[list[Row], list[Row]]:
-    """All rows of the training file and of the validation file.
+def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row], list[Row]]:
+    """All training rows and all validation rows: of a second file, or set apart by `val_fraction`.
 
-    Raises InputError if a file cannot be used, or has no factual rows to train on.
+    Raises InputError if a file cannot be used, has no factual rows to train on, or nothing says what to
+    validate on; without `validate` there are then no validation rows.
     """
-    train = read_rows(options.train_csv)
-    validation = read_rows(options.val_csv)
-    for path, rows in ((options.train_csv, train), (options.val_csv, validation)):
-        if not factual_rows(rows):
-            problem = f"{path}: no row is labeled factual ({plural(len(rows), 'row')})"
-            raise InputError(problem, "Stage A trains on factual rows only: label them 'factual'")
-    return train, validation
+    if options.val_csv is not None and options.val_fraction is not None:
+        raise InputError("--val_csv cannot be combined with --val_fraction", "choose one")
+    files = options.train_files
+    train = []
+    for file in files:
+        rows = _read_factual(file, options)
+        if len(files) > 1:
+            rows = [dataclasses.replace(row, source=Path(file).name) for row in rows]
+        train += rows
+    val_file = options.val_file
+    if val_file is None and options.val_fraction is None and validate:
+        problem = "--train_csv without --val_csv: the bundled validation notes say nothing about other notes"
+        fix = "pass --val_csv FILE, or --val_fraction 0.1 to set a tenth of the notes apart"
+        raise InputError(problem, fix)
+    if options.val_fraction is not None:
+        return split_rows(train, options.val_fraction, options.seed)
+    return train, _read_factual(val_file, options) if val_file is not None else []
+
+
+def _read_factual(source: "str | Path | pd.DataFrame", options: DataOptions) -> list[Row]:
+    rows = read_rows(source, options)
+    if not factual_rows(rows):
+        name = source if isinstance(source, str | Path) else "the DataFrame"
+        problem = f"{name}: no row is labeled factual ({plural(len(rows), 'row')})"
+        raise InputError(problem, "Stage A trains on factual rows only: label them 'factual'")
+    return rows
 
 
 def load_datasets(
@@ -216,24 +250,35 @@ def load_datasets(
     encoder = PromptEncoder(tokenizer, template)
 
     def load(name: str, path: str, part: list[Row]) -> SFTDataset:
+        part, stray = drop_stray_citations(part, template.sentence_version if is_numbered else None)
+        if stray and options.stray_citations == "refuse":
+            problem = f"{path}: citations that the prompt or the note does not support: {name_rows(stray)}"
+            fix = "correct them, number all summaries with --sentence_numbering on, or use --stray_citations drop"
+            raise InputError(problem, fix)
         cache = cache_dir / f"{name}.tokens" if cache_dir else None
         dataset = SFTDataset(part, encoder, options.max_length, cache)
-        if not dataset.examples:
-            fix = f"--max_length {_needed_length(dataset)} would hold them all"
+        dataset.stray = stray
+        if part and not dataset.examples:
+            fix = f"--max_length {dataset.whole_length} would hold them whole"
             raise InputError(f"{path}: no row fits --max_length {options.max_length}", fix)
         return dataset
 
-    return load("train", options.train_csv, train), load("validation", options.val_csv, validation)
+    names = file_names(options)
+    return load("train", names[0], train), load("validation", names[1], validation)
+
+
+def file_names(options: DataOptions) -> tuple[str, str]:
+    """What messages call the training and the validation rows."""
+    files = [str(f) if isinstance(f, str | Path) else "the DataFrame" for f in options.train_files]
+    train = ", ".join(files)
+    if options.val_fraction is not None:
+        return train, f"{train} (validation)"
+    return train, str(options.val_file) if isinstance(options.val_file, str | Path) else "the DataFrame"
 
 
 def _cites_evidence(rows: Sequence[Row]) -> bool:
     """Whether most summaries carry citations, so that the notes' sentences should be numbered."""
     return sum(has_citation(row.model_summary) for row in rows) > len(rows) / 2
-
-
-def _needed_length(dataset: SFTDataset) -> int:
-    """The max_length that would hold every refused row."""
-    return max(needed for _, needed in dataset.refused)
 
 
 # ------------------------------------------------------------------------------- batches
@@ -328,109 +373,34 @@ def _pad(rows: "list[torch.Tensor]", value: int) -> "tuple[torch.Tensor, torch.T
 
 
 def create_sft_dataloaders(
-    train_csv: str | Path,
-    val_csv: str | Path,
+    train_csv: "str | Path | pd.DataFrame",
+    val_csv: "str | Path | pd.DataFrame | None",
     tokenizer,
     *,
     batch_size: int = 8,
-    max_length: int = DEFAULT_MAX_LENGTH,
-    seed: int = 42,
-    instruction: str | None = None,
-    sentence_numbering: str = "auto",
+    **options,
 ):
     """(training, validation) DataLoaders of padded batches for a loop of your own.
 
     Their `.dataset` and `.collate_fn` suit Hugging Face's Trainer. The training loader shuffles again each
-    epoch, reproducibly from `seed`. `sentence_numbering`: as of the option of that name. Raises InputError if
-    a file cannot be used.
+    epoch, reproducibly from `seed`. Both may be DataFrames; with `val_fraction`, `val_csv` is None. `options`
+    are those of sft_dataset.py: max_length, seed, instruction, sentence_numbering, note_column and so on.
+    Raises InputError if a file cannot be used.
     """
     import torch
     from torch.utils.data import DataLoader
 
-    options = DataOptions(
-        train_csv=str(train_csv),
-        val_csv=str(val_csv),
-        max_length=max_length,
-        instruction=instruction,
-        sentence_numbering=sentence_numbering,
-    )
-    train, validation = load_datasets(read_data(options), tokenizer, options)
+    unknown = sorted(set(options) - {field.name for field in dataclasses.fields(DataOptions)})
+    if unknown:
+        raise InputError(f"unknown options: {preview_list(unknown)}", "check the spelling")
+    config = DataOptions(**options)
+    check_config(config)
+    config.train_csv = train_csv
+    config.val_csv = val_csv
+    train, validation = load_datasets(read_data(config), tokenizer, config)
     collator = SFTCollator(pad_token_id(tokenizer))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(config.seed)
     return (
         DataLoader(train, batch_size=batch_size, shuffle=True, generator=generator, collate_fn=collator),
         DataLoader(validation, batch_size=batch_size, collate_fn=collator),
     )
-
-
-# ------------------------------------------------------------------------------- warnings
-
-
-def log_data_warnings(
-    rows: tuple[list[Row], list[Row]], datasets: tuple[SFTDataset, SFTDataset], options: DataOptions
-) -> None:
-    """Logs what was shortened or refused and what looks wrong in each file, then leaks between the two, by
-    row number or id. On the main process only."""
-    if not on_main_process():
-        return
-    for path, part, dataset in zip((options.train_csv, options.val_csv), rows, datasets):
-        for warning in _file_warnings(part, dataset):
-            log(f"warning: {path}: {warning}")
-    leaked = leaked_rows(*rows)
-    if leaked:
-        share = "shares its" if len(leaked) == 1 else "share their"
-        log(
-            f"warning: {plural(len(leaked), 'validation row')} {share} note with training rows, so validation"
-            f" loss will look better than it is: {_ids(row.id for row in leaked)}; remove them from one file"
-        )
-
-
-def _file_warnings(rows: Sequence[Row], dataset: SFTDataset) -> Iterator[str]:
-    limit = f"--max_length {dataset.max_length}"
-    if dataset.shortened:
-        n_notes = plural(len(dataset.shortened), "note")
-        yield f"{n_notes} shortened to fit {limit}: {_ids(dataset.shortened)}"
-    if dataset.refused:
-        n_rows = plural(len(dataset.refused), "row")
-        ids = _ids(row_id for row_id, _ in dataset.refused)
-        yield (
-            f"{n_rows} left out: the summary and any sentences it cites do not fit in {limit};"
-            f" --max_length {_needed_length(dataset)} would hold them all: {ids}"
-        )
-    if dataset.encoder.template.number_sentences:
-        version = dataset.encoder.template.sentence_version
-        wrong = [row.id for row in rows if _cites_missing_sentence(row, version)]
-        if wrong:
-            n_rows = plural(len(wrong), "row")
-            yield f"{n_rows} with a summary that cites sentences its note does not have: {_ids(wrong)}"
-    n_contradictions = _count_contradictions(rows)
-    if n_contradictions:
-        yield f"{plural(n_contradictions, 'pair')} of note and summary labeled both factual and hallucinated"
-    repeated = [str(row.number) for row in repeated_rows(rows)]
-    if repeated:
-        n_rows = plural(len(repeated), "row")
-        repeat, word = ("repeats", "row") if len(repeated) == 1 else ("repeat", "rows")
-        what = "the id, or the note and summary, of an earlier row"
-        yield f"{n_rows} {repeat} {what}: {word} {preview_list(repeated)}"
-
-
-def _ids(row_ids: Iterable[str]) -> str:
-    """ "id a", "ids a, b"."""
-    row_ids = [safe_id(row_id) for row_id in row_ids]
-    return f"{'id' if len(row_ids) == 1 else 'ids'} {preview_list(row_ids)}"
-
-
-def _cites_missing_sentence(row: Row, version: int) -> bool:
-    citations = parse_citations(row.model_summary, row.clinical_note, version)
-    return any(citation["missing"] for citation in citations)
-
-
-def _count_contradictions(rows: Sequence[Row]) -> int:
-    """The number of pairs of note and summary that have both labels."""
-    labels = {}
-    contradictions = set()
-    for row in rows:
-        texts = (row.note_key, row.summary_key)
-        if labels.setdefault(texts, row.label) != row.label:
-            contradictions.add(texts)
-    return len(contradictions)

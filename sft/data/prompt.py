@@ -74,7 +74,8 @@ def build_template(
     Raises InputError if the tokenizer has no token that can end a summary, or its chat template does not show
     the note.
     """
-    instruction = instruction or (EVIDENCE_INSTRUCTION if number_sentences else INSTRUCTION)
+    # Stripped as chat templates do with a message
+    instruction = (instruction or (EVIDENCE_INSTRUCTION if number_sentences else INSTRUCTION)).strip()
     if tokenizer.chat_template:
         messages = _chat_messages(tokenizer, instruction)
         prefix, suffix = _render(tokenizer, messages, add_generation_prompt=True).split(_NOTE_MARK)

@@ -1,163 +1,57 @@
-"""A CSV file as people export it -> table -> checked rows.
+"""A table -> checked rows, and what can be said of a set of rows by their texts alone.
 
 What can be repaired safely is repaired, counted and reported once per kind; the rest is refused by row number
 and id. No message holds text of the file.
 """
 
-import csv
+import dataclasses
 import functools
 import hashlib
-import io
 import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from sft.cli import InputError, plural, preview_list, safe_id
-from sft.data.text import (
-    CONTROL_CHARACTERS,
-    Repair,
-    clean_text,
-    find_encoding,
-    is_blank,
-    log_repairs,
-    read_bytes,
-)
+from sft.data.similar import groups_of_similar, similar_notes
+from sft.data.table import COLUMNS, OPTION_OF_COLUMN, REQUIRED_COLUMNS, TOO_MANY_FIELDS, plain, read_table
+from sft.data.text import Repair, clean_text, is_blank, log_repairs
+from sft.grounding.citations import has_citation, parse_citations, strip_citations
+from sft.options import DataOptions
 
-REQUIRED_COLUMNS = ("id", "clinical_note", "model_summary", "label")
-COLUMNS = (*REQUIRED_COLUMNS, "hallucination_type")
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["COLUMNS", "TOO_MANY_FIELDS", "Row", "read_rows", "read_table"]
+
 LABELS = ("factual", "hallucinated")
 
-_CONTROL_CHARACTER = Repair("control character", "(NUL and the like) dropped")
-_BLANK_ROW = Repair("blank row", "skipped")
-_HEADER_ROW = Repair("repeated header row", "skipped")
 _LABEL_SPELLING = Repair("label", f"in a different spelling, read as {' or '.join(LABELS)}")
-
-
-# ------------------------------------------------------------------------------- table
-
-
-class _Header(NamedTuple):
-    delimiter: str
-    fields: list[str]
-    row_number: int
-
-    @property
-    def columns(self) -> list[str]:
-        return [re.sub(r"[\s-]+", "_", _plain(field)) for field in self.fields]
-
-
-def read_table(
-    path: str | Path, required: Sequence[str], repairs: Counter | None = None
-) -> Iterator[tuple[int, dict[str, str], bool]]:
-    """Yields (row number, fields by column, whether there are more fields than columns) for each row.
-
-    Values are unchanged text: "NA" is sodium, not a missing value. Repairs are counted in `repairs`, or
-    logged at the end of the file if it is None. Raises InputError if the file cannot be read as a CSV with
-    the `required` columns.
-    """
-    counts = Counter() if repairs is None else repairs
-    data = read_bytes(Path(path))
-    if not data.strip(b"\0 \t\r\n"):
-        raise InputError(f"{path}: the file is empty", f"add a header row: {_header_of(required)}")
-    encoding = find_encoding(data, str(path), counts)
-    # A note may be longer than the csv module's 128 KiB
-    csv.field_size_limit(1 << 30)
-    header = _find_header(data, encoding)
-    columns = header.columns
-    _check_columns(path, columns, required)
-    reader = csv.reader(_lines(data, encoding, counts), delimiter=header.delimiter, strict=True)
-    row_number = 0
-    line_number = 0
-    try:
-        for row_number, fields in enumerate(reader, 1):
-            line_number = reader.line_num
-            if row_number <= header.row_number:
-                continue
-            if not any(field.strip() for field in fields):
-                counts[_BLANK_ROW] += 1
-            # As in files that were concatenated
-            elif [field.lstrip("\ufeff") for field in fields] == header.fields:
-                counts[_HEADER_ROW] += 1
-            else:
-                has_more = any(field.strip() for field in fields[len(columns) :])
-                yield row_number, dict(zip(columns, fields)), has_more
-    except csv.Error as error:
-        place = f"row {row_number + 1:,}, which begins on line {line_number + 1:,}"
-        fix = "double every quote inside a cell, and quote the cell itself"
-        raise InputError(f"{path}: {place}: unbalanced quotes ({error})", fix) from None
-    if repairs is None:
-        log_repairs(path, counts)
-
-
-def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
-    for line in io.TextIOWrapper(io.BytesIO(data), encoding, newline=""):
-        if CONTROL_CHARACTERS.search(line):
-            line, n = CONTROL_CHARACTERS.subn("", line)
-            repairs[_CONTROL_CHARACTER] += n
-        yield line
-
-
-def _find_header(data: bytes, encoding: str) -> _Header:
-    """The first row that is neither blank nor Excel's "sep=;", with the delimiter that gives it the most
-    known columns."""
-    candidates = []
-    for delimiter in ",;\t":
-        reader = csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter)
-        for row_number, fields in enumerate(reader, 1):
-            is_excels = "".join(fields).strip(",;\t").lower() == "sep="
-            if any(field.strip() for field in fields) and not is_excels:
-                candidates.append(_Header(delimiter, fields, row_number))
-                break
-    nothing = _Header(",", [], 0)
-    return max(candidates, key=lambda header: len(set(header.columns) & set(COLUMNS)), default=nothing)
-
-
-def _check_columns(path: str | Path, columns: list[str], required: Sequence[str]) -> None:
-    missing = [name for name in required if name not in columns]
-    if missing:
-        # Unknown columns are not named: in a file without a header they are patients' text
-        known = preview_list(name for name in COLUMNS if name in columns) or "none"
-        found = f"{plural(len(columns), 'column')}, known: {known}"
-        problem = f"{path}: no column {preview_list(missing)} in the header ({found})"
-        fix = f"the header row must name {_header_of(required)}; separate columns with commas, semicolons or tabs"
-        raise InputError(problem, fix)
-    repeated = [name for name in COLUMNS if columns.count(name) > 1]
-    if repeated:
-        words = ("column", "appears") if len(repeated) == 1 else ("columns", "appear")
-        problem = f"{words[0]} {preview_list(repeated)} {words[1]} more than once in the header"
-        raise InputError(f"{path}: {problem}", "keep one of each")
-
-
-def _header_of(required: Sequence[str]) -> str:
-    """The columns of a header, for people."""
-    optional = "hallucination_type" if "id" in required else "id"
-    return f"{', '.join(required)} ({optional} is optional)"
-
-
-def _plain(name: str) -> str:
-    """A column's name or a label in lower case, without white space at the ends and invisible characters."""
-    return "".join(c for c in name if unicodedata.category(c) != "Cf").strip().lower()
-
-
-# ------------------------------------------------------------------------------- rows
-
 _SPELLINGS = {"factual": "factual", "hallucinated": "hallucinated", "hallucination": "hallucinated"}
 _WHOLE_ROW = re.compile(rf"""[,;\t]"?({"|".join(LABELS)})"?([,;\t]|$)""", re.IGNORECASE | re.MULTILINE)
 _MOST_PROBLEMS = 5  # in one message
+_MOST_KINDS = 8  # of labels or types that are shown; more, or longer ones, may be patients' text
+_LONGEST_KIND = 30  # characters
 
 
 @dataclass(frozen=True)
 class Row:
-    number: int  # as a spreadsheet counts: the header is row 1
-    id: str
+    number: int  # as a spreadsheet counts: the header is row 1; a line of .jsonl, a record of .json
+    id: str  # "" if the file has no ids
     clinical_note: str
     model_summary: str
     label: str  # one of LABELS
     hallucination_type: str = ""
+    source: str = ""  # the file's name, where there are several
+
+    @property
+    def name(self) -> str:
+        """How messages call the row: its id, or its number if it has none or one that may be text."""
+        shown = safe_id(self.id)
+        where = f"{self.source} " if self.source else ""
+        return shown if shown == self.id else f"{where}row {self.number}"
 
     @functools.cached_property
     def note_key(self) -> bytes:
@@ -174,51 +68,121 @@ def _same_text_key(text: str) -> bytes:
     return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a CSV, checked. Raises InputError with the bad rows' numbers and ids."""
+def name_rows(names: Iterable[str]) -> str:
+    """ "id a", "ids a, b", "row 5": rows by their `name`."""
+    names = list(names)
+    have_ids = not any(" " in name for name in names)
+    word = "id" if have_ids else "" if len(names) == 1 else "rows"
+    if not have_ids and len(names) > 1:
+        names = [name.removeprefix("row ") for name in names]
+    elif have_ids and len(names) != 1:
+        word = "ids"
+    return f"{word} {preview_list(names)}".strip()
+
+
+def shown_kinds(values: Iterable[str]) -> list[str] | None:
+    """The different values, most common first, if so few and short that they are kinds, not texts."""
+    kinds = Counter(values)
+    few = len(kinds) <= _MOST_KINDS and 2 * len(kinds) <= kinds.total()
+    short = all(len(kind) <= _LONGEST_KIND and kind.isprintable() for kind in kinds)
+    return [kind for kind, _ in kinds.most_common()] if few and short else None
+
+
+# ------------------------------------------------------------------------------- reading
+
+
+def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None = None) -> list[Row]:
+    """All rows of a table, checked; without those with an empty cell if `options.skip_empty`.
+
+    Raises InputError with the bad rows' numbers and ids."""
+    options = options or DataOptions()
+    name = str(source) if isinstance(source, str | Path) else "the DataFrame"
+    columns = {ours: getattr(options, option.removeprefix("--")) for ours, option in OPTION_OF_COLUMN.items()}
+    required = [column for column in REQUIRED_COLUMNS if not (column == "label" and options.label)]
+    label_of = {**_SPELLINGS, **_label_map(options.label_map)}
     rows = []
     problems = []
     repairs = Counter()
-    for row_number, fields, has_more in read_table(path, REQUIRED_COLUMNS, repairs):
-        row = _make_row(row_number, fields)
+    empty = Counter()
+    unknown = []
+    n_read = 0
+    for row_number, fields, has_more in read_table(source, required, repairs, columns):
+        n_read += 1
+        row = _make_row(row_number, fields, options.label, label_of)
+        missing = [cell for cell in ("clinical_note", "model_summary") if is_blank(getattr(row, cell))]
+        empty.update(missing)
+        if missing and options.skip_empty:
+            continue
         rows.append(row)
-        if row.label not in ("", fields.get("label")):
+        if not row.label:
+            unknown.append(fields.get("label", "").strip())
+        elif not (options.label or options.label_map) and row.label != fields.get("label"):
             repairs[_LABEL_SPELLING] += 1
-        shown_id = "empty" if is_blank(row.id) else safe_id(row.id)
-        problems += (f"row {row_number} (id {shown_id}): {problem}" for problem in _problems(row, has_more))
+        shown_id = f" (id {'empty' if is_blank(row.id) else safe_id(row.id)})" if "id" in fields else ""
+        found = _problems(row, has_more, missing, "id" in fields)
+        problems += (f"row {row_number}{shown_id}: {problem}" for problem in found)
+    counts = ", ".join(f"{n:,} with an empty {column}" for column, n in sorted(empty.items()))
+    if unknown and len(unknown) == len(rows):
+        raise InputError(*_unknown_labels(name, unknown))
     if problems:
         n_more = len(problems) - _MOST_PROBLEMS
         more = f"; and {n_more:,} more" if n_more > 0 else ""
         shown = "; ".join(problems[:_MOST_PROBLEMS]) + more
-        raise InputError(f"{path}: {plural(len(problems), 'problem')}: {shown}", "fix or delete these rows")
+        fix = "fix or delete these rows"
+        if counts:
+            shown += f" (rows: {counts})"
+            fix += ", or leave out those with an empty cell: --skip_empty"
+        raise InputError(f"{name}: {plural(len(problems), 'problem')}: {shown}", fix)
     if not rows:
-        raise InputError(
-            f"{path}: no rows below the header", "add rows, at least one of them labeled factual"
-        )
-    log_repairs(path, repairs)
+        why = f"no row is left of {plural(n_read, 'row')}: {counts}" if counts else "no rows below the header"
+        raise InputError(f"{name}: {why}", "add rows, at least one of them labeled factual")
+    if counts:
+        repairs[Repair("row", f"left out: {counts}")] += n_read - len(rows)
+    log_repairs(name, repairs)
     return rows
 
 
-def _make_row(row_number: int, fields: dict[str, str]) -> Row:
-    label = fields.get("label", "")
+def _label_map(text: str | None) -> dict[str, str]:
+    """ "no=hallucinated,yes=factual" as a dict. Raises InputError."""
+    pairs = [part.rpartition("=") for part in text.split(",")] if text else []
+    if not all(equals and plain(label) in LABELS for _, equals, label in pairs):
+        fix = "write --label_map yes=factual,no=hallucinated, with the labels of your file"
+        raise InputError("--label_map does not map labels to factual or hallucinated", fix)
+    return {plain(theirs): plain(ours) for theirs, _, ours in pairs}
+
+
+def _unknown_labels(name: str, labels: list[str]) -> tuple[str, str]:
+    """(problem, fix) for a file of which no row has a known label."""
+    kinds = shown_kinds(labels)
+    found = f"found {plural(len(set(labels)), 'kind')}"
+    example = "A=factual,B=hallucinated"
+    if kinds and kinds != [""]:
+        found += f": {preview_list((kind or '(empty)' for kind in kinds), _MOST_KINDS)}"
+        if len(kinds) == 2 and all(kinds):
+            example = f"{kinds[0]}=factual,{kinds[1]}=hallucinated (or the other way round)"
+    fix = f"map them with --label_map {example}; if all summaries are factual: --label factual"
+    return f"{name}: no row has a known label; {found}", fix
+
+
+def _make_row(row_number: int, fields: dict[str, str], label: str | None, label_of: Mapping[str, str]) -> Row:
     return Row(
         number=row_number,
         id=fields.get("id", "").strip(),
         clinical_note=clean_text(fields.get("clinical_note", "")),
         model_summary=clean_text(fields.get("model_summary", "")),
-        label=label if label in LABELS else _SPELLINGS.get(_plain(label), ""),
+        label=label or label_of.get(plain(fields.get("label", "")), ""),
         hallucination_type=fields.get("hallucination_type", "").strip(),
     )
 
 
-def _problems(row: Row, has_more_fields: bool) -> Iterator[str]:
+def _problems(row: Row, has_more_fields: bool, empty: list[str], has_ids: bool) -> Iterator[str]:
     if has_more_fields:
-        yield "more fields than the header has columns (a comma outside quotes?)"
-    if is_blank(row.id):
+        yield TOO_MANY_FIELDS
+    if has_ids and is_blank(row.id):
         yield "id is empty"
     for name in ("clinical_note", "model_summary"):
         text = getattr(row, name)
-        if is_blank(text):
+        if name in empty:
             yield f"{name} is empty"
         elif "\n" in text and _WHOLE_ROW.search(text):
             yield f"{name} contains other rows (an unclosed quote?)"
@@ -234,21 +198,85 @@ def factual_rows(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.label == "factual"]
 
 
-def leaked_rows(train: Iterable[Row], validation: Iterable[Row]) -> list[Row]:
-    """The validation rows whose note is in the training rows too."""
-    known = {row.note_key for row in train}
-    return [row for row in validation if row.note_key in known]
+def leaked_rows(train: Sequence[Row], validation: Sequence[Row]) -> list[tuple[Row, Row, float]]:
+    """(validation row, training row, how alike their notes are) for each validation row whose note is that of
+    a training row, or nearly."""
+    known = {row.note_key: row for row in reversed(train)}
+    others = {row.note_key: row for row in validation if row.note_key not in known}
+    like = {key: (row, 1.0) for key, row in known.items()}
+    if known and others:
+        training = list(known.values())
+        notes = [row.clinical_note for row in (*training, *others.values())]
+        keys = list(others)
+        for note, earlier, share in similar_notes(notes, len(training)):
+            like[keys[note - len(training)]] = (training[earlier], share)
+    return [(row, *like[row.note_key]) for row in validation if row.note_key in like]
 
 
 def repeated_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows that repeat an earlier row's id, or its note together with its summary."""
-    ids = set()
+    """The rows that repeat an earlier row's note with its summary, or its id for another note."""
+    notes = {}
     texts = set()
     repeated = []
     for row in rows:
         text = (row.note_key, row.summary_key)
-        if row.id in ids or text in texts:
+        # Several summaries of one note may share its id
+        is_other_note = bool(row.id) and notes.setdefault(row.id, row.note_key) != row.note_key
+        if is_other_note or text in texts:
             repeated.append(row)
-        ids.add(row.id)
         texts.add(text)
     return repeated
+
+
+def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training, validation): about `fraction` of the factual rows, chosen by `seed` and the notes alone.
+
+    All rows of a note, and notes that are nearly the same, stay together. Raises InputError if they cannot be
+    parted.
+    """
+    notes = {row.note_key: row.clinical_note for row in rows}
+    groups: dict[int, list[bytes]] = {}
+    for key, group in zip(notes, groups_of_similar(list(notes.values()))):
+        groups.setdefault(group, []).append(key)
+    n_factual = dict.fromkeys(notes, 0)
+    for row in rows:
+        n_factual[row.note_key] += row.label == "factual"
+    sizes = {min(keys): sum(n_factual[key] for key in keys) for keys in groups.values()}
+    members = {min(keys): keys for keys in groups.values()}
+    shuffled = sorted(sizes, key=lambda key: hashlib.sha256(b"%d" % seed + key).digest())
+    n_wanted = max(1, round(fraction * sum(sizes.values())))
+    chosen = set()
+    n_chosen = 0
+    for key in shuffled:
+        if 0 < sizes[key] <= n_wanted - n_chosen:
+            chosen |= set(members[key])
+            n_chosen += sizes[key]
+    if not n_chosen or n_chosen == sum(sizes.values()):
+        problem = f"--val_fraction {fraction}: the notes cannot be parted ({plural(len(groups), 'group')} of similar ones)"
+        raise InputError(problem, "add rows, use a larger fraction, or pass --val_csv FILE")
+    train = [row for row in rows if row.note_key not in chosen]
+    return train, [row for row in rows if row.note_key in chosen]
+
+
+def drop_stray_citations(rows: Sequence[Row], sentence_version: int | None) -> tuple[list[Row], list[str]]:
+    """(rows, names of the changed ones): a summary loses its citations if the prompt does not number the
+    note's sentences (no `sentence_version`), or one of them does not exist. They would teach numbers that
+    nothing supports."""
+    kept = []
+    stray = []
+    for row in rows:
+        is_stray = sentence_version is None or cites_missing_sentence(row, sentence_version)
+        if has_citation(row.model_summary) and is_stray:
+            stray.append(row.name)
+            summary = strip_citations(row.model_summary)
+            # Nothing but a citation: no row
+            if not summary:
+                continue
+            row = dataclasses.replace(row, model_summary=summary)
+        kept.append(row)
+    return kept, stray
+
+
+def cites_missing_sentence(row: Row, sentence_version: int) -> bool:
+    citations = parse_citations(row.model_summary, row.clinical_note, sentence_version)
+    return any(citation["missing"] for citation in citations)

@@ -5,6 +5,7 @@ What can be repaired safely is repaired and counted; see `Repair`.
 
 import codecs
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -56,9 +57,12 @@ def log_repairs(name: str | Path, repairs: Counter) -> None:
 
 
 def clean_text(text: str) -> str:
-    """Text as the model reads it: line ends are \\n, no control characters, no white space at the ends."""
+    """Text as the model reads it: line ends are \\n, no control characters, no white space at the ends.
+
+    In Unicode's NFC: other spellings of the same letters, as macOS and some PDFs write them, become the
+    tokens that the base model knows."""
     if not text.isascii():
-        text = _SURROGATES.sub("\ufffd", text)
+        text = unicodedata.normalize("NFC", _SURROGATES.sub("\ufffd", text))
     return CONTROL_CHARACTERS.sub("", _LINE_ENDS.sub("\n", text)).strip()
 
 

@@ -30,7 +30,7 @@ from sft.cli import (
     processes,
     safe_id,
 )
-from sft.data.rows import read_table
+from sft.data.rows import TOO_MANY_FIELDS, read_table
 from sft.data.text import clean_text, decode_text
 from sft.files import check_new_file, sync_dir, write_json
 from sft.options import InferenceConfig
@@ -63,8 +63,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, str]]:
             bad.append(f"row {row_number:,} (id {safe_id(row_id)})")
         yield row_id, fields.get("clinical_note", "")
     if bad:
-        problem = f"more fields than the header has columns (a comma outside quotes?): {preview_list(bad)}"
-        raise InputError(f"{path}: {problem}", "fix these rows")
+        raise InputError(f"{path}: {TOO_MANY_FIELDS}: {preview_list(bad)}", "fix these rows")
 
 
 def _read_txt(path: Path) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from sft.cli import InputError, RunError, Stopped, is_out_of_memory, plural, preview_list, safe_id
+from sft.cli import InputError, RunError, Stopped, is_out_of_memory, plural, preview_list
 from sft.data.dataset import Example
 from sft.training.checkpoint import newest_checkpoint, save_checkpoint
 
@@ -70,7 +70,7 @@ def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples:
         # The scaler skips the step and halves its scale, until the gradients fit
         run.progress.skipped_steps += 1
         return
-    ids = preview_list((safe_id(example.row_id) for example in examples), 16)
+    ids = preview_list((example.row_id for example in examples), 16)
     values = f"(loss {loss}, gradient norm {grad_norm})"
     problem = f"step {step + 1}: the loss or gradient is not finite {values}; row ids: {ids}"
     raise RunError(problem, advice_for_faults(run))

@@ -1,5 +1,6 @@
 """Everything before the first step: processes, base model, LoRA, optimizer, data."""
 
+import hashlib
 import json
 import math
 import os
@@ -15,8 +16,10 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 
 from sft.cli import InputError, log
-from sft.data.dataset import SFTDataset, load_datasets, log_data_warnings
+from sft.data.dataset import SFTDataset, load_datasets
+from sft.data.formats import main_language
 from sft.data.prompt import PromptTemplate
+from sft.data.report import log_data_warnings
 from sft.data.rows import Row
 from sft.files import FORMAT_VERSION, sha256
 from sft.grounding.sentences import SENTENCE_VERSION
@@ -54,10 +57,11 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     dtype = str(placement.dtype).removeprefix("torch.")
     is_sharded = config.shard_base and accelerator.num_processes > 1
     hashes = {
-        "train_csv": sha256(Path(config.train_csv)),
-        "val_csv": sha256(Path(config.val_csv)),
+        "train_csv": sha256_of_files(config.train_files),
         "base_weights": base_weights,
     }
+    if config.val_file:
+        hashes["val_csv"] = sha256(Path(config.val_file))
     may_change = {field.name for field in fields(config) if field.metadata["may_change"]}
     fingerprint = {name: value for name, value in asdict(config).items() if name not in may_change}
     fingerprint |= {
@@ -188,6 +192,12 @@ def load_data(
     return datasets
 
 
+def sha256_of_files(files: list) -> str:
+    """The SHA-256 of one file; of several, that of theirs."""
+    first, *more = [sha256(Path(file)) for file in files]
+    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
+
+
 def describe_run(
     config: TrainConfig,
     rows: tuple[list[Row], list[Row]],
@@ -204,13 +214,19 @@ def describe_run(
             "used": len(dataset),
             "shortened": len(dataset.shortened),
             "refused": len(dataset.refused),
+            "stray_citations": len(dataset.stray),
         }
         for name, part, dataset in zip(("train", "validation"), rows, datasets)
     }
-    training = asdict(config)
-    for name in ("train_csv", "val_csv", "model_name", "output_dir"):
-        if Path(training[name]).is_absolute():
-            training[name] = Path(training[name]).name
+
+    def portable(name):
+        return Path(name).name if name and Path(name).is_absolute() else name
+
+    training = asdict(config) | {"train_csv": list(config.train_files), "val_csv": config.val_file}
+    training["train_csv"] = [portable(name) for name in training["train_csv"]]
+    for name in ("val_csv", "model_name", "output_dir"):
+        training[name] = portable(training[name])
+    notes = [row.clinical_note for row in datasets[0].rows]
     packages = [
         name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)
     ]
@@ -220,6 +236,7 @@ def describe_run(
         "max_length": config.max_length,
         "training": training | {"dtype": dtype},
         "rows": counts,
+        "language": main_language(notes),  # of the training notes; inference warns about another one
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "sha256": hashes,
         "base_model_is_local": is_local(config.model_name),

@@ -1,0 +1,272 @@
+"""A file as people export it (.csv, .tsv, .json, .jsonl) or a pandas DataFrame -> rows of text cells.
+
+Every cell is the text that stands in the file: "NA" is sodium, an id 3.0 of JSON is "3", null is an empty
+cell. pandas' own readers would lose that (ids become floats, "NA" is missing) and what is repaired here, so
+the csv and json modules read, and pandas makes a table of JSON of either orientation. No message holds text
+of a file.
+"""
+
+import csv
+import io
+import json
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from sft.cli import InputError, plural, preview_list
+from sft.data.text import CONTROL_CHARACTERS, Repair, decode_bytes, find_encoding, log_repairs, read_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+REQUIRED_COLUMNS = ("clinical_note", "model_summary", "label")
+COLUMNS = ("id", *REQUIRED_COLUMNS, "hallucination_type")
+TOO_MANY_FIELDS = "more fields than the header has columns (a comma outside quotes?)"
+OPTION_OF_COLUMN = {
+    "id": "--id_column",
+    "clinical_note": "--note_column",
+    "model_summary": "--summary_column",
+    "label": "--label_column",
+}
+# What other data sets call them; a file's own names are shown only if they are among these
+OTHER_NAMES = {
+    "id": "note_id row_id hadm_id patient_id subject_id encounter_id idx".split(),
+    "clinical_note": "note text input inputs transcription dialogue document report article source".split(),
+    "model_summary": "summary output outputs target response completion answer highlights description".split(),
+    "label": "is_factual factuality verdict class".split(),
+}
+
+_CONTROL_CHARACTER = Repair("control character", "(NUL and the like) dropped")
+_BLANK_ROW = Repair("blank row", "skipped")
+_HEADER_ROW = Repair("repeated header row", "skipped")
+
+
+class _Header(NamedTuple):
+    delimiter: str
+    fields: list[str]
+    row_number: int
+
+    @property
+    def columns(self) -> list[str]:
+        return [column_name(field) for field in self.fields]
+
+
+def read_table(
+    source: "str | Path | pd.DataFrame",
+    required: Sequence[str],
+    repairs: Counter | None = None,
+    columns: Mapping[str, str | None] | None = None,
+) -> Iterator[tuple[int, dict[str, str], bool]]:
+    """Yields (row number, cells by column, whether there are more cells than columns) for each row.
+
+    The row number is that of a spreadsheet, a line of .jsonl, or a record of .json and a DataFrame (from 1).
+    `columns` says what the file calls a column of ours: {"clinical_note": "TEXT"}. Repairs are counted in
+    `repairs`, or logged at the end of the file if it is None. Raises InputError if the source cannot be read
+    as a table with the `required` columns.
+    """
+    counts = Counter() if repairs is None else repairs
+    names = {column_name(theirs): ours for ours, theirs in (columns or {}).items() if theirs}
+    if not isinstance(source, str | Path):
+        yield from _records("the DataFrame", source, range(1, len(source) + 1), required, names)
+    elif Path(source).suffix.lower() in (".json", ".jsonl"):
+        numbers, frame = _read_json(Path(source), required, counts)
+        yield from _records(str(source), frame, numbers, required, names)
+    else:
+        yield from _read_csv(Path(source), required, counts, names)
+    if repairs is None:
+        log_repairs(str(source), counts)
+
+
+def column_name(name: str) -> str:
+    """ " Clinical-Note" -> "clinical_note"."""
+    return re.sub(r"[\s-]+", "_", plain(name))
+
+
+def plain(name: str) -> str:
+    """A column's name or a label in lower case, without white space at the ends and invisible characters."""
+    return "".join(c for c in name if unicodedata.category(c) != "Cf").strip().lower()
+
+
+# ------------------------------------------------------------------------------- CSV
+
+
+def _read_csv(
+    path: Path, required: Sequence[str], counts: Counter, names: Mapping[str, str]
+) -> Iterator[tuple[int, dict[str, str], bool]]:
+    data = read_bytes(path)
+    if not data.strip(b"\0 \t\r\n"):
+        raise InputError(f"{path}: the file is empty", f"add a header row: {_header_of(required)}")
+    encoding = find_encoding(data, str(path), counts)
+    # A note may be longer than the csv module's 128 KiB
+    csv.field_size_limit(1 << 30)
+    header = _find_header(data, encoding, names)
+    columns = _checked_columns(path, header.columns, required, names, data.lstrip()[:1] in (b"[", b"{"))
+    reader = csv.reader(_lines(data, encoding, counts), delimiter=header.delimiter, strict=True)
+    row_number = 0
+    line_number = 0
+    try:
+        for row_number, fields in enumerate(reader, 1):
+            line_number = reader.line_num
+            if row_number <= header.row_number:
+                continue
+            if not any(field.strip() for field in fields):
+                counts[_BLANK_ROW] += 1
+            # As in files that were concatenated
+            elif [field.lstrip("\ufeff") for field in fields] == header.fields:
+                counts[_HEADER_ROW] += 1
+            else:
+                has_more = any(field.strip() for field in fields[len(columns) :])
+                yield row_number, dict(zip(columns, fields)), has_more
+    except csv.Error as error:
+        place = f"row {row_number + 1:,}, which begins on line {line_number + 1:,}"
+        fix = "double every quote inside a cell, and quote the cell itself"
+        raise InputError(f"{path}: {place}: unbalanced quotes ({error})", fix) from None
+
+
+def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
+    for line in io.TextIOWrapper(io.BytesIO(data), encoding, newline=""):
+        if CONTROL_CHARACTERS.search(line):
+            line, n = CONTROL_CHARACTERS.subn("", line)
+            repairs[_CONTROL_CHARACTER] += n
+        yield line
+
+
+def _find_header(data: bytes, encoding: str, names: Mapping[str, str]) -> _Header:
+    """The first row that is neither blank nor Excel's "sep=;", with the delimiter that gives it the most
+    known columns."""
+    candidates = []
+    for delimiter in ",;\t":
+        reader = csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter)
+        for row_number, fields in enumerate(reader, 1):
+            is_excels = "".join(fields).strip(",;\t").lower() == "sep="
+            if any(field.strip() for field in fields) and not is_excels:
+                candidates.append(_Header(delimiter, fields, row_number))
+                break
+    known = {*COLUMNS, *names, *(name for others in OTHER_NAMES.values() for name in others)}
+    nothing = _Header(",", [], 0)
+    return max(candidates, key=lambda header: len(set(header.columns) & known), default=nothing)
+
+
+# ------------------------------------------------------------------------------- JSON, DataFrame
+
+
+def _read_json(path: Path, required: Sequence[str], counts: Counter) -> "tuple[list[int], pd.DataFrame]":
+    """(row numbers, table) of a list of objects, an object of columns, or an object per line."""
+    import pandas as pd
+
+    data = read_bytes(path)
+    text = decode_bytes(data, str(path)).lstrip("\ufeff")
+    if not text.strip():
+        raise InputError(f"{path}: the file is empty", f"write objects with the keys {_header_of(required)}")
+    numbers = None
+    try:
+        try:
+            records = _parse_json(text)
+        except ValueError:
+            lines = [(i, line) for i, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()]
+            numbers = []
+            records = []
+            for number, line in lines:
+                numbers.append(number)
+                records.append(_parse_json(line))
+        # Columns: {"id": [...], ...}, or as pandas writes them, {"id": {"0": ...}, ...}
+        is_columns = isinstance(records, dict) and all(isinstance(v, list | dict) for v in records.values())
+        if not is_columns:
+            records = records if isinstance(records, list) else [records]
+            if not all(isinstance(record, dict) for record in records):
+                raise ValueError
+        frame = pd.DataFrame(records, dtype=object)
+    except (ValueError, RecursionError, AttributeError):
+        place = f"line {numbers[-1]:,}" if numbers else "the file"
+        problem = f"{path}: {place} is not a JSON object" if numbers else f"{path}: not a JSON table"
+        fix = "write a list of objects, or one object per line; if it is a CSV, name it .csv"
+        raise InputError(problem, fix) from None
+    return numbers or list(range(1, len(frame) + 1)), frame
+
+
+def _parse_json(text: str):
+    """JSON whose numbers stay as they are written, except that 3.0 is 3: pandas writes ids like that."""
+
+    def whole(number: str) -> str:
+        return re.sub(r"\.0+$", "", number)
+
+    return json.loads(text, parse_int=str, parse_float=whole, parse_constant=lambda _: None)
+
+
+def _records(
+    name: str,
+    frame: "pd.DataFrame",
+    numbers: Sequence[int],
+    required: Sequence[str],
+    names: Mapping[str, str],
+) -> Iterator[tuple[int, dict[str, str], bool]]:
+    """The rows of a DataFrame as text; a row without a cell in it is skipped."""
+    columns = _checked_columns(name, [column_name(str(c)) for c in frame.columns], required, names)
+    missing = frame.isna().to_numpy()
+    for number, values, is_missing in zip(numbers, frame.itertuples(index=False, name=None), missing):
+        cells = {}
+        for column, value, is_none in zip(columns, values, is_missing):
+            if isinstance(value, list | dict | set | tuple) and column in COLUMNS:
+                problem = f"{name}: row {number:,}: column {column} holds a list or an object, not text"
+                raise InputError(problem, "make it one text")
+            is_whole = isinstance(value, float) and value.is_integer()
+            cells[column] = "" if is_none else str(int(value)) if is_whole else str(value)
+        if any(cells.values()):
+            yield number, cells, False
+
+
+# ------------------------------------------------------------------------------- columns
+
+
+def _checked_columns(
+    path: object,
+    columns: Sequence[str],
+    required: Sequence[str],
+    names: Mapping[str, str],
+    is_json: bool = False,
+) -> list[str]:
+    """The columns under our names. A column that an option names takes the place of one that has our name."""
+    absent = [OPTION_OF_COLUMN.get(ours, ours) for theirs, ours in names.items() if theirs not in columns]
+    if absent:
+        raise InputError(f"{path}: no column is called what {preview_list(absent)} says", "check its name")
+    taken = set(names.values())
+    renamed = [names.get(column) or (f"other_{column}" if column in taken else column) for column in columns]
+    missing = [name for name in required if name not in renamed]
+    if missing and is_json:
+        raise InputError(
+            f"{path}: this is JSON, not a CSV", "name it .json, or .jsonl with one object a line"
+        )
+    if missing:
+        raise InputError(*_missing_columns(path, renamed, missing, required))
+    repeated = [name for name in COLUMNS if renamed.count(name) > 1]
+    if repeated:
+        words = ("column", "appears") if len(repeated) == 1 else ("columns", "appear")
+        problem = f"{words[0]} {preview_list(repeated)} {words[1]} more than once in the header"
+        raise InputError(f"{path}: {problem}", "keep one of each")
+    return renamed
+
+
+def _missing_columns(
+    path: object, columns: Sequence[str], missing: Sequence[str], required: Sequence[str]
+) -> tuple[str, str]:
+    """(problem, fix). Unknown columns are not named: in a file without a header they are patients' text."""
+    found = {
+        ours: next((name for name in others if name in columns), None) for ours, others in OTHER_NAMES.items()
+    }
+    found = {ours: name for ours, name in found.items() if name and ours in missing}
+    known = [name for name in (*COLUMNS, *found.values()) if name in columns]
+    shown = f"{plural(len(columns), 'column')}, known: {preview_list(known) or 'none'}"
+    problem = f"{path}: no column {preview_list(missing)} in the header ({shown})"
+    options = [f"{OPTION_OF_COLUMN[ours]} {name}" for ours, name in found.items()]
+    options += [f"{OPTION_OF_COLUMN[ours]} NAME" for ours in missing if ours not in found and ours != "label"]
+    if "label" in missing and "label" not in found:
+        options.append("--label factual (if all summaries are)")
+    return problem, f"the header must name {_header_of(required)}; or use {' '.join(options)}"
+
+
+def _header_of(required: Sequence[str]) -> str:
+    """The columns of a header, for people."""
+    return f"{', '.join(required)} (id{', hallucination_type' if 'label' in required else ''} optional)"

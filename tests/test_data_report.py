@@ -1,0 +1,156 @@
+"""Nearly the same notes, texts that are no notes, citations without support: found, without false alarms."""
+
+import csv
+import random
+import time
+
+import pytest
+from conftest import ROOT, SHARED_DATA
+from tiny import NOTES, encoder_for, rows_of, tiny_tokenizer, write_csv
+
+from sft.cli import InputError
+from sft.data.dataset import SFTDataset, load_datasets, read_data
+from sft.data.formats import describe_problem, find_language, main_language
+from sft.data.prompt import build_template
+from sft.data.report import log_data_warnings
+from sft.data.rows import leaked_rows, read_rows
+from sft.data.similar import groups_of_similar, similar_notes
+from sft.data.text import clean_text
+from sft.options import DataOptions
+
+
+def notes_of(path) -> list[str]:
+    with open(path, encoding="utf-8") as file:
+        return list(dict.fromkeys(row["clinical_note"] for row in csv.DictReader(file)))
+
+
+SAMPLE = notes_of(ROOT / "phase1_data/sft/train_set_processed.csv")
+
+
+# ------------------------------------------------------------------------------- nearly the same
+
+
+def changed(note: str, share: float, dice: random.Random) -> str:
+    words = note.split()
+    for i in dice.sample(range(len(words)), int(share * len(words))):
+        words[i] = "xyz"
+    return " ".join(words)
+
+
+def test_near_copies_are_found_and_others_are_not():
+    assert similar_notes(SAMPLE) == []
+    dice = random.Random(0)
+    for copies, fewest in (
+        ([f"Seen on 3/4/2021. {note}" for note in SAMPLE], 1.0),
+        ([". ".join(dice.sample(note.split(". "), note.count(". ") + 1)) for note in SAMPLE], 1.0),
+        ([note.upper() for note in SAMPLE], 1.0),
+        ([changed(note, 0.1, dice) for note in SAMPLE], 1.0),
+        ([changed(note, 0.2, dice) for note in SAMPLE], 0.9),
+    ):
+        found = similar_notes(SAMPLE + copies, len(SAMPLE))
+        assert all(note - len(SAMPLE) == known for note, known, _ in found)
+        assert len(found) >= fewest * len(SAMPLE)
+    assert groups_of_similar(["", "a", SAMPLE[0], f"New. {SAMPLE[0]}"]) in ([0, 1, 2, 2], [0, 1, 3, 3])
+
+
+def test_many_copies_of_one_note_cost_no_square():
+    def seconds(n: int) -> float:
+        start = time.process_time()
+        notes = [f"{SAMPLE[i % 3]} {i}" for i in range(n)]
+        assert len(similar_notes(notes, n // 2)) == n // 2
+        return time.process_time() - start
+
+    seconds(200)
+    assert seconds(4000) < 14 * seconds(400) + 0.1
+
+
+def test_texts_are_compared_under_nfc():
+    decomposed = "Mu\u0308ller: U\u0308belkeit"
+    assert clean_text(decomposed) == "Müller: Übelkeit"
+    assert leaked_rows(rows_of([("Müller: Übelkeit", "x")]), rows_of([(clean_text(decomposed), "y")]))
+
+
+# ------------------------------------------------------------------------------- what is no note
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{\\rtf1\\ansi Fever.\\par}", "RTF"),
+        ("<div><p>Temp &gt; 38</p></div>", "HTML"),
+        ('<?xml version="1.0"?><ClinicalDocument></ClinicalDocument>', "XML"),
+        ("MSH|^~\\&|LAB|HOSP", "HL7"),
+        ('{"resourceType": "Bundle"}', "FHIR"),
+        ('[{"a": 1}]', "JSON"),
+        ("Fever", "single word"),
+        ("Der Patient klagt seit drei Tagen über Fieber und Husten, die Lunge ist frei.", "another language"),
+        (
+            "Le patient présente une toux et de la fièvre depuis trois jours, sans dyspnée.",
+            "another language",
+        ),
+        ("Пациент жалуется на кашель", "another language"),
+        ("[Sun] BP 120/80, WBC<5 and PLT>3, a <b> c", None),
+        ("{ BP 120/80 } stable", None),
+        ("", None),
+    ],
+)
+def test_what_is_hardly_a_note(text, words):
+    found = describe_problem(text, "en")
+    assert (words in found) if words else not found
+    assert found == describe_problem(text) or "language" in found or words == "single word"
+
+
+def test_no_false_alarms_on_real_notes():
+    notes = list(SAMPLE)
+    if SHARED_DATA.is_dir():
+        for file in sorted(SHARED_DATA.glob("*/*.csv")):
+            notes += notes_of(file)
+    assert main_language(notes) == "en"
+    assert [note for note in notes if describe_problem(note, "en")] == []
+    assert find_language("BP 120/80. Stable.") is None
+
+
+# ------------------------------------------------------------------------------- citations, cut notes
+
+
+def test_a_citation_without_support_is_dropped_or_refused(tmp_path, capfd):
+    cited = [
+        (i, note, f"{summary} [Evidence: S1; Conf: 0.9]", "factual", "")
+        for i, (note, summary) in enumerate(NOTES[:5])
+    ]
+    plain = [(9 + i, note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES[5:])]
+    path = str(write_csv(tmp_path / "a.csv", cited + plain))
+    options = DataOptions(train_csv=path, val_csv=path)
+    rows = read_data(options)
+    datasets = load_datasets(rows, tiny_tokenizer(), options)
+    assert not any("Evidence" in row.model_summary for row in datasets[0].rows)
+    log_data_warnings(rows, datasets, options)
+    assert "5 rows whose summaries cite sentences, which the prompt does not number" in capfd.readouterr().err
+    options.stray_citations = "refuse"
+    with pytest.raises(InputError, match="does not support: ids 0, 1, 2, 3, 4"):
+        load_datasets(rows, tiny_tokenizer(), options)
+    options.sentence_numbering = "on"
+    assert "Evidence" in load_datasets(rows, tiny_tokenizer(), options)[0].rows[0].model_summary
+
+
+def test_what_a_shortened_note_no_longer_says(capfd):
+    long = "Seen today. " * 60
+    rows = rows_of([(f"{long} Start warfarin 5 mg.", "Warfarin 5 mg."), (f"Fever. {long}", "Fever.")])
+    dataset = SFTDataset(rows, encoder_for("none"), 200)
+    log_data_warnings((rows, []), (dataset, SFTDataset([], dataset.encoder, 200)), DataOptions("x", "y"))
+    logged = capfd.readouterr().err
+    assert "1 of their summaries have words or numbers that stand only in the part that is cut" in logged
+    assert "a model to invent: id r0\n" in logged
+    assert not SFTDataset(rows, dataset.encoder, dataset.whole_length).shortened
+    assert SFTDataset(rows, dataset.encoder, dataset.whole_length - 1).shortened
+
+
+def test_an_instruction_is_stripped_as_templates_do():
+    assert build_template(tiny_tokenizer(), instruction=" Be brief. ") == build_template(
+        tiny_tokenizer(), instruction="Be brief."
+    )
+
+
+def test_ids_with_spaces_are_found_by_number(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("ward 3 0", "Fever.", "Fever.", "factual", "")])
+    assert read_rows(path)[0].name == "row 2"

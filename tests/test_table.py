@@ -1,0 +1,217 @@
+"""Tables of every format give the same text; columns and labels of other names; each refusal has its fix."""
+
+import json
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import NOTES, tiny_tokenizer, write_csv
+
+from sft.cli import InputError
+from sft.data.dataset import create_sft_dataloaders, read_data
+from sft.data.rows import read_rows, shown_kinds
+from sft.data.table import read_table
+from sft.options import DataOptions
+
+CASES = ROOT.parent / "shared" / "cases"
+RECORDS = [
+    {"id": 3.0, "clinical_note": "NA 128", "model_summary": "nan", "label": "factual"},
+    {"id": "007", "clinical_note": "None", "model_summary": "1.50", "label": "hallucinated"},
+]
+
+
+def case(name: str):
+    if not CASES.is_dir():
+        pytest.skip("the folder shared/cases is missing")
+    return CASES / name
+
+
+def texts(rows) -> list[tuple]:
+    return [(row.id, row.clinical_note, row.model_summary, row.label) for row in rows]
+
+
+READ = [("3", "NA 128", "nan", "factual"), ("007", "None", "1.50", "hallucinated")]
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.json", json.dumps(RECORDS)),
+        ("a.json", json.dumps({key: [record[key] for record in RECORDS] for key in RECORDS[0]})),
+        ("a.json", json.dumps({key: {str(i): r[key] for i, r in enumerate(RECORDS)} for key in RECORDS[0]})),
+        ("a.jsonl", "\ufeff" + "\r\n\r\n".join(json.dumps(record) for record in RECORDS)),
+        ("a.JSON", "\n".join(json.dumps(record) for record in RECORDS)),
+    ],
+)
+def test_json_of_every_orientation(tmp_path, name, content):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    rows = read_rows(tmp_path / name)
+    assert texts(rows) == READ
+    assert [row.number for row in rows] == ([1, 3] if name == "a.jsonl" else [1, 2])
+
+
+def test_numbers_and_null_of_json_are_text(tmp_path):
+    cells = {"id": 12345678901234567890, "clinical_note": 38.50, "model_summary": True, "label": None}
+    (tmp_path / "a.jsonl").write_text(json.dumps(cells).replace("38.5", "38.50") + '\n{"id": NaN, "x": 1}\n')
+    (_, first, _), (_, second, _) = read_table(tmp_path / "a.jsonl", ("clinical_note",))
+    assert first == {
+        "id": "12345678901234567890",
+        "clinical_note": "38.50",
+        "model_summary": "True",
+        "label": "",
+        "x": "",
+    }
+    assert (second["id"], second["clinical_note"], second["x"]) == ("", "", "1")
+
+
+def test_a_data_frame(csv_files):
+    import pandas as pd
+
+    frame = pd.DataFrame(RECORDS)
+    frame.loc[2] = [None, float("nan"), pd.NA, None]
+    assert texts(read_rows(frame)) == READ
+    notes = pd.DataFrame(
+        {"text": [note for note, _ in NOTES], "summary": [summary for _, summary in NOTES], "n": 3.0}
+    )
+    train, validation = create_sft_dataloaders(
+        notes,
+        None,
+        tiny_tokenizer(),
+        note_column="text",
+        summary_column="summary",
+        label="factual",
+        val_fraction=0.2,
+    )
+    assert (len(train.dataset), len(validation.dataset)) == (9, 2)
+    with pytest.raises(InputError, match="unknown options: max_lenght"):
+        create_sft_dataloaders(notes, notes, tiny_tokenizer(), max_lenght=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(max_size=60) | st.recursive(st.none() | st.integers(), st.lists, max_leaves=9).map(json.dumps))
+def test_any_json_file_gives_rows_or_a_refusal(tmp_path_factory, content):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_bytes(content.encode("utf-8", "replace"))
+    with pytest.raises(InputError) as error:
+        list(read_table(path, ("clinical_note",)))
+    assert str(error.value).count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        pytest.param("a.json", "[" * 100_000, "not a JSON table", id="deep"),
+        ("a.jsonl", '{"clinical_note": "SECRET"}\n{"clinical_note": SECRET}', "line 2 is not a JSON object"),
+        ("a.json", "id,clinical_note\n1,SECRET\n", "if it is a CSV, name it .csv"),
+        ("a.csv", '[{"clinical_note": "SECRET", "label": "factual"}]', "this is JSON, not a CSV"),
+        ("a.json", '[{"clinical_note": ["SECRET"]}]', "row 1: column clinical_note holds a list"),
+        ("a.json", "[]", "no column clinical_note"),
+    ],
+)
+def test_wrong_formats_are_called_by_their_names(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError) as error:
+        list(read_table(tmp_path / name, ("clinical_note",)))
+    assert words in str(error.value)
+    assert "SECRET" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------- columns and labels
+
+
+def test_an_option_names_a_column(tmp_path):
+    path = write_csv(tmp_path / "a.csv", [("9", "Other", "Fever.")], ["Row-ID", "clinical_note", "The Text"])
+    columns = {"id": "row_id", "clinical_note": "the text", "model_summary": None}
+    ((_, cells, _),) = read_table(path, ("clinical_note",), columns=columns)
+    assert cells == {"id": "9", "clinical_note": "Fever.", "other_clinical_note": "Other"}
+    with pytest.raises(InputError, match="no column is called what --note_column says"):
+        list(read_table(path, ("clinical_note",), columns={"clinical_note": "x"}))
+
+
+@pytest.mark.parametrize(
+    "name, fix",
+    [
+        ("07_alpaca.json", "--note_column input --summary_column output --label factual"),
+        ("07_records.jsonl", "--note_column inputs --summary_column target --label factual"),
+        ("12_other_columns.csv", "--note_column transcription --summary_column description --label factual"),
+        ("12_no_id.csv", "or use --label factual"),
+    ],
+)
+def test_the_fix_names_the_columns_options_and_works(name, fix):
+    with pytest.raises(InputError) as error:
+        read_rows(case(name))
+    assert fix in error.value.fix
+    words = fix.removeprefix("or use ").split()
+    options = DataOptions(**dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2])))
+    rows = read_rows(case(name), options)
+    assert rows[0].name in ("row 1", "row 2")
+    assert rows[0].label == "factual"
+
+
+def test_labels_of_other_names():
+    with pytest.raises(InputError, match="no row has a known label; found 2 kinds: no, yes") as error:
+        read_rows(case("06_labels.csv"))
+    assert "--label_map no=factual,yes=hallucinated" in error.value.fix
+    rows = read_rows(case("06_labels.csv"), DataOptions(label_map="NO=factual, yes = hallucinated"))
+    assert [row.label for row in rows[:2]] == ["factual", "hallucinated"]
+    with pytest.raises(InputError, match="does not map"):
+        read_rows(case("06_labels.csv"), DataOptions(label_map="no=good"))
+
+
+def test_kinds_are_shown_only_if_they_can_be_no_texts():
+    assert shown_kinds(["wrong number"] * 2 + ["b"] * 3) == ["b", "wrong number"]
+    assert shown_kinds(["Fever.", "Cough."]) is None
+    assert shown_kinds(["x" * 31] * 9) is None
+    assert shown_kinds([str(i) for i in range(9)] * 2) is None
+
+
+def test_empty_cells_are_counted_and_left_out(capfd):
+    counts = "8 with an empty clinical_note, 4 with an empty model_summary"
+    with pytest.raises(InputError, match=counts) as error:
+        read_rows(case("10_empty_cells.csv"))
+    assert "--skip_empty" in error.value.fix
+    assert len(read_rows(case("10_empty_cells.csv"), DataOptions(skip_empty=True))) == 14
+    assert f"10 rows left out: {counts}" in capfd.readouterr().err
+
+
+# ------------------------------------------------------------------------------- which rows validate
+
+
+def test_nothing_is_validated_on_the_wrong_notes(csv_files):
+    train, validation = map(str, csv_files)
+    with pytest.raises(InputError, match="--train_csv without --val_csv"):
+        read_data(DataOptions(train_csv=train))
+    assert read_data(DataOptions(train_csv=train), validate=False)[1] == []
+    with pytest.raises(InputError, match="cannot be combined"):
+        read_data(DataOptions(train_csv=train, val_csv=validation, val_fraction=0.1))
+    assert DataOptions().val_file == "phase1_data/sft/validation_set_processed.csv"
+
+
+def test_several_files_are_read_as_one(csv_files):
+    train, validation = map(str, csv_files)
+    rows, _ = read_data(DataOptions(train_csv=[train, validation], val_csv=validation))
+    assert len(rows) == 15
+    assert {row.source for row in rows} == {"train.csv", "val.csv"}
+
+
+def test_a_fraction_of_the_notes_is_set_apart(tmp_path):
+    notes = [f"Patient {i} on ward {i * 7}: " + " ".join(f"w{i}x{j}" for j in range(40)) for i in range(40)]
+    rows = [(f"r{i}", note, "Fever.", "factual", "") for i, note in enumerate(notes)]
+    rows += [(f"h{i}", note, "Cough.", "hallucinated", "") for i, note in enumerate(notes)]
+    rows += [
+        (f"c{i}", f"Seen on 3/{i}/2021. {note}", "Fever.", "factual", "") for i, note in enumerate(notes)
+    ]
+    options = DataOptions(train_csv=str(write_csv(tmp_path / "a.csv", rows)), val_fraction=0.2)
+    train, validation = read_data(options)
+    assert len([row for row in validation if row.label == "factual"]) == 16
+    # A note, its hallucinated summary and its near-copy stay together
+    assert {row.id[1:] for row in train}.isdisjoint(row.id[1:] for row in validation)
+    assert read_data(options)[1] == validation
+    write_csv(tmp_path / "a.csv", rows[::-1])
+    assert {row.id for row in read_data(options)[1]} == {row.id for row in validation}
+    options.seed = 7
+    assert {row.id for row in read_data(options)[1]} != {row.id for row in validation}
+    write_csv(tmp_path / "a.csv", rows[:1])
+    with pytest.raises(InputError, match="cannot be parted"):
+        read_data(options)
