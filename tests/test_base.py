@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 import sft.model.base as base_module
+from sft import files
 from sft.cli import InputError
 from sft.data.dataset import packed_batch
 from sft.model.base import (
@@ -153,8 +154,8 @@ def test_out_of_memory_is_not_a_damaged_folder(base_copy, monkeypatch):
 
 
 def test_the_hash_of_the_weights_follows_the_file(base_copy, monkeypatch, tmp_path):
-    monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path / "models" / "base")
-    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(files, "REMEMBERED", tmp_path / "remembered.json")
+    monkeypatch.setattr(files, "LARGE", 1)
     before = base_weights_sha256(base_copy)
     assert base_weights_sha256(base_copy) == before
     tiny_model(seed=5).save_pretrained(base_copy)

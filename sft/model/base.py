@@ -340,12 +340,12 @@ def context_window(model) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-# ------------------------------------------------------------------------------- what an adapter was trained on
+# ------------------------------------------------------------------------------- what training records
 
 
 def base_weights_sha256(folder: Path, *, again: bool = False) -> str:
-    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their names.
-    Large files are not read a second time (`remembered_sha256`), unless `again`."""
+    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their
+    names. Large files are not read a second time (`remembered_sha256`), unless `again`."""
     digests = [remembered_sha256(file, again=again) for file in weight_files(folder) if file.is_file()]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
@@ -355,8 +355,8 @@ _NO_OUTPUT = {"transformers_version", "torch_dtype", "dtype", "architectures", "
 
 
 def base_config(folder: Path) -> dict:
-    """What decides a model's output besides its weights: its config.json, without the keys that do not, and the
-    tokens at which its generation_config.json stops."""
+    """What decides a model's output besides its weights: its config.json, without the keys that do not, and
+    the tokens at which its generation_config.json stops."""
     config = read_json_object(folder / "config.json")
     generation = folder / "generation_config.json"
     stops = read_json_object(generation).get("eos_token_id") if generation.is_file() else None

@@ -1,5 +1,5 @@
-"""The folders that inference takes, read and verified before torch is imported: an adapter's, a merged model's,
-or an adapter that another tool (PEFT, TRL) saved, with the prompt of one of ours."""
+"""The folders that inference takes, read and verified before torch is imported: an adapter's, a merged
+model's, or an adapter that another tool (PEFT, TRL) saved, with the prompt of one of ours."""
 
 import functools
 import json
@@ -44,8 +44,8 @@ def read_adapter_folder(
     """(folder, sft_config.json, adapter_config.json or, of a merged model, {}), verified against SHA256SUMS.
 
     With `prompt_from`, a folder of ours, `model_path` may be any LoRA adapter in PEFT's format; the
-    sft_config.json is then that folder's. Its "sha256" gains "folder", one hash for all files that decide what
-    a summary says. `verify` reads large files again that have not changed by size, time and inode.
+    sft_config.json is then that folder's. Its "sha256" gains "folder", one hash for all files that decide
+    what a summary says. `verify` reads large files again that have not changed by size, time and inode.
 
     Raises InputError if the folder cannot be used, or a file in it is not the one that was written."""
     folder = Path(model_path)

@@ -1,7 +1,7 @@
 """A merged folder: base model and adapter as one ordinary model, which other programs prompt as training did.
 
-Besides the weights it holds the tokenizer with a chat template that is the trained prompt, an Ollama Modelfile,
-and sft_config.json with the mark "merged", by which inference knows it."""
+Besides the weights it holds the tokenizer with a chat template that is the trained prompt, an Ollama
+Modelfile, and sft_config.json with the mark "merged", by which inference knows it."""
 
 import copy
 import json
