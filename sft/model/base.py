@@ -367,7 +367,7 @@ def _of_output(config: dict) -> dict:
     return {
         key: _of_output(value) if isinstance(value, dict) else value
         for key, value in config.items()
-        if key not in _NO_OUTPUT and not key.startswith("_")
+        if key not in _NO_OUTPUT and not str(key).startswith("_")
     }
 
 
@@ -382,8 +382,7 @@ def base_config_problem(folder: Path, recorded: dict) -> str:
     if found["eos_token_id"] != recorded.get("eos_token_id"):
         return "generation_config.json: eos_token_id"
     with as_input_error(f"{folder}: its config.json cannot be read", "check the model folder"):
-        one, other = (
-            _of_output(AutoConfig.for_model(**values["config"]).to_dict()) for values in (found, recorded)
-        )
+        filled_in = [AutoConfig.for_model(**values["config"]).to_dict() for values in (found, recorded)]
+    one, other = map(_of_output, filled_in)
     differing = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
     return f"config.json: {preview_list(differing)}" if differing else ""
