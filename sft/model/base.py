@@ -312,7 +312,7 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
         arguments["device_map"] = {"": device}
         arguments["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     fix = "check the model folder"
-    if any(folder.glob("*.bin")) and not weight_files(folder):
+    if not weight_files(folder) and any(folder.glob("*.bin")):
         fix = "use a safetensors version of this model (pickle files are not loaded, for security)"
     with as_input_error(f"{folder}: the model cannot be loaded", fix):
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)

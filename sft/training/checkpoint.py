@@ -257,9 +257,9 @@ def restore(run: "Run", folder: Path) -> None:
 
 def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
     """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did
-    not have yet counts as having had its default."""
-    defaults = asdict(TrainConfig())
-    was = {name: saved.get(name, defaults.get(name)) for name in run.fingerprint}
+    not have yet counts as having had its default, and what else it did not record as the same."""
+    defaults = run.fingerprint | asdict(TrainConfig())
+    was = {name: saved.get(name, defaults[name]) for name in run.fingerprint}
     changed = [name for name, value in run.fingerprint.items() if was[name] != value]
     if changed:
         differences = ", ".join(f"{name} was {was[name]}, is {run.fingerprint[name]}" for name in changed)

@@ -1,5 +1,7 @@
 """Everything before the first step: processes, base model, LoRA, optimizer, data."""
 
+import hashlib
+import json
 import math
 import os
 import platform
@@ -63,6 +65,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
         "n_processes": accelerator.num_processes,
         "base_dtype": str(placement.dtype),
         "packed": packed,
+        "base_config": hashlib.sha256(json.dumps(base_config(base_folder)).encode()).hexdigest(),
     }
     sft_config = describe_run(config, rows, (train_set, val_set), placement.dtype_name, hashes)
     sft_config["base_config"] = base_config(base_folder)
