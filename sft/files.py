@@ -153,6 +153,7 @@ def sha256(path: Path) -> str:
 # Hashes of large files, and what they looked like. Beside the models, since each user may have many
 REMEMBERED = ROOT / "models" / ".sha256.json"
 LARGE = 2**26  # bytes
+_computed: dict[str, str] = {}  # in this process
 
 
 def remembered_sha256(path: Path, *, again: bool = False) -> str:
@@ -164,11 +165,11 @@ def remembered_sha256(path: Path, *, again: bool = False) -> str:
     name = str(path.resolve())
     # ctime cannot be set back, as mtime can
     key = f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
-    known = _read_remembered()
+    known = _read_remembered() | _computed
     if again or not isinstance(known.get(key), str):
         known = {other: digest for other, digest in known.items() if not other.startswith(f"{name}:")}
-        known[key] = sha256(path)
-        # A read-only installation computes it each time
+        known[key] = _computed[key] = sha256(path)
+        # A read-only installation computes it in each process
         with contextlib.suppress(OSError):
             write_json(REMEMBERED, known)
     return known[key]
@@ -197,13 +198,6 @@ def _listed_files(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path
         and not f"/{name}".count("/.")
         and path.suffix not in ignored
     }
-
-
-def folder_digest(folder: Path, ignored: tuple[str, ...] = ()) -> str:
-    """One SHA-256 for the names and contents of a folder's files, without the `ignored` extensions."""
-    files = _listed_files(folder, ignored)
-    lines = [f"{remembered_sha256(path)}  {name}\n" for name, path in files.items() if path.is_file()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def write_checksums(folder: Path) -> None:

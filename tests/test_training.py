@@ -185,7 +185,7 @@ def test_what_a_run_records_of_itself(finished):
     recorded = json.loads((out / "final_model" / "sft_config.json").read_text())
     expected = {"factual": 11, "hallucinated": 1, "used": 11, "shortened": 0, "refused": 0}
     assert recorded["rows"]["train"] == expected
-    hashed = {"train_csv", "val_csv", "base_weights", "adapter", "adapter_config", "tokenizer"}
+    hashed = {"train_csv", "val_csv", "base_weights", "adapter"}
     assert recorded["sha256"].keys() == hashed
     texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
     for path in (out, config.model_name):

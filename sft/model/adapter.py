@@ -143,20 +143,12 @@ def save_adapter(
 
     `state` is what training needs to resume from here (tensors and plain values). Raises InputError if the
     disk is full."""
-    files = {
-        "adapter": "adapter_model.safetensors",
-        "adapter_config": "adapter_config.json",
-        "tokenizer": "tokenizer.json",
-    }
     with new_folder(folder) as temporary:
         model.peft_config["default"].base_model_name_or_path = base_name
         # Without False PEFT would ask the Hub whether the base model's vocabulary has been resized
         model.save_pretrained(temporary, save_embedding_layers=False)
         tokenizer.save_pretrained(temporary)
-        hashes = dict(sft_config["sha256"])
-        for name, file in files.items():
-            if (temporary / file).is_file():
-                hashes[name] = sha256(temporary / file)
+        hashes = sft_config["sha256"] | {"adapter": sha256(temporary / "adapter_model.safetensors")}
         write_json(temporary / "sft_config.json", {**sft_config, "sha256": hashes})
         write_atomic(temporary / "README.md", card)
         if state is not None:

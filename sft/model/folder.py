@@ -2,11 +2,12 @@
 model's, or an adapter that another tool (PEFT, TRL) saved, with the prompt of one of ours."""
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 
 from sft.cli import InputError, log, on_main_process
-from sft.files import ROOT, check_format_version, checksum_problem, folder_digest, remembered_sha256, sha256
+from sft.files import ROOT, check_format_version, checksum_problem, remembered_sha256, sha256
 
 _FIX = "restore it from a backup, or train again"
 # Files of these kinds decide nothing of what a summary says: model cards, the training state, file managers'
@@ -66,7 +67,7 @@ def read_adapter_folder(
     if problem:
         fix = f"{_FIX}; if you changed it on purpose, see section 7 of the guide"
         raise InputError(f"{folder}: {problem}", fix)
-    sft_config["sha256"]["folder"] = folder_digest(folder, _DECIDE_NOTHING)
+    sft_config["sha256"]["folder"] = _folder_hash(folder)
     return folder, sft_config, adapter_config
 
 
@@ -114,6 +115,17 @@ def _changed_file(folder: Path, sft_config: dict, verify: bool) -> str | None:
     return None
 
 
+def _folder_hash(folder: Path, prompt_hash: str = "") -> str:
+    """One hash for the files that decide a summary: of a verified folder by its SHA256SUMS, else by the files
+    of which there is one in every adapter, and the hash of the folder that the prompt is from."""
+    if (folder / "SHA256SUMS").is_file() and not prompt_hash:
+        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        hashes = [line for line in lines if not line.endswith(_DECIDE_NOTHING)]
+    else:
+        hashes = [sha256(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
+    return hashlib.sha256("\n".join((*hashes, prompt_hash)).encode()).hexdigest()
+
+
 # ------------------------------------------------------------------------------- other tools' adapters
 
 
@@ -129,16 +141,13 @@ def _read_foreign_folder(folder: Path, prompt_from: str | Path) -> tuple[Path, d
             f"--prompt_from {ours}: a merged model", "pass the adapter folder it was merged from"
         )
     theirs = adapter_config.get("base_model_name_or_path")
-    if not _same_model(theirs, our_config["base_model_name_or_path"]):
-        adapter_config["other_base"] = str(theirs)
+    if _same_model(theirs, our_config["base_model_name_or_path"]):
+        adapter_config = our_config
     else:
-        adapter_config["base_model_name_or_path"] = our_config["base_model_name_or_path"]
+        adapter_config["other_base"] = str(theirs)
     prompt_hash = sft_config["sha256"]["folder"]
-    hashes = {
-        "adapter": sha256(folder / "adapter_model.safetensors"),
-        "folder": folder_digest(folder, _DECIDE_NOTHING) + prompt_hash,
-    }
-    sft_config["sha256"] |= hashes
+    sft_config["sha256"]["adapter"] = sha256(folder / "adapter_model.safetensors")
+    sft_config["sha256"]["folder"] = _folder_hash(folder, prompt_hash)
     sft_config["prompt_from"] = f"{ours.name} {prompt_hash[:12]}"
     return folder, sft_config, adapter_config
 
