@@ -349,6 +349,7 @@ def fingerprint(config: InferenceConfig, sft_config: dict) -> dict:
         "input_file": sha256(Path(config.input_file)),
         "adapter": sft_config["sha256"]["folder"],
         "base model": sft_config["sha256"]["base_weights"],
+        "typed base model": config.base_model if config.prompt_from else None,
         "dtype": str(pick_device(config.device, config.dtype).dtype),
         **{name: getattr(config, name) for name in names},
     }

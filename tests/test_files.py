@@ -159,11 +159,15 @@ def test_a_large_file_is_read_again_when_it_changed_or_when_asked(tmp_path, monk
     assert len(json.loads((tmp_path / "remembered.json").read_text())) == 1
     # What others could have written is not believed, and a damaged file is no error
     (tmp_path / "remembered.json").chmod(0o666)
+    monkeypatch.setattr(files, "_computed", {})
     assert remembered_sha256(file) == "other"
     assert len(read) == 4
     for content in ("[]", "{", '{"a": 5}'):
         (tmp_path / "remembered.json").write_text(content)
         assert remembered_sha256(file) == "other"
+    # An installation that cannot be written to
+    monkeypatch.setattr(files, "REMEMBERED", tmp_path / "nowhere" / "remembered.json")
+    assert remembered_sha256(file) == "other"
 
 
 def test_remove_takes_files_folders_and_nothing(tmp_path):
