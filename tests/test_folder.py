@@ -194,6 +194,7 @@ def test_a_merged_folder_carries_the_trained_prompt(adapters, tmp_path, architec
     expected = apart.generate_batch([NOTE], 20)[0]
     prompts = [apart.prompt_ids(note, 1)[0] for note in (NOTE, *PROBES)]
     logits = apart.model(torch.tensor(prompts[:1])).logits
+    capsys.readouterr()
     apart.save_merged(tmp_path / "merged")
     assert "warning" not in capsys.readouterr().err
 

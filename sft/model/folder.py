@@ -19,11 +19,12 @@ def read_json_object(file: Path) -> dict:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file.parent}: no {file.name}", _FIX) from None
+        raise InputError(f"{file.parent}: no {file.name}", "restore the file from a backup") from None
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        raise InputError(f"{file.parent}: {file.name} is not valid JSON", _FIX)
+        problem = f"{file.parent}: {file.name} is not valid JSON"
+        raise InputError(problem, "restore the file from a backup")
     return value
 
 
