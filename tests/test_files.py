@@ -143,6 +143,7 @@ def test_a_link_is_replaced_and_what_it_leads_to_is_kept(tmp_path, dangling):
 def test_a_large_file_is_read_again_when_it_changed_or_when_asked(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "REMEMBERED", tmp_path / "remembered.json")
     monkeypatch.setattr(files, "LARGE", 4)
+    monkeypatch.setattr(files, "_computed", {})
     read = []
     monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or path.read_text())
     file = tmp_path / "weights"
