@@ -19,14 +19,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from sft.cli import InputError, RunError, log, processes, run_script
+from sft import __version__
+from sft.cli import InputError, RunError, as_input_error, log, processes, run_script
 from sft.data.prompt import PromptEncoder, PromptTemplate
 from sft.data.text import clean_text, decode_bytes
-from sft.files import check_format_version, check_new_file, sha256
+from sft.files import check_new_file, sha256
 from sft.grounding.sentences import sentence_spans
 from sft.inference.chat import converse, log_result, print_piece
 from sft.inference.note_files import Notes, check_output, read_notes, summarize_file
 from sft.inference.results import failure, make_result, note_problem, text_stream
+from sft.model.folder import log_origin, read_adapter_folder
 from sft.options import (
     DEFAULT_GENERATION_BATCH_SIZE,
     DEFAULT_MAX_NEW_TOKENS,
@@ -35,68 +37,19 @@ from sft.options import (
     quantization_of,
 )
 
-# ------------------------------------------------------------------------------- the adapter folder
-
-
-def read_adapter_folder(model_path: str | Path) -> tuple[Path, dict, dict]:
-    """(folder, sft_config.json, adapter_config.json). Raises InputError if it is not an adapter folder of
-    this toolkit."""
-    folder = Path(model_path)
-    if not folder.is_dir():
-        fix = "train first (python stage_a_sft_training.py), or pass an adapter folder with --model_path"
-        raise InputError(f"--model_path {folder}: no such folder", fix)
-    if not (folder / "adapter_config.json").is_file():
-        inside = sorted(folder.glob("*/adapter_config.json"), reverse=True)
-        fix = f"use {inside[0].parent if inside else 'a final_model folder'}"
-        raise InputError(f"--model_path {folder}: no adapter here (no adapter_config.json)", fix)
-    if not (folder / "adapter_model.safetensors").is_file():
-        fix = "restore it from a backup, or train again"
-        if (folder / "adapter_model.bin").is_file():
-            fix = "use a safetensors version of this adapter (pickle files are not loaded, for security)"
-        raise InputError(f"--model_path {folder}: no adapter_model.safetensors", fix)
-    sft_config = _read_config(folder, "sft_config.json")
-    adapter_config = _read_config(folder, "adapter_config.json")
-    check_format_version(folder, sft_config)
-    if not _is_complete(sft_config, adapter_config):
-        problem = f"--model_path {folder}: its configuration lacks the prompt, base model or checksums"
-        raise InputError(problem, "restore it from a backup, or train again")
-    return folder, sft_config, adapter_config
-
-
-def _read_config(folder: Path, name: str) -> dict:
-    try:
-        config = json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        problem = f"--model_path {folder}: no {name}: not written by this toolkit"
-        raise InputError(problem, "train with stage_a_sft_training.py") from None
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
-        fix = "restore it from a backup, or train again"
-        raise InputError(f"--model_path {folder}: {name} is not valid JSON", fix)
-    return config
-
-
-def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
-    try:
-        PromptTemplate.from_dict(sft_config["prompt"])
-        hashes = [sft_config["sha256"][name] for name in ("base_weights", "adapter")]
-        texts = [*hashes, adapter_config["base_model_name_or_path"]]
-        return all(isinstance(text, str) for text in texts) and isinstance(sft_config["max_length"], int)
-    except (KeyError, TypeError):
-        return False
-
-
 # ------------------------------------------------------------------------------- the specialist
 
 
 class SFTInference:
-    """A trained adapter on its base model, ready to summarize. Threads that share one take turns.
+    """A trained adapter on its base model, or a merged folder, ready to summarize. Threads that share one
+    take turns.
 
     With `merge` (the default) the adapter is merged into a float32 base, whose weights are packed for speed
     on a CPU, or into 8-bit weights there (`use_8bit`); without it, and for other bases, `model` is the
     PeftModel as it was loaded. `max_length` limits the tokens of prompt and summary together (None: the
-    model's context window). Raises InputError if the folder, the base model or the device cannot be used."""
+    model's context window). With `prompt_from`, a folder of ours, the adapter may be one that another tool
+    trained further. All that decides a summary is verified; `verify` reads weights again that look unchanged.
+    Raises InputError if the folder, the base model or the device cannot be used."""
 
     def __init__(
         self,
@@ -109,9 +62,14 @@ class SFTInference:
         use_4bit: bool = False,
         max_length: int | None = None,
         merge: bool = True,
+        prompt_from: str | Path | None = None,
+        verify: bool = False,
     ):
         quantization = quantization_of(use_8bit, use_4bit)
-        folder, self.sft_config, adapter_config = read_adapter_folder(model_path)
+        folder, self.sft_config, adapter_config = read_adapter_folder(model_path, prompt_from, verify=verify)
+        log_origin(folder, self.sft_config, prompt_from)
+        with as_input_error(f"{folder}: its configuration lacks the prompt", "train again"):
+            self.template = PromptTemplate.from_dict(self.sft_config["prompt"])
 
         from sft.model.adapter import load_specialist
         from sft.model.base import pick_device
@@ -128,8 +86,10 @@ class SFTInference:
             self.placement,
             quantization=quantization,
             base_model=base_model,
+            tokenizer_folder=None if prompt_from is None else Path(prompt_from),
+            verify=verify,
         )
-        self.template = PromptTemplate.from_dict(self.sft_config["prompt"])
+        self._quantization = quantization
         self.encoder = PromptEncoder(self.tokenizer, self.template)
         self._read_limits(max_length)
         if merge:
@@ -141,9 +101,11 @@ class SFTInference:
         """Sets `window` (tokens of prompt and summary together) and `stop_ids`."""
         from transformers import GenerationConfig
 
-        base = self.model.get_base_model()
-        context_window = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-        self.window = min(context_window or math.inf, max_length or math.inf)
+        from sft.model.adapter import unwrap
+        from sft.model.base import context_window
+
+        base = unwrap(self.model)
+        self.window = min(context_window(base) or math.inf, max_length or math.inf)
         own_stops = base.generation_config.eos_token_id
         if not isinstance(own_stops, list):
             own_stops = [] if own_stops is None else [own_stops]
@@ -162,9 +124,20 @@ class SFTInference:
             self.model = merge_into_int8(self.model, self.placement.dtype)
         # Merged into 16 bits or fewer, some of the adapter would be rounded away
         elif not quantization and self.placement.dtype is torch.float32:
-            self.model = self.model.merge_and_unload()
+            if "merged" not in self.sft_config:
+                self.model = self.model.merge_and_unload()
             if self.placement.device.type == "cpu" and has_onednn():
                 replace_linear_layers(self.model, PackedLinear)
+
+    def save_merged(self, folder: str | Path) -> None:
+        """Writes base model and adapter as one model (see sft.model.merged), from a specialist that was
+        loaded with `merge=False`; it is used up."""
+        from sft.model.merged import save_merged
+
+        def encode(note: str) -> list[int]:
+            return self.encoder.prompt(self.encoder.encode_texts([note])[0])
+
+        save_merged(self.model, self.tokenizer, self.stop_ids, Path(folder), self.sft_config, encode)
 
     def _choose_decoder(self) -> None:
         """Sets `decoder` once and for all, before any thread uses the model."""
@@ -194,7 +167,7 @@ class SFTInference:
         sft.grounding.citations.parse_citations); `confidence` (0 to 1: the geometric mean of the
         probabilities the model gave to the tokens it wrote; how sure it was of its words, not whether they
         are true); `warnings` (list of str); `n_prompt_tokens`; `n_new_tokens` (with the end token);
-        `finish_reason` ("stop", or "length" if max_new_tokens cut it).
+        `finish_reason` ("stop", or "length" if max_new_tokens cut it); `made_by` (see `made_by`).
 
         Raises InputError for an empty note, RunError if memory runs out.
         """
@@ -281,7 +254,21 @@ class SFTInference:
                 if sequence is None:
                     yield number, failure("out of memory on this note")
                 else:
-                    yield number, self._result(texts[number], sequence, warnings[number])
+                    result = self._result(texts[number], sequence, warnings[number])
+                    yield number, result | {"made_by": self.made_by(max_new_tokens, temperature, seed)}
+
+    def made_by(self, max_new_tokens: int, temperature: float, seed: int) -> dict:
+        """What a summary was made by: all that decides it, without paths or text. `adapter` is the beginning
+        of one hash over the adapter folder's files."""
+        return {
+            "adapter": self.sft_config["sha256"]["folder"][:12],
+            "prompt_from": self.sft_config.get("prompt_from"),
+            "toolkit": __version__,
+            "dtype": self._quantization or self.placement.dtype_name,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
 
     def max_note_tokens(self, max_new_tokens: int) -> float:
         """How many tokens a note may have. Raises InputError if none."""
@@ -341,6 +328,9 @@ def check_files(config: InferenceConfig) -> Notes | None:
     if processes()[1] > 1 and not config.output_file:
         problem = "running several processes requires --input_file and --output_file"
         raise InputError(problem, "add both, or start one process")
+    if config.merge_to and (config.use_8bit or config.use_4bit):
+        problem = "--merge_to cannot be combined with --use_8bit or --use_4bit"
+        raise InputError(problem, "merge into the unquantized base model, then quantize")
     check_new_file("--merge_to", config.merge_to)
     if not config.input_file:
         return None
@@ -357,8 +347,9 @@ def fingerprint(config: InferenceConfig, sft_config: dict) -> dict:
     names = "max_new_tokens temperature seed max_length batch_size no_merge use_8bit use_4bit".split()
     return {
         "input_file": sha256(Path(config.input_file)),
-        "adapter": sft_config["sha256"]["adapter"],
+        "adapter": sft_config["sha256"]["folder"],
         "base model": sft_config["sha256"]["base_weights"],
+        "typed base model": config.base_model if config.prompt_from else None,
         "dtype": str(pick_device(config.device, config.dtype).dtype),
         **{name: getattr(config, name) for name in names},
     }
@@ -409,6 +400,8 @@ def load_inference(config: InferenceConfig) -> SFTInference:
         use_4bit=config.use_4bit,
         max_length=config.max_length,
         merge=not (config.no_merge or config.merge_to),
+        prompt_from=config.prompt_from,
+        verify=config.verify,
     )
 
 
@@ -419,7 +412,7 @@ def main() -> None:
     )
     config = parse_options(InferenceConfig, description)
     notes = check_files(config)
-    sft_config = read_adapter_folder(config.model_path)[1]
+    sft_config = read_adapter_folder(config.model_path, config.prompt_from)[1]
     if config.output_file:
         is_complete = check_output(
             config.output_file, config.resume, functools.partial(fingerprint, config, sft_config)
@@ -432,9 +425,7 @@ def main() -> None:
         raise InputError("--clinical_note is empty", "pass a note with text")
     inference = load_inference(config)
     if config.merge_to:
-        from sft.model.adapter import save_merged
-
-        save_merged(inference.model, inference.tokenizer, inference.stop_ids, Path(config.merge_to))
+        inference.save_merged(config.merge_to)
         log(f"Saved the merged model to {config.merge_to}")
     elif notes is not None:
         write_file(inference, notes, config)

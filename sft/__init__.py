@@ -17,6 +17,8 @@ import logging
 import os
 import sys
 
+__version__ = "0.2.0"
+
 # huggingface_hub reads this once, when it is imported, and sends telemetry unless it is set. A program that
 # imported it before us has read it already: there the constant itself is set.
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

@@ -72,6 +72,28 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 200 characters."""
+    return str(error).strip().partition("\n")[0][:200]
+
+
+@contextlib.contextmanager
+def as_input_error(problem: str, fix: str) -> Iterator[None]:
+    """Turns whatever a library raises on files that it cannot use into one InputError: `problem`, the type,
+    the first line of its message. What is already explained, a full disk and lack of memory stay as they are.
+
+    Only around calls that see no note: a library's message may quote its input."""
+    try:
+        yield
+    except BaseException as error:
+        # The tokenizers library's own failures are no Exception
+        is_failure = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        is_explained = isinstance(error, _Explained | Stopped)
+        if not is_failure or is_explained or is_out_of_memory(error) or is_disk_full(error):
+            raise
+        raise InputError(f"{problem}: {type(error).__name__}: {first_line(error)}", fix) from None
+
+
 _OS_ERROR_FIXES = {
     errno.ENOSPC: "free some space, or use a folder on another disk",
     errno.EDQUOT: "free some of your quota, or use a folder on another disk",
@@ -108,6 +130,8 @@ def run_script(main: Callable[[], None]) -> None:
             _exit_with(1, "out of memory", "use a smaller batch size or model, or close other programs")
         if not isinstance(error, OSError) or error.errno is None:
             raise
+        if "temporary directory" in str(error):
+            _exit_with(2, "no folder for temporary files can be written to", "set TMPDIR to one that can")
         if error.filename is None and error.errno not in _OS_ERROR_FIXES:
             raise
         fix = _OS_ERROR_FIXES.get(error.errno, "check the path")

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sft.cli import InputError, is_disk_full
@@ -19,7 +19,8 @@ ROOT = (
 # stated default where an older folder is read:
 #   1  as written by 18a780b
 #   2  training_state.pt: "fingerprint", before "identity"; "skipped_steps", before "skipped_updates"
-#   3  sft_config.json, prompt: "sentence_version", before 1
+#   3  SHA256SUMS must be there; sft_config.json: "base_config" (before: not verified), prompt's "sentence_version"
+#      (before: 1), "language" (before: unknown), rows' "stray_citations" (before: trained on)
 FORMAT_VERSION = 3
 
 
@@ -79,7 +80,8 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
 def remove(paths: list[Path]) -> None:
     """Removes files and folders; what is not there is no error."""
     for path in paths:
-        if path.is_dir():
+        # Of a link, the link alone
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -105,9 +107,9 @@ def sync_dir(folder: Path, *, with_files: bool = True) -> None:
 def new_folder(folder: Path) -> Iterator[Path]:
     """Yields a private temporary folder to fill; on success it takes the place of `folder`, which appears
     whole or not at all. Raises InputError if the disk is full."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    remove([temporary])
-    make_private_dir(temporary)
+    make_private_dir(folder.parent)
+    # A new name that nobody can have put a link at
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         with disk_full_as_input_error(folder):
             yield temporary
@@ -118,12 +120,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
-    if folder.exists():
+    if os.path.lexists(folder):
         old = folder.with_name(f".{folder.name}.old")
         remove([old])
         folder.rename(old)
         new.rename(folder)
-        shutil.rmtree(old)
+        remove([old])
     else:
         new.rename(folder)
     sync_dir(folder.parent, with_files=False)
@@ -149,15 +151,67 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+# Hashes of large files, and what they looked like. Beside the models, since each user may have many
+REMEMBERED = ROOT / "models" / ".sha256.json"
+LARGE = 2**26  # bytes
+_computed: dict[str, str] = {}  # in this process
+
+
+def remembered_sha256(path: Path, *, again: bool = False) -> str:
+    """The SHA-256 of a file. A large one is not read a second time while its path, size, times and inode are
+    the same, unless `again`."""
+    stat = path.stat()
+    if stat.st_size < LARGE:
+        return sha256(path)
+    name = str(path.resolve())
+    # ctime cannot be set back, as mtime can
+    key = f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+    known = _read_remembered() | _computed
+    if again or not isinstance(known.get(key), str):
+        known = {other: digest for other, digest in known.items() if not other.startswith(f"{name}:")}
+        known[key] = _computed[key] = sha256(path)
+        # A read-only installation computes it in each process
+        with contextlib.suppress(OSError):
+            write_json(REMEMBERED, known)
+    return known[key]
+
+
+def _read_remembered() -> dict:
+    with contextlib.suppress(OSError, ValueError):
+        stat = REMEMBERED.stat()
+        # What others could have written vouches for nothing
+        is_ours = not stat.st_mode & 0o022 and stat.st_uid in (0, getattr(os, "getuid", lambda: 0)())
+        known = json.loads(REMEMBERED.read_text(encoding="utf-8")) if is_ours or os.name == "nt" else None
+        if isinstance(known, dict):
+            return known
+    return {}
+
+
+def _listed_files(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
+    """The files of a folder by name, without hidden ones, SHA256SUMS itself and the `ignored` extensions. A
+    link to a folder counts as a file, since it must not hide what is behind it."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    return {
+        name: path
+        for name, path in paths.items()
+        if (path.is_file() or path.is_symlink())
+        and name != "SHA256SUMS"
+        and not f"/{name}".count("/.")
+        and path.suffix not in ignored
+    }
+
+
 def write_checksums(folder: Path) -> None:
     """Writes SHA256SUMS over the files in `folder`, in the format of `sha256sum --check`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "SHA256SUMS")
-    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines = [f"{sha256(path)}  {name}\n" for name, path in _listed_files(folder).items()]
     write_atomic(folder / "SHA256SUMS", "".join(lines))
 
 
-def checksum_problem(folder: Path) -> str | None:
-    """The first way in which `folder` differs from its SHA256SUMS; None if it does not."""
+def checksum_problem(
+    folder: Path, ignored: tuple[str, ...] = (), hash_file: Callable[[Path], str] = sha256
+) -> str | None:
+    """The first way in which `folder` differs from its SHA256SUMS, apart from files with `ignored`
+    extensions; None if it does not."""
     try:
         text = (folder / "SHA256SUMS").read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -169,14 +223,15 @@ def checksum_problem(folder: Path) -> str | None:
     intact = text.endswith("\n") and all(name and len(digest) == 64 for name, digest in digests.items())
     if not intact:
         return "SHA256SUMS is damaged"
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        is_temporary = path.name.startswith(".")
-        if path.is_file() and not is_temporary and name not in digests and name != "SHA256SUMS":
+    files = _listed_files(folder, ignored)
+    for name in files:
+        if name not in digests:
             return f"{name} is not in SHA256SUMS"
     for name, digest in digests.items():
-        if not (folder / name).is_file():
+        if Path(name).suffix in ignored:
+            continue
+        if name not in files or not files[name].is_file():
             return f"{name} is missing"
-        if sha256(folder / name) != digest:
-            return f"{name} is damaged"
+        if hash_file(files[name]) != digest:
+            return f"{name} is damaged or was changed"
     return None

@@ -6,6 +6,7 @@ Options that several scripts share are declared in groups that the scripts' conf
 
 import argparse
 import dataclasses
+import os
 import re
 import typing
 from dataclasses import dataclass
@@ -279,7 +280,9 @@ class TrainConfig(MachineOptions, DataOptions):
 class InferenceConfig(MachineOptions):
     """Options of sft_inference.py."""
 
-    model_path: str = option("./models/sft_specialist/final_model", "adapter folder", group=MODEL)
+    model_path: str = option(
+        "./models/sft_specialist/final_model", "adapter folder, or merged folder", group=MODEL
+    )
     base_model: str | None = option(
         None,
         "base model folder or Hub id (default: the one the adapter was trained on)",
@@ -288,6 +291,15 @@ class InferenceConfig(MachineOptions):
     )
     merge_to: str | None = option(
         None, "write base model and adapter, merged, to this new folder and exit", group=MODEL, metavar="DIR"
+    )
+    prompt_from: str | None = option(
+        None,
+        "adapter folder of this toolkit whose prompt to use, for an adapter that another tool trained further",
+        group=MODEL,
+        metavar="DIR",
+    )
+    verify: bool = option(
+        False, "read all weights again to check them, also those that look unchanged", group=MODEL
     )
 
     clinical_note: str | None = option(
@@ -403,8 +415,11 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
     if unknown:  # may be patients' text: not shown
         problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
         raise InputError(problem, "put quotes around a text with spaces")
-    for name, value in vars(values).items():
+    for name, value in list(vars(values).items()):
         # An empty note has a message of its own
         if isinstance(value, str) and not value.strip() and name != "clinical_note":
             raise InputError(f"--{name} is empty", "pass a value, or leave it out")
+        # Shells leave ~ alone in --name=~/folder and within quotes
+        if isinstance(value, str) and value.startswith("~") and name not in ("clinical_note", "instruction"):
+            setattr(values, name, os.path.expanduser(value))
     return config_class(**vars(values))

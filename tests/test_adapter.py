@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -17,24 +18,26 @@ import sft.model.adapter as adapter_module
 import sft.model.base as base_module
 from sft.cli import InputError
 from sft.data.dataset import packed_batch
-from sft.files import FORMAT_VERSION
+from sft.data.prompt import build_template
+from sft.files import FORMAT_VERSION, write_checksums
 from sft.model.adapter import (
     add_lora,
     load_specialist,
     merge_into_int8,
     read_state,
     save_adapter,
-    save_merged,
     set_gradient_checkpointing,
     unwrap,
 )
 from sft.model.base import (
+    base_config,
     base_weights_sha256,
     load_base_model,
     load_tokenizer,
     pick_device,
     portable_name,
 )
+from sft.model.folder import read_adapter_folder
 from sft.model.kernels import Int8Linear, has_int8
 from sft.model.probes import enable_packing
 from stage_a_sft_training import summed_loss
@@ -49,14 +52,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
     for on in (False, True):
         model = with_lora(tiny_model())
         enable_packing(model, 512)
-        set_gradient_checkpointing(model, on)
+        if on:
+            set_gradient_checkpointing(model)
         model.train()
         assert unwrap(model).is_activation_checkpointing is on
         loss = summed_loss(model, packed_batch(tiny_examples()))
         loss.backward()
         results.append((loss.item(), gradients_of(model)))
-        set_gradient_checkpointing(model, False)
-        assert unwrap(model).config.use_cache
     (plain_loss, plain_gradients), (loss, gradients) = results
     assert loss == plain_loss
     for name, gradient in plain_gradients.items():
@@ -151,9 +153,11 @@ def adapter(model_folder, tmp_path, monkeypatch):
     model = with_lora(load_base_model(base_folder, torch.device("cpu"), torch.float32))
     tokenizer = load_tokenizer(base_folder)
     sft_config = {
+        "format_version": FORMAT_VERSION,
         "max_length": 512,
         "sha256": {"base_weights": base_weights_sha256(base_folder)},
-        "prompt": {},
+        "base_config": base_config(base_folder),
+        "prompt": asdict(build_template(tokenizer)),
     }
     folder = tmp_path / "out" / "final_model"
     save_adapter(folder, model, tokenizer, portable_name(str(base_folder), base_folder), sft_config, "card")
@@ -165,7 +169,7 @@ def configs_of(folder) -> list[dict]:
 
 
 def load(folder, **options):
-    return load_specialist(folder, *configs_of(folder), pick_device("cpu"), **options)[0]
+    return load_specialist(*read_adapter_folder(folder), pick_device("cpu"), **options)[0]
 
 
 def test_adapter_folder_is_private_and_portable(adapter):
@@ -199,11 +203,6 @@ def change_weights(change):
     return apply
 
 
-def change_alpha(folder):
-    file = folder / "adapter_config.json"
-    file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 800'))
-
-
 EXTRA = {"base_model.model.extra.lora_A.weight": torch.ones(2)}
 
 
@@ -219,8 +218,6 @@ EXTRA = {"base_model.model.extra.lora_A.weight": torch.ones(2)}
             lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"bad"),
             "not a readable safetens",
         ),
-        (change_weights(lambda w: {k: v + 1e-3 for k, v in w.items()}), "SHA-256 differs"),
-        (change_alpha, "SHA"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer"),
         (
             lambda folder: shutil.rmtree(folder.parent.parent / "models" / "base"),
@@ -235,6 +232,7 @@ EXTRA = {"base_model.model.extra.lora_A.weight": torch.ones(2)}
 def test_damaged_adapters_are_refused(adapter, damage, words):
     folder, _ = adapter
     damage(folder)
+    write_checksums(folder)
     with pytest.raises(InputError, match=words) as error:
         load(folder)
     assert error.value.fix
@@ -249,10 +247,8 @@ def test_a_missing_base_model_can_be_passed_and_a_wrong_id_gets_its_hint(adapter
 
 def test_a_folder_of_a_newer_version_is_refused(adapter):
     folder, _ = adapter
-    sft_config, adapter_config = configs_of(folder)
+    sft_config = configs_of(folder)[0]
     sft_config["format_version"] = FORMAT_VERSION + 1
-    with pytest.raises(InputError, match="newer version"):
-        load_specialist(folder, sft_config, adapter_config, pick_device("cpu"))
     (folder / "sft_config.json").write_text(json.dumps(sft_config))
     with pytest.raises(InputError, match="newer version"):
         read_state(folder)
@@ -296,24 +292,13 @@ def test_training_state_is_read_as_it_was_saved(adapter):
 # ------------------------------------------------------------------------------- merging
 
 
-def test_merged_model_is_loaded_by_transformers_alone(adapter, tmp_path):
-    folder, model = adapter
-    expected = model(IDS).logits
-    base_logits = tiny_model()(IDS).logits
-    save_merged(load(folder), tiny_tokenizer(), [4, 2], tmp_path / "merged")
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(merged(IDS).logits, base_logits, atol=1e-2)
-    assert merged.generation_config.eos_token_id == [4, 2]  # it stops where the specialist stops
-
-
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
-def test_a_model_merged_into_8_bit_is_close_and_cannot_be_merged_to_a_folder(adapter, tmp_path):
+def test_a_model_merged_into_8_bit_is_close_and_cannot_be_saved(adapter):
     folder, model = adapter
     expected = model(IDS).logits
     specialist = load(folder, quantization="int8")
     merged = merge_into_int8(specialist, torch.float32)
     assert any(isinstance(module, Int8Linear) for module in merged.modules())
     assert (merged(IDS).logits - expected).norm() <= 0.05 * expected.norm()
-    with pytest.raises(InputError, match="quantized base model cannot be merged"):
-        save_merged(specialist, tiny_tokenizer(), [2], tmp_path / "merged")
+    with pytest.raises(InputError, match=r"cannot be saved or copied\nwrite it with --merge_to"):
+        merged.save_pretrained(folder.parent / "merged")

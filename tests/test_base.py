@@ -1,6 +1,8 @@
 """sft/model/base.py: devices, names of base models, loading them."""
 
+import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 
 import sft.model.base as base_module
+from sft import files
 from sft.cli import InputError
 from sft.data.dataset import packed_batch
 from sft.model.base import (
@@ -104,6 +107,32 @@ def test_missing_bundled_model_names_the_pip_line(monkeypatch, tmp_path):
         resolve_model(BUNDLED_MODEL)
 
 
+def test_the_bundled_model_is_for_every_user_of_an_installation(monkeypatch, tmp_path):
+    source = tmp_path / "package" / base_module.BUNDLED_FILE
+    source.parent.mkdir()
+    source.write_bytes(b"")
+    spec = SimpleNamespace(origin=str(source.parent / "__init__.py"))
+    monkeypatch.setattr(base_module, "ROOT", tmp_path)
+    monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path / "models" / "base")
+    monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: spec)
+    monkeypatch.setattr(base_module, "sha256", lambda path: base_module.BUNDLED_SHA256)
+    monkeypatch.setattr(base_module, "_convert_gguf", lambda source, folder: (folder / "config.json").touch())
+    umask = os.umask(0o077)
+    try:
+        folder = resolve_model(BUNDLED_MODEL)
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(umask)
+    for path in (folder / "config.json", folder, folder.parent, folder.parent.parent):
+        assert path.stat().st_mode & 0o044 == 0o044
+
+
+def test_an_adapters_folder_is_no_base_model(base_copy):
+    (base_copy / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="merge it first"):
+        resolve_model(str(base_copy))
+
+
 def test_an_adapter_names_its_base_model_by_a_relative_path(model_folder, monkeypatch):
     folder = model_folder()
     monkeypatch.setattr(base_module, "ROOT", folder.parent)
@@ -153,8 +182,8 @@ def test_out_of_memory_is_not_a_damaged_folder(base_copy, monkeypatch):
 
 
 def test_the_hash_of_the_weights_follows_the_file(base_copy, monkeypatch, tmp_path):
-    monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path / "models" / "base")
-    (tmp_path / "models").mkdir()
+    monkeypatch.setattr(files, "REMEMBERED", tmp_path / "remembered.json")
+    monkeypatch.setattr(files, "LARGE", 1)
     before = base_weights_sha256(base_copy)
     assert base_weights_sha256(base_copy) == before
     tiny_model(seed=5).save_pretrained(base_copy)

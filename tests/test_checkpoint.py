@@ -231,6 +231,19 @@ def test_an_option_of_a_later_version_counts_as_its_default(configured, copied):
     assert len(train(configured(resume=True))["epochs"]) == 2
 
 
+def test_a_state_of_an_unknown_version_is_two_lines(configured, copied):
+    out = copied(num_epochs=1)
+    folder = out / "checkpoint_epoch_1"
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    for damaged in ({}, [], state | {"optimizer": {}}, state | {"progress": {}}):
+        torch.save(damaged, folder / "training_state.pt")
+        write_checksums(folder)
+        with pytest.raises(InputError, match="cannot be continued by this version") as error:
+            train(configured(resume=True))
+        assert str(error.value).count("\n") == 1
+    assert (out / "final_model").is_dir()
+
+
 def test_a_newer_version_is_refused(configured, copied):
     from sft_inference import read_adapter_folder
 

@@ -15,6 +15,8 @@ from conftest import ROOT
 from sft.cli import (
     InputError,
     Progress,
+    RunError,
+    as_input_error,
     is_disk_full,
     is_out_of_memory,
     noted_signals,
@@ -22,6 +24,7 @@ from sft.cli import (
     plural,
     preview_list,
     processes,
+    run_script,
     safe_id,
 )
 
@@ -133,6 +136,44 @@ def test_real_out_of_memory_is_recognized():
         mmap.mmap(-1, 1 << 60)
     assert is_out_of_memory(no_room.value)
     assert is_out_of_memory(no_map.value)
+
+
+class PanicException(BaseException):
+    """As the tokenizers library raises it."""
+
+
+@pytest.mark.parametrize(
+    "raised, expected",
+    [
+        (KeyError("x"), InputError),
+        (RecursionError("deep"), InputError),
+        (PanicException("panicked"), InputError),
+        (InputError("ours", "fix"), InputError),
+        (RunError("ours", "fix"), RunError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+        (MemoryError(), MemoryError),
+        (OSError(errno.ENOSPC, "No space left on device"), OSError),
+    ],
+)
+def test_a_librarys_exception_becomes_two_lines(raised, expected):
+    with pytest.raises(expected) as caught, as_input_error("model: cannot be loaded", "check it"):
+        raise raised
+    if expected is InputError and not isinstance(raised, InputError):
+        name = type(raised).__name__
+        assert str(caught.value).startswith(f"model: cannot be loaded: {name}: ")
+        assert str(caught.value).endswith("\ncheck it")
+    else:
+        assert caught.value is raised
+
+
+def test_no_folder_for_temporary_files_is_two_lines(capsys):
+    def main():
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    with pytest.raises(SystemExit) as ended:
+        run_script(main)
+    assert ended.value.code == 2
+    assert "fix:   set TMPDIR" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_recognized():

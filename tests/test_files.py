@@ -1,11 +1,13 @@
 """Files and folders that appear whole or not at all, and their checksums."""
 
 import errno
+import json
 import os
 import stat
 
 import pytest
 
+from sft import files
 from sft.cli import InputError
 from sft.files import (
     FORMAT_VERSION,
@@ -14,6 +16,7 @@ from sft.files import (
     checksum_problem,
     make_private_dir,
     new_folder,
+    remembered_sha256,
     remove,
     write_atomic,
     write_checksums,
@@ -97,7 +100,7 @@ def test_checksums_find_every_kind_of_damage(tmp_path):
     assert checksum_problem(tmp_path) == "extra is not in SHA256SUMS"
     (tmp_path / "extra").unlink()
     (tmp_path / "inner" / "b").write_text("other")
-    assert checksum_problem(tmp_path) == "inner/b is damaged"
+    assert checksum_problem(tmp_path) == "inner/b is damaged or was changed"
     (tmp_path / "inner" / "b").unlink()
     assert checksum_problem(tmp_path) == "inner/b is missing"
     sums = (tmp_path / "SHA256SUMS").read_text()
@@ -119,6 +122,53 @@ def test_new_files_are_checked_before_work_begins(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             check_new_file("--output", tmp_path / path, (".csv",))
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_is_replaced_and_what_it_leads_to_is_kept(tmp_path, dangling):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "old").write_text("old")
+    folder = tmp_path / "folder"
+    folder.symlink_to(tmp_path / ("nowhere" if dangling else "elsewhere"))
+    with new_folder(folder) as temporary:
+        (temporary / "new").write_text("new")
+    assert not folder.is_symlink()
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    remove([tmp_path / "link"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "folder"]
+    assert (tmp_path / "elsewhere" / "old").read_text() == "old"
+
+
+def test_a_large_file_is_read_again_when_it_changed_or_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "REMEMBERED", tmp_path / "remembered.json")
+    monkeypatch.setattr(files, "LARGE", 4)
+    monkeypatch.setattr(files, "_computed", {})
+    read = []
+    monkeypatch.setattr(files, "sha256", lambda path: read.append(path) or path.read_text())
+    file = tmp_path / "weights"
+    file.write_text("first")
+    times = file.stat()
+    assert [remembered_sha256(file) for _ in range(3)] == ["first"] * 3
+    assert len(read) == 1
+    # The same size and time
+    file.write_text("other")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert remembered_sha256(file) == "other"
+    assert remembered_sha256(file, again=True) == "other"
+    assert len(read) == 3
+    assert len(json.loads((tmp_path / "remembered.json").read_text())) == 1
+    # What others could have written is not believed, and a damaged file is no error
+    (tmp_path / "remembered.json").chmod(0o666)
+    monkeypatch.setattr(files, "_computed", {})
+    assert remembered_sha256(file) == "other"
+    assert len(read) == 4
+    for content in ("[]", "{", '{"a": 5}'):
+        (tmp_path / "remembered.json").write_text(content)
+        assert remembered_sha256(file) == "other"
+    # An installation that cannot be written to
+    monkeypatch.setattr(files, "REMEMBERED", tmp_path / "nowhere" / "remembered.json")
+    assert remembered_sha256(file) == "other"
 
 
 def test_remove_takes_files_folders_and_nothing(tmp_path):

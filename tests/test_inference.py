@@ -18,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from tiny import NOTES, tiny_tokenizer, write_csv
 
 from sft.cli import InputError
-from sft.files import FORMAT_VERSION, sha256
+from sft.files import FORMAT_VERSION, write_checksums
 from sft.inference import decoding
 from sft.inference.note_files import read_notes
 from sft.model import adapter, base
@@ -128,7 +128,8 @@ def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
     with pytest.raises(InputError, match="temperature must be a finite number"):
         specialist.generate_summary("Fever.", 3, temperature=-1)
     greedy = specialist.generate_summary("Fever.", 3)
-    assert specialist.generate_summary("Fever.", 3, temperature=1e-300) == greedy
+    coldest = specialist.generate_summary("Fever.", 3, temperature=1e-300)
+    assert coldest["generated_summary"] == greedy["generated_summary"]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -223,6 +224,7 @@ def test_one_note(adapters, specialist):
         (["--clinical_note", "x", "--temperature", "-1"], "temperature"),
         (["--clinical_note", "x", "--merge_to", "m"], "--merge_to cannot be combined with"),
         (["--merge_to", ""], "empty"),
+        (["--merge_to", "m", "--use_8bit"], "--merge_to cannot be combined with --use_8bit"),
         (
             ["--clinical_note", "x", "--max_new_tokens", "5000", "--model_path", "ADAPTER"],
             "may have at most 1024 tokens",
@@ -248,8 +250,9 @@ def test_a_damaged_prompt_is_refused(adapters, tmp_path, bad):
     sft_config = json.loads((folder / "sft_config.json").read_text())
     sft_config["prompt"].update(bad)
     (folder / "sft_config.json").write_text(json.dumps(sft_config))
+    write_checksums(folder)
     with pytest.raises(InputError, match="lacks the prompt"):
-        read_adapter_folder(folder)
+        SFTInference(folder, device="cpu")
 
 
 def test_a_folder_of_a_newer_version_is_refused(adapters, tmp_path):
@@ -258,8 +261,9 @@ def test_a_folder_of_a_newer_version_is_refused(adapters, tmp_path):
     for version, prompt in ((FORMAT_VERSION, sft_config["prompt"]), (FORMAT_VERSION + 1, "in another form")):
         changed = {**sft_config, "format_version": version, "prompt": prompt}
         (folder / "sft_config.json").write_text(json.dumps(changed))
+        write_checksums(folder)
         if version == FORMAT_VERSION:
-            assert read_adapter_folder(folder)[1] == changed
+            assert read_adapter_folder(folder)[1]["prompt"] == prompt
         else:
             with pytest.raises(InputError, match="newer version"):
                 read_adapter_folder(folder)
@@ -271,17 +275,6 @@ def test_a_configuration_that_is_no_json_object_is_refused(adapters, tmp_path, c
     (folder / "sft_config.json").write_text(content)
     with pytest.raises(InputError, match=r"sft_config\.json is not valid JSON"):
         read_adapter_folder(folder)
-
-
-def test_a_tokenizer_that_differs_is_refused(adapters, tmp_path):
-    folder = shutil.copytree(adapters(), tmp_path / "adapter")
-    sft_config = json.loads((folder / "sft_config.json").read_text())
-    sft_config["sha256"]["tokenizer"] = sha256(folder / "tokenizer.json")
-    (folder / "sft_config.json").write_text(json.dumps(sft_config))
-    assert SFTInference(folder, device="cpu").tokenizer
-    (folder / "tokenizer.json").write_text((folder / "tokenizer.json").read_text() + " ")
-    with pytest.raises(InputError, match=r"tokenizer\.json is not the file"):
-        SFTInference(folder, device="cpu")
 
 
 def test_a_merged_adapter_writes_what_the_adapter_writes(adapters, specialist):
@@ -345,7 +338,7 @@ def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
     command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'
     arguments = ["bash", "-c", command, sys.executable, str(adapters()), str(tmp_path / "merged")]
     assert_input_error(
-        subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "free some space"
+        subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "ulimit -f"
     )
     assert not list(tmp_path.iterdir())
 
@@ -369,15 +362,6 @@ def test_text_arrives_as_it_is_written(adapters, architecture, chat, temperature
     notes = dict(enumerate(ALL_NOTES[:3]))
     for number, result in inference.summarize(notes, 40, temperature, on_text=add):
         assert texts[number].strip() == result["generated_summary"]
-
-
-def test_merge_to(adapters, specialist, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    assert run_inference("--model_path", adapters(), "--merge_to", tmp_path / "merged").returncode == 0
-    ids = torch.tensor([specialist.prompt_ids(NOTES[0][0], 1)[0]])
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(merged(ids).logits, specialist.model(ids).logits, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}")

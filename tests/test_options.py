@@ -35,6 +35,13 @@ def test_values_take_the_types_of_their_fields():
     assert config.use_4bit
 
 
+def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = parse("--model_path=~/a", "--merge_to=~/b", "--clinical_note=~/5 kg", config=InferenceConfig)
+    assert (config.model_path, config.merge_to) == ("/home/someone/a", "/home/someone/b")
+    assert config.clinical_note == "~/5 kg"
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -1,6 +1,9 @@
 """What a run tells people: durations, advice, the loss curve, the model card."""
 
 import pytest
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from sft.training.report import advise, draw_losses, duration, model_card
 
@@ -49,3 +52,19 @@ def test_the_model_card_holds_losses_and_limits():
     ):
         assert words in card
     assert "treat this folder as patient data" in card
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(codec="utf-8"), min_size=1, max_size=30))
+@example('it\'s "a": {b} #c\n- d')
+@example("---\n")
+def test_the_cards_front_matter_holds_any_base_name(name):
+    sft_config = {
+        "training": {"lora_r": 8, "lora_alpha": 16.0},
+        "rows": {"train": {"used": 1, "hallucinated": 0}},
+        "base_public_name": "some/base",
+    }
+    card = model_card(sft_config, name, ["q_proj"], 3.0, epochs_of((2.5, 2.4)))
+    front = card.removeprefix("---\n").partition("\n---\n\n# Clinical")[0]
+    assert yaml.safe_load(front)["base_model"] == name
+    assert "(`some/base`)" in card

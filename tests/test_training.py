@@ -187,7 +187,7 @@ def test_what_a_run_records_of_itself(finished):
     expected["stray_citations"] = 0
     assert recorded["language"] in ("en", None)
     assert recorded["rows"]["train"] == expected
-    hashed = {"train_csv", "val_csv", "base_weights", "adapter", "adapter_config", "tokenizer"}
+    hashed = {"train_csv", "val_csv", "base_weights", "adapter"}
     assert recorded["sha256"].keys() == hashed
     texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
     for path in (out, config.model_name):

@@ -6,9 +6,7 @@ configuration, SHA-256s), a model card, SHA256SUMS over all of them and, in a ch
 """
 
 import io
-import json
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -16,29 +14,21 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig
+from safetensors import safe_open
 
-from sft.cli import InputError, is_disk_full, log, on_main_process, plural, preview_list
-from sft.files import (
-    ROOT,
-    check_format_version,
-    new_folder,
-    sha256,
-    write_atomic,
-    write_checksums,
-    write_json,
-)
+from sft.cli import InputError, as_input_error, log, on_main_process, plural, preview_list
+from sft.files import ROOT, new_folder, sha256, write_atomic, write_checksums, write_json
 from sft.model.base import (
     BASE_FOLDER,
     Placement,
+    base_config_problem,
     base_weights_sha256,
     bundled_model,
-    first_line,
     load_base_model,
     load_tokenizer,
     resolve_model,
 )
+from sft.model.folder import read_sft_config
 from sft.model.kernels import FastDropout, Int8Linear, convert_linear, replace_linear_layers
 from sft.options import BUNDLED_MODEL
 
@@ -124,15 +114,10 @@ def shard_base(model: PeftModel, device: torch.device, n_processes: int) -> None
         fully_shard(module, mesh=mesh, ignored_params=adapter, reshard_after_forward=True)
 
 
-def set_gradient_checkpointing(model, on: bool) -> None:
-    """Trades time for memory in training; must be off for generation, which needs the KV cache. Raises
-    InputError if the model does not support it."""
+def set_gradient_checkpointing(model) -> None:
+    """Trades time for memory in training. Raises InputError if the model does not support it."""
     base = unwrap(model)
-    base.config.use_cache = not on
-    if not on:
-        base.activation_checkpointing_disable()
-        base.disable_input_require_grads()
-        return
+    base.config.use_cache = False
     try:
         base.activation_checkpointing_enable({"use_reentrant": False})
     except ValueError:
@@ -158,20 +143,12 @@ def save_adapter(
 
     `state` is what training needs to resume from here (tensors and plain values). Raises InputError if the
     disk is full."""
-    files = {
-        "adapter": "adapter_model.safetensors",
-        "adapter_config": "adapter_config.json",
-        "tokenizer": "tokenizer.json",
-    }
     with new_folder(folder) as temporary:
         model.peft_config["default"].base_model_name_or_path = base_name
         # Without False PEFT would ask the Hub whether the base model's vocabulary has been resized
         model.save_pretrained(temporary, save_embedding_layers=False)
         tokenizer.save_pretrained(temporary)
-        hashes = dict(sft_config["sha256"])
-        for name, file in files.items():
-            if (temporary / file).is_file():
-                hashes[name] = sha256(temporary / file)
+        hashes = sft_config["sha256"] | {"adapter": sha256(temporary / "adapter_model.safetensors")}
         write_json(temporary / "sft_config.json", {**sft_config, "sha256": hashes})
         write_atomic(temporary / "README.md", card)
         if state is not None:
@@ -181,45 +158,16 @@ def save_adapter(
         write_checksums(temporary)
 
 
-def save_merged(model: PeftModel, tokenizer, stop_token_ids: list[int], folder: Path) -> None:
-    """The base model with the adapter merged in, in standard form: transformers alone loads it, and stops
-    where we do.
-
-    Merges `model` itself. Raises InputError for a quantized base (merging into rounded weights would lose the
-    adapter) and if the folder cannot be written."""
-    if getattr(unwrap(model), "is_quantized", False):
-        raise InputError("a quantized base model cannot be merged", "leave out --use_8bit and --use_4bit")
-    with new_folder(folder) as temporary:
-        merged = model.merge_and_unload(safe_merge=True)
-        merged.config.use_cache = True
-        merged.generation_config = GenerationConfig(
-            eos_token_id=stop_token_ids, pad_token_id=stop_token_ids[0]
-        )
-        try:
-            merged.save_pretrained(temporary)
-        except SafetensorError as error:
-            if is_disk_full(error):
-                raise
-            problem = f"{folder}: the merged model cannot be written: {first_line(error)}"
-            raise InputError(problem, "free some space, or use another disk") from None
-        tokenizer.save_pretrained(temporary)
-
-
 # ------------------------------------------------------------------------------- loading
 
 
 def read_state(folder: Path) -> dict:
     """The training state that `save_adapter` wrote; nothing but tensors and plain values is unpickled. Raises
     InputError if it cannot be read or a newer version of this toolkit wrote it."""
-    try:
-        sft_config = json.loads((folder / "sft_config.json").read_text(encoding="utf-8"))
-        check_format_version(folder, sft_config)
+    read_sft_config(folder)
+    fix = "delete this folder to resume from the checkpoint before it"
+    with as_input_error(f"{folder}: its training state cannot be read", fix):
         return torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        problem = f"{folder}: its training state cannot be read ({type(error).__name__})"
-        raise InputError(problem, "delete this folder to resume from the checkpoint before it") from None
 
 
 def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = False) -> None:
@@ -229,12 +177,9 @@ def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = 
     whole is zero and so does nothing (unless it `may_be_zero`, as in a checkpoint of a run that has just
     begun)."""
     file = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(file, "pt") as weights:
-            saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
-    except Exception as error:  # safetensors raises a type of its own
-        problem = f"{file}: not a readable safetensors file: {first_line(error)}"
-        raise InputError(problem, "restore it from a backup, or train again") from None
+    fix = "restore it from a backup, or train again"
+    with as_input_error(f"{file}: not a readable safetensors file", fix), safe_open(file, "pt") as weights:
+        saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     _check_weights(file, saved, expected, may_be_zero)
     with torch.no_grad():
@@ -273,52 +218,65 @@ def load_specialist(
     *,
     quantization: str | None = None,
     base_model: str | None = None,
+    tokenizer_folder: Path | None = None,
+    verify: bool = False,
 ):
-    """(model, tokenizer) of an adapter folder, in evaluation mode. Raises InputError if they do not belong
-    together, or a newer version of this toolkit wrote the folder."""
-    check_format_version(folder, sft_config)
-    base_folder = _find_base_model(sft_config, adapter_config, base_model)
-    recorded = sft_config.get("sha256", {}).get("base_weights")
-    fix = _FIX_BASE_MODEL
-    if recorded and base_weights_sha256(base_folder) != recorded:
-        problem = f"{folder}: the base model in {base_folder.name} does not have the weights this adapter was trained on"
-        raise InputError(problem, fix)
-    _check_recorded(folder, sft_config, "tokenizer", "tokenizer.json")
-    tokenizer = load_tokenizer(folder)
+    """(model, tokenizer) of what `read_adapter_folder` returned, in evaluation mode; the tokenizer of
+    `tokenizer_folder` if it is another. Raises InputError if adapter and base model do not belong together.
+
+    A merged folder needs no base model, and its tokenizer gets back the chat template of the adapter's, from
+    which the control tokens in a note are known."""
+    if "merged" in sft_config:
+        if base_model is not None:
+            raise InputError(f"{folder} is a merged model", "leave out --base_model")
+        tokenizer = load_tokenizer(folder)
+        tokenizer.chat_template = sft_config["merged"]["chat_template"]
+        model = load_base_model(folder, placement.device, placement.dtype, quantization)
+        return model.eval(), tokenizer
+    base_folder = _find_base_model(folder, sft_config, adapter_config, base_model)
+    _check_base(folder, base_folder, sft_config, verify, base_model is not None)
+    tokenizer = load_tokenizer(tokenizer_folder or folder)
     base = load_base_model(base_folder, placement.device, placement.dtype, quantization)
-    try:
+    with as_input_error(f"{folder}: its LoRA configuration does not fit the base model", _FIX_BASE_MODEL):
         config = LoraConfig.from_pretrained(str(folder), local_files_only=True)
         config.base_model_name_or_path = base.name_or_path
         model = get_peft_model(base, config)
-    except (ValueError, TypeError, KeyError) as error:
-        problem = f"{folder}: its LoRA configuration does not fit the base model: {first_line(error)}"
-        raise InputError(problem, fix) from None
     load_adapter_weights(model, folder)
-    _check_recorded(folder, sft_config, "adapter", "adapter_model.safetensors")
-    _check_recorded(folder, sft_config, "adapter_config", "adapter_config.json")
     return model.eval().requires_grad_(False), tokenizer
 
 
-def _check_recorded(folder: Path, sft_config: dict, name: str, file: str) -> None:
-    """Raises InputError if a file is not the one whose SHA-256 training recorded (if it did) under `name`."""
-    recorded = sft_config["sha256"].get(name)
-    intact = not recorded or ((folder / file).is_file() and sha256(folder / file) == recorded)
-    if not intact:
-        problem = f"{folder}: {file} is not the file that training wrote (SHA-256 differs)"
-        raise InputError(problem, "restore it from a backup, or train again")
+def _check_base(folder: Path, base_folder: Path, sft_config: dict, verify: bool, was_typed: bool) -> None:
+    """Raises InputError if the base model is not the one that training recorded."""
+    if "prompt_from" in sft_config and was_typed:
+        log(f"info: the base model of {folder} is taken as typed: not verified")
+        return
+    problem = ""
+    if base_weights_sha256(base_folder, again=verify) != sft_config["sha256"]["base_weights"]:
+        problem = "does not have the weights this adapter was trained on"
+    elif "base_config" in sft_config:
+        differing = base_config_problem(base_folder, sft_config["base_config"])
+        problem = differing and f"is not as in training: {differing} differs"
+    if problem:
+        raise InputError(f"{folder}: the base model in {base_folder.name} {problem}", _FIX_BASE_MODEL)
 
 
-def _find_base_model(sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:
-    """The folder of an adapter's base model: `base_model` if given, else as the adapter names it."""
+def _find_base_model(folder: Path, sft_config: dict, adapter_config: dict, base_model: str | None) -> Path:
+    """The folder of an adapter's base model: `base_model` if given, else as the adapter names it. Only what
+    the user typed is asked of the Hub."""
     try:
         if base_model is not None:
             return resolve_model(base_model, _FIX_BASE_MODEL)
+        if "other_base" in adapter_config:
+            problem = (
+                f"{folder} was trained on {adapter_config['other_base']}, the prompt's adapter on another"
+            )
+            raise InputError(problem, "pass --base_model with the model it was trained on")
         name = adapter_config["base_model_name_or_path"]
         if name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
             return bundled_model()
         if (ROOT / name).is_dir() or sft_config.get("base_model_is_local"):
             return resolve_model(str(ROOT / name), _FIX_BASE_MODEL)  # never looked up on the Hub
-        return resolve_model(name, _FIX_BASE_MODEL)
+        return resolve_model(name, _FIX_BASE_MODEL, may_download=False)
     except InputError as error:
         problem = f"the adapter's base model is not available: {error.problem}"
         raise InputError(problem, error.fix) from None

@@ -7,8 +7,8 @@ import contextlib
 import hashlib
 import importlib.util
 import io
-import json
 import os
+import re
 import sys
 import warnings
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sft.cli import InputError, is_out_of_memory, log, plural, processes
-from sft.files import ROOT, disk_full_as_input_error, remove, sha256, sync_dir, write_json
+from sft.cli import InputError, as_input_error, log, plural, preview_list, processes
+from sft.files import ROOT, disk_full_as_input_error, remembered_sha256, remove, sha256, sync_dir
+from sft.model.folder import read_json_object
 from sft.options import BUNDLED_MODEL
 
 # Holds SmolLM2-135M-Instruct as GGUF. The package is never imported, only its file is read
@@ -66,6 +66,10 @@ class Placement:
     device: torch.device
     dtype: torch.dtype
     why: str
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
 
 
 def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
@@ -132,14 +136,19 @@ def peak_memory_mb(device: torch.device) -> float:
 def resolve_model(
     model_name: str,
     fix: str = f"use {BUNDLED_MODEL}, a folder with a model, or a Hub id such as meta-llama/Llama-2-7b-hf",
+    *,
+    may_download: bool = True,
 ) -> Path:
     """The folder of a base model: the bundled one (converted on first use), a local folder, or a Hub id
-    (downloaded unless it is in the local cache). Raises InputError if there is no such model, with `fix` if
-    that is a folder."""
+    (downloaded, if the user typed it, unless it is in the local cache). Raises InputError if there is no such
+    model, with `fix` if that is a folder."""
     if model_name == BUNDLED_MODEL:
         return bundled_model()
     folder = Path(model_name).expanduser()
     if folder.is_dir():
+        # With this file in it, transformers would load another model and the adapter
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(f"{model_name}: an adapter, not a base model", "merge it first (--merge_to)")
         if not (folder / "config.json").is_file():
             raise InputError(f"{model_name}: no transformers model in this folder (no config.json)", fix)
         return folder.resolve()
@@ -148,54 +157,58 @@ def resolve_model(
         raise InputError(f"{model_name} is not a model transformers can load", f"use {right}")
     if model_name.startswith((".", "/", "~")) or model_name.count("/") != 1:
         raise InputError(f"{model_name}: no such folder", fix)
-    return _hub_model(model_name)
+    return _hub_model(model_name, may_download)
 
 
-def _hub_model(model_id: str) -> Path:
+def _hub_model(model_id: str, may_download: bool) -> Path:
+    """From the local cache or, only here and only if it `may_download`, from the Hub."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
     # No pickle files, and not the second copy of the weights that some models have
     wanted = {
         "allow_patterns": ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
         "ignore_patterns": ["*/*", "consolidated*"],
     }
-    try:
-        folder = None
+    problem = f"{model_id}: not a local folder, and could not be downloaded from the Hub"
+    fix = "check the id and the network, or pass a folder (training: --model_name, inference: --base_model)"
+    with as_input_error(problem, fix), disk_full_as_input_error(Path(model_id)):
         with contextlib.suppress(LocalEntryNotFoundError):
-            folder = snapshot_download(model_id, local_files_only=True, **wanted)
-        # An interrupted download leaves a folder without weights
-        if folder is None or not _has_weights(Path(folder)):
-            log(
-                f"Downloading {model_id} from the Hugging Face Hub (first use only). The Hub is sent the model name, "
-                "library versions and, if you are logged in, your token; never your notes"
-            )
-            folder = snapshot_download(model_id, **wanted)
-    except GatedRepoError:
-        fix = f"accept its license at https://huggingface.co/{model_id}, then run: hf auth login"
-        raise InputError(f"{model_id} is gated", fix) from None
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        reason = type(error).__name__
-        problem = f"{model_id}: not a local folder, and could not be downloaded from the Hub ({reason})"
-        fix = (
-            "check the id and the network, or pass a folder (training: --model_name, inference: --base_model)"
+            folder = Path(snapshot_download(model_id, local_files_only=True, **wanted))
+            # An interrupted download leaves a folder without weights
+            files = weight_files(folder)
+            if files and all(file.is_file() for file in files):
+                return folder
+        if not may_download:
+            problem = f"{model_id}: not a local folder, nor in the local cache of the Hub"
+            fix = f"run: hf download {model_id}; or pass --base_model with this id or a folder"
+            raise InputError(problem, fix)
+        log(
+            f"Downloading {model_id} from the Hugging Face Hub (first use only). The Hub is sent the model name, "
+            "library versions and, if you are logged in, your token; never your notes"
         )
-        raise InputError(problem, fix) from None
-    return Path(folder)
+        try:
+            return Path(snapshot_download(model_id, **wanted))
+        except GatedRepoError:
+            fix = f"accept its license at https://huggingface.co/{model_id}, then run: hf auth login"
+            raise InputError(f"{model_id} is gated", fix) from None
 
 
-def _has_weights(folder: Path) -> bool:
-    """Whether all safetensors files of a model are there."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = json.loads(index.read_text())["weight_map"].values()
-        return all((folder / name).is_file() for name in files)
-    return any(folder.glob("*.safetensors"))
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, whether they are there or not. Raises InputError if its index names a
+    pickle file, or one outside the folder."""
+    names = {file.name for file in folder.glob("*.safetensors")}
+    for index in folder.glob("*.index.json"):
+        weight_map = read_json_object(index).get("weight_map")
+        named = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        is_pickle_index = index.name.startswith("pytorch_model")
+        for name in () if is_pickle_index else named:
+            is_plain = isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
+            if not is_plain:
+                problem = f"{index}: it names a file that is not a safetensors file of this folder"
+                raise InputError(problem, "use a safetensors version of this model, from a source you trust")
+            names.add(name)
+    return [folder / name for name in sorted(names)]
 
 
 def bundled_model() -> Path:
@@ -213,10 +226,12 @@ def bundled_model() -> Path:
         problem = f"{BUNDLED_FILE} is damaged or a different version (SHA-256 differs)"
         raise InputError(problem, f"{install} --force-reinstall")
     log(f"Converting the bundled model to {folder.relative_to(ROOT)}, once")
+    # Not by new_folder: this model is for every user of the installation, and another process may be first
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     remove([temporary])
-    temporary.mkdir(parents=True)
+    umask = os.umask(0o022)
     try:
+        temporary.mkdir(parents=True)
         with disk_full_as_input_error(folder):
             _convert_gguf(source, temporary)
             sync_dir(temporary)
@@ -227,6 +242,7 @@ def bundled_model() -> Path:
             if not another_was_first:
                 raise
     finally:
+        os.umask(umask)
         remove([temporary])
     return folder
 
@@ -261,6 +277,12 @@ def is_local(model_name: str) -> bool:
     return model_name == BUNDLED_MODEL or Path(model_name).expanduser().is_dir()
 
 
+def public_name(folder: Path) -> str | None:
+    """The Hub id that a model's config.json knows, for information alone; never a path."""
+    name = read_json_object(folder / "config.json").get("_name_or_path")
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) else None
+
+
 # ------------------------------------------------------------------------------- loading
 
 
@@ -268,11 +290,8 @@ def load_tokenizer(folder_or_name: str | Path):
     """The tokenizer of a model folder, Hub id or the bundled model. Raises InputError if it cannot be
     loaded."""
     folder = folder_or_name if isinstance(folder_or_name, Path) else resolve_model(folder_or_name)
-    try:
+    with as_input_error(f"{folder}: its tokenizer cannot be loaded", "check the model folder"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problem = f"{folder}: its tokenizer cannot be loaded: {first_line(error)}"
-        raise InputError(problem, "check the model folder") from None
 
 
 def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
@@ -292,15 +311,11 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     if by_bitsandbytes:
         arguments["device_map"] = {"": device}
         arguments["quantization_config"] = _bitsandbytes_config(quantization, dtype)
-    try:
+    fix = "check the model folder"
+    if not weight_files(folder) and any(folder.glob("*.bin")):
+        fix = "use a safetensors version of this model (pickle files are not loaded, for security)"
+    with as_input_error(f"{folder}: the model cannot be loaded", fix):
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        fix = "check the model folder"
-        if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-            fix = "use a safetensors version of this model (pickle files are not loaded, for security)"
-        raise InputError(f"{folder}: the model cannot be loaded: {first_line(error)}", fix) from None
     # transformers would fill these with random numbers
     bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if bad:
@@ -320,33 +335,54 @@ def _bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def base_weights_sha256(folder: Path) -> str:
-    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their
-    names.
+def context_window(model) -> int | None:
+    """The most tokens that a model takes; None if its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
-    Cached by file size and time, since reading many gigabytes takes a while.
-    """
-    cache_file = BASE_FOLDER.parent / ".weights_sha256.json"
-    try:
-        saved = json.loads(cache_file.read_text())
-        cache = {name: entry for name, entry in saved.items() if Path(name).is_file()}
-    except (OSError, ValueError, AttributeError):
-        cache = {}
-    known = dict(cache)
-    digests = []
-    for file in sorted(folder.glob("*.safetensors")):
-        stat = file.stat()
-        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if (known.get(str(file)) or [None])[0] != key:
-            known[str(file)] = [key, sha256(file)]
-        digests.append(known[str(file)][1])
-    if known != cache:
-        # A read-only installation computes it each time
-        with contextlib.suppress(OSError):
-            write_json(cache_file, known)
+
+# ------------------------------------------------------------------------------- what training records
+
+
+def base_weights_sha256(folder: Path, *, again: bool = False) -> str:
+    """One SHA-256 for a model's weights: that of its safetensors files' SHA-256s, in the order of their
+    names. Large files are not read a second time (`remembered_sha256`), unless `again`."""
+    digests = [remembered_sha256(file, again=again) for file in weight_files(folder) if file.is_file()]
     return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 200 characters."""
-    return str(error).strip().partition("\n")[0][:200]
+# Keys of config.json that change no logits: where it comes from, versions, and what our own options decide
+_NO_OUTPUT = {"transformers_version", "torch_dtype", "dtype", "architectures", "use_cache"}
+
+
+def base_config(folder: Path) -> dict:
+    """What decides a model's output besides its weights: its config.json, without the keys that do not, and
+    the tokens at which its generation_config.json stops."""
+    config = read_json_object(folder / "config.json")
+    generation = folder / "generation_config.json"
+    stops = read_json_object(generation).get("eos_token_id") if generation.is_file() else None
+    return {"config": _of_output(config), "eos_token_id": stops}
+
+
+def _of_output(config: dict) -> dict:
+    return {
+        key: _of_output(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _NO_OUTPUT and not str(key).startswith("_")
+    }
+
+
+def base_config_problem(folder: Path, recorded: dict) -> str:
+    """ "" if a model's `base_config` is the one that training recorded, else what differs.
+
+    Both are filled in by the installed transformers, so that another version's new keys and names do not
+    count."""
+    found = base_config(folder)
+    if found == recorded:
+        return ""
+    if found["eos_token_id"] != recorded.get("eos_token_id"):
+        return "generation_config.json: eos_token_id"
+    with as_input_error(f"{folder}: its config.json cannot be read", "check the model folder"):
+        filled_in = [AutoConfig.for_model(**values["config"]).to_dict() for values in (found, recorded)]
+    one, other = map(_of_output, filled_in)
+    differing = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
+    return f"config.json: {preview_list(differing)}" if differing else ""

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from sft.cli import InputError
+
 # ------------------------------------------------------------------------------- loss
 
 
@@ -143,7 +145,19 @@ class FastDropout(nn.Module):
 # ------------------------------------------------------------------------------- linear layers for inference
 
 
-class PackedLinear(nn.Module):
+class _ForInference(nn.Module):
+    """A layer without its weight in standard form. A model with such layers would be saved or copied without
+    them: refused instead."""
+
+    def _refuse(self, *_):
+        fix = "write it with --merge_to, or load it with SFTInference(..., merge=False)"
+        raise InputError("a model that was packed for inference cannot be saved or copied", fix)
+
+    _save_to_state_dict = _refuse  # behind state_dict() and save_pretrained()
+    __reduce_ex__ = _refuse  # behind copy, deepcopy and pickle
+
+
+class PackedLinear(_ForInference):
     """A linear layer whose float32 weight oneDNN has repacked once, instead of for each product. For
     inference only."""
 
@@ -158,7 +172,7 @@ class PackedLinear(nn.Module):
         return onednn_linear(x, self.packed, self.bias)
 
 
-class Int8Linear(nn.Module):
+class Int8Linear(_ForInference):
     """A linear layer with 8-bit weights, for inference only: each row of the weight is rounded to 255 levels
     once, each row of x to 65,025 when it comes.
 

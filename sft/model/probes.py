@@ -10,10 +10,9 @@ from pathlib import Path
 import torch
 
 import sft
-from sft.cli import is_out_of_memory
+from sft.cli import first_line, is_out_of_memory
 from sft.model.adapter import unwrap
 from sft.model.attention import OWN_ATTENTION, PACKED_ATTENTION
-from sft.model.base import first_line
 
 
 def logits_problem(found: torch.Tensor, expected: torch.Tensor, model) -> str:

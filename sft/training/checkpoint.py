@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.cli import InputError, log, on_main_process
+from sft.cli import InputError, as_input_error, log, on_main_process
 from sft.files import (
     checksum_problem,
     make_private_dir,
@@ -22,6 +22,7 @@ from sft.files import (
     write_atomic,
     write_checksums,
 )
+from sft.model.folder import read_sft_config
 from sft.options import TrainConfig
 from sft.training.report import model_card
 
@@ -128,8 +129,7 @@ def _put_back_replaced(output_dir: Path) -> None:
 def _position(folder: Path) -> tuple[int, bool]:
     """How far along a checkpoint is; the end of an epoch, after its validation, counts as later than its last
     step."""
-    sft_config = json.loads((folder / "sft_config.json").read_text())
-    return sft_config["step"], folder.name.startswith("checkpoint_epoch_")
+    return read_sft_config(folder)["step"], folder.name.startswith("checkpoint_epoch_")
 
 
 # ------------------------------------------------------------------------------- saving
@@ -234,13 +234,15 @@ def restore(run: "Run", folder: Path) -> None:
     """Continues the run from checkpoint `folder`. Raises InputError if that is another run's."""
     from sft.model.adapter import load_adapter_weights, read_state
 
-    state = read_state(folder)
-    # Format 1 called it "identity"
-    check_same_run(run, folder, state.get("fingerprint") or state["identity"])
-    load_adapter_weights(run.model, folder, may_be_zero=True)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.scaler.load_state_dict(state["scaler"])
-    run.progress.load_state(state["progress"])
+    fix = "use the version that wrote it, or replace --resume with --overwrite to start over"
+    with as_input_error(f"--resume: {folder} cannot be continued by this version", fix):
+        state = read_state(folder)
+        # Format 1 called it "identity"
+        check_same_run(run, folder, state.get("fingerprint") or state["identity"])
+        load_adapter_weights(run.model, folder, may_be_zero=True)
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+        run.progress.load_state(state["progress"])
     progress = run.progress
     n_epochs = len(progress.epochs)
     if n_epochs > run.config.num_epochs or progress.step > run.plan.total_steps:
@@ -255,9 +257,9 @@ def restore(run: "Run", folder: Path) -> None:
 
 def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
     """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did
-    not have yet counts as having had its default."""
-    defaults = asdict(TrainConfig())
-    was = {name: saved.get(name, defaults.get(name)) for name in run.fingerprint}
+    not have yet counts as having had its default, and what else it did not record as the same."""
+    defaults = run.fingerprint | asdict(TrainConfig())
+    was = {name: saved.get(name, defaults[name]) for name in run.fingerprint}
     changed = [name for name, value in run.fingerprint.items() if was[name] != value]
     if changed:
         differences = ", ".join(f"{name} was {was[name]}, is {run.fingerprint[name]}" for name in changed)

@@ -4,6 +4,8 @@ absolute path."""
 import io
 from typing import TYPE_CHECKING
 
+import yaml
+
 from sft.cli import plural
 from sft.options import quantization_of
 
@@ -112,16 +114,16 @@ def model_card(
         f"| {epoch['epoch']} | {epoch['train_loss']:.4f} | {epoch['val_loss']:.4f} |" for epoch in epochs
     ]
     losses = "\n".join(lines)
+    front = {"library_name": "peft", "base_model": base_name, "pipeline_tag": "text-generation"}
+    public_name = sft_config.get("base_public_name")
+    known_as = f" (`{public_name}`)" if public_name else ""
     return f"""---
-library_name: peft
-base_model: {base_name}
-pipeline_tag: text-generation
----
+{yaml.safe_dump(front, sort_keys=False)}---
 
 # Clinical summary adapter (Stage A, supervised fine-tuning)
 
 A LoRA adapter (r={config["lora_r"]}, alpha={config["lora_alpha"]:g}, on {", ".join(target_modules)}) that makes
-`{base_name}` summarize clinical notes. Trained on {counts["used"]:,} factual pairs of note and summary;
+`{" ".join(base_name.split())}`{known_as} summarize clinical notes. Trained on {counts["used"]:,} factual pairs of note and summary;
 {counts["hallucinated"]:,} hallucinated pairs were left out.
 
 | epoch | train loss | validation loss |

@@ -26,12 +26,15 @@ from sft.grounding.sentences import SENTENCE_VERSION
 from sft.model.adapter import add_lora, set_gradient_checkpointing, shard_base
 from sft.model.base import (
     Placement,
+    base_config,
     base_weights_sha256,
+    context_window,
     is_local,
     load_base_model,
     load_tokenizer,
     pick_device,
     portable_name,
+    public_name,
     resolve_model,
 )
 from sft.model.kernels import use_frozen_kernels
@@ -54,7 +57,6 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     optimizer = make_optimizer(config, model)
     train_set, val_set = load_data(config, accelerator, tokenizer, rows, checkpoint)
 
-    dtype = str(placement.dtype).removeprefix("torch.")
     is_sharded = config.shard_base and accelerator.num_processes > 1
     hashes = {
         "train_csv": sha256_of_files(config.train_files),
@@ -68,8 +70,11 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         "n_processes": accelerator.num_processes,
         "base_dtype": str(placement.dtype),
         "packed": packed,
+        "base_config": hashlib.sha256(json.dumps(base_config(base_folder)).encode()).hexdigest(),
     }
-    sft_config = describe_run(config, rows, (train_set, val_set), dtype, hashes)
+    sft_config = describe_run(config, rows, (train_set, val_set), placement.dtype_name, hashes)
+    sft_config["base_config"] = base_config(base_folder)
+    sft_config["base_public_name"] = public_name(base_folder)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -120,8 +125,7 @@ def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
     # Accumulation is the loop's; accelerate would divide the loss by what its environment says
     accelerator.gradient_accumulation_steps = 1
     if accelerator.is_main_process:
-        dtype = str(placement.dtype).removeprefix("torch.")
-        log(f"Device: {accelerator.device}, {dtype} ({placement.why})")
+        log(f"Device: {accelerator.device}, {placement.dtype_name} ({placement.why})")
         if config.shard_base and accelerator.num_processes == 1:
             log("info: --shard_base has no effect with a single process")
     return accelerator
@@ -142,7 +146,7 @@ def build_model(
     device = torch.device("cpu") if is_sharded else accelerator.device
     quantization = quantization_of(config.use_8bit, config.use_4bit)
     base = load_base_model(base_folder, device, placement.dtype, quantization)
-    longest = getattr(base.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = context_window(base) or math.inf
     if config.max_length > longest:
         problem = f"--max_length {config.max_length}: {config.model_name} takes {longest} tokens at most"
         raise InputError(problem, f"use --max_length {longest}")
@@ -162,7 +166,7 @@ def build_model(
     if not packed and accelerator.is_main_process:
         log(f"info: this model does not support packed rows, so batches are padded: {reason}")
     if config.gradient_checkpointing:
-        set_gradient_checkpointing(model, True)
+        set_gradient_checkpointing(model)
     return model.train(), packed
 
 

@@ -1,0 +1,174 @@
+"""The folders that inference takes, read and verified before torch is imported: an adapter's, a merged
+model's, or an adapter that another tool (PEFT, TRL) saved, with the prompt of one of ours."""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from sft.cli import InputError, log, on_main_process
+from sft.files import ROOT, check_format_version, checksum_problem, remembered_sha256, sha256
+
+_FIX = "restore it from a backup, or train again"
+# Files of these kinds decide nothing of what a summary says: model cards, the training state, file managers'
+_DECIDE_NOTHING = (".md", ".pt", ".db", ".ini")
+
+
+def read_json_object(file: Path) -> dict:
+    """Raises InputError if the file is missing or holds something else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{file.parent}: no {file.name}", "restore the file from a backup") from None
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        problem = f"{file.parent}: {file.name} is not valid JSON"
+        raise InputError(problem, "restore the file from a backup")
+    return value
+
+
+def read_sft_config(folder: Path) -> dict:
+    """sft_config.json of a folder that training or --merge_to wrote. Raises InputError if it is missing,
+    damaged or of a newer version."""
+    if not (folder / "sft_config.json").is_file():
+        problem = f"{folder}: no sft_config.json: not written by this toolkit"
+        fix = "train with stage_a_sft_training.py; an adapter that another tool trained further needs --prompt_from"
+        raise InputError(problem, fix)
+    sft_config = read_json_object(folder / "sft_config.json")
+    check_format_version(folder, sft_config)
+    return sft_config
+
+
+def read_adapter_folder(
+    model_path: str | Path, prompt_from: str | Path | None = None, *, verify: bool = False
+) -> tuple[Path, dict, dict]:
+    """(folder, sft_config.json, adapter_config.json or, of a merged model, {}), verified against SHA256SUMS.
+
+    With `prompt_from`, a folder of ours, `model_path` may be any LoRA adapter in PEFT's format; the
+    sft_config.json is then that folder's. Its "sha256" gains "folder", one hash for all files that decide
+    what a summary says. `verify` reads large files again that have not changed by size, time and inode.
+
+    Raises InputError if the folder cannot be used, or a file in it is not the one that was written."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        fix = "train first (python stage_a_sft_training.py), or pass an adapter folder with --model_path"
+        raise InputError(f"{folder}: no such folder", fix)
+    if prompt_from is not None:
+        return _read_foreign_folder(folder, prompt_from)
+    is_merged = (folder / "config.json").is_file() and (folder / "sft_config.json").is_file()
+    if not is_merged:
+        _check_adapter_files(folder)
+    sft_config = read_sft_config(folder)
+    adapter_config = {} if is_merged else read_json_object(folder / "adapter_config.json")
+    if not _is_complete(sft_config, adapter_config) or is_merged != ("merged" in sft_config):
+        problem = f"{folder}: its configuration lacks the prompt, base model or checksums"
+        raise InputError(problem, _FIX)
+    problem = _changed_file(folder, sft_config, verify)
+    if problem:
+        fix = f"{_FIX}; if you changed it on purpose, see section 7 of the guide"
+        raise InputError(f"{folder}: {problem}", fix)
+    sft_config["sha256"]["folder"] = _folder_hash(folder)
+    return folder, sft_config, adapter_config
+
+
+def _check_adapter_files(folder: Path) -> None:
+    if not (folder / "adapter_config.json").is_file():
+        inside = sorted(folder.glob("*/adapter_config.json"), reverse=True)
+        fix = f"use {inside[0].parent if inside else 'a final_model folder'}"
+        raise InputError(f"{folder}: no adapter here (no adapter_config.json)", fix)
+    if not (folder / "adapter_model.safetensors").is_file():
+        fix = _FIX
+        if (folder / "adapter_model.bin").is_file():
+            fix = "use a safetensors version of this adapter (pickle files are not loaded, for security)"
+        raise InputError(f"{folder}: no adapter_model.safetensors", fix)
+
+
+def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
+    try:
+        prompt = sft_config["prompt"]
+        hashes = [sft_config["sha256"][name] for name in ("base_weights", "adapter")]
+        base_name = adapter_config["base_model_name_or_path"] if adapter_config else ""
+        are_texts = all(isinstance(text, str) for text in (*hashes, base_name))
+        return are_texts and isinstance(prompt, dict) and isinstance(sft_config["max_length"], int)
+    except (KeyError, TypeError):
+        return False
+
+
+def _changed_file(folder: Path, sft_config: dict, verify: bool) -> str | None:
+    """Which file is not as it was written, and how; None if all are."""
+    has_sums = (folder / "SHA256SUMS").exists()
+    if has_sums or sft_config.get("format_version", 1) >= 3:
+        hash_file = functools.partial(remembered_sha256, again=verify)
+        return checksum_problem(folder, _DECIDE_NOTHING, hash_file)
+    # What older versions recorded
+    files = {
+        "adapter": "adapter_model.safetensors",
+        "adapter_config": "adapter_config.json",
+        "tokenizer": "tokenizer.json",
+    }
+    for name, file in files.items():
+        recorded = sft_config["sha256"].get(name)
+        if recorded and not (folder / file).is_file():
+            return f"{file} is missing"
+        if recorded and sha256(folder / file) != recorded:
+            return f"{file} is not the file that training wrote (SHA-256 differs)"
+    return None
+
+
+def _folder_hash(folder: Path, prompt_hash: str = "") -> str:
+    """One hash for the files that decide a summary: of a verified folder by its SHA256SUMS, else by the files
+    of which there is one in every adapter, and the hash of the folder that the prompt is from."""
+    if (folder / "SHA256SUMS").is_file() and not prompt_hash:
+        lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
+        hashes = [line for line in lines if not line.endswith(_DECIDE_NOTHING)]
+    else:
+        hashes = [sha256(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
+    return hashlib.sha256("\n".join((*hashes, prompt_hash)).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------- other tools' adapters
+
+
+def _read_foreign_folder(folder: Path, prompt_from: str | Path) -> tuple[Path, dict, dict]:
+    """As read_adapter_folder, of an adapter that another tool saved, with the prompt of `prompt_from`."""
+    ours, sft_config, our_config = read_adapter_folder(prompt_from)
+    _check_adapter_files(folder)
+    adapter_config = read_json_object(folder / "adapter_config.json")
+    if adapter_config.get("peft_type") != "LORA":
+        raise InputError(f"{folder}: not a LoRA adapter", "merge it with the tool that wrote it")
+    if "merged" in sft_config:
+        raise InputError(
+            f"--prompt_from {ours}: a merged model", "pass the adapter folder it was merged from"
+        )
+    theirs = adapter_config.get("base_model_name_or_path")
+    if _same_model(theirs, our_config["base_model_name_or_path"]):
+        adapter_config = our_config
+    else:
+        adapter_config["other_base"] = str(theirs)
+    prompt_hash = sft_config["sha256"]["folder"]
+    sft_config["sha256"]["adapter"] = sha256(folder / "adapter_model.safetensors")
+    sft_config["sha256"]["folder"] = _folder_hash(folder, prompt_hash)
+    sft_config["prompt_from"] = f"{ours.name} {prompt_hash[:12]}"
+    return folder, sft_config, adapter_config
+
+
+def _same_model(one, other: str) -> bool:
+    """Whether two names are of the same model: equal, or the same folder, as seen from here or from the
+    repository."""
+    if not isinstance(one, str) or not one:
+        return False
+    place = (ROOT / other).resolve()
+    return one == other or place in (Path(one).resolve(), (ROOT / one).resolve())
+
+
+def log_origin(folder: Path, sft_config: dict, prompt_from: str | Path | None) -> None:
+    """One line where a folder is not, or not wholly, what training wrote."""
+    if not on_main_process():
+        return
+    if prompt_from is not None:
+        log(
+            f"info: {folder} with the prompt and tokenizer of {prompt_from}; another tool's files: not verified"
+        )
+    elif "base_config" not in sft_config:
+        log(f"info: {folder} was written by an older version: not all that decides its summaries is verified")

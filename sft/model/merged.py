@@ -1,0 +1,111 @@
+"""A merged folder: base model and adapter as one ordinary model, which other programs prompt as training did.
+
+Besides the weights it holds the tokenizer with a chat template that is the trained prompt, an Ollama
+Modelfile, and sft_config.json with the mark "merged", by which inference knows it."""
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from transformers import GenerationConfig
+
+from sft.cli import InputError, as_input_error, log
+from sft.files import new_folder, write_atomic, write_checksums, write_json
+from sft.model.adapter import unwrap
+from sft.model.base import context_window
+
+# Notes on which the chat template is tried
+PROBES = ("Fever of 38.5 and cough.", "BP 120/80\nHR 72\n\nNo pain", "(1) Rash; denies itching.")
+_MOST_CONTEXT = 8192  # tokens for which Ollama reserves memory; a model's window may be far larger
+
+
+def save_merged(
+    model: PeftModel,
+    tokenizer,
+    stop_token_ids: list[int],
+    folder: Path,
+    sft_config: dict,
+    encode: Callable[[str], list[int]],
+) -> None:
+    """Writes the folder: transformers alone loads it, and stops where we do. `encode` is our own prompt of a
+    note as token ids, with which the chat template is compared.
+
+    Merges `model` itself. Raises InputError for a quantized base (merging into rounded weights would lose the
+    adapter), for a model that is merged already, and if the folder cannot be written."""
+    if getattr(unwrap(model), "is_quantized", False):
+        raise InputError("a quantized base model cannot be merged", "leave out --use_8bit and --use_4bit")
+    if not isinstance(model, PeftModel):
+        raise InputError("the model is merged already", "pass an adapter folder")
+    prompt = sft_config["prompt"]
+    ours = copy.copy(tokenizer)
+    ours.chat_template = chat_template(tokenizer, prompt)
+    problem = chat_template_problem(ours, prompt, encode)
+    if problem:
+        log(f"warning: other programs will not give the merged model exactly the trained prompt: {problem}")
+    with new_folder(folder) as temporary:
+        window = context_window(unwrap(model))
+        merged = model.merge_and_unload(safe_merge=True)
+        merged.config.use_cache = True
+        merged.generation_config = GenerationConfig(
+            eos_token_id=stop_token_ids, pad_token_id=stop_token_ids[0]
+        )
+        with as_input_error(
+            f"{folder}: the merged model cannot be written",
+            "check the disk and the limit on file sizes (ulimit -f)",
+        ):
+            merged.save_pretrained(temporary)
+            ours.save_pretrained(temporary)
+        mark = {"merged": {"chat_template": tokenizer.chat_template}}
+        write_json(temporary / "sft_config.json", sft_config | mark)
+        write_atomic(temporary / "Modelfile", modelfile(tokenizer, prompt, stop_token_ids, window))
+        write_checksums(temporary)
+
+
+def _adds_bos(tokenizer) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("x").input_ids[:1] == [bos]
+
+
+def chat_template(tokenizer, prompt: dict) -> str:
+    """A jinja template that puts the last message, the note, into the trained prompt, whatever its role."""
+    prefix = prompt["prefix"]
+    # Programs add no BOS to a chat template's text
+    if prompt["add_special_tokens"] and _adds_bos(tokenizer):
+        prefix = tokenizer.bos_token + prefix
+    before, after = (json.dumps(text, ensure_ascii=False) for text in (prefix, prompt["suffix"]))
+    return f"{{{{ {before} }}}}{{{{ messages[-1]['content'] }}}}{{{{ {after} }}}}"
+
+
+def chat_template_problem(tokenizer, prompt: dict, encode: Callable[[str], list[int]]) -> str:
+    """In which way the chat template's tokens are not those of training; "" if they are."""
+    if prompt["number_sentences"]:
+        return "it has the note's sentences numbered; number them first (guide, section 12)"
+    for note in PROBES:
+        messages = [{"role": "user", "content": note}]
+        found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        if list(found) != encode(note):
+            return "the tokenizer joins the note's end with the text around it"
+    return ""
+
+
+def modelfile(tokenizer, prompt: dict, stop_token_ids: Sequence[int], window: int | None) -> str:
+    """An Ollama Modelfile (a Go template around the note), with the stop tokens and greedy decoding."""
+    prefix = prompt["prefix"]
+    # Ollama adds the BOS itself
+    if _adds_bos(tokenizer):
+        prefix = prefix.removeprefix(tokenizer.bos_token)
+    before, after = (
+        # As Go's own string where the text could be read as part of the file or of the template
+        f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if "{{" in text or '"' in text else text
+        for text in (prefix, prompt["suffix"])
+    )
+    stops = "".join(
+        f"PARAMETER stop {json.dumps(token, ensure_ascii=False)}\n"
+        for token in tokenizer.convert_ids_to_tokens(list(stop_token_ids))
+    )
+    return (
+        f'FROM .\nTEMPLATE """{before}{{{{ .Prompt }}}}{after}"""\n{stops}PARAMETER temperature 0\n'
+        f"PARAMETER num_ctx {min(window or _MOST_CONTEXT, _MOST_CONTEXT)}\n"
+    )
