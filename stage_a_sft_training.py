@@ -251,8 +251,7 @@ def finish(run: "Run") -> None:
     )
     for advice in advise(progress.untrained_val_loss, progress.epochs, progress.skipped_steps):
         run.log(advice)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    run.close()
 
 
 def dry_run(run: "Run") -> dict:

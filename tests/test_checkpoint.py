@@ -4,7 +4,6 @@ versions."""
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,9 @@ from conftest import (
     arguments_of,
     assert_same_adapter,
     assert_same_run,
+    communicate_or_kill,
     metrics_of,
+    start_python,
     stats_of,
     wait_for_steps,
 )
@@ -48,15 +49,10 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_end(configured, fini
     """SIGKILL once that many steps are done; benchmarks/kill_training.py kills at random moments."""
     options = {"num_epochs": 8, "save_steps": 2, "batch_size": 3}
     config = configured(**options)
-    process = subprocess.Popen(
-        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    process = start_python("stage_a_sft_training.py", *arguments_of(config))
     wait_for_steps(Path(config.output_dir), steps_done)
     process.kill()
-    process.communicate()
+    communicate_or_kill(process, 60)
     train(configured(**options, resume=True))
     assert_same_run(config, finished(**options))
 

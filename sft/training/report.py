@@ -1,14 +1,27 @@
 """What a training run reports: its plan, advice, the loss curve, the model card. No note text, no
 absolute path."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sft.cli import plural
+from sft.cli import log, on_main_process, plural
 from sft.options import quantization_of
 
 if TYPE_CHECKING:
     from sft.training.run import Run
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Whatever fails inside is a warning: what only illustrates a run does not end it."""
+    try:
+        yield
+    except Exception as error:
+        if on_main_process():
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log(f"warning: no {what}: {reason}")
 
 
 def duration(seconds: float) -> str:
@@ -71,10 +84,9 @@ def advise(untrained: float, epochs: list[dict], skipped_steps: int = 0) -> list
 
 def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps_per_epoch: int) -> bytes:
     """loss_curve.png: training loss by step, validation loss by epoch, the kept epoch marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    # Not pyplot: its backend is one for the whole process, and the environment may ask for a window's
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     ends = [epoch["epoch"] * steps_per_epoch for epoch in epochs]
     middles = [end - steps_per_epoch / 2 for end in ends]
@@ -84,7 +96,8 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     steps = [line["step"] for line in metrics]
     step_losses = [line["loss"] for line in metrics]
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, step_losses, color="tab:blue", alpha=0.35, linewidth=1, label="train, each step")
     axes.plot(middles, train_losses, "o-", color="tab:blue", label="train, epoch mean")
     axes.plot([0, *ends], val_losses, "s-", color="tab:orange", label="validation")
@@ -96,8 +109,7 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    plt.close(figure)
+    FigureCanvasAgg(figure).print_figure(image, format="png", dpi=120)
     return image.getvalue()
 
 
