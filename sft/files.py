@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from sft.cli import InputError, is_disk_full
 
@@ -76,12 +77,27 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
 
 
 def remove(paths: list[Path]) -> None:
-    """Removes files and folders; what is not there is no error."""
+    """Removes files, folders and links, never what a link leads to; what is not there is no error."""
     for path in paths:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def lock(file: IO, problem: str, fix: str) -> None:
+    """Keeps `file`, open for writing, from other processes until it is closed or this process ends. Raises
+    InputError(problem, fix) if another process has it. Without effect on a file system without locks and on
+    Windows."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(problem, fix) from None
+        except OSError:
+            pass
 
 
 # ------------------------------------------------------------------------------- folders
@@ -122,7 +138,7 @@ def _replace_folder(new: Path, folder: Path) -> None:
         remove([old])
         folder.rename(old)
         new.rename(folder)
-        shutil.rmtree(old)
+        remove([old])
     else:
         new.rename(folder)
     sync_dir(folder.parent, with_files=False)

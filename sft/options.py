@@ -392,6 +392,10 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
         problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
         raise InputError(problem, "put quotes around a text with spaces")
     for name, value in vars(values).items():
+        # Lists are separated by spaces or commas
+        if isinstance(value, list):
+            value = [word for text in value for word in text.split(",") if word] or ""
+            setattr(values, name, value)
         # An empty note has a message of its own
         if isinstance(value, str) and not value.strip() and name != "clinical_note":
             raise InputError(f"--{name} is empty", "pass a value, or leave it out")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
-from sft.data.prompt import PromptEncoder, build_template, pad_token_id
+from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
 from sft.data.rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
 from sft.data.token_cache import cache_key, read_cache, write_cache
 from sft.grounding.citations import cited_sentence_numbers, has_citation, parse_citations
@@ -190,9 +190,14 @@ def read_data(options: DataOptions) -> tuple[list[Row], list[Row]]:
 
 
 def load_datasets(
-    rows: tuple[list[Row], list[Row]], tokenizer, options: DataOptions, cache_dir: Path | None = None
+    rows: tuple[list[Row], list[Row]],
+    tokenizer,
+    options: DataOptions,
+    cache_dir: Path | None = None,
+    template: PromptTemplate | None = None,
 ) -> tuple[SFTDataset, SFTDataset]:
-    """The training and the validation set of what `read_data` read, with one prompt template for both.
+    """The training and the validation set of what `read_data` read, with one prompt template for both:
+    `template`, or the tokenizer's.
 
     `cache_dir` keeps the tokens for the next start. Raises InputError if no row of a file fits.
     """
@@ -201,7 +206,9 @@ def load_datasets(
         is_numbered = _cites_evidence(train)
     else:
         is_numbered = options.sentence_numbering == "on"
-    template = build_template(tokenizer, instruction=options.instruction, number_sentences=is_numbered)
+    template = template or build_template(
+        tokenizer, instruction=options.instruction, number_sentences=is_numbered
+    )
     encoder = PromptEncoder(tokenizer, template)
 
     def load(name: str, path: str, part: list[Row]) -> SFTDataset:

@@ -15,6 +15,7 @@ from peft import PeftModel
 
 from sft.cli import InputError, log
 from sft.data.dataset import SFTDataset, load_datasets, log_data_warnings
+from sft.data.prompt import PromptTemplate, build_template
 from sft.data.rows import Row
 from sft.files import FORMAT_VERSION, sha256
 from sft.model.adapter import add_lora, set_gradient_checkpointing, shard_base
@@ -34,9 +35,9 @@ from sft.options import TrainConfig, quantization_of
 from sft.training.run import Plan, Run, TrainingProgress
 
 
-def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
+def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: Path | None = None) -> Run:
     """Everything before the first step, from checked options and rows: processes, base model, LoRA,
-    optimizer, data.
+    optimizer, data. The prompt is that of `checkpoint`, if there is one.
 
     Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
     """
@@ -46,7 +47,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]]) -> Run:
     tokenizer = load_tokenizer(base_folder)
     model, packed = build_model(config, placement, accelerator, base_folder)
     optimizer = make_optimizer(config, model)
-    train_set, val_set = load_data(config, accelerator, tokenizer, rows)
+    train_set, val_set = load_data(config, accelerator, tokenizer, rows, checkpoint)
 
     dtype = str(placement.dtype).removeprefix("torch.")
     is_sharded = config.shard_base and accelerator.num_processes > 1
@@ -166,13 +167,27 @@ def make_optimizer(config: TrainConfig, model: PeftModel) -> torch.optim.Optimiz
 
 
 def load_data(
-    config: TrainConfig, accelerator: Accelerator, tokenizer, rows: tuple[list[Row], list[Row]]
+    config: TrainConfig,
+    accelerator: Accelerator,
+    tokenizer,
+    rows: tuple[list[Row], list[Row]],
+    checkpoint: Path | None,
 ) -> tuple[SFTDataset, SFTDataset]:
     """Both sets as tokens; one process tokenizes, the others read its cache."""
     cache_dir = None if config.dry_run else config.token_cache
+    # Never rendered a second time: templates write the day's date, and may be edited
+    template = PromptTemplate.of_folder(checkpoint) if checkpoint else None
     with accelerator.main_process_first():
-        datasets = load_datasets(rows, tokenizer, config, cache_dir)
+        datasets = load_datasets(rows, tokenizer, config, cache_dir, template)
     log_data_warnings(rows, datasets, config)
+    if template and accelerator.is_main_process:
+        rendered = build_template(
+            tokenizer, instruction=config.instruction, number_sentences=template.number_sentences
+        )
+        if rendered != template:
+            log(
+                "info: the base model's chat template makes another prompt now; the run keeps its checkpoint's"
+            )
     return datasets
 
 
