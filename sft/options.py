@@ -144,6 +144,12 @@ class ReportConfig(DataOptions):
         group=RUN,
         metavar="FILE.jsonl",
     )
+    model_path: str | None = option(
+        None,
+        "adapter folder whose prompt and max_length to use (default: what --model_name would be trained with)",
+        group=MODEL,
+        metavar="DIR",
+    )
 
 
 @dataclass

@@ -111,3 +111,10 @@ def test_quantization():
     ]
     with pytest.raises(InputError, match="--use_8bit cannot be combined with --use_4bit"):
         quantization_of(True, True)
+
+
+@pytest.mark.parametrize("typed", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"]])
+def test_lists_are_separated_by_spaces_or_commas(typed):
+    assert parse_options(TrainConfig, "", ["--target_modules", *typed]).target_modules == ["q_proj", "v_proj"]
+    with pytest.raises(InputError, match="is empty"):
+        parse_options(TrainConfig, "", ["--target_modules", ","])

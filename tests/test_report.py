@@ -1,6 +1,7 @@
 """What a run tells people: durations, advice, the loss curve, the model card."""
 
 import pytest
+from conftest import run_python
 
 from sft.options import TrainConfig
 from sft.training.report import advise, draw_losses, duration, model_card
@@ -42,6 +43,20 @@ def test_the_loss_curve_is_a_picture():
     image = draw_losses(metrics, 3.0, epochs_of((2.5, 2.4), (2.0, 2.1)), 3)
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
+
+
+def test_the_environments_drawing_settings_do_not_matter():
+    """A notebook's, an unknown one: a run draws, or warns, and nothing global of matplotlib is changed."""
+    code = """
+import sys
+sys.path.insert(0, 'tests')
+from test_report import epochs_of
+from sft.training.report import draw_losses
+assert draw_losses([{'step': 1, 'loss': 2.0}], 3.0, epochs_of((2.5, 2.4)), 1).startswith(b'\x89PNG')
+assert 'matplotlib.pyplot' not in sys.modules
+"""
+    result = run_python("-c", code, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_model_card_holds_losses_and_limits():

@@ -259,8 +259,9 @@ def begin(run: "Run", checkpoint: Path | None) -> None:
             log("The earlier run was interrupted before its first checkpoint: starting again")
         start_fresh(run.output_dir)
     run.accelerator.wait_for_everyone()
-    with optional("loss_curve.png at the end"):
-        import matplotlib.figure  # noqa: F401
+    if run.accelerator.is_main_process:
+        with optional("loss_curve.png at the end"):
+            import matplotlib.figure  # noqa: F401
     if run.config.report_to != "none":
         # No text, no paths
         numbers = {
