@@ -420,5 +420,5 @@ def test_the_rows_of_a_step_may_be_divided_in_another_way(configured, copied, fi
     train(configured(**other))
     for line, expected in zip(metrics_of(configured()), metrics_of(finished(**options)), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
-    with pytest.raises(InputError, match="batch_size was 8, is 4"):
+    with pytest.raises(InputError, match="gradient_accumulation_steps was 2, is 1"):
         train(configured(**{**other, "gradient_accumulation_steps": 1}))

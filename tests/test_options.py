@@ -115,6 +115,6 @@ def test_quantization():
 
 @pytest.mark.parametrize("typed", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"]])
 def test_lists_are_separated_by_spaces_or_commas(typed):
-    assert parse_options(TrainConfig, "", ["--target_modules", *typed]).target_modules == ["q_proj", "v_proj"]
+    assert parse("--target_modules", *typed).target_modules == ["q_proj", "v_proj"]
     with pytest.raises(InputError, match="is empty"):
-        parse_options(TrainConfig, "", ["--target_modules", ","])
+        parse("--target_modules", ",")

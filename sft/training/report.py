@@ -93,7 +93,7 @@ def advise(config: TrainConfig, progress: "TrainingProgress") -> list[str]:
             "--target_modules all-linear": config.target_modules != ["all-linear"],
         }
         fixes = [fix for fix, is_more in choices.items() if is_more] or ["more rows"]
-        advice.append(f"Val Loss barely moved: try {' or '.join(fixes[:3])}")
+        advice.append(f"Val Loss barely moved: try {', '.join(fixes[:3])}")
     if last["epoch"] > best["epoch"] and last["train_loss"] < best["train_loss"]:
         advice.append(
             f"Overfitting after epoch {best['epoch']}: Train Loss kept falling while Val Loss rose; "
