@@ -160,7 +160,8 @@ def test_the_prompt_is_the_adapters_own(adapters, csv_files, tmp_path, monkeypat
 
 def test_rows_with_citations_are_not_for_an_adapter_without(adapters, tmp_path, monkeypatch):
     rows = [
-        (f"r{i}", note, f"{summary} [Evidence: S1]", "factual", "") for i, (note, summary) in enumerate(NOTES)
+        (f"r{i}", note, f"{summary} [Evidence: S1; Conf: 0.95]", "factual", "")
+        for i, (note, summary) in enumerate(NOTES)
     ]
     path = write_csv(tmp_path / "cited.csv", rows)
     with pytest.raises(InputError, match="most summaries cite sentences, unlike the adapter's"):

@@ -27,7 +27,7 @@ from sft.files import (
     write_checksums,
 )
 from sft.options import TrainConfig
-from sft.training.report import model_card, optional
+from sft.training.report import load_figure, model_card, optional
 
 if TYPE_CHECKING:
     from sft.training.run import Run
@@ -261,7 +261,7 @@ def begin(run: "Run", checkpoint: Path | None) -> None:
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         with optional("loss_curve.png at the end"):
-            import matplotlib.figure  # noqa: F401
+            load_figure()
     if run.config.report_to != "none":
         # No text, no paths
         numbers = {

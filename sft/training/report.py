@@ -3,6 +3,7 @@ absolute path."""
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -106,12 +107,23 @@ def advise(config: TrainConfig, progress: "TrainingProgress") -> list[str]:
     return advice
 
 
+def load_figure() -> type:
+    """matplotlib's Figure, which needs no pyplot and no backend: that is one for the whole process. The
+    environment may name one that is not installed here (a notebook's), and the import fails of it."""
+    try:
+        from matplotlib.figure import Figure
+    except ValueError:
+        backend = os.environ.pop("MPLBACKEND", None)
+        try:
+            from matplotlib.figure import Figure
+        finally:
+            if backend is not None:
+                os.environ["MPLBACKEND"] = backend
+    return Figure
+
+
 def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps_per_epoch: int) -> bytes:
     """loss_curve.png: training loss by step, validation loss by epoch, the kept epoch marked."""
-    # Not pyplot: its backend is one for the whole process, and the environment may ask for a window's
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     ends = [epoch["epoch"] * steps_per_epoch for epoch in epochs]
     middles = [end - steps_per_epoch / 2 for end in ends]
     best = best_epoch(epochs)
@@ -120,7 +132,7 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     steps = [line["step"] for line in metrics]
     step_losses = [line["loss"] for line in metrics]
 
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = load_figure()(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, step_losses, color="tab:blue", alpha=0.35, linewidth=1, label="train, each step")
     axes.plot(middles, train_losses, "o-", color="tab:blue", label="train, epoch mean")
@@ -133,7 +145,7 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     axes.grid(alpha=0.3)
     axes.legend()
     image = io.BytesIO()
-    FigureCanvasAgg(figure).print_figure(image, format="png", dpi=120)
+    figure.savefig(image, format="png", dpi=120)
     return image.getvalue()
 
 
