@@ -109,16 +109,14 @@ def advise(config: TrainConfig, progress: "TrainingProgress") -> list[str]:
 
 def load_figure() -> type:
     """matplotlib's Figure, which needs no pyplot and no backend: that is one for the whole process. The
-    environment may name one that is not installed here (a notebook's), and the import fails of it."""
+    environment may name one that is not installed here (a notebook's), of which the first import would fail.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure
-    except ValueError:
-        backend = os.environ.pop("MPLBACKEND", None)
-        try:
-            from matplotlib.figure import Figure
-        finally:
-            if backend is not None:
-                os.environ["MPLBACKEND"] = backend
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return Figure
 
 
