@@ -7,12 +7,11 @@ For a training loop of your own: `from sft_dataset import create_sft_dataloaders
 is in sft/data.
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sft.cli import log, plural, run_script, safe_id
+from sft.cli import InputError, log, plural, run_script, safe_id
 from sft.data.dataset import (
     SFTCollator,
     SFTDataset,
@@ -21,10 +20,12 @@ from sft.data.dataset import (
     load_datasets,
     read_data,
 )
+from sft.data.preferences import export_pairs, find_pairs
 from sft.data.prompt import PromptTemplate
 from sft.data.report import log_data_warnings
 from sft.data.rows import Row, shown_kinds
-from sft.files import ROOT, check_new_file, sha256, write_atomic
+from sft.files import ROOT, check_new_file, sha256
+from sft.grounding.citations import has_citation
 from sft.options import ReportConfig, parse_options
 
 __all__ = ["SFTCollator", "SFTDataset", "create_sft_dataloaders"]
@@ -85,32 +86,41 @@ def is_bundled(path: str | Path) -> bool:
     return checksums.is_file() and sha256(Path(path)) in checksums.read_text().split()
 
 
-def preference_pairs(rows: Sequence[Row], template: PromptTemplate) -> Iterator[dict]:
-    """Each hallucinated row with a factual summary of the same note, in TRL's DPO format
-    (https://huggingface.co/docs/trl/dataset_formats): `prompt`, as trained on here, `chosen`, `rejected`, and
-    the ids."""
-    factual = {}
-    for row in rows:
-        if row.label == "factual":
-            factual.setdefault(row.note_key, row)
-    for row in rows:
-        chosen = factual.get(row.note_key)
-        if row.label == "hallucinated" and chosen and row.summary_key != chosen.summary_key:
-            yield {
-                "id": row.id,
-                "factual_id": chosen.id,
-                "hallucination_type": row.hallucination_type,
-                "prompt": template.prefix + template.render_note(row.clinical_note) + template.suffix,
-                "chosen": chosen.model_summary,
-                "rejected": row.model_summary,
-            }
+def prompt_source(config: ReportConfig, rows: Sequence[Row]) -> tuple[object, PromptTemplate | None]:
+    """(tokenizer, prompt) of the adapter at --model_path, whose --max_length `config` takes over; without
+    one, the base model's tokenizer and None. Raises InputError for an option, or citations in `rows`, that do
+    not fit the adapter."""
+    from sft.model.base import load_tokenizer
 
+    if config.model_path is None:
+        return load_tokenizer(config.model_name), None
+    from sft_inference import read_adapter_folder
 
-def export_preferences(path: Path, rows: Sequence[Row], template: PromptTemplate) -> None:
-    """Writes the preference pairs as JSON Lines."""
-    pairs = list(preference_pairs(rows, template))
-    write_atomic(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
-    log(f"Wrote {plural(len(pairs), 'preference pair')} to {path}")
+    folder, sft_config, _ = read_adapter_folder(config.model_path)
+    template = PromptTemplate.from_dict(sft_config["prompt"])
+    numbering = "on" if template.number_sentences else "off"
+    trained = {
+        "model_name": config.model_name,
+        "max_length": sft_config["max_length"],
+        "sentence_numbering": numbering,
+        "instruction": sft_config["training"].get("instruction"),
+    }
+    summaries = [row.model_summary for row in rows if row.label == "factual"]
+    are_cited = sum(map(has_citation, summaries)) > len(summaries) / 2
+    if config.sentence_numbering == "auto" and are_cited != template.number_sentences:
+        problem = f"most summaries {'cite' if are_cited else 'do not cite'} sentences, unlike the adapter's"
+        fix = f"use the rows it was trained on, or pass --sentence_numbering {numbering}"
+        raise InputError(f"{file_names(config)[0]}: {problem}", fix)
+    defaults = ReportConfig()
+    for name, value in trained.items():
+        given = getattr(config, name)
+        if name == "model_name":
+            value = defaults.model_name  # the adapter says which
+        if given not in (getattr(defaults, name), value):
+            problem = f"--{name} {given} is not what the adapter at --model_path was trained with"
+            raise InputError(problem, f"leave out --{name} or --model_path")
+        setattr(config, name, value)
+    return load_tokenizer(folder), template
 
 
 def main() -> None:
@@ -120,21 +130,25 @@ def main() -> None:
     config = parse_options(ReportConfig, description)
     check_new_file("--export_preferences", config.export_preferences)
     rows = read_data(config, validate=False)
-
-    from sft.model.base import load_tokenizer
-
-    datasets = load_datasets(rows, load_tokenizer(config.model_name), config)
-    template = datasets[0].encoder.template
+    tokenizer, template = prompt_source(config, rows[0])
+    datasets = load_datasets(rows, tokenizer, config, template=template)
+    encoder = datasets[0].encoder
+    if config.export_preferences:
+        pairs = find_pairs(file_names(config)[0], rows[0], encoder, config.max_length)
     for path, part, dataset in zip(file_names(config), rows, datasets):
         if part:
             print(describe_rows(path, part, dataset) + "\n")
     log_data_warnings(rows, datasets, config)
-    numbered = "numbered" if template.number_sentences else "not numbered"
+    numbered = "numbered" if encoder.template.number_sentences else "not numbered"
     print(f"The note's sentences are {numbered} in the prompt.")
     if all(map(is_bundled, config.train_files)):
         print("\n" + show_spans(datasets[0]))
     if config.export_preferences:
-        export_preferences(Path(config.export_preferences), rows[0], template)
+        if template is None:
+            log(
+                f"info: the prompt is that of --model_name {config.model_name}; --model_path uses an adapter's own"
+            )
+        export_pairs(Path(config.export_preferences), pairs, encoder)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from sft.cli import Progress, RunError, noted_signals, plural, run_script
 from sft.data.dataset import Batch, Example
 from sft.files import write_atomic
 from sft.options import TrainConfig, parse_options
-from sft.training.checkpoint import begin, promote_best_epoch, save_checkpoint
+from sft.training.checkpoint import begin, is_finished, output_lock, promote_best_epoch, save_checkpoint
 from sft.training.checks import check_inputs
 from sft.training.faults import advice_for_faults, check_finite, retry_on_oom, stop_if_asked
-from sft.training.report import advise, best_epoch, draw_losses, duration, log_plan
+from sft.training.report import advise, best_epoch, draw_losses, duration, log_plan, optional, why_it_ended
 
 if TYPE_CHECKING:
     import torch
@@ -172,39 +172,67 @@ def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = N
 
     `on_step(run, metrics)` is called after each step. Raises InputError for what the user can fix, RunError
     if the run cannot continue, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
-    # Checked before the slow imports: options, output folder, rows
-    rows, checkpoint = check_inputs(config)
-    from sft.training.set_up import set_up
+    with output_lock(config):
+        # Checked before the slow imports: options, output folder, rows
+        rows, checkpoint = check_inputs(config)
+        from sft.training.set_up import set_up
 
-    run = set_up(config, rows, checkpoint)
-    log_plan(run)
-    if config.dry_run:
-        return dry_run(run)
-    begin(run, checkpoint)
+        run = set_up(config, rows, checkpoint)
+        log_plan(run)
+        if config.dry_run:
+            return dry_run(run)
+        begin(run, checkpoint)
+        if checkpoint and is_finished(run):
+            run.log(f"Nothing is left to train: {why_it_ended(run)}")
+        else:
+            with noted_signals() as run.signals:
+                train_epochs(run, on_step)
+                finish(run)
+        run.close()
+        return run.stats()
+
+
+def train_epochs(run: "Run", on_step: Callable[["Run", dict], None] | None) -> None:
+    """The epochs that are left, each with its validation and its checkpoint."""
+    config = run.config
     progress = run.progress
-    with noted_signals() as run.signals:
+    if progress.untrained_val_loss is None:
         # What the base model can do, before the first step
-        if progress.untrained_val_loss is None:
-            progress.untrained_val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
-            run.log(f"Untrained Val Loss: {progress.untrained_val_loss:.4f}")
+        progress.untrained_val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
+        run.write_metrics({"step": 0, "epoch": 0, "val_loss": progress.untrained_val_loss})
+        run.log(f"Untrained Val Loss: {progress.untrained_val_loss:.4f}")
+    if progress.step:
+        log_other_schedule(run)
 
-        while len(progress.epochs) < config.num_epochs:
-            if progress.out_of_patience(config.early_stopping_patience):
-                break
-            train_epoch(run, on_step)
+    while len(progress.epochs) < config.num_epochs:
+        if progress.out_of_patience(config.early_stopping_patience):
+            break
+        train_epoch(run, on_step)
 
-            # Validate, save
-            val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
-            learning_rate = learning_rate_at(progress.step - 1, run.plan.total_steps, config)
-            epoch = progress.end_epoch(val_loss, learning_rate, run.peak_memory_mb())
-            run.log(f"Train Loss: {epoch['train_loss']:.4f}")
-            run.log(f"Val Loss: {epoch['val_loss']:.4f}")
-            run.log(f"Learning Rate: {epoch['learning_rate']:.2e}")
-            folder = save_checkpoint(run, f"checkpoint_epoch_{epoch['epoch']}")
-            run.log(f"Saved checkpoint to {folder}")
-            run.write_stats()
-        finish(run)
-    return run.stats()
+        # Validate, save
+        val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
+        learning_rate = learning_rate_at(progress.step - 1, run.plan.total_steps, config)
+        epoch = progress.end_epoch(val_loss, learning_rate, run.peak_memory_mb())
+        run.write_metrics({"step": progress.step, "epoch": epoch["epoch"], "val_loss": val_loss})
+        run.log(f"Train Loss: {epoch['train_loss']:.4f}")
+        run.log(f"Val Loss: {epoch['val_loss']:.4f}")
+        run.log(f"Learning Rate: {epoch['learning_rate']:.2e}")
+        folder = save_checkpoint(run, f"checkpoint_epoch_{epoch['epoch']}")
+        run.log(f"Saved checkpoint to {folder}")
+        run.write_stats()
+
+
+def log_other_schedule(run: "Run") -> None:
+    """Says so if a resumed run has more epochs than it was planned with: its learning rate jumps."""
+    step = run.progress.step
+    was = run.optimizer.param_groups[0]["lr"]
+    planned = learning_rate_at(step - 1, run.plan.total_steps, run.config)
+    if step < run.plan.total_steps and not math.isclose(was, planned):
+        rate = learning_rate_at(step, run.plan.total_steps, run.config)
+        run.log(
+            f"warning: the run had another --num_epochs before: the learning rate goes from {was:.2e} to {rate:.2e},"
+            f" and the result is not that of {run.config.num_epochs} epochs at once"
+        )
 
 
 def train_epoch(run: "Run", on_step: Callable[["Run", dict], None] | None) -> None:
@@ -237,22 +265,23 @@ def finish(run: "Run") -> None:
     if run.accelerator.is_main_process:
         progress.kept_epoch = promote_best_epoch(run.output_dir, progress.epochs)
         run.write_stats()
-        lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
-        metrics = [json.loads(line) for line in lines]
-        image = draw_losses(metrics, progress.untrained_val_loss, progress.epochs, run.plan.steps_per_epoch)
-        write_atomic(run.output_dir / "loss_curve.png", image)
+        with optional("loss_curve.png"):
+            lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
+            steps = [values for values in map(json.loads, lines) if "loss" in values]
+            image = draw_losses(steps, progress.untrained_val_loss, progress.epochs, run.plan.steps_per_epoch)
+            write_atomic(run.output_dir / "loss_curve.png", image)
     kept = progress.epochs[progress.kept_epoch - 1]
     is_lowest = kept["val_loss"] == best_epoch(progress.epochs)["val_loss"]
     among = "" if is_lowest else " among complete checkpoints"
     final_model = run.output_dir / "final_model"
+    if len(progress.epochs) < run.config.num_epochs:
+        run.log(f"\nStopped: {why_it_ended(run)}")
     run.log("\nTraining completed!")
     run.log(
         f"Saved final model to {final_model} (epoch {kept['epoch']}, the lowest Val Loss{among}: {kept['val_loss']:.4f})"
     )
-    for advice in advise(progress.untrained_val_loss, progress.epochs, progress.skipped_steps):
+    for advice in advise(run.config, progress):
         run.log(advice)
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
 
 
 def dry_run(run: "Run") -> dict:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 
 # ------------------------------------------------------------------------------- errors
@@ -111,6 +112,28 @@ def run_script(main: Callable[[], None]) -> None:
     N stopped by signal N (130 Ctrl-C, 143 SIGTERM), 141 the reader of our output closed it."""
     os.umask(0o077)  # what a script writes is for the user alone
     open_standard_streams()
+    status = 0
+    try:
+        _run_main(main)
+    except SystemExit as leaving:
+        status = leaving.code
+    except BaseException:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise
+        traceback.print_exc()
+        status = 1
+    # One of several: no destructors, which may wait for each other's locks, or for a process that has died
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status or 0)
+    if status:
+        sys.exit(status)
+
+
+def _run_main(main: Callable[[], None]) -> None:
+    """`main()`, with its errors as messages and exit statuses."""
     try:
         main()
         sys.stdout.flush()

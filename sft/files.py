@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from sft.cli import InputError, is_disk_full
 
@@ -19,8 +20,8 @@ ROOT = (
 # stated default where an older folder is read:
 #   1  as written by 18a780b
 #   2  training_state.pt: "fingerprint", before "identity"; "skipped_steps", before "skipped_updates"
-#   3  SHA256SUMS must be there; sft_config.json: "base_config" (before: not verified), prompt's "sentence_version"
-#      (before: 1), "language" (before: unknown), rows' "stray_citations" (before: trained on)
+#   3  SHA256SUMS must be there; sft_config.json: "base_config" (before: not verified), the prompt's
+#      "sentence_version" (before: 1), "language" (before: unknown), rows' "stray_citations" (before: trained on)
 FORMAT_VERSION = 3
 
 
@@ -78,13 +79,27 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
 
 
 def remove(paths: list[Path]) -> None:
-    """Removes files and folders; what is not there is no error."""
+    """Removes files, folders and links, never what a link leads to; what is not there is no error."""
     for path in paths:
-        # Of a link, the link alone
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def lock(file: IO, problem: str, fix: str) -> None:
+    """Keeps `file`, open for writing, from other processes until it is closed or this process ends. Raises
+    InputError(problem, fix) if another process has it. Without effect on a file system without locks and on
+    Windows."""
+    with contextlib.suppress(ImportError):
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(problem, fix) from None
+        except OSError:
+            pass
 
 
 # ------------------------------------------------------------------------------- folders

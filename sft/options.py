@@ -165,6 +165,12 @@ class ReportConfig(DataOptions):
         group=RUN,
         metavar="FILE.jsonl",
     )
+    model_path: str | None = option(
+        None,
+        "adapter folder whose prompt and max_length to use (default: what --model_name would be trained with)",
+        group=MODEL,
+        metavar="DIR",
+    )
 
 
 @dataclass
@@ -416,6 +422,10 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
         problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
         raise InputError(problem, "put quotes around a text with spaces")
     for name, value in list(vars(values).items()):
+        # Names are separated by spaces, and often by commas
+        if name == "target_modules":
+            value = [word for text in value for word in text.split(",") if word] or ""
+            setattr(values, name, value)
         # An empty note has a message of its own
         if isinstance(value, str) and not value.strip() and name != "clinical_note":
             raise InputError(f"--{name} is empty", "pass a value, or leave it out")

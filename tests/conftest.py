@@ -1,6 +1,7 @@
 """Fixtures (folders with tiny models, short runs, specialists), a network that is off, and helpers that run
 the scripts."""
 
+import contextlib
 import functools
 import json
 import os
@@ -171,19 +172,51 @@ def specialist(adapters):
 # ------------------------------------------------------------------------------- running the scripts
 
 
-def run_python(
-    *arguments, stdin: str | None = None, timeout: float = 300, **environment
-) -> subprocess.CompletedProcess:
-    """A script of the toolkit as a user runs it, in a process of its own."""
-    return subprocess.run(
+def start_python(*arguments, **environment) -> subprocess.Popen:
+    """A script of the toolkit as a user runs it, in a process of its own; `communicate_or_kill` ends it."""
+    return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         cwd=ROOT,
-        input=stdin,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
-        env={**os.environ, **environment},
+        env={**os.environ, "PYTHONFAULTHANDLER": "1", **environment},
     )
+
+
+def descendants(pid: int) -> list[int]:
+    """The process, then its children, theirs, ..."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:
+        children = []
+    return [pid, *(found for child in children for found in descendants(int(child)))]
+
+
+def communicate_or_kill(process: subprocess.Popen, timeout: float, stdin: str | None = None) -> tuple:
+    """(standard output, standard error). A process that hangs is killed with all it started; the failure
+    shows where each of its threads was."""
+    try:
+        return process.communicate(stdin, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        hung = descendants(process.pid)
+        for number in (signal.SIGABRT, signal.SIGKILL):  # Python's fault handler answers the first
+            for pid in reversed(hung):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+            time.sleep(2)
+        out, said = process.communicate()
+        pytest.fail(f"no end after {timeout} s\n{out}\n{said}")
+
+
+def run_python(
+    *arguments, stdin: str | None = None, timeout: float = 200, **environment
+) -> subprocess.CompletedProcess:
+    """A script of the toolkit, from its start to its end."""
+    process = start_python(*arguments, **environment)
+    out, said = communicate_or_kill(process, timeout, stdin)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, said)
 
 
 def run_inference(*arguments, **options) -> subprocess.CompletedProcess:
@@ -207,7 +240,7 @@ def wait_for_steps(output_dir: Path, n_steps: int, seconds: float = 120) -> None
     """Until a run in another process has done that many steps."""
     metrics = output_dir / "metrics.jsonl"
     deadline = time.monotonic() + seconds
-    while not metrics.is_file() or metrics.read_text().count("\n") < n_steps:
+    while not metrics.is_file() or metrics.read_text().count('"loss"') < n_steps:
         assert time.monotonic() < deadline, "the run makes no progress"
         time.sleep(0.005)
 
@@ -215,8 +248,14 @@ def wait_for_steps(output_dir: Path, n_steps: int, seconds: float = 120) -> None
 # ------------------------------------------------------------------------------- what came out
 
 
-def metrics_of(config) -> list[dict]:
+def lines_of(config) -> list[dict]:
+    """metrics.jsonl: a line for each step and each validation."""
     return [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def metrics_of(config) -> list[dict]:
+    """Its steps."""
+    return [line for line in lines_of(config) if "val_loss" not in line]
 
 
 def stats_of(config) -> dict:
@@ -240,7 +279,7 @@ def assert_same_adapter(one, two) -> None:
 
 def assert_same_run(config, reference) -> None:
     """Adapter, metrics and losses of two runs, to the bit."""
-    assert metrics_of(config) == metrics_of(reference)
+    assert lines_of(config) == lines_of(reference)
     assert_same_adapter(f"{config.output_dir}/final_model", f"{reference.output_dir}/final_model")
     losses = [
         [(epoch["train_loss"], epoch["val_loss"]) for epoch in stats_of(run)["epochs"]]

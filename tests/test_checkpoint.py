@@ -4,7 +4,6 @@ versions."""
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,9 @@ from conftest import (
     arguments_of,
     assert_same_adapter,
     assert_same_run,
+    communicate_or_kill,
     metrics_of,
+    start_python,
     stats_of,
     wait_for_steps,
 )
@@ -22,7 +23,7 @@ from conftest import (
 import stage_a_sft_training as training
 from sft.cli import InputError
 from sft.files import FORMAT_VERSION, write_checksums
-from sft.training.checkpoint import newest_checkpoint
+from sft.training.checkpoint import newest_checkpoint, output_lock
 from stage_a_sft_training import TrainConfig, train
 
 # ------------------------------------------------------------------------------- resuming
@@ -48,15 +49,10 @@ def test_a_process_killed_at_any_moment_resumes_to_the_same_end(configured, fini
     """SIGKILL once that many steps are done; benchmarks/kill_training.py kills at random moments."""
     options = {"num_epochs": 8, "save_steps": 2, "batch_size": 3}
     config = configured(**options)
-    process = subprocess.Popen(
-        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    process = start_python("stage_a_sft_training.py", *arguments_of(config))
     wait_for_steps(Path(config.output_dir), steps_done)
     process.kill()
-    process.communicate()
+    communicate_or_kill(process, 60)
     train(configured(**options, resume=True))
     assert_same_run(config, finished(**options))
 
@@ -306,3 +302,139 @@ def test_an_adapter_of_format_1_writes_what_it_wrote_then(monkeypatch):
     results = inference.generate_batch([note for note, _ in NOTES[:3]], 12)
     expected = json.loads((FORMAT_1 / "expected.json").read_text())["summaries"]
     assert [result["generated_summary"] for result in results] == expected
+
+
+# ------------------------------------------------------------------------------- whose folder it is
+
+
+def test_two_runs_do_not_share_a_folder(configured, finished, tmp_path):
+    """Whatever the second wants; what it was refused leaves the first as it is."""
+    config = configured(num_epochs=1)
+
+    def second(run, metrics):
+        for options in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(InputError, match="another training run is at work"):
+                train(configured(**options))
+        train(configured(dry_run=True))
+
+    train(config, on_step=second)
+    assert_same_run(config, finished(num_epochs=1))
+    assert not (tmp_path / "out" / ".lock").exists()
+    train(configured(resume=True))
+
+
+def test_a_lock_ends_with_its_process(configured, tmp_path):
+    code = "import sys, time; from sft.options import TrainConfig; from sft.training.checkpoint import output_lock\n"
+    code += (
+        "with output_lock(TrainConfig(output_dir=sys.argv[1])): print('locked', flush=True); time.sleep(60)"
+    )
+    process = start_python("-c", code, tmp_path / "out")
+    assert process.stdout.readline() == "locked\n"
+    with pytest.raises(InputError, match="another training run"), output_lock(configured()):
+        pass
+    process.kill()
+    communicate_or_kill(process, 10)
+    assert (tmp_path / "out" / ".lock").exists()
+    with output_lock(configured()):
+        pass
+    assert not (tmp_path / "out" / ".lock").exists()
+
+
+def test_overwrite_removes_what_a_run_wrote_by_full_name(configured, copied, tmp_path):
+    """No backup, no target of a link; links themselves go."""
+    out = copied()
+    elsewhere = tmp_path / "elsewhere"
+    (out / "checkpoint_epoch_2").rename(elsewhere)
+    (out / "checkpoint_epoch_2").symlink_to(elsewhere)
+    for name in ("checkpoint_backup", "checkpoint_epoch_1_good", "checkpoint_step_x", ".checkpoint_mine"):
+        shutil.copytree(out / "checkpoint_epoch_1", out / name)
+    kept = {path: path.read_bytes() for path in elsewhere.iterdir()}
+    assert newest_checkpoint(configured()) == out / "checkpoint_epoch_2"
+    train(configured(overwrite=True, num_epochs=1, save_steps=1))
+    assert {path: path.read_bytes() for path in elsewhere.iterdir()} == kept
+    assert not (out / "checkpoint_epoch_2").is_symlink()
+    for name in ("checkpoint_backup", "checkpoint_epoch_1_good", "checkpoint_step_x", ".checkpoint_mine"):
+        assert (out / name / "SHA256SUMS").exists()
+
+
+def test_a_link_in_place_of_final_model_is_replaced_not_followed(configured, copied, tmp_path):
+    out = copied(num_epochs=1)
+    elsewhere = tmp_path / "elsewhere"
+    (out / "final_model").rename(elsewhere)
+    (out / "final_model").symlink_to(elsewhere)
+    kept = {path: path.read_bytes() for path in elsewhere.iterdir()}
+    train(configured(resume=True))
+    assert {path: path.read_bytes() for path in elsewhere.iterdir()} == kept
+    assert not (out / "final_model").is_symlink()
+
+
+# ------------------------------------------------------------------------------- nothing left, more epochs
+
+
+def state_of(folder: Path) -> dict:
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_finished_run_resumed_changes_nothing_and_says_so(configured, copied, capfd):
+    out = copied()
+    before = state_of(out)
+    assert train(configured(resume=True)) == stats_of(configured())
+    assert "Nothing is left to train: 2 epochs of 2 done" in capfd.readouterr().err
+    assert state_of(out) == before
+
+    # Ended before it could write final_model
+    shutil.rmtree(out / "final_model")
+    train(configured(resume=True))
+    assert (out / "final_model" / "SHA256SUMS").exists()
+
+
+def test_early_stopping_says_why_also_when_resumed(configured, monkeypatch, capfd, tmp_path):
+    losses = iter([3.0, 2.0, 2.5, 2.4])
+    monkeypatch.setattr(training, "evaluate", lambda run, examples: next(losses))
+    options = {"num_epochs": 5, "early_stopping_patience": 2}
+    train(configured(**options))
+    why = "Val Loss was not below that of epoch 1 (2.0000) for 2 epochs (--early_stopping_patience 2)"
+    assert f"Stopped: {why}" in capfd.readouterr().err
+    before = state_of(tmp_path / "out")
+    train(configured(**options, resume=True))
+    assert f"Nothing is left to train: {why}" in capfd.readouterr().err
+    assert state_of(tmp_path / "out") == before
+
+
+def test_more_epochs_say_that_the_learning_rate_jumps(configured, copied, capfd):
+    copied()
+    train(configured(resume=True, num_epochs=4))
+    last, first = (metrics_of(configured())[i]["learning_rate"] for i in (5, 6))
+    assert f"the learning rate goes from {last:.2e} to {first:.2e}" in capfd.readouterr().err
+
+
+def test_an_interrupted_run_says_nothing_of_its_learning_rate(configured, copied, capfd):
+    shutil.rmtree(copied() / "checkpoint_epoch_2")
+    train(configured(resume=True))
+    assert "learning rate goes" not in capfd.readouterr().err
+
+
+def test_the_prompt_is_the_checkpoints(configured, copied, finished, capfd, tmp_path):
+    """A chat template that writes the date, or was edited, makes no other run."""
+    shutil.rmtree(copied() / "checkpoint_epoch_2")
+    base = shutil.copytree(configured().model_name, tmp_path / "base")
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>2031-01-01 "))
+    train(configured(resume=True, model_name=str(base)))
+    assert "another prompt now" in capfd.readouterr().err
+    assert_same_run(configured(), finished())
+
+
+def test_the_rows_of_a_step_may_be_divided_in_another_way(configured, copied, finished, capfd):
+    options = {"batch_size": 8, "lora_dropout": 0.0}
+    shutil.rmtree(copied(**options) / "checkpoint_epoch_2")
+    other = {"batch_size": 4, "gradient_accumulation_steps": 2, "lora_dropout": 0.0, "resume": True}
+    train(configured(**other))
+    for line, expected in zip(metrics_of(configured()), metrics_of(finished(**options)), strict=True):
+        assert line == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(InputError, match="gradient_accumulation_steps was 2, is 1"):
+        train(configured(**{**other, "gradient_accumulation_steps": 1}))

@@ -6,20 +6,20 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import (
-    ROOT,
     adapter_of,
     arguments_of,
     assert_same_run,
+    communicate_or_kill,
     metrics_of,
     run_python,
     short_run,
+    start_python,
     stats_of,
     wait_for_steps,
     write_csv_files,
@@ -88,13 +88,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run(configured, monkeypa
 
 def started(config, n_steps: int) -> subprocess.Popen:
     """The script in a process of its own, once it has done that many steps."""
-    process = subprocess.Popen(
-        [sys.executable, "stage_a_sft_training.py", *arguments_of(config)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start_python("stage_a_sft_training.py", *arguments_of(config))
     wait_for_steps(Path(config.output_dir), n_steps)
     return process
 
@@ -104,7 +98,7 @@ def test_a_signal_saves_and_the_run_resumes(configured, finished, number, status
     options = {"num_epochs": 8, "batch_size": 3}
     process = started(configured("part", **options), n_steps=5)
     process.send_signal(number)
-    out, said = process.communicate(timeout=60)
+    out, said = communicate_or_kill(process, 60)
     assert process.returncode == status
     assert out == ""
     assert "Traceback" not in said
@@ -129,7 +123,7 @@ def test_a_second_interrupt_stops_at_once_and_harms_nothing(configured, finished
     for _ in range(2):
         process.send_signal(signal.SIGINT)
         time.sleep(0.001)
-    _, said = process.communicate(timeout=60)
+    _, said = communicate_or_kill(process, 60)
     assert process.returncode == 130 and "Traceback" not in said
     train(configured("part", **options, resume=True))
     assert_same_run(configured("part"), finished(**options))
@@ -313,17 +307,11 @@ def test_the_end_of_one_process_ends_all_and_the_run_resumes(configured, finishe
     same end."""
     config = configured(**TWO_PROCESSES)
     script = [*LAUNCHERS["torchrun"], "stage_a_sft_training.py"]
-    process = subprocess.Popen(
-        [sys.executable, *script, *arguments_of(config)],
-        cwd=ROOT,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **ONE_THREAD},
-    )
+    process = start_python(*script, *arguments_of(config), **ONE_THREAD)
     wait_for_steps(Path(config.output_dir), 5)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[1]), number)
-    _, logged = process.communicate(timeout=120)
+    _, logged = communicate_or_kill(process, 120)
     assert process.returncode != 0
     assert not Path(f"/proc/{workers[0]}").exists()
     if number == signal.SIGTERM:

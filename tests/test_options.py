@@ -156,3 +156,10 @@ def test_configurations_from_python_that_are_right():
     config.batchsize = 3
     with pytest.raises(InputError, match="unknown options: batchsize"):
         check_config(config)
+
+
+@pytest.mark.parametrize("typed", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"]])
+def test_lists_are_separated_by_spaces_or_commas(typed):
+    assert parse("--target_modules", *typed).target_modules == ["q_proj", "v_proj"]
+    with pytest.raises(InputError, match="is empty"):
+        parse("--target_modules", ",")

@@ -2,10 +2,13 @@
 
 import pytest
 import yaml
+from conftest import run_python
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sft.options import TrainConfig
 from sft.training.report import advise, draw_losses, duration, model_card
+from sft.training.run import TrainingProgress
 
 
 def epochs_of(*losses) -> list[dict]:
@@ -20,14 +23,22 @@ def test_durations(seconds, words):
 
 
 def test_advice_follows_the_losses():
-    def advice(untrained, *losses):
-        return " ".join(advise(untrained, epochs_of(*losses)))
+    def advice(untrained, *losses, step=6, skipped_steps=0, **options):
+        progress = TrainingProgress(
+            step=step, untrained_val_loss=untrained, epochs=epochs_of(*losses), skipped_steps=skipped_steps
+        )
+        return " ".join(advise(TrainConfig(**options), progress))
 
     assert advice(3.0, (2.5, 2.4), (2.0, 2.1)) == ""
     assert "Overfitting after epoch 1" in advice(3.0, (2.5, 2.4), (2.0, 2.6))
     assert "barely moved" in advice(3.0, (3.0, 2.99))
     assert "lower --learning_rate" in advice(3.0, (4.0, 3.5))
-    assert "1 step skipped" in " ".join(advise(3.0, epochs_of((2.0, 2.0)), skipped_steps=1))
+    assert advice(3.0, (3.0, 2.99), step=1) == advice(3.0, (3.0, 3.5), step=1) == ""
+    beyond = {"num_epochs": 4, "learning_rate": 1e-2, "lora_r": 64}
+    assert advice(3.0, (3.0, 2.99), **beyond).endswith("try --target_modules all-linear")
+    assert advice(3.0, (3.0, 2.99), **beyond, target_modules=["all-linear"]).endswith("more rows")
+    assert "--learning_rate" not in advice(3.0, (4.0, 3.5), learning_rate=1e-6)
+    assert "1 step skipped" in advice(3.0, (2.0, 2.0), skipped_steps=1)
 
 
 def test_the_loss_curve_is_a_picture():
@@ -35,6 +46,20 @@ def test_the_loss_curve_is_a_picture():
     image = draw_losses(metrics, 3.0, epochs_of((2.5, 2.4), (2.0, 2.1)), 3)
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
+
+
+def test_the_environments_drawing_settings_do_not_matter():
+    """A notebook's: nothing of matplotlib that is global is used."""
+    code = """
+import sys
+sys.path.insert(0, 'tests')
+from test_report import epochs_of
+from sft.training.report import draw_losses
+assert draw_losses([{'step': 1, 'loss': 2.0}], 3.0, epochs_of((2.5, 2.4)), 1).startswith(b'\\x89PNG')
+assert 'matplotlib.pyplot' not in sys.modules
+"""
+    result = run_python("-c", code, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert result.returncode == 0, result.stderr
 
 
 def test_the_model_card_holds_losses_and_limits():

@@ -5,12 +5,10 @@ import re
 
 import pytest
 from conftest import ROOT, assert_input_error, run_python
-from tiny import NOTES, encoder_for, rows_of, tiny_tokenizer
+from tiny import NOTES, encoder_for, rows_of
 
 from sft.data.dataset import SFTDataset
-from sft.data.prompt import build_template
-from sft.data.rows import Row
-from sft_dataset import describe_rows, is_bundled, preference_pairs, show_spans
+from sft_dataset import describe_rows, is_bundled, show_spans
 
 
 @pytest.fixture
@@ -42,15 +40,6 @@ def test_preferences_overwrite_nothing(arguments, csv_files):
     result = run_python("sft_dataset.py", *arguments, "--export_preferences", csv_files[0])
     assert_input_error(result, "exists")
     assert csv_files[0].read_bytes() == before
-
-
-def test_preferences_need_a_factual_twin():
-    rows = [
-        Row(2, "a", "Note", "right", "factual"),
-        Row(3, "b", "note ", "wrong", "hallucinated", "x"),
-        Row(4, "c", "other", "wrong", "hallucinated"),
-    ]
-    assert [pair["id"] for pair in preference_pairs(rows, build_template(tiny_tokenizer()))] == ["b"]
 
 
 @pytest.mark.parametrize(

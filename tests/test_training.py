@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import assert_input_error, assert_same_adapter, metrics_of, run_python, stats_of
+from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker
+from conftest import assert_input_error, assert_same_adapter, lines_of, metrics_of, run_python, stats_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import NOTES, write_csv
@@ -16,6 +18,7 @@ import stage_a_sft_training as training
 from sft.cli import InputError
 from sft.data.dataset import load_datasets, packed_batch, read_data
 from sft.model.base import load_base_model, load_tokenizer
+from sft.training.checks import check_options
 from sft.training.set_up import set_up
 from stage_a_sft_training import TrainConfig, learning_rate_at, train, train_step
 
@@ -264,6 +267,27 @@ def test_early_stopping_keeps_the_best_epoch(configured, monkeypatch):
     assert stats["kept_epoch"] == 1
 
 
+def test_validation_losses_stand_in_the_metrics(finished):
+    config = finished()
+    stats = stats_of(config)
+    losses = [stats["untrained_val_loss"], *(epoch["val_loss"] for epoch in stats["epochs"])]
+    expected = [{"step": 3 * i, "epoch": i, "val_loss": loss} for i, loss in enumerate(losses)]
+    assert [line for line in lines_of(config) if "val_loss" in line] == expected
+
+
+@pytest.mark.parametrize("broken", ["draw_losses", "log", "init_trackers", "finish"])
+def test_no_picture_and_no_tracker_ends_a_run(configured, monkeypatch, capfd, broken, tmp_path):
+    def fail(*arguments, **options):
+        raise ValueError("broken in the test")
+
+    owner = {"draw_losses": training, "finish": TensorBoardTracker}.get(broken, Accelerator)
+    monkeypatch.setattr(owner, broken, fail)
+    train(configured(num_epochs=1, report_to="tensorboard"))
+    assert (tmp_path / "out" / "final_model" / "SHA256SUMS").exists()
+    said = capfd.readouterr().err
+    assert re.search("warning: no .*: broken in the test", said) and "Training completed!" in said
+
+
 # ------------------------------------------------------------------------------- options
 
 
@@ -315,3 +339,26 @@ def test_a_refusal_takes_two_lines(csv_files, tmp_path, model_folder):
     result.stderr = "\n".join(line for line in result.stderr.splitlines() if not line.startswith("Device:"))
     assert_input_error(result, "q_proj")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name, value, harmless",
+    [
+        ("DYNAMO_BACKEND", "INDUCTOR", "NO"),
+        ("MIXED_PRECISION", "bf16", "no"),
+        ("USE_FSDP", "true", "false"),
+        ("USE_DEEPSPEED", "True", "False"),
+        ("USE_MEGATRON_LM", "true", "false"),
+        ("USE_PARALLELISM_CONFIG", "true", "false"),
+        ("IN_TPU_POD", "1", "0"),
+        ("TORCH_DEVICE", "cuda:1", ""),
+        ("SAGEMAKER_DISTRIBUTED_TYPE", "DATA_PARALLEL", "NO"),
+    ],
+)
+def test_what_accelerate_hands_down_and_the_loop_does_not_take(monkeypatch, name, value, harmless):
+    monkeypatch.setenv(f"ACCELERATE_{name}", harmless)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    check_options(TrainConfig())
+    monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    with pytest.raises(InputError, match=f"accelerate's .*ACCELERATE_{name}={value}"):
+        check_options(TrainConfig())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sft.cli import InputError, plural, preview_list
-from sft.data.prompt import PromptEncoder, build_template, pad_token_id
+from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
 from sft.data.rows import Row, drop_stray_citations, factual_rows, name_rows, read_rows, split_rows
 from sft.data.token_cache import cache_key, read_cache, write_cache
 from sft.grounding.citations import cited_sentence_numbers, has_citation
@@ -229,28 +229,30 @@ def load_datasets(
     tokenizer,
     options: DataOptions,
     cache_dir: Path | None = None,
-    sentence_version: int = SENTENCE_VERSION,
+    template: PromptTemplate | None = None,
 ) -> tuple[SFTDataset, SFTDataset]:
-    """The training and the validation set of what `read_data` read, with one prompt template for both.
+    """The training and the validation set of what `read_data` read, with one prompt template for both:
+    `template`, or the tokenizer's.
 
-    `cache_dir` keeps the tokens for the next start. `sentence_version`: of the rules that find the notes'
-    sentences, unless the options say v1. Raises InputError if no row of a file fits.
+    `cache_dir` keeps the tokens for the next start. Raises InputError if no row of a file fits.
     """
     train, validation = (factual_rows(part) for part in rows)
     if options.sentence_numbering == "auto":
         is_numbered = _cites_evidence(train)
     else:
         is_numbered = options.sentence_numbering != "off"
-    template = build_template(
+    template = template or build_template(
         tokenizer,
         instruction=options.instruction,
         number_sentences=is_numbered,
-        sentence_version=1 if options.sentence_numbering == "v1" else sentence_version,
+        sentence_version=1 if options.sentence_numbering == "v1" else SENTENCE_VERSION,
     )
     encoder = PromptEncoder(tokenizer, template)
 
     def load(name: str, path: str, part: list[Row]) -> SFTDataset:
-        part, stray = drop_stray_citations(part, template.sentence_version if is_numbered else None)
+        part, stray = drop_stray_citations(
+            part, template.sentence_version if template.number_sentences else None
+        )
         if stray and options.stray_citations == "refuse":
             problem = f"{path}: citations that the prompt or the note does not support: {name_rows(stray)}"
             fix = "correct them, number all summaries with --sentence_numbering on, or use --stray_citations drop"

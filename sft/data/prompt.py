@@ -6,11 +6,14 @@ Training and inference both build their prompts here, with the same functions, s
 import bisect
 import functools
 import itertools
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sft.cli import InputError
+from sft.files import check_format_version
 from sft.grounding.sentences import SENTENCE_VERSION, number_sentences, sentence_spans
 
 INSTRUCTION = "Summarize the clinical note. State only what the note says."
@@ -57,6 +60,13 @@ class PromptTemplate:
         if not (are_texts and are_tokens and stop_token_ids and is_known):
             raise TypeError("the prompt's parts are of other types")
         return cls(**{**values, "stop_token_ids": stop_token_ids})
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> "PromptTemplate":
+        """The prompt of an adapter folder or a checkpoint. Raises InputError for a newer version's folder."""
+        sft_config = json.loads((folder / "sft_config.json").read_text(encoding="utf-8"))
+        check_format_version(folder, sft_config)
+        return cls.from_dict(sft_config["prompt"])
 
     def render_note(self, note: str) -> str:
         return "\n".join(number_sentences(note, self.sentence_version)) if self.number_sentences else note

@@ -32,7 +32,7 @@ from sft.cli import (
 )
 from sft.data.rows import TOO_MANY_FIELDS, read_table
 from sft.data.text import clean_text, decode_text
-from sft.files import check_new_file, sync_dir, write_json
+from sft.files import check_new_file, lock, sync_dir, write_json
 from sft.options import InferenceConfig
 
 # Batches between two writes: the end of a window, when the batch is no longer full, costs little
@@ -165,7 +165,8 @@ class PartialFile:
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         self.file = os.fdopen(os.open(path, flags, 0o600), "r+b")
         try:
-            _lock(self.file, path)
+            fix = "wait for it, or choose another --output_file"
+            lock(self.file, f"another process is writing {path}", fix)
             if has_record:
                 self.record = self._read_own_record(fingerprint)
             elif not header.encode().startswith(self.file.read(len(header) + 1)):
@@ -185,7 +186,7 @@ class PartialFile:
     def _read_own_record(self, fingerprint: dict) -> dict:
         record = read_record(record_path(self.path))
         fix = "use the same files and options, or delete it and its .json to start over"
-        check_same_run(self.path, record["fingerprint"], fingerprint, fix)
+        check_fingerprint(self.path, record["fingerprint"], fingerprint, fix)
         if self.path.stat().st_size < record["bytes"]:
             fix = "delete it and its .json to start over"
             raise InputError(f"{self.path} is shorter than its record says", fix)
@@ -223,21 +224,6 @@ def _check_resume(partial: Path, resume: bool) -> None:
         raise InputError(f"{partial} exists: an earlier run was interrupted", fix)
 
 
-def _lock(file, path: Path) -> None:
-    """Keeps other processes from writing to `file` until it is closed or this process ends. Raises InputError
-    if another process has it."""
-    with contextlib.suppress(ImportError):  # not on Windows
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fix = "wait for it, or choose another --output_file"
-            raise InputError(f"another process is writing {path}", fix) from None
-        except OSError:  # a file system without locks
-            pass
-
-
 # ------------------------------------------------------------------------------- records and names
 
 
@@ -257,7 +243,7 @@ def read_record(path: Path) -> dict:
     return record
 
 
-def check_same_run(path: Path, recorded: dict, fingerprint: dict, fix: str) -> None:
+def check_fingerprint(path: Path, recorded: dict, fingerprint: dict, fix: str) -> None:
     """Raises InputError if the two fingerprints differ."""
     names = sorted(recorded.keys() | fingerprint.keys())
     different = [name for name in names if recorded.get(name) != fingerprint.get(name)]
@@ -315,7 +301,7 @@ def _check_complete(target: Path, fingerprint: dict) -> None:
     except (FileNotFoundError, ValueError, TypeError):
         problem = f"{target} exists, but its record {done_path(target).name} is missing or unreadable"
         raise InputError(f"{problem}, so this run cannot be matched to it", fix) from None
-    check_same_run(target, recorded, fingerprint, fix)
+    check_fingerprint(target, recorded, fingerprint, fix)
     for partial in existing_partials(target):
         # Without an intact record it is not known to be this run's, and stays
         with contextlib.suppress(InputError, FileNotFoundError):

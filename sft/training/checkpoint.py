@@ -7,8 +7,11 @@ imports."""
 
 import contextlib
 import json
+import math
 import os
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING
 from sft.cli import InputError, as_input_error, log, on_main_process
 from sft.files import (
     checksum_problem,
+    lock,
     make_private_dir,
     new_folder,
     remove,
@@ -24,7 +28,7 @@ from sft.files import (
 )
 from sft.model.folder import read_sft_config
 from sft.options import TrainConfig
-from sft.training.report import model_card
+from sft.training.report import load_figure, model_card, optional
 
 if TYPE_CHECKING:
     from sft.training.run import Run
@@ -33,43 +37,77 @@ if TYPE_CHECKING:
 # ------------------------------------------------------------------------------- what is there
 
 
+# The names that a run gives, whole: checkpoint_backup is somebody's own
+_CHECKPOINT = re.compile(r"checkpoint_(epoch|step)_\d+")
+_LEFTOVER = re.compile(
+    r"\.(checkpoint_(epoch|step)_\d+|final_model)\.(\d+|old)"
+    r"|\.(training_stats\.json|metrics\.jsonl|loss_curve\.png)\.\w{8}"
+)
+
+
+@contextlib.contextmanager
+def output_lock(config: TrainConfig) -> Iterator[None]:
+    """Inside, no other run can write to the output folder: the main process holds the lock for all of its
+    run. Folders that are still empty at the end are removed again. Raises InputError if another run is at
+    work there."""
+    output_dir = Path(config.output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"--output_dir {output_dir} is a file", "specify a folder with --output_dir")
+    if config.dry_run or not on_main_process():
+        yield
+        return
+    new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    make_private_dir(output_dir)
+    path = output_dir / ".lock"
+    with open(path, "a") as file:
+        problem = f"another training run is at work in {output_dir}"
+        fix = "wait for it, or choose another --output_dir"
+        lock(file, problem, fix)
+        # Opened just before the other run ended and removed it
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            raise InputError(problem, fix)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                for folder in new:
+                    folder.rmdir()
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The folders there with a checkpoint's name."""
+    return sorted(path for path in output_dir.glob("checkpoint_*") if _CHECKPOINT.fullmatch(path.name))
+
+
 def run_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in `output_dir`, complete or not; what others put there is not listed."""
     names = ("training_stats.json", "metrics.jsonl", "loss_curve.png", "sft_tracker")
     files = [output_dir / name for name in names]
-    folders = [*output_dir.glob("final_model"), *output_dir.glob("checkpoint_*")]
+    folders = [output_dir / "final_model", *checkpoints(output_dir)]
     folders = [folder for folder in folders if (folder / "sft_config.json").is_file()]
     # Files of those names, but not from a run of ours
     if not folders and not _is_our_metrics(output_dir / "metrics.jsonl"):
         files = []
-    return [path for path in (*files, *folders, *leftovers(output_dir)) if path.exists()]
+    return [path for path in (*files, *folders, *leftovers(output_dir)) if os.path.lexists(path)]
 
 
 def _is_our_metrics(file: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, TypeError), open(file, encoding="utf-8") as lines:
         first_line = lines.readline()
-        return not first_line or "n_target_tokens" in json.loads(first_line)
+        return not first_line or not {"n_target_tokens", "val_loss"}.isdisjoint(json.loads(first_line))
     return False
 
 
 def leftovers(output_dir: Path) -> list[Path]:
     """What a killed run was about to write."""
-    patterns = (
-        ".checkpoint_*",
-        ".final_model*",
-        ".training_stats.json.*",
-        ".metrics.jsonl.*",
-        ".loss_curve.png.*",
-    )
-    return [path for pattern in patterns for path in output_dir.glob(pattern)]
+    return [path for path in output_dir.glob(".*") if _LEFTOVER.fullmatch(path.name)]
 
 
 def check_output_dir(config: TrainConfig) -> Path | None:
     """The checkpoint to resume from, if any. Raises InputError if the run may not write to its output
     folder."""
     output_dir = Path(config.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"--output_dir {output_dir} is a file", "specify a folder with --output_dir")
     if config.resume and config.overwrite:
         raise InputError("--resume cannot be combined with --overwrite", "choose one")
     if config.resume:
@@ -97,7 +135,7 @@ def newest_checkpoint(config: TrainConfig) -> Path | None:
     _put_back_replaced(output_dir)
     complete = []
     n_incomplete = 0
-    for folder in sorted(output_dir.glob("checkpoint_*")):
+    for folder in checkpoints(output_dir):
         problem = checksum_problem(folder)
         if problem is None:
             complete.append(folder)
@@ -171,7 +209,8 @@ def _write_checkpoint(run: "Run", folder: Path) -> None:
 
 
 def _needless_checkpoints(run: "Run", newest: Path) -> list[Path]:
-    needless = [path for path in run.output_dir.glob("checkpoint_step_*") if path != newest]
+    inside_epochs = [path for path in checkpoints(run.output_dir) if path.name.startswith("checkpoint_step_")]
+    needless = [path for path in inside_epochs if path != newest]
     epochs = run.progress.epochs
     if run.config.keep_checkpoints:
         by_loss = sorted(epochs, key=lambda epoch: epoch["val_loss"])
@@ -206,21 +245,43 @@ def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
 
 
 def begin(run: "Run", checkpoint: Path | None) -> None:
-    """Restores `checkpoint`, or starts in an empty output folder; then the trackers. Raises InputError if the
-    checkpoint is another run's."""
+    """Restores `checkpoint`, or starts in an empty output folder; then the trackers. Writes nothing if
+    nothing is left to do. Raises InputError if the checkpoint is another run's."""
     if checkpoint:
         restore(run, checkpoint)
+        if is_finished(run):
+            return
+        if run.accelerator.is_main_process:
+            remove(leftovers(run.output_dir))
+            truncate_metrics(run.output_dir / "metrics.jsonl", run.progress.step, len(run.progress.epochs))
     elif run.accelerator.is_main_process:
         if run.config.resume:
             log("The earlier run was interrupted before its first checkpoint: starting again")
         start_fresh(run.output_dir)
     run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        with optional("loss_curve.png at the end"):
+            load_figure()
     if run.config.report_to != "none":
         # No text, no paths
         numbers = {
             name: value for name, value in asdict(run.config).items() if isinstance(value, int | float)
         }
-        run.accelerator.init_trackers("sft_tracker", numbers)
+        with optional("tracker"):
+            run.accelerator.init_trackers("sft_tracker", numbers)
+
+
+def is_finished(run: "Run") -> bool:
+    """Whether a restored run has nothing left to do: its last epoch is done, or early stopping has ended it,
+    and final_model is the epoch it should be."""
+    if len(run.progress.epochs) < run.config.num_epochs and not run.progress.out_of_patience(
+        run.config.early_stopping_patience
+    ):
+        return False
+    final_model = run.output_dir / "final_model"
+    if not final_model.is_dir() or checksum_problem(final_model):
+        return False
+    return json.loads((final_model / "sft_config.json").read_text())["epoch"] == run.progress.kept_epoch
 
 
 def start_fresh(output_dir: Path) -> None:
@@ -244,34 +305,45 @@ def restore(run: "Run", folder: Path) -> None:
         run.scaler.load_state_dict(state["scaler"])
         run.progress.load_state(state["progress"])
     progress = run.progress
+    progress.micro_batch_size = min(progress.micro_batch_size, run.config.batch_size)
     n_epochs = len(progress.epochs)
     if n_epochs > run.config.num_epochs or progress.step > run.plan.total_steps:
         needed = max(n_epochs, -(-progress.step // run.plan.steps_per_epoch))
         problem = f"--resume: the run is in epoch {needed} already, --num_epochs is {run.config.num_epochs}"
         raise InputError(problem, f"use --num_epochs {needed} or more")
-    if run.accelerator.is_main_process:
-        remove(leftovers(run.output_dir))
-        truncate_metrics(run.output_dir / "metrics.jsonl", progress.step)
     run.log(f"Resuming from {folder}: {progress.step:,} of {run.plan.total_steps:,} steps are done")
+
+
+# Their product is the rows of a step, which is what matters
+LAYOUT = ("batch_size", "gradient_accumulation_steps", "n_processes")
 
 
 def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
     """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did
-    not have yet counts as having had its default, and what else it did not record as the same."""
+    not have yet counts as having had its default, and what else it did not record as the same; the rows of a
+    step may be divided in another way."""
     defaults = run.fingerprint | asdict(TrainConfig())
     was = {name: saved.get(name, defaults[name]) for name in run.fingerprint}
     changed = [name for name, value in run.fingerprint.items() if was[name] != value]
+    n_rows, n_rows_now = (math.prod(values[name] for name in LAYOUT) for values in (was, run.fingerprint))
+    if changed and set(changed) <= set(LAYOUT) and n_rows == n_rows_now:
+        if run.config.lora_dropout:
+            run.log(f"info: the {n_rows} rows of a step are divided in another way: dropout will differ")
+        return
     if changed:
         differences = ", ".join(f"{name} was {was[name]}, is {run.fingerprint[name]}" for name in changed)
         fix = "use the same options, data and base model, or replace --resume with --overwrite to start over"
         raise InputError(f"--resume: {folder} was written with different options or data: {differences}", fix)
 
 
-def truncate_metrics(file: Path, step: int) -> None:
-    """Drops the steps after `step`, which will be done again, and a last line that a kill cut short."""
+def truncate_metrics(file: Path, step: int, n_epochs: int) -> None:
+    """Drops the steps after `step` and the validations after epoch `n_epochs`, which will be done again, and
+    a last line that a kill cut short."""
     kept = []
     for line in file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
+            values = json.loads(line)
+            is_done = values["epoch"] <= n_epochs if "val_loss" in values else values["step"] <= step
+            if line.endswith("\n") and is_done:
                 kept.append(line)
     write_atomic(file, "".join(kept))

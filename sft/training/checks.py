@@ -27,8 +27,34 @@ def check_options(config: TrainConfig) -> None:
         raise InputError(problem, "run: pip install tensorboardX")
     if quantization_of(config.use_8bit, config.use_4bit) and config.shard_base:
         raise InputError("--shard_base cannot be combined with --use_8bit or --use_4bit", "choose one")
-    # accelerate sets these for a configuration that would take over division, clipping and optimizer of the
-    # loop
-    if "true" in (os.environ.get("ACCELERATE_USE_DEEPSPEED"), os.environ.get("ACCELERATE_USE_FSDP")):
-        fix = "use accelerate launch --multi_gpu, and --shard_base"
-        raise InputError("accelerate's FSDP and DeepSpeed do not fit this training loop", fix)
+    check_accelerate()
+
+
+# What accelerate's launcher and configuration hand down that would take over division, clipping, optimizer,
+# dtype or device of the loop; the value that asks for nothing; what to do instead. Harmless, and so not here:
+# gradient accumulation (the loop's own counts), CPU affinity, debug mode, USE_CPU, and the settings of FSDP,
+# DeepSpeed, Megatron and fp8, which are read only with those.
+_ACCELERATE = {
+    "USE_FSDP": ("FSDP", "false", "use accelerate launch --multi_gpu, and --shard_base"),
+    "USE_DEEPSPEED": ("DeepSpeed", "false", "use accelerate launch --multi_gpu, and --shard_base"),
+    "USE_MEGATRON_LM": ("Megatron-LM", "false", "use accelerate launch --multi_gpu, and --shard_base"),
+    "USE_PARALLELISM_CONFIG": ("parallelism_config", "false", "use accelerate launch --multi_gpu"),
+    "DYNAMO_BACKEND": ("dynamo backend", "no", "use accelerate launch --dynamo_backend no"),
+    "MIXED_PRECISION": (
+        "mixed precision",
+        "no",
+        "use accelerate launch --mixed_precision no; --dtype decides",
+    ),
+    "IN_TPU_POD": ("TPU mode", "0", "use a GPU or a CPU"),
+    "SAGEMAKER_DISTRIBUTED_TYPE": ("SageMaker mode", "no", "use torchrun"),
+    "TORCH_DEVICE": ("device", "", "unset it; --device decides"),
+}
+
+
+def check_accelerate() -> None:
+    """Raises InputError for a setting of accelerate's that this loop does not take."""
+    for name, (what, off, fix) in _ACCELERATE.items():
+        value = os.environ.get(f"ACCELERATE_{name}", off)
+        if value.lower() not in (off, ""):
+            problem = f"accelerate's {what} does not fit this training loop (ACCELERATE_{name}={value})"
+            raise InputError(problem, fix)

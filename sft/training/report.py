@@ -1,16 +1,30 @@
 """What a training run reports: its plan, advice, the loss curve, the model card. No note text, no
 absolute path."""
 
+import contextlib
 import io
+import os
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import yaml
 
-from sft.cli import plural
-from sft.options import quantization_of
+from sft.cli import log, on_main_process, plural
+from sft.options import TrainConfig, quantization_of
 
 if TYPE_CHECKING:
-    from sft.training.run import Run
+    from sft.training.run import Run, TrainingProgress
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Whatever fails inside is a warning: what only illustrates a run does not end it."""
+    try:
+        yield
+    except Exception as error:
+        if on_main_process():
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log(f"warning: no {what}: {reason}")
 
 
 def duration(seconds: float) -> str:
@@ -49,35 +63,67 @@ def log_plan(run: "Run") -> None:
     )
 
 
-def advise(untrained: float, epochs: list[dict], skipped_steps: int = 0) -> list[str]:
-    """What the losses tell a reader, with the option to try. `untrained` is the validation loss before the
-    first step."""
-    best = best_epoch(epochs)
-    last = epochs[-1]
+def why_it_ended(run: "Run") -> str:
+    """Why there is no further epoch, and how to get one."""
+    n_done = len(run.progress.epochs)
+    if n_done >= run.config.num_epochs:
+        return f"{plural(n_done, 'epoch')} of {n_done} done; a higher --num_epochs continues the run"
+    best = best_epoch(run.progress.epochs)
+    patience = run.config.early_stopping_patience
+    return (
+        f"Val Loss was not below that of epoch {best['epoch']} ({best['val_loss']:.4f}) for"
+        f" {plural(n_done - best['epoch'], 'epoch')} (--early_stopping_patience {patience})"
+    )
+
+
+def advise(config: TrainConfig, progress: "TrainingProgress") -> list[str]:
+    """What the losses tell a reader, with the options to try: none that the run is beyond already."""
+    untrained = progress.untrained_val_loss
+    best = best_epoch(progress.epochs)
+    last = progress.epochs[-1]
     advice = []
-    if best["val_loss"] > untrained:
-        advice.append(f"Val Loss rose above the untrained model's ({untrained:.4f}): lower --learning_rate")
-    elif best["val_loss"] > 0.98 * untrained:
-        advice.append("Val Loss barely moved: try --num_epochs 3, --learning_rate 5e-4 or --lora_r 32")
+    # After a single step the losses say nothing yet
+    if progress.step > 1 and best["val_loss"] > untrained:
+        fix = f"lower --learning_rate (now {config.learning_rate:g})"
+        if config.learning_rate <= 1e-5:
+            fix = "check the rows: python sft_dataset.py"
+        advice.append(f"Val Loss rose above the untrained model's ({untrained:.4f}): {fix}")
+    elif progress.step > 1 and best["val_loss"] > 0.98 * untrained:
+        choices = {
+            "--num_epochs 3": config.num_epochs < 3,
+            "--learning_rate 5e-4": config.learning_rate < 5e-4,
+            "--lora_r 32": config.lora_r < 32,
+            "--target_modules all-linear": config.target_modules != ["all-linear"],
+        }
+        fixes = [fix for fix, is_more in choices.items() if is_more] or ["more rows"]
+        advice.append(f"Val Loss barely moved: try {', '.join(fixes[:3])}")
     if last["epoch"] > best["epoch"] and last["train_loss"] < best["train_loss"]:
         advice.append(
             f"Overfitting after epoch {best['epoch']}: Train Loss kept falling while Val Loss rose; "
             f"try --num_epochs {best['epoch']} or more data"
         )
-    if skipped_steps:
+    if progress.skipped_steps:
         advice.append(
-            f"{plural(skipped_steps, 'step')} skipped because a float16 gradient overflowed; --dtype bfloat16 avoids it"
+            f"{plural(progress.skipped_steps, 'step')} skipped because a float16 gradient overflowed; --dtype bfloat16 avoids it"
         )
     return advice
 
 
+def load_figure() -> type:
+    """matplotlib's Figure, which needs no pyplot and no backend: that is one for the whole process. The
+    environment may name one that is not installed here (a notebook's), of which the first import would fail.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure
+
+
 def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps_per_epoch: int) -> bytes:
     """loss_curve.png: training loss by step, validation loss by epoch, the kept epoch marked."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     ends = [epoch["epoch"] * steps_per_epoch for epoch in epochs]
     middles = [end - steps_per_epoch / 2 for end in ends]
     best = best_epoch(epochs)
@@ -86,7 +132,8 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     steps = [line["step"] for line in metrics]
     step_losses = [line["loss"] for line in metrics]
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = load_figure()(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(steps, step_losses, color="tab:blue", alpha=0.35, linewidth=1, label="train, each step")
     axes.plot(middles, train_losses, "o-", color="tab:blue", label="train, epoch mean")
     axes.plot([0, *ends], val_losses, "s-", color="tab:orange", label="validation")
@@ -99,7 +146,6 @@ def draw_losses(metrics: list[dict], untrained: float, epochs: list[dict], steps
     axes.legend()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    plt.close(figure)
     return image.getvalue()
 
 

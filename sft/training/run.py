@@ -1,6 +1,7 @@
 """A training run: which rows each step takes, how far it is, what it works with."""
 
 import functools
+import gc
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,7 @@ from sft.model.base import (
     peak_memory_mb,
 )
 from sft.options import CPU_TOKENS_PER_PASS, TrainConfig
-from sft.training.report import best_epoch
+from sft.training.report import best_epoch, optional
 
 # ------------------------------------------------------------------------------- the plan
 
@@ -230,7 +231,8 @@ class Run:
                 file.write(json.dumps(metrics) + "\n")
         if self.config.report_to != "none":
             values = {key: value for key, value in metrics.items() if key != "step" and value is not None}
-            self.accelerator.log(values, metrics["step"])
+            with optional("line in the tracker's files"):
+                self.accelerator.log(values, metrics["step"])
 
     def stats(self) -> dict:
         """What training_stats.json holds."""
@@ -244,6 +246,22 @@ class Run:
             "device": str(self.accelerator.device),
             "skipped_steps": self.progress.skipped_steps,
         }
+
+    def close(self) -> None:
+        """Ends the tracker and, once all processes are here, their process group.
+
+        DDP goes first. If its reducer were the last to hold the group, the group's destructor would join
+        gloo's threads with Python's lock held, and a thread that is freeing a tensor waits for that lock:
+        both hang for ever. torch's own references release the lock before."""
+        self.accelerator.wait_for_everyone()
+        self.wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        with optional("end of the tracker's files"):
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.accelerator.trackers = []
+        self.accelerator.end_training()
 
     def write_stats(self) -> None:
         if self.accelerator.is_main_process:

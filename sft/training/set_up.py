@@ -18,11 +18,10 @@ from peft import PeftModel
 from sft.cli import InputError, log
 from sft.data.dataset import SFTDataset, load_datasets
 from sft.data.formats import main_language
-from sft.data.prompt import PromptTemplate
+from sft.data.prompt import PromptTemplate, build_template
 from sft.data.report import log_data_warnings
 from sft.data.rows import Row
 from sft.files import FORMAT_VERSION, sha256
-from sft.grounding.sentences import SENTENCE_VERSION
 from sft.model.adapter import add_lora, set_gradient_checkpointing, shard_base
 from sft.model.base import (
     Placement,
@@ -45,7 +44,7 @@ from sft.training.run import Plan, Run, TrainingProgress
 
 def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: Path | None = None) -> Run:
     """Everything before the first step, from checked options and rows: processes, base model, LoRA,
-    optimizer, data. `checkpoint`: of the run that is resumed.
+    optimizer, data. The prompt is that of `checkpoint`, if there is one.
 
     Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
     """
@@ -181,18 +180,26 @@ def load_data(
     accelerator: Accelerator,
     tokenizer,
     rows: tuple[list[Row], list[Row]],
-    checkpoint: Path | None = None,
+    checkpoint: Path | None,
 ) -> tuple[SFTDataset, SFTDataset]:
     """Both sets as tokens; one process tokenizes, the others read its cache."""
     cache_dir = None if config.dry_run else config.token_cache
-    # A resumed run keeps the sentences that it began with
-    sentence_version = SENTENCE_VERSION
-    if checkpoint:
-        saved_prompt = json.loads((checkpoint / "sft_config.json").read_text(encoding="utf-8"))["prompt"]
-        sentence_version = PromptTemplate.from_dict(saved_prompt).sentence_version
+    # Never rendered a second time: templates write the day's date, and may be edited
+    template = PromptTemplate.of_folder(checkpoint) if checkpoint else None
     with accelerator.main_process_first():
-        datasets = load_datasets(rows, tokenizer, config, cache_dir, sentence_version)
+        datasets = load_datasets(rows, tokenizer, config, cache_dir, template)
     log_data_warnings(rows, datasets, config)
+    if template and accelerator.is_main_process:
+        rendered = build_template(
+            tokenizer,
+            instruction=config.instruction,
+            number_sentences=template.number_sentences,
+            sentence_version=template.sentence_version,
+        )
+        if rendered != template:
+            log(
+                "info: the base model's chat template makes another prompt now; the run keeps its checkpoint's"
+            )
     return datasets
 
 

@@ -1,0 +1,157 @@
+"""Preference pairs for Stage B (DPO): each hallucinated summary beside a factual one of the same note, with
+the prompt and the tokens of Stage A.
+
+A pair has the texts `prompt`, `chosen`, `rejected` (TRL's format, https://huggingface.co/docs/trl/dataset_formats)
+and the same as token ids, `prompt_ids`, `chosen_ids`, `rejected_ids` (what TRL's DPO collator takes). The ids
+are Stage A's own. TRL's DPOTrainer (read in 1.16) tokenizes the texts again: the tokenizer adds its BOS, and
+EOS is appended to an answer that does not end in it. So a text has no BOS where the tokenizer writes one,
+and the tokenizer needs the end of turn as its EOS (`end_of_turn`). Then the texts give the same ids, unless a
+note holds a control token as text, or tokens merge where note and template meet: `differing_texts` finds
+those.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from sft.cli import InputError, log, plural, preview_list, safe_id
+from sft.data.dataset import Refused, encode_example
+from sft.data.prompt import PromptEncoder
+from sft.data.rows import Row
+from sft.files import write_atomic
+
+
+def preference_pairs(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> list[dict]:
+    """The pairs in `rows`, each note shortened as Stage A shortens it beside its factual summary. Logs which
+    hallucinated rows are left out, and why.
+
+    A summary that has both labels for the same note is used on neither side."""
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row.note_key, row.summary_key].add(row.label)
+    is_contradicted = {texts for texts, given in labels.items() if len(given) > 1}
+
+    factual = {}
+    for row in rows:
+        if row.label == "factual" and (row.note_key, row.summary_key) not in is_contradicted:
+            factual.setdefault(row.note_key, row)
+
+    pairs = []
+    left_out = {"contradicted": [], "alone": [], "too_long": []}
+    for row in rows:
+        if row.label != "hallucinated":
+            continue
+        chosen = factual.get(row.note_key)
+        if (row.note_key, row.summary_key) in is_contradicted:
+            left_out["contradicted"].append(row.id)
+        elif chosen is None:
+            left_out["alone"].append(row.id)
+        else:
+            pair = _encode_pair(row, chosen, encoder, max_length)
+            if pair:
+                pairs.append(pair)
+            else:
+                left_out["too_long"].append(row.id)
+    _log_left_out(left_out)
+    return pairs
+
+
+def _log_left_out(left_out: dict[str, list[str]]) -> None:
+    reasons = {
+        "contradicted": "whose summary another row of the same note calls factual",
+        "alone": "without a factual summary of the same note",
+        "too_long": "whose note and factual summary do not fit --max_length",
+    }
+    for name, ids in left_out.items():
+        if ids:
+            log(f"warning: no pair for {plural(len(ids), 'hallucinated row')} {reasons[name]}: {_ids(ids)}")
+
+
+def _ids(ids: Iterable[str]) -> str:
+    return preview_list(map(safe_id, ids))
+
+
+def _encode_pair(rejected: Row, chosen: Row, encoder: PromptEncoder, max_length: int) -> dict | None:
+    """The pair as texts and ids; None if Stage A left the factual row out."""
+    template = encoder.template
+    tokenizer = encoder.tokenizer
+    note = template.render_note(chosen.clinical_note)
+    note_ids, chosen_ids, rejected_ids = encoder.encode_texts(
+        [note, chosen.model_summary, rejected.model_summary]
+    )
+    encoded = encode_example(chosen, note_ids, chosen_ids, encoder, max_length)
+    if isinstance(encoded, Refused):
+        return None
+    prompt_ids = encoded.ids[: encoded.n_prompt]
+    if encoded.shortened:
+        kept = prompt_ids[len(encoder.prefix_ids) : len(prompt_ids) - len(encoder.suffix_ids)]
+        note = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
+    prompt = template.prefix + note + template.suffix
+    # The tokenizer writes it
+    bos = tokenizer.bos_token
+    if bos and prompt.startswith(bos) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        prompt = prompt.removeprefix(bos)
+    return {
+        "id": rejected.id,
+        "factual_id": chosen.id,
+        "hallucination_type": rejected.hallucination_type,
+        "shortened": encoded.shortened,
+        "prompt": prompt,
+        "chosen": chosen.model_summary,
+        "rejected": rejected.model_summary,
+        "prompt_ids": prompt_ids,
+        "chosen_ids": [*chosen_ids, template.end_token_id],
+        "rejected_ids": [*rejected_ids, template.end_token_id],
+    }
+
+
+def end_of_turn(encoder: PromptEncoder) -> str:
+    """The token that ends a summary, as text: what Stage B's tokenizer needs as its eos_token."""
+    return encoder.tokenizer.convert_ids_to_tokens(encoder.template.end_token_id)
+
+
+def differing_texts(pairs: Sequence[dict], encoder: PromptEncoder) -> list[str]:
+    """The ids of the pairs whose texts do not give their token ids, tokenized as TRL does."""
+    end = end_of_turn(encoder)
+    differing = []
+    for pair in pairs:
+        for answer in ("chosen", "rejected"):
+            ids = encoder.tokenizer(pair["prompt"] + pair[answer] + end).input_ids
+            if ids != pair["prompt_ids"] + pair[f"{answer}_ids"]:
+                differing.append(pair["id"])
+                break
+    return differing
+
+
+def find_pairs(path: str, rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> list[dict]:
+    """`preference_pairs`, at least one. Raises InputError if there is none."""
+    pairs = preference_pairs(rows, encoder, max_length)
+    if not pairs:
+        n_rows = plural(sum(row.label == "hallucinated" for row in rows), "hallucinated row")
+        problem = f"--export_preferences: {path} holds no pair of summaries of one note ({n_rows})"
+        raise InputError(problem, "give a hallucinated row the same clinical_note as a factual one")
+    return pairs
+
+
+def export_pairs(path: Path, pairs: Sequence[dict], encoder: PromptEncoder) -> None:
+    """Writes the pairs as JSON Lines, and says what Stage B must know about them."""
+    write_atomic(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
+    n_shortened = sum(pair["shortened"] for pair in pairs)
+    longest = max(
+        len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs
+    )
+    log(
+        f"Wrote {plural(len(pairs), 'preference pair')} to {path}: {plural(n_shortened, 'note')} shortened,"
+        f" {longest:,} tokens at most"
+    )
+    end = end_of_turn(encoder)
+    if end != encoder.tokenizer.eos_token:
+        log(f'info: in Stage B set tokenizer.eos_token = "{end}", which ends a summary (guide, section 11)')
+    differing = differing_texts(pairs, encoder)
+    if differing:
+        n_pairs = plural(len(differing), "pair")
+        log(
+            f"warning: the texts of {n_pairs} have other tokens than in Stage A: {_ids(differing)};"
+            " train on the columns prompt_ids, chosen_ids, rejected_ids (guide, section 11)"
+        )
