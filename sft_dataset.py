@@ -94,7 +94,7 @@ def prompt_source(config: ReportConfig, rows: Sequence[Row]) -> tuple[object, Pr
 
     if config.model_path is None:
         return load_tokenizer(config.model_name), None
-    from sft_inference import read_adapter_folder
+    from sft.model.folder import read_adapter_folder
 
     folder, sft_config, _ = read_adapter_folder(config.model_path)
     template = PromptTemplate.from_dict(sft_config["prompt"])
