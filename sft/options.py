@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft.cli import InputError, plural, preview_list
+from sft.cli import InputError, plural, preview_list, safe_id
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 DEFAULT_MAX_LENGTH = 512
@@ -53,7 +53,8 @@ def number(kind: type, low: float, high: float = float("inf"), *, above_low: boo
             value = kind(text)
         except ValueError:
             name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+            # It may be a note in the wrong place
+            raise argparse.ArgumentTypeError(f"{safe_id(text)} is not {name}") from None
         too_low = value <= low if above_low else value < low
         # "not value <= high" is true for NaN too
         if abs(value) == float("inf") or too_low or not value <= high:
@@ -279,11 +280,26 @@ class InferenceConfig(MachineOptions):
     clinical_note: str | None = option(
         None, "one note; - reads it from standard input", group=NOTES, metavar="TEXT"
     )
-    input_file: str | None = option(
+    input_file: list[str] | None = option(
         None,
-        "notes: .txt (one per line), .csv (column clinical_note, optionally id) or .jsonl (the same keys)",
+        "notes: .txt (see one_note), .csv (column clinical_note, optionally id), .jsonl (the same keys), or "
+        "several .txt files or a folder of them, one note each",
         group=NOTES,
         metavar="FILE",
+    )
+    one_note: str = option(
+        "auto",
+        "what one note is in a .txt or in piped text; auto = a line (piped: a paragraph), unless it looks "
+        "like a part of a note",
+        choices=["auto", "file", "line", "paragraph"],
+        group=NOTES,
+    )
+    id_column: str | None = option(None, "the column of ids, if not id", group=NOTES, metavar="NAME")
+    note_column: str | None = option(
+        None, "the column of notes, if not clinical_note", group=NOTES, metavar="NAME"
+    )
+    keep_columns: list[str] | None = option(
+        None, "columns to carry over to the output", group=NOTES, metavar="NAME"
     )
     output_file: str | None = option(
         None,
@@ -292,6 +308,9 @@ class InferenceConfig(MachineOptions):
         metavar="FILE",
     )
     resume: bool = option(False, "continue an interrupted run (same --output_file)", group=NOTES)
+    fail_on_error: bool = option(
+        False, "exit with status 1 if any note failed (without it, if all failed)", group=NOTES
+    )
     json: bool = option(
         False, "print complete results as JSON, one per line (standard output only)", group=NOTES
     )
@@ -305,7 +324,8 @@ class InferenceConfig(MachineOptions):
     seed: int = option(0, "random seed for sampling", type=number(int, 0, 2**32 - 1), group=GENERATION)
     max_length: int | None = option(
         None,
-        "maximum tokens of prompt plus summary (default: the model's context window)",
+        "maximum tokens of the prompt; longer notes are shortened, with a warning (default: what the "
+        "model's context window leaves beside --max_new_tokens)",
         type=number(int, 32),
         group=GENERATION,
     )
@@ -327,6 +347,9 @@ class InferenceConfig(MachineOptions):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         fix = f"run python {self.prog} --help"
+        choice = re.search(r"invalid choice: '(.*)' \(choose", message, re.DOTALL)
+        if choice:
+            message = message.replace(f"'{choice[1]}'", safe_id(choice[1]), 1)
         if message.endswith("expected one argument"):
             name = message.split()[1].rstrip(":")
             fix = f'pass a value; one that starts with "-" needs "=": {name}=-VALUE'
@@ -393,6 +416,7 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
         raise InputError(problem, "put quotes around a text with spaces")
     for name, value in vars(values).items():
         # An empty note has a message of its own
-        if isinstance(value, str) and not value.strip() and name != "clinical_note":
+        words = value if isinstance(value, list) else [value]
+        if "" in [word.strip() for word in words if isinstance(word, str)] and name != "clinical_note":
             raise InputError(f"--{name} is empty", "pass a value, or leave it out")
     return config_class(**vars(values))

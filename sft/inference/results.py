@@ -1,14 +1,24 @@
 """The result of one note: a dict with the summary, or with an `error`; its warnings; its text while it is
 written."""
 
+import importlib
+import json
 import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 
-from sft.cli import preview_list
+from sft.cli import is_terminal, preview_list
 from sft.data.text import clean_text, is_blank
 from sft.grounding.citations import parse_citations, strip_citations
 from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import split_sentences
+
+OUT_OF_MEMORY = "out of memory on this note"
+COMPUTED_NAN = "the model computed NaN (not a number)"
+FIXES = {
+    OUT_OF_MEMORY: "lower --max_length or use --use_4bit",
+    COMPUTED_NAN: "try --dtype float32; if it stays, the adapter is damaged: train again",
+}
 
 
 def note_problem(note: object) -> str:
@@ -18,44 +28,82 @@ def note_problem(note: object) -> str:
     return "the note is empty" if is_blank(clean_text(note)) else ""
 
 
+def note_warnings(note: str) -> list[str]:
+    """What makes a note unlike those that the model was trained on."""
+    describe = getattr(importlib.import_module("sft.data.text"), "describe_problem", lambda text: None)
+    problem = describe(note)
+    return [f"unsuitable note: {problem}"] if problem else []
+
+
 def failure(reason: str) -> dict:
-    """The result of a note that could not be summarized."""
-    return {"generated_summary": "", "error": reason}
+    """The result of a note that could not be summarized: the keys of make_result, and `error`."""
+    return {
+        "generated_summary": "",
+        "evidence": [],
+        "confidence": None,
+        "warnings": [],
+        "n_prompt_tokens": None,
+        "n_new_tokens": None,
+        "finish_reason": None,
+        "error": reason,
+    }
 
 
-def make_result(note: str, summary: str, sequence, prompt_warnings: list[str]) -> dict:
-    """The result of a GeneratedSequence whose text is `summary`, as SFTInference.generate_summary describes
-    it."""
+def make_result(note: str, sequence, tokenizer, prompt_warnings: list[str]) -> dict:
+    """The result of a GeneratedSequence, as SFTInference.generate_summary describes it; a failure if the
+    model computed NaN."""
+    if sequence.finish_reason == "nan":
+        return failure(COMPUTED_NAN)
     warnings = list(prompt_warnings)
     n_new_tokens = len(sequence.ids)
     if sequence.finish_reason == "length":
         warnings.append(f"summary cut after {n_new_tokens} tokens: raise max_new_tokens")
+    n_end_tokens = 1 if sequence.finish_reason == "stop" else 0
+    ids = sequence.ids[: n_new_tokens - n_end_tokens]
+    summary = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    evidence = parse_citations(summary, note)
     return {
         "generated_summary": summary,
-        "evidence": parse_citations(summary, note),
+        "evidence": evidence,
         "confidence": round(math.exp(sum(sequence.log_probs) / n_new_tokens), 4),
-        "warnings": warnings + summary_warnings(summary, note),
+        "warnings": warnings + summary_warnings(summary, note, evidence),
         "n_prompt_tokens": len(sequence.prompt),
         "n_new_tokens": n_new_tokens,
         "finish_reason": sequence.finish_reason,
     }
 
 
-def summary_warnings(summary: str, note: str) -> list[str]:
-    """What is wrong with a summary, as far as its text and the note's show."""
+def summary_warnings(summary: str, note: str, evidence: Sequence[dict]) -> list[str]:
+    """What is wrong with a summary, as far as its text, its citations and the note's text show. A warning is
+    a kind, or "KIND: details"."""
     warnings = []
     if not summary:
         warnings.append("the model wrote nothing")
     sentences = split_sentences(strip_citations(summary))
     if len(set(sentences)) < len(sentences):
         warnings.append("the summary repeats itself")
-    missing = [f"S{n}" for citation in parse_citations(summary, note) for n in citation["missing"]]
+    missing = [f"S{n}" for citation in evidence for n in citation["missing"]]
     if missing:
         warnings.append(f"cites sentences that are not in the note: {preview_list(missing)}")
     numbers = unsupported_numbers(summary, note)
     if numbers:
         warnings.append(f"states numbers that are not in the note: {preview_list(numbers)}")
     return warnings
+
+
+def kinds_of(result: dict) -> Iterator[str]:
+    """What is counted of a result: "done" or "failed", its error, and each kind of its warnings once."""
+    yield "failed" if "error" in result else "done"
+    if "error" in result:
+        yield result["error"]
+    yield from {re.sub(r"\d[\d,]*", "N", warning.partition(":")[0]) for warning in result.get("warnings", [])}
+
+
+def to_json(value, stream=None) -> str:
+    """Valid JSON in one line; with all but ASCII escaped where a terminal or an encoding other than UTF-8
+    would change it."""
+    is_utf_8 = stream is None or (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+    return json.dumps(value, ensure_ascii=not is_utf_8 or is_terminal(stream), allow_nan=False)
 
 
 def text_stream(tokenizer, stop_ids: Sequence[int], on_text: Callable[[int, str], None]) -> Callable:
