@@ -137,7 +137,7 @@ def _units(text: str, one_note: str) -> Iterator[tuple[int, str]]:
             unit = []
 
 
-_HEADING = re.compile(r"[^\W\d_][^.!?:]{0,50}:|[^\Wa-z_][^a-z.!?]{2,50}")
+_HEADING = re.compile(r"[^\W\d_][^.!?:]{0,50}:|[^\Wa-z_][^a-z.!?]{4,50}")
 _ITEM = re.compile(r"\s*(\d{1,2}[.)]|[-*•·])\s+\S")
 _LATE_SECTION = re.compile(  # what no note begins with
     r"\s*((plan|impression|assessment|obs|(on )?exam(ination)?|meds|medications?|allerg(y|ies)|labs|results"
@@ -162,7 +162,7 @@ def suspicion(units: Sequence[str]) -> str:
     lower = sum(firsts[i][:1].islower() and is_open[i - 1] for i in range(1, len(units))) * share
     if lower >= 0.1 and not firsts[0][:1].islower():
         return "sentences run on over their ends"
-    # A word alone is a note in some files: an all-capitals one counts only beside longer ones
+    # Not where all are so: that is a file of single words
     headings = sum(bool(_HEADING.fullmatch(unit.strip())) for unit in units) * share
     if 0.02 <= headings <= 0.9:
         return "headings stand alone"
