@@ -345,11 +345,11 @@ def test_containers_of_notes(specialist):
     notes = ["Fever.", "Cough."]
     expected = specialist.generate_batch(notes, 3)
     frame = pd.DataFrame({"clinical_note": notes}, index=[7, 5])
-    for given in (tuple(notes), iter(notes), frame["clinical_note"], frame["clinical_note"].values):
-        assert specialist.generate_batch(given, 3) == expected
-    for given in ("Fever.", b"Fever.", {"clinical_note": notes}, frame, set(notes), None, 5):
+    for container in (tuple(notes), iter(notes), frame["clinical_note"], frame["clinical_note"].values):
+        assert specialist.generate_batch(container, 3) == expected
+    for wrong in ("Fever.", b"Fever.", {"clinical_note": notes}, frame, set(notes), None, 5):
         with pytest.raises(InputError, match="clinical_notes is a"):
-            specialist.generate_batch(given)
+            specialist.generate_batch(wrong)
     results = specialist.generate_batch([None, float("nan"), "Fever."], 3)
     assert [result.get("error") for result in results] == ["the note is not text"] * 2 + [None]
     assert results[0].keys() - {"error"} == results[2].keys()

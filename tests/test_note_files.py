@@ -16,9 +16,9 @@ from tiny import NOTES, write_csv
 
 import sft_inference
 from sft.cli import InputError, RunError, Stopped, run_script
-from sft.inference.note_files import check_output, defuse, report, summarize_file
+from sft.inference.note_files import check_output, report, summarize_file
 from sft.inference.notes import Note, read_notes
-from sft.inference.results import failure
+from sft.inference.results import defuse, failure
 from sft.options import InferenceConfig
 
 

@@ -1,4 +1,4 @@
-"""A file of summaries out: formats, resuming after an interruption, several processes.
+"""A file of summaries out: resuming after an interruption, several processes.
 
 Notes are summarized in windows of WINDOW batches, sorted by length inside a window. Until all is done the
 output is FILE.partial, JSON Lines: first the run's fingerprint (hashes and settings, no text), then
@@ -8,15 +8,12 @@ confidence now and then: a window that was interrupted is therefore computed aga
 changed, and its finished summaries stay as they are, so that a resumed file is identical to the byte."""
 
 import contextlib
-import csv
-import io
 import json
 import os
 import re
 import signal
 import sys
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,52 +27,14 @@ from sft.cli import (
     noted_signals,
     plural,
     processes,
-    visible,
 )
 from sft.files import check_new_file, sync_dir, write_json
-from sft.inference.notes import RESULT_COLUMNS, Note
-from sft.inference.results import kinds_of, to_json
+from sft.inference.notes import Note
+from sft.inference.results import csv_columns, csv_row, format_result, kinds_of, to_json
 from sft.options import InferenceConfig
 
 # Batches between two windows: their ends, when the batch is no longer full, cost little
 WINDOW = 8
-
-
-# ------------------------------------------------------------------------------- formats
-
-
-def format_result(result: dict, kind: str, stream=None) -> str:
-    """One result as a line of .jsonl, a row of .csv, or readable text; `stream`: where it is printed, else it
-    goes to a UTF-8 file."""
-    if kind == ".jsonl":
-        return to_json(result, stream) + "\n"
-    if kind == ".csv":
-        cells = {**result, "warnings": "; ".join(result.get("warnings", []))}
-        return csv_row([cells.get(name, "") for name in _csv_columns(result)])
-    name = f"row {result['row']}" if result["id"] is None else result["id"]
-    return visible(f"[{name}] {result.get('error') or result['generated_summary']}\n\n", stream)
-
-
-def _csv_columns(result: dict) -> list[str]:
-    columns = RESULT_COLUMNS.split()
-    return [*(name for name in result if name not in columns), *columns]
-
-
-def csv_row(cells: Sequence) -> str:
-    row = io.StringIO()
-    texts = [to_json(cell) if isinstance(cell, list | dict | bool) else cell for cell in cells]
-    csv.writer(row, lineterminator="\n").writerow([defuse(text) for text in texts])
-    return row.getvalue()
-
-
-def defuse(cell):
-    """A cell that no spreadsheet takes for a formula. A negative number is none."""
-    if not isinstance(cell, str) or re.fullmatch(r"-\d+([.,]\d+)?", cell):
-        return cell
-    # Spreadsheets pass over what cannot be seen, and read full-width signs
-    seen = (c for c in cell if c.isprintable() and not c.isspace() and unicodedata.category(c)[0] != "M")
-    first = unicodedata.normalize("NFKC", next(seen, "."))[:1]
-    return f"'{cell}" if first in "=+-@" or cell[:1] in ("\t", "\r") else cell
 
 
 # ------------------------------------------------------------------------------- outputs
@@ -298,14 +257,15 @@ def join_partials(partials: list[Path], target: Path, fingerprint: dict) -> Coun
         raise InputError(f"{target} has appeared while its summaries were written", fix)
     counts = Counter()
     joined = target.with_name(f".{target.name}.joined")
-    descriptor = os.open(joined, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    joined.unlink(missing_ok=True)
+    descriptor = os.open(joined, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     kind = target.suffix.lower()
     try:
         with open(descriptor, "w", encoding="utf-8", errors="replace", newline="") as out:
             for result in _in_order(partials):
                 if kind == ".csv" and not counts:
                     # Excel takes a file for UTF-8 only with the mark
-                    out.write("\ufeff" + csv_row(_csv_columns(result)))
+                    out.write("\ufeff" + csv_row(csv_columns(result)))
                 out.write(format_result(result, kind))
                 counts.update(kinds_of(result))
             out.flush()
@@ -415,13 +375,13 @@ def _write_windows(
 def report(counts: Counter, rate: str, target: Path | None, fail_on_error: bool) -> None:
     """Logs what came of the notes, by kind. Raises RunError as `summarize_file` says."""
     n_failed = counts["failed"]
-    done = f"{plural(counts['done'], 'note')} summarized"
-    shortened = f" ({counts['note shortened']:,} of the notes shortened)"
+    shortened = f"{counts['note shortened']:,} of the notes shortened"
+    done = f"{plural(counts['done'], 'note')} summarized ({shortened})"
     why = ' (see "error")' if target and n_failed else ""
     written = f"; written to {target}" if target else ""
     for kind in sorted(counts.keys() - {"done", "failed"}):
         log(f"warning: {plural(counts[kind], 'note')}: {kind}")
-    log(f"{done}{shortened}, {n_failed:,} failed{why}{rate}{written}")
+    log(f"{done}, {n_failed:,} failed{why}{rate}{written}")
     if n_failed and (fail_on_error or not counts["done"]):
         n = f"all {plural(n_failed, 'note')}" if not counts["done"] else plural(n_failed, "note")
         raise RunError(f"{n} failed", 'see "error" in the output for the reasons')

@@ -19,16 +19,13 @@ from typing import NamedTuple
 from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
 from sft.data.rows import read_table
 from sft.data.text import clean_text, decode_text, is_blank
+from sft.inference.results import RESULT_COLUMNS
 from sft.options import InferenceConfig
 
 ID_LIKE = re.compile(
     r"(.*_)?(id|uuid|guid|mrn|idx|key)"
     r"|(note|row|hadm|patient|subject|encounter|visit|case|record|stay|doc|document|report|study)id"
 )
-RESULT_COLUMNS = (
-    "generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings evidence error"
-)
-RESERVED = ("id", "row", *RESULT_COLUMNS.split())
 WORDS_FOR_LINES = 'say what a note is with --one_note: "file" (all is one), "paragraph" or "line"'
 
 
@@ -222,7 +219,7 @@ def _read_rows(path: Path, rows, config: InferenceConfig) -> Iterator[Note]:
     note_column = column_name(config.note_column or "clinical_note")
     id_column = column_name(config.id_column or "id")
     keep = {name: column_name(name) for name in config.keep_columns or ()}
-    taken = [name for name in keep if name.lower() in RESERVED]
+    taken = [name for name in keep if name.lower() in ("id", "row", *RESULT_COLUMNS)]
     if taken:
         problem = f"--keep_columns {preview_list(taken)}: the output has a column of this name already"
         raise InputError(problem, "rename the column, or leave it out")

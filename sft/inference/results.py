@@ -1,18 +1,31 @@
-"""The result of one note: a dict with the summary, or with an `error`; its warnings; its text while it is
-written."""
+"""The result of one note: a dict with the summary, or with an `error`; its warnings; its line in a file; its
+text while it is written."""
 
-import importlib
+import csv
+import io
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
-from sft.cli import is_terminal, preview_list
+from sft.cli import is_terminal, preview_list, visible
 from sft.data.text import clean_text, is_blank
 from sft.grounding.citations import parse_citations, strip_citations
 from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import split_sentences
 
+try:
+    from sft.data.formats import describe_problem
+except ImportError:  # MERGE: remove this guard once sft/data/formats.py is there
+
+    def describe_problem(text: str) -> str | None:
+        return None
+
+
+RESULT_COLUMNS = (
+    "generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings evidence error"
+).split()
 OUT_OF_MEMORY = "out of memory on this note"
 COMPUTED_NAN = "the model computed NaN (not a number)"
 FIXES = {
@@ -29,10 +42,9 @@ def note_problem(note: object) -> str:
 
 
 def note_warnings(note: str) -> list[str]:
-    """What makes a note unlike those that the model was trained on."""
-    describe = getattr(importlib.import_module("sft.data.text"), "describe_problem", lambda text: None)
-    problem = describe(note)
-    return [f"unsuitable note: {problem}"] if problem else []
+    """What makes a text hardly a note, as in "the note looks like RTF"."""
+    problem = describe_problem(note)
+    return [f"the note {problem}"] if problem else []
 
 
 def failure(reason: str) -> dict:
@@ -104,6 +116,39 @@ def to_json(value, stream=None) -> str:
     would change it."""
     is_utf_8 = stream is None or (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
     return json.dumps(value, ensure_ascii=not is_utf_8 or is_terminal(stream), allow_nan=False)
+
+
+def format_result(result: dict, kind: str, stream=None) -> str:
+    """One result as a line of .jsonl, a row of .csv, or readable text; `stream`: where it is printed, else it
+    goes to a UTF-8 file."""
+    if kind == ".jsonl":
+        return to_json(result, stream) + "\n"
+    if kind == ".csv":
+        cells = {**result, "warnings": "; ".join(result.get("warnings", []))}
+        return csv_row([cells.get(name, "") for name in csv_columns(result)])
+    name = f"row {result['row']}" if result["id"] is None else result["id"]
+    return visible(f"[{name}] {result.get('error') or result['generated_summary']}\n\n", stream)
+
+
+def csv_columns(result: dict) -> list[str]:
+    return [*(name for name in result if name not in RESULT_COLUMNS), *RESULT_COLUMNS]
+
+
+def csv_row(cells: Sequence) -> str:
+    row = io.StringIO()
+    texts = [to_json(cell) if isinstance(cell, list | dict | bool) else cell for cell in cells]
+    csv.writer(row, lineterminator="\n").writerow([defuse(text) for text in texts])
+    return row.getvalue()
+
+
+def defuse(cell):
+    """A cell that no spreadsheet takes for a formula. A negative number is none."""
+    if not isinstance(cell, str) or re.fullmatch(r"-\d+([.,]\d+)?", cell):
+        return cell
+    # Spreadsheets pass over what cannot be seen, and read full-width signs
+    seen = (c for c in cell if c.isprintable() and not c.isspace() and unicodedata.category(c)[0] != "M")
+    first = unicodedata.normalize("NFKC", next(seen, "."))[:1]
+    return f"'{cell}" if first in "=+-@" or cell[:1] in ("\t", "\r") else cell
 
 
 def text_stream(tokenizer, stop_ids: Sequence[int], on_text: Callable[[int, str], None]) -> Callable:
