@@ -366,7 +366,7 @@ def test_nan_is_an_error_of_its_note(adapters, architecture, chat):
     token = next(t for t in odd if not any(t in inference.prompt_ids(note, 12)[0] for note in notes))
     with torch.no_grad():
         inference.model.get_input_embeddings().weight[token] = math.nan
-    mixed = [*notes[:2], "zq " * 9, *notes[2:]]
+    mixed = [*notes[:2], "zq " * 90, *notes[2:]]
     for batch_size in (1, 3):
         results = inference.generate_batch(mixed, 12, batch_size=batch_size)
         assert results.pop(2)["error"].startswith("the model computed NaN")
