@@ -13,7 +13,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -288,6 +288,10 @@ def retire(running: list[GeneratedSequence], cache: KVCache) -> list[GeneratedSe
     for slot in reversed(range(len(running))):
         if running[slot].finish_reason:
             ended.append(running[slot])
+            if running[slot].finish_reason == "nan":
+                # A mask does not hide it from the next sequence in this slot
+                for states in chain.from_iterable(cache.layers.values()):
+                    states[slot] = 0
             last = running.pop()
             if slot < len(running):
                 running[slot] = last
