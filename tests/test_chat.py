@@ -208,7 +208,9 @@ def test_pastes_stay_whole():
             time.sleep(0.12)
         terminal.until(f"<{len(note)} characters, 5 line ends>")
         terminal.until("note> ")
-        terminal.write("wait\n")
+        terminal.write("wait")
+        terminal.until("wait")  # readline's echo
+        terminal.write("\n")
         terminal.until("<4 characters")
         # As a terminal writes it: as fast as it is taken
         data = f"{long_line}\n".encode()

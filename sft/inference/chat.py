@@ -52,7 +52,8 @@ def note_terminal(is_wanted: bool) -> Iterator[None]:
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     mode = termios.tcgetattr(terminal)
-    mode[3] &= ~(termios.ICANON | termios.ECHO)
+    # Its echo stays on: readline shows nothing where it finds it off
+    mode[3] &= ~termios.ICANON
     mode[6][termios.VMIN] = 1
     mode[6][termios.VTIME] = 0
     termios.tcsetattr(terminal, termios.TCSANOW, mode)
