@@ -307,18 +307,17 @@ class SFTInference:
         """How many tokens a note may have. Raises InputError if none."""
         limit = min(self.window - max_new_tokens, self.longest_prompt) - self.encoder.n_template_tokens
         if limit < 1:
-            reason, fix = self._reason_for_limit(max_new_tokens)
-            n_own = self.encoder.n_template_tokens
-            problem = f"no room for a note: {n_own} tokens of the prompt are the instruction's, and {reason}"
-            raise InputError(problem, fix)
+            option, why, fix = self._reason_for_limit(max_new_tokens)
+            raise InputError(f"{option} leaves no room for a note: {why}", fix)
         return limit
 
-    def _reason_for_limit(self, max_new_tokens: int) -> tuple[str, str]:
-        """What limits a prompt, by the option that can change it, and what to do."""
+    def _reason_for_limit(self, max_new_tokens: int) -> tuple[str, str, str]:
+        """The option that limits a prompt, with its value; why; what to do."""
         if self.longest_prompt <= self.window - max_new_tokens:
-            return f"--max_length {self.longest_prompt} is the longest prompt", "raise --max_length"
-        whole = f"prompt and summary together may have at most {self.window} tokens"
-        return f"--max_new_tokens {max_new_tokens} are for the summary ({whole})", "lower --max_new_tokens"
+            own = f"{self.encoder.n_template_tokens} of them for the instruction"
+            return f"--max_length {self.longest_prompt}", f"tokens of the prompt, {own}", "raise --max_length"
+        why = f"prompt and summary together may have at most {self.window} tokens"
+        return f"--max_new_tokens {max_new_tokens}", why, "lower --max_new_tokens"
 
     def prompt_ids(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
         """(token ids of the prompt, warnings). A note too long for the model is shortened at a sentence
@@ -335,9 +334,8 @@ class SFTInference:
             kept = f"its first {n_kept} of {n_sentences} sentences"
             if n_kept == 0:
                 kept = "the beginning of its first sentence"
-            warnings.append(
-                f"note shortened: only {kept} fit, as {self._reason_for_limit(max_new_tokens)[0]}"
-            )
+            option, why, _ = self._reason_for_limit(max_new_tokens)
+            warnings.append(f"note shortened: only {kept} fit with {option} ({why})")
         ids = self.encoder.prompt(note_ids)
         trained = self.sft_config["max_length"]
         if trained and len(ids) > trained:

@@ -395,10 +395,10 @@ def test_max_length_is_the_longest_prompt(adapters):
     assert inference.prompt_ids(fits, 900) == (inference.prompt_ids(fits, 10)[0], [])
     ids, warnings = inference.prompt_ids("Fever. Cough. Pain. " * 20, 10)
     assert len(ids) <= n_fits
-    assert f"--max_length {n_fits} is the longest prompt" in warnings[0]
+    assert f"--max_length {n_fits} (tokens of the prompt" in warnings[0]
     inference.longest_prompt = math.inf
     _, warnings = inference.prompt_ids("Fever. Cough. Pain. " * 20, 1024 - n_own - 20)
-    assert f"--max_new_tokens {1024 - n_own - 20} are for the summary" in warnings[0]
+    assert f"--max_new_tokens {1024 - n_own - 20} (prompt and summary" in warnings[0]
 
 
 def test_json_is_json_in_any_encoding(adapters, tmp_path):

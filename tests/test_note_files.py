@@ -458,7 +458,7 @@ def test_a_signal_stops_at_the_next_token(tmp_path, number, capsys):
 def test_no_file_is_created_if_no_note_fits(adapters, tmp_path):
     source, target = many_notes(tmp_path / "notes.csv", 2), tmp_path / "out.jsonl"
     arguments = ["--model_path", adapters(), "--input_file", source, "--output_file", target]
-    assert_input_error(run_inference(*arguments, "--max_new_tokens", 9000), "no room for a note")
+    assert_input_error(run_inference(*arguments, "--max_new_tokens", 9000), "leaves no room")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.csv"]
 
 
