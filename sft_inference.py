@@ -11,23 +11,32 @@ torch is imported when a model is loaded, not before, so that `--help` and input
 """
 
 import functools
-import json
 import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from sft import __version__
-from sft.cli import InputError, RunError, as_input_error, log, processes, run_script
+from sft.cli import InputError, RunError, as_input_error, is_terminal, log, run_script, visible
 from sft.data.prompt import PromptEncoder, PromptTemplate
 from sft.data.text import clean_text, decode_bytes
-from sft.files import check_new_file, sha256
 from sft.grounding.sentences import sentence_spans
-from sft.inference.chat import converse, log_result, print_piece
-from sft.inference.note_files import Notes, check_output, read_notes, summarize_file
-from sft.inference.results import failure, make_result, note_problem, text_stream
+from sft.inference.chat import converse, log_result, note_terminal, print_piece, read_piped
+from sft.inference.checks import check_files, fingerprint, is_conversation
+from sft.inference.note_files import check_output, report, summarize_file
+from sft.inference.notes import Note
+from sft.inference.results import (
+    FIXES,
+    OUT_OF_MEMORY,
+    failure,
+    make_result,
+    note_problem,
+    note_warnings,
+    text_stream,
+    to_json,
+)
 from sft.model.folder import log_origin, read_adapter_folder
 from sft.options import (
     DEFAULT_GENERATION_BATCH_SIZE,
@@ -46,10 +55,10 @@ class SFTInference:
 
     With `merge` (the default) the adapter is merged into a float32 base, whose weights are packed for speed
     on a CPU, or into 8-bit weights there (`use_8bit`); without it, and for other bases, `model` is the
-    PeftModel as it was loaded. `max_length` limits the tokens of prompt and summary together (None: the
-    model's context window). With `prompt_from`, a folder of ours, the adapter may be one that another tool
-    trained further. All that decides a summary is verified; `verify` reads weights again that look unchanged.
-    Raises InputError if the folder, the base model or the device cannot be used."""
+    PeftModel as it was loaded. `max_length` limits the tokens of the prompt (None: the model's context window
+    alone does, which holds prompt and summary). With `prompt_from`, a folder of ours, the adapter may be one
+    that another tool trained further. All that decides a summary is verified; `verify` reads weights again
+    that look unchanged. Raises InputError if the folder, the base model or the device cannot be used."""
 
     def __init__(
         self,
@@ -98,14 +107,15 @@ class SFTInference:
         self._turn = threading.Lock()
 
     def _read_limits(self, max_length: int | None) -> None:
-        """Sets `window` (tokens of prompt and summary together) and `stop_ids`."""
+        """Sets `window` (tokens of prompt and summary together), `longest_prompt` and `stop_ids`."""
         from transformers import GenerationConfig
 
         from sft.model.adapter import unwrap
         from sft.model.base import context_window
 
         base = unwrap(self.model)
-        self.window = min(context_window(base) or math.inf, max_length or math.inf)
+        self.window = context_window(base) or math.inf
+        self.longest_prompt = max_length or math.inf
         own_stops = base.generation_config.eos_token_id
         if not isinstance(own_stops, list):
             own_stops = [] if own_stops is None else [own_stops]
@@ -169,7 +179,8 @@ class SFTInference:
         are true); `warnings` (list of str); `n_prompt_tokens`; `n_new_tokens` (with the end token);
         `finish_reason` ("stop", or "length" if max_new_tokens cut it); `made_by` (see `made_by`).
 
-        Raises InputError for an empty note, RunError if memory runs out.
+        Raises InputError for an empty note, RunError if memory runs out or the model computes NaN, and what
+        `on_text` raises.
         """
         problem = note_problem(clinical_note)
         if problem:
@@ -180,22 +191,28 @@ class SFTInference:
         )
         result = dict(results)[0]
         if "error" in result:
-            raise RunError(result["error"], "lower --max_length or use --use_4bit")
+            raise RunError(result["error"], FIXES.get(result["error"], ""))
         return result
 
     def generate_batch(
         self,
-        clinical_notes: Sequence[str],
+        clinical_notes: Iterable[str],
         max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
         temperature: float = 0.0,
         *,
         batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
         seed: int = 0,
     ) -> list[dict]:
-        """The results of many notes, in their order: those of `summarize` for notes numbered from 0."""
-        if isinstance(clinical_notes, str):
+        """The results of many notes, in their order: those of `summarize` for notes numbered from 0. Takes a
+        list, a column of a DataFrame, a generator ...: whatever gives the notes themselves, in an order."""
+        if isinstance(clinical_notes, str | bytes):
             fix = "pass a list of notes, or call generate_summary"
             raise InputError("clinical_notes is a single string", fix)
+        # Their keys or column names would be taken for notes
+        has_names = isinstance(clinical_notes, Mapping) or hasattr(clinical_notes, "columns")
+        if has_names or isinstance(clinical_notes, Set) or not isinstance(clinical_notes, Iterable):
+            fix = 'pass the notes alone, in their order: df["clinical_note"], or list(notes.values())'
+            raise InputError(f"clinical_notes is a {type(clinical_notes).__name__}, not a list of notes", fix)
         notes = dict(enumerate(clinical_notes))
         results = dict(self.summarize(notes, max_new_tokens, temperature, batch_size=batch_size, seed=seed))
         return [results[number] for number in notes]
@@ -229,6 +246,7 @@ class SFTInference:
             raise InputError(problem)
         from sft.inference.decoding import decode_within_memory
 
+        made_by = {"made_by": self.made_by(max_new_tokens, temperature, seed)}
         # The tokenizer cannot be shared between threads either
         with self._turn:
             texts = {}
@@ -237,10 +255,11 @@ class SFTInference:
             for number, note in notes.items():
                 problem = note_problem(note)
                 if problem:
-                    yield number, failure(problem)
+                    yield number, failure(problem) | made_by
                 else:
                     texts[number] = clean_text(note)
                     prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
+                    warnings[number] += note_warnings(texts[number], self.sft_config.get("language"))
             sequences = decode_within_memory(
                 functools.partial(self.decoder, self._base, temperature=temperature, seed=seed),
                 prompts,
@@ -252,10 +271,11 @@ class SFTInference:
             )
             for number, sequence in sequences:
                 if sequence is None:
-                    yield number, failure("out of memory on this note")
+                    yield number, failure(OUT_OF_MEMORY) | made_by
                 else:
-                    result = self._result(texts[number], sequence, warnings[number])
-                    yield number, result | {"made_by": self.made_by(max_new_tokens, temperature, seed)}
+                    version = self.template.sentence_version
+                    result = make_result(texts[number], sequence, self.tokenizer, warnings[number], version)
+                    yield number, result | made_by
 
     def made_by(self, max_new_tokens: int, temperature: float, seed: int) -> dict:
         """What a summary was made by: all that decides it, without paths or text. `adapter` is the beginning
@@ -272,17 +292,23 @@ class SFTInference:
 
     def max_note_tokens(self, max_new_tokens: int) -> float:
         """How many tokens a note may have. Raises InputError if none."""
-        limit = self.window - max_new_tokens - self.encoder.n_template_tokens
+        limit = min(self.window - max_new_tokens, self.longest_prompt) - self.encoder.n_template_tokens
         if limit < 1:
-            problem = f"--max_new_tokens {max_new_tokens} leaves no room for a note"
-            limits = f"prompt and summary together may have at most {self.window} tokens"
-            fix = "lower --max_new_tokens, or raise --max_length if you set it"
-            raise InputError(f"{problem}: {limits}", fix)
+            option, why, fix = self._reason_for_limit(max_new_tokens)
+            raise InputError(f"{option} leaves no room for a note: {why}", fix)
         return limit
+
+    def _reason_for_limit(self, max_new_tokens: int) -> tuple[str, str, str]:
+        """The option that limits a prompt, with its value; why; what to do."""
+        if self.longest_prompt <= self.window - max_new_tokens:
+            own = f"{self.encoder.n_template_tokens} of them for the instruction"
+            return f"--max_length {self.longest_prompt}", f"tokens of the prompt, {own}", "raise --max_length"
+        why = f"prompt and summary together may have at most {self.window} tokens"
+        return f"--max_new_tokens {max_new_tokens}", why, "lower --max_new_tokens"
 
     def prompt_ids(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
         """(token ids of the prompt, warnings). A note too long for the model is shortened at a sentence
-        boundary. Raises InputError if max_new_tokens leaves no room for a note."""
+        boundary. Raises InputError if there is no room for a note."""
         limit = self.max_note_tokens(max_new_tokens)
         warnings = []
         note_ids = None
@@ -295,69 +321,23 @@ class SFTInference:
             kept = f"its first {n_kept} of {n_sentences} sentences"
             if n_kept == 0:
                 kept = "the beginning of its first sentence"
-            warnings.append(f"note shortened: only {kept} fit {self.window} tokens")
+            option, why, _ = self._reason_for_limit(max_new_tokens)
+            warnings.append(f"note shortened: only {kept} fit with {option} ({why})")
         ids = self.encoder.prompt(note_ids)
-        longest_trained = self.sft_config["max_length"]
-        if longest_trained and len(ids) > longest_trained:
-            warnings.append(f"prompt of {len(ids)} tokens: longer than any in training ({longest_trained})")
+        trained = self.sft_config["max_length"]
+        if trained and len(ids) > trained:
+            warnings.append(
+                f"prompt longer than any in training: {len(ids)} tokens, trained on up to {trained}"
+            )
         return ids, warnings
-
-    def _result(self, note: str, sequence, prompt_warnings: list[str]) -> dict:
-        n_end_tokens = 1 if sequence.finish_reason == "stop" else 0
-        ids = sequence.ids[: len(sequence.ids) - n_end_tokens]
-        summary = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-        return make_result(note, summary, sequence, prompt_warnings, self.template.sentence_version)
 
 
 # ------------------------------------------------------------------------------- command line
 
 
-def check_files(config: InferenceConfig) -> Notes | None:
-    """The notes of input_file, once it is clear that they can be read and their summaries written. Raises
-    InputError for options that contradict each other."""
-    if config.clinical_note is not None and config.input_file:
-        raise InputError("--clinical_note cannot be combined with --input_file", "choose one")
-    if config.output_file and not config.input_file:
-        fix = "add --input_file with the notes; one note's summary goes to standard output"
-        raise InputError("--output_file requires --input_file", fix)
-    if config.merge_to and (config.clinical_note is not None or config.input_file):
-        problem = "--merge_to cannot be combined with --clinical_note or --input_file"
-        raise InputError(problem, "merge first, then summarize")
-    if config.resume and not config.output_file:
-        raise InputError("--resume requires --output_file", "specify the file to continue with --output_file")
-    if processes()[1] > 1 and not config.output_file:
-        problem = "running several processes requires --input_file and --output_file"
-        raise InputError(problem, "add both, or start one process")
-    if config.merge_to and (config.use_8bit or config.use_4bit):
-        problem = "--merge_to cannot be combined with --use_8bit or --use_4bit"
-        raise InputError(problem, "merge into the unquantized base model, then quantize")
-    check_new_file("--merge_to", config.merge_to)
-    if not config.input_file:
-        return None
-    notes = list(read_notes(config.input_file))
-    if not notes:
-        raise InputError(f"{config.input_file}: no notes in it", "check the file")
-    return notes
-
-
-def fingerprint(config: InferenceConfig, sft_config: dict) -> dict:
-    """What two runs must share for their files of summaries to be the same: hashes and settings, no text."""
-    from sft.model.base import pick_device
-
-    names = "max_new_tokens temperature seed max_length batch_size no_merge use_8bit use_4bit".split()
-    return {
-        "input_file": sha256(Path(config.input_file)),
-        "adapter": sft_config["sha256"]["folder"],
-        "base model": sft_config["sha256"]["base_weights"],
-        "typed base model": config.base_model if config.prompt_from else None,
-        "dtype": str(pick_device(config.device, config.dtype).dtype),
-        **{name: getattr(config, name) for name in names},
-    }
-
-
-def write_file(inference: SFTInference, notes: Notes, config: InferenceConfig) -> None:
-    """Summarizes all notes of input_file. Raises Stopped after SIGTERM or Ctrl-C."""
-    # Raises before a file is created if max_new_tokens leaves no room for any note
+def write_file(inference: SFTInference, notes: Sequence[Note], config: InferenceConfig) -> None:
+    """Summarizes all notes of input_file. Raises what `summarize_file` does."""
+    # Raises before a file is created if there is no room for any note
     inference.max_note_tokens(config.max_new_tokens)
     summarize = functools.partial(
         inference.summarize,
@@ -366,7 +346,7 @@ def write_file(inference: SFTInference, notes: Notes, config: InferenceConfig) -
         batch_size=config.batch_size,
         seed=config.seed,
     )
-    summarize_file(notes, config, fingerprint(config, inference.sft_config), summarize)
+    summarize_file(notes, config, fingerprint(config, inference.sft_config, notes), summarize)
 
 
 def write_summary(inference: SFTInference, config: InferenceConfig) -> None:
@@ -381,9 +361,9 @@ def write_summary(inference: SFTInference, config: InferenceConfig) -> None:
         on_text=print_piece if streams else None,
     )
     if config.json:
-        print(json.dumps(result, ensure_ascii=False), flush=True)
+        print(to_json(result, sys.stdout), flush=True)
     else:
-        print("" if streams else result["generated_summary"], flush=True)
+        print("" if streams else visible(result["generated_summary"], sys.stdout), flush=True)
     log_result(result, time.perf_counter() - started)
 
 
@@ -414,25 +394,29 @@ def main() -> None:
     notes = check_files(config)
     sft_config = read_adapter_folder(config.model_path, config.prompt_from)[1]
     if config.output_file:
-        is_complete = check_output(
-            config.output_file, config.resume, functools.partial(fingerprint, config, sft_config)
-        )
-        if is_complete:
-            return log(f"{config.output_file} exists and is complete: nothing to do")
+        belongs_to = functools.partial(fingerprint, config, sft_config, notes)
+        counts = check_output(config.output_file, config.resume, belongs_to)
+        if counts is not None:
+            log(f"{config.output_file} exists and is complete: nothing to do")
+            return report(counts, "", Path(config.output_file), config.fail_on_error)
     if config.clinical_note == "-":
         config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
     if config.clinical_note is not None and note_problem(config.clinical_note):
         raise InputError("--clinical_note is empty", "pass a note with text")
-    inference = load_inference(config)
-    if config.merge_to:
-        inference.save_merged(config.merge_to)
-        log(f"Saved the merged model to {config.merge_to}")
-    elif notes is not None:
-        write_file(inference, notes, config)
-    elif config.clinical_note is not None:
-        write_summary(inference, config)
-    else:
-        converse(inference.generate_summary, config)
+    piped = None
+    if is_conversation(config) and not is_terminal(sys.stdin):
+        piped = read_piped(config.one_note)
+    with note_terminal(is_conversation(config)):
+        inference = load_inference(config)
+        if config.merge_to:
+            inference.save_merged(config.merge_to)
+            log(f"Saved the merged model to {config.merge_to}")
+        elif notes is not None:
+            write_file(inference, notes, config)
+        elif config.clinical_note is not None:
+            write_summary(inference, config)
+        else:
+            converse(inference.generate_summary, config, piped)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from tiny import HEADER, NOTES, tiny_tokenizer
 from sft.cli import InputError
 from sft.data.dataset import load_datasets, read_data
 from sft.data.report import log_data_warnings
-from sft.inference.note_files import read_notes
+from sft.inference.notes import read_notes
 from sft.options import DataOptions
 from sft_dataset import describe_rows
 
@@ -128,7 +128,7 @@ def check_case(case: int, path: Path, tokenizer, counts: Counter) -> None:
     dice = random.Random(case)
     path.write_bytes(damaged(valid_csv(dice).encode(dice.choice(ENCODINGS), "replace"), dice))
     logged = io.StringIO()
-    for reader in (lambda: check_data(path, tokenizer), lambda: list(read_notes(path))):
+    for reader in (lambda: check_data(path, tokenizer), lambda: read_notes(path)):
         try:
             with contextlib.redirect_stderr(logged):
                 reader()

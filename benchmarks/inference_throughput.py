@@ -156,11 +156,11 @@ def prepare(arguments, folder: Path) -> dict:
     others too."""
     from sft.data.dataset import SFTDataset
     from sft.data.rows import read_rows
-    from sft.inference.note_files import read_notes
+    from sft.inference.notes import read_notes
     from sft_inference import SFTInference
 
-    mts = [note for _, note in read_notes(DATA / "mts_dialog" / "test.csv")]
-    aci = [note for _, note in read_notes(DATA / "aci_bench" / "notes.csv")]
+    mts = [note.text for note in read_notes(DATA / "mts_dialog" / "test.csv")]
+    aci = [note.text for note in read_notes(DATA / "aci_bench" / "notes.csv")]
     notes = [str(note) for note in mts[: arguments.mts] + aci[: arguments.aci]]
     inference = SFTInference(arguments.model_path, device="cpu", merge=False)
     inference.save_merged(folder / "merged")

@@ -189,14 +189,26 @@ def log(message: str = "") -> None:
     """Prints to stderr; stdout is for results. A terminal that has gone stops nothing."""
     # RuntimeError: a signal handler's message in the middle of another print
     with contextlib.suppress(OSError, RuntimeError):
-        print(message, file=sys.stderr, flush=True)
+        print(visible(message, sys.stderr), file=sys.stderr, flush=True)
+
+
+def is_terminal(stream) -> bool:
+    return stream is not None and stream.isatty()
+
+
+def visible(text: str, stream) -> str:
+    """Text as it may be printed: on a terminal without the control characters, which can change its state,
+    hide or fake text, and without those that turn the direction of writing."""
+    if not is_terminal(stream):
+        return text
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\ufffd", text)
 
 
 @contextlib.contextmanager
-def noted_signals() -> Iterator[list[int]]:
+def noted_signals(then: str = "stopping cleanly") -> Iterator[list[int]]:
     """Inside, the first SIGTERM, SIGHUP or Ctrl-C is only noted in the yielded list, so that the work can end
-    in good order; a second one stops at once. Signals that were ignored before (as under nohup) stay
-    ignored."""
+    in good order (`then` says how); a second one stops at once. Signals that were ignored before (as under
+    nohup) stay ignored."""
     noted = []
     last_heard = 0.0
 
@@ -210,7 +222,7 @@ def noted_signals() -> Iterator[list[int]]:
         if len(noted) == 1:
             name = signal.Signals(number).name
             how = "press Ctrl-C again (or send SIGTERM) to stop immediately"
-            log(f"\n{name} received: stopping cleanly; {how}")
+            log(f"\n{name} received: {then}; {how}")
         elif number == signal.SIGINT and not is_echo:
             raise KeyboardInterrupt
         elif number == signal.SIGTERM and not is_echo:

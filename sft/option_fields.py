@@ -1,13 +1,27 @@
-"""What an option is: a dataclass field with help text and bounds, which checks values from Python too."""
+"""What an option is: a dataclass field with help text and bounds; the parser of such fields, and the check
+of values from Python."""
 
 import argparse
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from sft.cli import InputError, preview_list
+from sft.cli import InputError, plural, preview_list, safe_id
+
+# The groups of --help, in this order
+DATA = "data"
+NOTES = "notes"
+MODEL = "model"
+TRAINING = "training"
+LORA = "LoRA"
+GENERATION = "generation"
+MACHINE = "machine"
+RUN = "run"
+_GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN)
 
 
 def option(default, help: str, *, group: str, may_change: bool = False, **argparse_arguments):
@@ -30,7 +44,8 @@ def number(kind: type, low: float, high: float = float("inf"), *, above_low: boo
             value = kind(text)
         except ValueError:
             name = "an integer" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {name}") from None
+            # It may be a note in the wrong place
+            raise argparse.ArgumentTypeError(f"{safe_id(text)} is not {name}") from None
         too_low = value <= low if above_low else value < low
         # "not value <= high" is true for NaN too
         if abs(value) == float("inf") or too_low or not value <= high:
@@ -83,3 +98,90 @@ def check_config(config) -> None:
                 arguments["type"](str(value))
             except argparse.ArgumentTypeError as error:
                 raise InputError(f"{name}: {error}", "choose another value") from None
+
+
+# The groups of --help, in this order
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        fix = f"run python {self.prog} --help"
+        choice = re.search(r"invalid choice: '(.*)' \(choose", message, re.DOTALL)
+        if choice:
+            message = message.replace(f"'{choice[1]}'", safe_id(choice[1]), 1)
+        if message.endswith("expected one argument"):
+            name = message.split()[1].rstrip(":")
+            fix = f'pass a value; one that starts with "-" needs "=": {name}=-VALUE'
+        raise InputError(message, fix)
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows every default, lists as they are typed."""
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=110)
+
+    def _get_help_string(self, action):
+        default = action.default
+        if default is argparse.SUPPRESS or "(default: " in action.help:
+            return action.help
+        if default is None:
+            shown = "none"
+        elif default is False:
+            shown = "off"
+        elif isinstance(default, list):
+            shown = " ".join(default)
+        else:
+            shown = "%(default)s"
+        return f"{action.help} (default: {shown})"
+
+
+def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
+    hints = typing.get_type_hints(config_class)
+    groups = {}
+    for field in sorted(
+        dataclasses.fields(config_class), key=lambda field: _GROUPS.index(field.metadata["group"])
+    ):
+        title = field.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        kind = kinds_of(hints[field.name])[-1]
+        arguments = dict(field.metadata["argparse"])
+        if kind is bool:
+            arguments["action"] = "store_true"
+        elif typing.get_origin(kind) is list:
+            arguments.setdefault("nargs", "+")
+        else:
+            arguments.setdefault("type", kind)
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        help = field.metadata["help"].replace("%", "%%")
+        groups[title].add_argument(f"--{field.name}", default=default, help=help, **arguments)
+    return parser
+
+
+def parse_options(config_class, description: str, argv: list[str] | None = None):
+    """The command line as a `config_class` (a dataclass of `option` fields). Raises InputError for a bad
+    option."""
+    parser = _make_parser(config_class, description)
+    values, unknown = parser.parse_known_args(argv)
+    names = [word.partition("=")[0] for word in unknown if re.fullmatch(r"--\w+(=.*)?", word, re.DOTALL)]
+    if names:
+        raise InputError(f"unrecognized arguments: {preview_list(names)}", f"run python {parser.prog} --help")
+    if unknown:  # may be patients' text: not shown
+        problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
+        raise InputError(problem, "put quotes around a text with spaces")
+    for name, value in list(vars(values).items()):
+        # Names are separated by spaces, and often by commas
+        if name == "target_modules":
+            value = [word for text in value for word in text.split(",") if word] or ""
+            setattr(values, name, value)
+        # An empty note has a message of its own
+        words = value if isinstance(value, list) else [value]
+        if "" in [word.strip() for word in words if isinstance(word, str)] and name != "clinical_note":
+            raise InputError(f"--{name} is empty", "pass a value, or leave it out")
+        # Shells leave ~ alone in --name=~/folder and within quotes
+        if name not in ("clinical_note", "instruction"):
+            expanded = [os.path.expanduser(word) if isinstance(word, str) else word for word in words]
+            setattr(values, name, expanded if isinstance(value, list) else expanded[0])
+    return config_class(**vars(values))

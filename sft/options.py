@@ -4,18 +4,26 @@ configuration.
 Options that several scripts share are declared in groups that the scripts' configurations inherit.
 """
 
-import argparse
-import dataclasses
-import os
-import re
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft.cli import InputError, plural, preview_list
-from sft.option_fields import check_config, kinds_of, number, option
+from sft.cli import InputError
+from sft.option_fields import (
+    DATA,
+    GENERATION,
+    LORA,
+    MACHINE,
+    MODEL,
+    NOTES,
+    RUN,
+    TRAINING,
+    check_config,
+    number,
+    option,
+    parse_options,
+)
 
-__all__ = ["check_config", "number"]  # for those who read configurations
+__all__ = ["check_config", "number", "parse_options"]  # for those who read configurations
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
@@ -24,17 +32,6 @@ DEFAULT_MAX_LENGTH = 512
 DEFAULT_MAX_NEW_TOKENS = 150
 DEFAULT_GENERATION_BATCH_SIZE = 32
 CPU_TOKENS_PER_PASS = 800  # a CPU's matrix products gain little from more, and memory grows with them
-
-# The groups of --help, in this order
-DATA = "data"
-NOTES = "notes"
-MODEL = "model"
-TRAINING = "training"
-LORA = "LoRA"
-GENERATION = "generation"
-MACHINE = "machine"
-RUN = "run"
-_GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN)
 
 
 # ------------------------------------------------------------------------------- shared groups
@@ -311,11 +308,26 @@ class InferenceConfig(MachineOptions):
     clinical_note: str | None = option(
         None, "one note; - reads it from standard input", group=NOTES, metavar="TEXT"
     )
-    input_file: str | None = option(
+    input_file: list[str] | None = option(
         None,
-        "notes: .txt (one per line), .csv (column clinical_note, optionally id) or .jsonl (the same keys)",
+        "notes: .txt (see one_note), .csv (column clinical_note, optionally id), .jsonl (the same keys), or "
+        "several .txt files or a folder of them, one note each",
         group=NOTES,
         metavar="FILE",
+    )
+    one_note: str = option(
+        "auto",
+        "what one note is in a .txt or in piped text; auto = a line (piped: a paragraph), unless it looks "
+        "like a part of a note",
+        choices=["auto", "file", "line", "paragraph"],
+        group=NOTES,
+    )
+    id_column: str | None = option(None, "the column of ids, if not id", group=NOTES, metavar="NAME")
+    note_column: str | None = option(
+        None, "the column of notes, if not clinical_note", group=NOTES, metavar="NAME"
+    )
+    keep_columns: list[str] | None = option(
+        None, "columns to carry over to the output", group=NOTES, metavar="NAME"
     )
     output_file: str | None = option(
         None,
@@ -324,6 +336,9 @@ class InferenceConfig(MachineOptions):
         metavar="FILE",
     )
     resume: bool = option(False, "continue an interrupted run (same --output_file)", group=NOTES)
+    fail_on_error: bool = option(
+        False, "exit with status 1 if any note failed (without it, if all failed)", group=NOTES
+    )
     json: bool = option(
         False, "print complete results as JSON, one per line (standard output only)", group=NOTES
     )
@@ -337,7 +352,8 @@ class InferenceConfig(MachineOptions):
     seed: int = option(0, "random seed for sampling", type=number(int, 0, 2**32 - 1), group=GENERATION)
     max_length: int | None = option(
         None,
-        "maximum tokens of prompt plus summary (default: the model's context window)",
+        "maximum tokens of the prompt; longer notes are shortened, with a warning (default: what the "
+        "model's context window leaves beside --max_new_tokens)",
         type=number(int, 32),
         group=GENERATION,
     )
@@ -351,85 +367,3 @@ class InferenceConfig(MachineOptions):
     no_merge: bool = option(
         False, "keep the adapter beside the base weights instead of merging it: slower", group=MACHINE
     )
-
-
-# ------------------------------------------------------------------------------- the command line
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        fix = f"run python {self.prog} --help"
-        if message.endswith("expected one argument"):
-            name = message.split()[1].rstrip(":")
-            fix = f'pass a value; one that starts with "-" needs "=": {name}=-VALUE'
-        raise InputError(message, fix)
-
-
-class _Help(argparse.HelpFormatter):
-    """Shows every default, lists as they are typed."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=110)
-
-    def _get_help_string(self, action):
-        default = action.default
-        if default is argparse.SUPPRESS or "(default: " in action.help:
-            return action.help
-        if default is None:
-            shown = "none"
-        elif default is False:
-            shown = "off"
-        elif isinstance(default, list):
-            shown = " ".join(default)
-        else:
-            shown = "%(default)s"
-        return f"{action.help} (default: {shown})"
-
-
-def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
-    hints = typing.get_type_hints(config_class)
-    groups = {}
-    for field in sorted(
-        dataclasses.fields(config_class), key=lambda field: _GROUPS.index(field.metadata["group"])
-    ):
-        title = field.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        kind = kinds_of(hints[field.name])[-1]
-        arguments = dict(field.metadata["argparse"])
-        if kind is bool:
-            arguments["action"] = "store_true"
-        elif typing.get_origin(kind) is list:
-            arguments.setdefault("nargs", "+")
-        else:
-            arguments.setdefault("type", kind)
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
-        help = field.metadata["help"].replace("%", "%%")
-        groups[title].add_argument(f"--{field.name}", default=default, help=help, **arguments)
-    return parser
-
-
-def parse_options(config_class, description: str, argv: list[str] | None = None):
-    """The command line as a `config_class` (a dataclass of `option` fields). Raises InputError for a bad
-    option."""
-    parser = _make_parser(config_class, description)
-    values, unknown = parser.parse_known_args(argv)
-    names = [word.partition("=")[0] for word in unknown if re.fullmatch(r"--\w+(=.*)?", word, re.DOTALL)]
-    if names:
-        raise InputError(f"unrecognized arguments: {preview_list(names)}", f"run python {parser.prog} --help")
-    if unknown:  # may be patients' text: not shown
-        problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
-        raise InputError(problem, "put quotes around a text with spaces")
-    for name, value in list(vars(values).items()):
-        # Names are separated by spaces, and often by commas
-        if name == "target_modules":
-            value = [word for text in value for word in text.split(",") if word] or ""
-            setattr(values, name, value)
-        # An empty note has a message of its own
-        if isinstance(value, str) and not value.strip() and name != "clinical_note":
-            raise InputError(f"--{name} is empty", "pass a value, or leave it out")
-        # Shells leave ~ alone in --name=~/folder and within quotes
-        if isinstance(value, str) and value.startswith("~") and name not in ("clinical_note", "instruction"):
-            setattr(values, name, os.path.expanduser(value))
-    return config_class(**vars(values))

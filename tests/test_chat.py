@@ -1,6 +1,7 @@
 """The conversation: with a function in the place of a model, through a pipe, on a terminal."""
 
 import io
+import json
 import os
 import pty
 import select
@@ -12,8 +13,9 @@ import pytest
 from conftest import ROOT, run_inference
 from tiny import NOTES
 
-from sft.cli import RunError
-from sft.inference.chat import converse, show_evidence
+from sft.cli import InputError, RunError, log
+from sft.inference.chat import converse, print_piece, read_piped, show_evidence
+from sft.inference.results import to_json
 from sft.options import InferenceConfig
 
 EVIDENCE = {
@@ -29,7 +31,7 @@ def made_up(note, max_new_tokens, temperature, *, seed, on_text):
     """A result as SFTInference.generate_summary gives it; its text is what it was called with."""
     if note == "too long":
         raise RunError("out of memory on this note", "lower --max_length")
-    on_text(f"{note!r} {max_new_tokens} {temperature} {seed}")
+    (on_text or str)(f"{note!r} {max_new_tokens} {temperature} {seed}")
     return {
         "evidence": [EVIDENCE] if "fever" in note else [],
         "confidence": 0.5,
@@ -99,6 +101,137 @@ def test_conversation_through_a_pipe(adapters, specialist):
     assert not any(words in result.stderr for words in ("hot", "Smith", "38.5", "smoking", "q8h"))
 
 
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit"])
+def test_words_that_leave_and_help(typed, word):
+    out, err = typed("help", "", word, "", "never", "")
+    assert out == ""
+    assert "/evidence" in err
+
+
+def test_piped_notes_as_json(typed):
+    out, _ = typed("too long", "", "pain /tokens", "", json=True)
+    failed, done = [json.loads(line) for line in out.splitlines()]
+    assert failed["error"] == "out of memory on this note"
+    assert done["confidence"] == 0.5
+
+
+def piped(monkeypatch, text):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_a_piped_letter_is_not_taken_apart(monkeypatch, capsys):
+    letter = "Discharge letter.\n\nDIAGNOSES:\n\nPneumonia.\n"
+    piped(monkeypatch, letter)
+    with pytest.raises(InputError, match="headings stand alone"):
+        read_piped("auto")
+    piped(monkeypatch, letter)
+    converse(made_up, InferenceConfig(), read_piped("file"))
+    assert capsys.readouterr().out.startswith(repr(letter.strip()))
+    piped(monkeypatch, "pain\n/tokens 5\n\nfever.\n")
+    assert read_piped("auto") is None
+    converse(made_up, InferenceConfig())
+    assert capsys.readouterr().out.splitlines() == ["'pain' 150 0.0 0", "'fever.' 5 0.0 0"]
+
+
+def test_control_characters_never_reach_a_terminal(monkeypatch):
+    class Screen(io.StringIO):
+        def isatty(self):
+            return True
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(f"sys.{name}", Screen())
+    print_piece("\x1b]0;x\x07\x9b2J\u202e\rfine\n\tü")
+    log("\x1b[31mred")
+    assert sys.stdout.getvalue() == "\ufffd]0;x\ufffd\ufffd2J\ufffd\ufffdfine\n\tü"
+    assert sys.stderr.getvalue() == "\ufffd[31mred\n"
+    assert json.loads(to_json("\x9b2J\u202e", sys.stdout)) == "\x9b2J\u202e"
+    assert to_json("\x9b\u202e", sys.stdout).isascii()
+
+
+ECHO = """
+import time
+from sft.inference.chat import converse, note_terminal
+from sft.options import InferenceConfig
+def summarize(note, max_new_tokens, temperature, *, seed, on_text):
+    on_text(f"<{len(note)} characters, {note.count(chr(10))} line ends>")
+    time.sleep(1.0 if note == "wait" else 0)
+    result = {"confidence": 1, "warnings": [], "n_prompt_tokens": 1, "n_new_tokens": 1, "evidence": []}
+    print(" done")
+    return result
+with note_terminal(True):
+    converse(summarize, InferenceConfig())
+"""
+
+
+class Terminal:
+    """A program on a pseudo-terminal: what it writes is read as it is waited for."""
+
+    def __init__(self, code: str, *options: str):
+        self.child, self.ours = pty.fork()
+        if self.child == 0:
+            os.chdir(ROOT)
+            os.environ["TERM"] = "xterm"
+            os.execv(sys.executable, [sys.executable, "-c", code, *options])
+        self.screen = ""
+
+    def write(self, text: str) -> None:
+        os.write(self.ours, text.encode())
+
+    def until(self, words: str, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while words not in self.screen:
+            assert time.monotonic() < deadline, self.screen
+            if select.select([self.ours], [], [], 0.2)[0]:
+                self.screen += os.read(self.ours, 65536).decode(errors="replace")
+        self.screen = self.screen.partition(words)[2]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if error:
+            os.kill(self.child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        os.close(self.ours)
+        assert error or status == 0
+
+
+def test_pastes_stay_whole():
+    """Marked by the terminal, slow without marks, and a long line while a summary is written."""
+    lines = ["CC:", "", "Right elbow pain.", "", "PLAN", "Rest."]
+    note = "\n".join(lines)
+    long_line = "Day 1: afebrile, BP 111/61. " * 210
+    with Terminal(ECHO) as terminal:
+        terminal.until("note> ")
+        terminal.write(f"\x1b[200~{note}\n\x1b[201~")
+        time.sleep(0.5)
+        terminal.write("\n")
+        terminal.until(f"<{len(note)} characters, 5 line ends>")
+        terminal.until("note> ")
+        for line in lines:
+            terminal.write(f"{line}\n")
+            time.sleep(0.12)
+        terminal.until(f"<{len(note)} characters, 5 line ends>")
+        terminal.until("note> ")
+        terminal.write("wait")
+        terminal.until("wait")  # readline's echo
+        terminal.write("\n")
+        terminal.until("<4 characters")
+        # As a terminal writes it: as fast as it is taken
+        data = f"{long_line}\n".encode()
+        while data:
+            data = data[os.write(terminal.ours, data[:512]) :]
+        terminal.until(" done")
+        terminal.until(f"<{len(long_line.strip())} characters, 0 line ends>")
+        terminal.until("note> ")
+        terminal.write("\x1b[A")  # the history has notes, not lines
+        time.sleep(0.3)
+        terminal.write("\n")
+        terminal.until(f"<{len(long_line.strip())} characters, 0 line ends>")
+        terminal.until("note> ")
+        terminal.write("quit\n")
+
+
 SLOW_MOTION = """
 import time
 import sft_inference
@@ -116,42 +249,23 @@ def test_conversation_on_a_terminal(adapters):
     """Paste many lines, stream, interrupt, continue, leave; tokens in slow motion, so that there is time to
     interrupt."""
     options = f"--device cpu --model_path {adapters()} --max_new_tokens 900 --temperature 50".split()
-    child, ours = pty.fork()
-    if child == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, "-c", SLOW_MOTION, *options])
-    screen = ""
-
-    def until(words: str, seconds: float = 60) -> None:
-        nonlocal screen
-        deadline = time.monotonic() + seconds
-        while words not in screen:
-            assert time.monotonic() < deadline, screen
-            if select.select([ours], [], [], 0.2)[0]:
-                screen += os.read(ours, 4096).decode(errors="replace")
-        screen = screen.partition(words)[2]
-
-    try:
-        until("note> ")
-        os.write(ours, b"Fever since Monday.\nNo cough.\n\nBP 120/80.\n")  # a paste with an empty line in it
-        time.sleep(0.5)
-        os.write(ours, b"\x03")
-        until("(stopped)")
-        until("note> ")
-        os.write(ours, b"/Smith seen today\n")
-        until("/Smith seen today")  # the terminal's own echo
-        until("no such command; /help lists them")
-        until("note> ")
-        os.write(ours, b"/temperature 0\n")
-        until("note> ")
-        os.write(ours, b"/tokens 4\n")
-        until("note> ")
-        os.write(ours, f"{NOTES[1][0]}\n".encode())
-        until("4 new in")
-        os.write(ours, b"/quit\n")
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    except BaseException:
-        os.kill(child, signal.SIGKILL)
-        raise
-    finally:
-        os.close(ours)
+    with Terminal(SLOW_MOTION, *options) as terminal:
+        terminal.until("note> ")
+        terminal.write("Fever since Monday.\nNo cough.\n\nBP 120/80.\n")  # with an empty line in it
+        time.sleep(1)
+        terminal.write("\x03")
+        terminal.until("(stopped)")
+        terminal.until("note> ")
+        terminal.write("/Smith seen today")
+        terminal.until("/Smith seen today")  # readline's echo
+        terminal.write("\n")
+        terminal.until("no such command; /help lists them")
+        terminal.until("note> ")
+        terminal.write("/temperature 0\n")
+        terminal.until("note> ")
+        terminal.write("/tokens 4\n")
+        terminal.until("note> ")
+        terminal.write(f"{NOTES[1][0]}\n")
+        terminal.until("4 new in")
+        terminal.until("note> ")
+        terminal.write("/quit\n")

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from tiny import NOTES, tiny_tokenizer, write_csv
 
-from sft.cli import InputError
+from sft.cli import InputError, RunError
 from sft.files import FORMAT_VERSION, write_checksums
 from sft.inference import decoding
-from sft.inference.note_files import read_notes
+from sft.inference.notes import read_notes
 from sft.model import adapter, base
 from sft.model.kernels import Int8Linear, has_int8
 from sft_inference import SFTInference, read_adapter_folder
@@ -225,6 +225,10 @@ def test_one_note(adapters, specialist):
         (["--clinical_note", "x", "--merge_to", "m"], "--merge_to cannot be combined with"),
         (["--merge_to", ""], "empty"),
         (["--merge_to", "m", "--use_8bit"], "--merge_to cannot be combined with --use_8bit"),
+        (["--input_file", "a.txt", ""], "--input_file is empty"),
+        (["--input_file", "a.txt", "--output_file", "b.jsonl", "--json"], "--json is for standard output"),
+        (["--device", "John has fever"], "invalid choice: (not shown)"),
+        (["--temperature", "John has fever"], "(not shown) is not a number"),
         (
             ["--clinical_note", "x", "--max_new_tokens", "5000", "--model_path", "ADAPTER"],
             "may have at most 1024 tokens",
@@ -328,9 +332,83 @@ def test_words_outside_quotes_are_not_shown():
     assert_input_error(run_inference("--clinical_note", "-Fever"), "--clinical_note=-VALUE")
 
 
-def test_one_text_is_no_batch(specialist):
-    with pytest.raises(InputError, match="a list of notes"):
-        specialist.generate_batch("Fever.")
+def test_containers_of_notes(specialist):
+    import pandas as pd
+
+    notes = ["Fever.", "Cough."]
+    expected = specialist.generate_batch(notes, 3)
+    frame = pd.DataFrame({"clinical_note": notes}, index=[7, 5])
+    for container in (tuple(notes), iter(notes), frame["clinical_note"], frame["clinical_note"].values):
+        assert specialist.generate_batch(container, 3) == expected
+    for wrong in ("Fever.", b"Fever.", {"clinical_note": notes}, frame, set(notes), None, 5):
+        with pytest.raises(InputError, match="clinical_notes is a"):
+            specialist.generate_batch(wrong)
+    results = specialist.generate_batch([None, float("nan"), "Fever."], 3)
+    assert [result.get("error") for result in results] == ["the note is not text"] * 2 + [None]
+    assert results[0].keys() - {"error"} == results[2].keys()
+
+
+@pytest.mark.parametrize("architecture, chat", [("llama", "chatml"), ("bloom", "none")])
+def test_nan_is_an_error_of_its_note(adapters, architecture, chat):
+    """One note's token breaks the numbers; those that share its passes and its place in the cache are as
+    alone."""
+    inference = SFTInference(adapters(architecture, chat), device="cpu")
+    notes = [note for note, _ in NOTES[:5]]
+    expected = inference.generate_batch(notes, 12)
+    odd = inference.tokenizer("zq", add_special_tokens=False).input_ids
+    token = next(t for t in odd if not any(t in inference.prompt_ids(note, 12)[0] for note in notes))
+    with torch.no_grad():
+        inference.model.get_input_embeddings().weight[token] = math.nan
+    mixed = [*notes[:2], "zq " * 90, *notes[2:]]
+    for batch_size in (1, 3):
+        results = inference.generate_batch(mixed, 12, batch_size=batch_size)
+        assert results.pop(2)["error"].startswith("the model computed NaN")
+        assert without_confidence(results) == without_confidence(expected)
+    json.dumps(results, allow_nan=False)
+    with pytest.raises(RunError, match="computed NaN") as refused:
+        inference.generate_summary("zq", 5)
+    assert "float32" in refused.value.fix
+
+
+def test_what_on_text_raises_comes_as_it_is(specialist):
+    def broken(text):
+        raise RuntimeError("out of memory in the caller's own code")
+
+    with pytest.raises(RuntimeError, match="caller's own") as raised:
+        specialist.generate_summary("Fever.", 5, on_text=broken)
+    assert not isinstance(raised.value, RunError)
+
+
+def test_max_length_is_the_longest_prompt(adapters):
+    inference = SFTInference(adapters(), device="cpu", max_length=200)
+    n_own = inference.encoder.n_template_tokens
+    fits = "x " * 10
+    n_fits = len(inference.prompt_ids(fits, 900)[0])
+    inference.longest_prompt = n_fits
+    assert inference.prompt_ids(fits, 900) == (inference.prompt_ids(fits, 10)[0], [])
+    ids, warnings = inference.prompt_ids("Fever. Cough. Pain. " * 20, 10)
+    assert len(ids) <= n_fits
+    assert f"--max_length {n_fits} (tokens of the prompt" in warnings[0]
+    inference.longest_prompt = math.inf
+    _, warnings = inference.prompt_ids("Fever. Cough. Pain. " * 20, 1024 - n_own - 20)
+    assert f"--max_new_tokens {1024 - n_own - 20} (prompt and summary" in warnings[0]
+
+
+def test_json_is_json_in_any_encoding(adapters, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": "Müller µ1", "clinical_note": "fever"}\n', encoding="utf-8")
+    arguments = [
+        "--model_path",
+        adapters(),
+        "--input_file",
+        tmp_path / "a.jsonl",
+        "--json",
+        "--max_new_tokens",
+        3,
+    ]
+    result = run_inference(*arguments, PYTHONIOENCODING="ascii")
+    assert result.returncode == 0, result.stderr
+    assert "\\u00fc" in result.stdout
+    assert json.loads(result.stdout)["id"] == "Müller µ1"
 
 
 def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
@@ -366,7 +444,7 @@ def test_text_arrives_as_it_is_written(adapters, architecture, chat, temperature
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}")
 def test_long_real_notes(specialist):
-    notes = [note for _, note in read_notes(SHARED_DATA / "aci_bench" / "notes.csv")]
+    notes = [note.text for note in read_notes(SHARED_DATA / "aci_bench" / "notes.csv")]
     assert len(notes) == 67
     results = specialist.generate_batch(notes[:4], 4)
     # 1,024 tokens hold no whole one

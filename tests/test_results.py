@@ -5,26 +5,32 @@ from types import SimpleNamespace
 import pytest
 from tiny import tiny_tokenizer
 
+from sft.grounding.citations import parse_citations
 from sft.inference.results import make_result, note_problem, summary_warnings, text_stream
 
 
 def test_warnings_name_what_is_wrong_with_a_summary():
-    warnings = summary_warnings("BP 120/80. BP 120/80. [Evidence: S7; Conf: 0.9]", "BP 110/70.")
+    def warnings_of(summary, note):
+        return summary_warnings(summary, note, parse_citations(summary, note))
+
+    warnings = warnings_of("BP 120/80. BP 120/80. [Evidence: S7; Conf: 0.9]", "BP 110/70.")
     assert warnings == [
         "the summary repeats itself",
         "cites sentences that are not in the note: S7",
         "states numbers that are not in the note: 120, 80",
     ]
-    assert summary_warnings("Fever. [Evidence: none]", "Fever.") == ["1 citation cannot be read"]
-    assert summary_warnings("", "BP 110/70.") == ["the model wrote nothing"]
-    assert summary_warnings("BP 110/70. [Evidence: S1; Conf: 0.9]", "BP 110/70.") == []
+    assert warnings_of("Fever. [Evidence: none]", "Fever.") == ["1 citation cannot be read"]
+    assert warnings_of("", "BP 110/70.") == ["the model wrote nothing"]
+    assert warnings_of("BP 110/70. [Evidence: S1; Conf: 0.9]", "BP 110/70.") == []
 
 
 def test_warnings_of_prompt_ending_and_text_come_in_this_order():
-    sequence = SimpleNamespace(prompt=[1] * 5, ids=[1, 2], log_probs=[-1.0, -1.0], finish_reason="length")
-    result = make_result("BP 110/70.", "BP 120/70.", sequence, ["note shortened: x"])
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer("BP 120/70.", add_special_tokens=False).input_ids
+    values = {"prompt": [1] * 5, "ids": ids, "log_probs": [-1.0] * len(ids), "finish_reason": "length"}
+    result = make_result("BP 110/70.", SimpleNamespace(**values), tokenizer, ["note shortened: x"])
     assert [warning.split()[0] for warning in result["warnings"]] == ["note", "summary", "states"]
-    assert "cut after 2 tokens" in result["warnings"][1]
+    assert f"cut after {len(ids)} tokens" in result["warnings"][1]
     assert result["confidence"] == pytest.approx(0.3679)
     assert result["n_prompt_tokens"] == 5
 

@@ -13,7 +13,7 @@ from tiny import HEADER, NOTES, rows_of, write_csv
 from sft.cli import InputError
 from sft.data.rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
 from sft.data.text import clean_text, is_blank
-from sft.inference.note_files import read_notes
+from sft.inference.notes import read_notes
 
 HEADER_LINE = "id,clinical_note,model_summary,label,hallucination_type\n"
 
@@ -316,7 +316,7 @@ def test_any_file_gives_rows_or_a_refusal(tmp_path_factory, encoding, changes):
         data = data[:position] + inserted + data[position + n_cut :]
     path = tmp_path_factory.mktemp("any") / "a.csv"
     path.write_bytes(data)
-    for reader in (read_rows, lambda path: list(read_notes(path))):
+    for reader in (read_rows, lambda path: read_notes(path)):
         try:
             reader(path)
         except InputError as error:

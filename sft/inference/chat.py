@@ -2,13 +2,18 @@
 that summarizes, no model. What is typed stays in memory: it is patients' text."""
 
 import argparse
+import io
+import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
-from sft.cli import InputError, RunError, log
+from sft.cli import InputError, RunError, is_terminal, log, visible
+from sft.data.text import decode_bytes
+from sft.inference.notes import split_text
+from sft.inference.results import failure, to_json
 from sft.options import InferenceConfig, number
 
 HELP = """\
@@ -25,29 +30,96 @@ COMMAND = re.compile(r"/((temperature|tokens)(\s+\S+)?|evidence|help|quit|exit|q
 VALUES = {"/temperature": "a number from 0", "/tokens": "a whole number from 1"}
 
 
+PASTE_PAUSE = 0.4  # seconds without a further line after which a paste without marks is over
+
+
+@contextmanager
+def note_terminal(is_wanted: bool) -> Iterator[None]:
+    """Inside, a terminal keeps what is typed and pasted for GNU readline, whole and without showing it: its
+    own line mode drops what is beyond 4,095 characters of a line."""
+    try:
+        import readline
+        import termios
+    except ImportError:  # Windows
+        is_wanted = False
+    if not (is_wanted and is_terminal(sys.stdin) and is_terminal(sys.stdout)):
+        yield
+        return
+    for setting in ("enable-bracketed-paste on", "input-meta on", "output-meta on", "convert-meta off"):
+        readline.parse_and_bind(f"set {setting}")
+    readline.parse_and_bind("tab: self-insert")
+    readline.set_auto_history(False)
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    mode = termios.tcgetattr(terminal)
+    # Its echo stays on: readline shows nothing where it finds it off
+    mode[3] &= ~termios.ICANON
+    mode[6][termios.VMIN] = 1
+    mode[6][termios.VTIME] = 0
+    termios.tcsetattr(terminal, termios.TCSANOW, mode)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
+        if marks_pastes():
+            print("\x1b[?2004l", end="", flush=True)
+
+
+def marks_pastes() -> bool:
+    """Whether readline reads the marks that a terminal puts around a paste."""
+    import readline
+
+    return "libedit" not in (readline.__doc__ or "") and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def read_piped(one_note: str) -> list[str] | None:
+    """The notes that are piped in, or None to read them block by block as they arrive. Raises InputError if
+    they look like parts of notes."""
+    if one_note == "paragraph":
+        return None
+    text = decode_bytes(sys.stdin.buffer.read(), "standard input")
+    if one_note != "auto":
+        return [note for _, note in split_text("standard input", text, one_note, "paragraph")]
+    lines = ["" if COMMAND.fullmatch(line) else line for line in text.splitlines()]
+    split_text("standard input", "\n".join(lines), "auto", "paragraph")
+    sys.stdin = io.StringIO(text)
+    return None
+
+
 def read_block(prompt: str) -> str:
     """One note or command from standard input. Raises EOFError at its end.
 
-    On a terminal, Enter ends it unless more pasted lines wait or the line ends in a backslash. Piped, an
-    empty line or a command ends it."""
-    if sys.stdin.isatty():
-        lines = [input(prompt)]
-        with suppress(EOFError):
-            while lines[-1].endswith("\\") or _more_lines_wait():
-                lines[-1] = lines[-1].removesuffix("\\")
-                lines.append(input(""))
-    else:
+    On a terminal, Enter ends it unless more lines arrive or the line ends in a backslash; a paste that the
+    terminal marks is one line to readline. Piped, an empty line or a command ends it."""
+    if not is_terminal(sys.stdin):
         lines = [input("")]
         with suppress(EOFError):
             while lines[-1].strip() and not COMMAND.fullmatch(lines[-1]):
                 lines.append(input(""))
-    return "\n".join(lines)
+        return "\n".join(lines)
+    lines = [input(prompt)]
+    with suppress(EOFError):
+        while lines[-1].endswith("\\") or (not COMMAND.fullmatch(lines[0]) and _more_lines_wait()):
+            lines[-1] = lines[-1].removesuffix("\\")
+            lines.append(input(""))
+    block = "\n".join(lines)
+    with suppress(ImportError):
+        import readline
+
+        if block.strip():
+            readline.add_history(block)
+        # readline turns the marks off when it has a line; a paste may come while a summary is written
+        if is_terminal(sys.stdout) and marks_pastes():
+            print("\x1b[?2004h", end="", flush=True)
+    return block
 
 
 def _more_lines_wait() -> bool:
     import select
 
-    return bool(select.select([sys.stdin], [], [], 0.05)[0])
+    with suppress(OSError):  # Windows has it for sockets only
+        return bool(select.select([sys.stdin], [], [], PASTE_PAUSE)[0])
+    return False
 
 
 def split_block(block: str) -> tuple[str, str]:
@@ -58,14 +130,18 @@ def split_block(block: str) -> tuple[str, str]:
     return block.strip(), ""
 
 
-def converse(summarize: Callable[..., dict], config: InferenceConfig) -> None:
+def converse(
+    summarize: Callable[..., dict], config: InferenceConfig, piped: Sequence[str] | None = None
+) -> None:
     """The interactive session. `summarize(note, max_new_tokens, temperature, seed=..., on_text=...)` returns
-    a result as SFTInference.generate_summary does."""
-    with suppress(ImportError):
-        import readline  # noqa: F401 (line editing and in-memory history for input())
+    a result as SFTInference.generate_summary does. `piped`: notes that have been read already."""
     temperature = config.temperature
     max_new_tokens = config.max_new_tokens
     last_result = None
+    if piped is not None:
+        for note in piped:
+            _summarize_aloud(summarize, note.strip(), max_new_tokens, temperature, config)
+        return
     log("Paste a clinical note and press Enter. /help for help, /quit to leave.")
     while True:
         try:
@@ -75,12 +151,14 @@ def converse(summarize: Callable[..., dict], config: InferenceConfig) -> None:
         except KeyboardInterrupt:
             log("\n(/quit or Ctrl-D leaves)")
             continue
-        if sys.stdin.isatty() and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):
+        if block.lower() in ("exit", "quit", "help"):
+            block = f"/{block.lower()}"
+        if is_terminal(sys.stdin) and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):
             log("no such command; /help lists them")
             continue
         note, command = split_block(block)
         if note:
-            result = _summarize_aloud(summarize, note, max_new_tokens, temperature, config.seed)
+            result = _summarize_aloud(summarize, note, max_new_tokens, temperature, config)
             last_result = result or last_result
         word, *values = command.split() or [""]
         value = values[0] if values else ""
@@ -100,29 +178,42 @@ def converse(summarize: Callable[..., dict], config: InferenceConfig) -> None:
 
 
 def _summarize_aloud(
-    summarize: Callable[..., dict], note: str, max_new_tokens: int, temperature: float, seed: int
+    summarize: Callable[..., dict],
+    note: str,
+    max_new_tokens: int,
+    temperature: float,
+    config: InferenceConfig,
 ) -> dict | None:
-    """Prints a summary as it is written; None if it was stopped or failed, which does not end the
-    conversation."""
+    """Prints a summary as it is written, or its complete result as JSON; None if it was stopped or failed,
+    which does not end the conversation."""
     started = time.perf_counter()
+    on_text = None if config.json else print_piece
     try:
-        result = summarize(note, max_new_tokens, temperature, seed=seed, on_text=print_piece)
+        result = summarize(note, max_new_tokens, temperature, seed=config.seed, on_text=on_text)
     except KeyboardInterrupt:
         print(flush=True)
         log("(stopped)")
     except (InputError, RunError) as error:
-        log(f"error: {error.problem}")
+        if config.json:
+            print(to_json(failure(error.problem), sys.stdout), flush=True)
+        log(f"error: {_as_command(error.problem)}")
         if error.fix:
-            log(f"fix:   {error.fix}")
+            log(f"fix:   {_as_command(error.fix)}")
     else:
-        print(flush=True)
-        log_result(result, time.perf_counter() - started)
+        print(to_json(result, sys.stdout) if config.json else "", flush=True)
+        log_result(
+            {**result, "warnings": map(_as_command, result["warnings"])}, time.perf_counter() - started
+        )
         return result
     return None
 
 
+def _as_command(words: str) -> str:
+    return re.sub("(--)?max_new_tokens", "/tokens", words)
+
+
 def print_piece(text: str) -> None:
-    print(text, end="", flush=True)
+    print(visible(text, sys.stdout), end="", flush=True)
 
 
 def show_evidence(result: dict) -> str:

@@ -7,11 +7,13 @@ prompt. The prefix that all prompts share is computed once. When few sequences a
 also verifies drafts copied from their prompts. `enable_kv_cache` finds out whether a model can work this way;
 sft/inference/generate.py is for the rest."""
 
+import functools
+import math
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -43,7 +45,7 @@ class GeneratedSequence:
     seed: int
     ids: list[int] = field(default_factory=list)  # with the end token, once it has come
     log_probs: list[float] = field(default_factory=list)  # of each token, at temperature 1
-    finish_reason: str = ""  # "stop", "length", or "" while it is running
+    finish_reason: str = ""  # "stop", "length", "nan" (the model computed it), or "" while it is running
 
     @property
     def n_cached(self) -> int:
@@ -59,6 +61,9 @@ class GeneratedSequence:
         return -exponential.clamp_(min=1e-30).log_()
 
     def add(self, token: int, log_prob: float, stop_ids: Sequence[int], max_new_tokens: int) -> None:
+        if not math.isfinite(log_prob):
+            self.finish_reason = "nan"
+            return
         self.ids.append(token)
         self.log_probs.append(log_prob)
         if token in stop_ids:
@@ -283,6 +288,10 @@ def retire(running: list[GeneratedSequence], cache: KVCache) -> list[GeneratedSe
     for slot in reversed(range(len(running))):
         if running[slot].finish_reason:
             ended.append(running[slot])
+            if running[slot].finish_reason == "nan":
+                # A mask does not hide it from the next sequence in this slot
+                for states in chain.from_iterable(cache.layers.values()):
+                    states[slot] = 0
             last = running.pop()
             if slot < len(running):
                 running[slot] = last
@@ -300,6 +309,7 @@ def decode_within_memory(
     stop_ids: Sequence[int],
     *,
     batch_size: int,
+    on_token: Callable[[GeneratedSequence], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     **options,
 ) -> Iterator[tuple[int, GeneratedSequence | None]]:
@@ -307,10 +317,12 @@ def decode_within_memory(
     memory, half as many sequences at a time are tried; a prompt that does not even fit alone gives (number,
     None).
 
-    Raises RunError if the model fails for another reason.
+    Raises RunError if the model fails for another reason, and what `on_token` raises as it is.
     """
     waiting = dict(prompts)
     options["should_stop"] = should_stop
+    if on_token:
+        options["on_token"] = functools.partial(_call, on_token)
     while waiting and not (should_stop and should_stop()):
         try:
             for sequence in decoder(
@@ -318,6 +330,8 @@ def decode_within_memory(
             ):
                 del waiting[sequence.index]
                 yield sequence.index, sequence
+        except _OfCaller as error:
+            raise error.__cause__ from None
         except (MemoryError, RuntimeError, OSError) as error:
             _raise_unless_out_of_memory(error)
             if batch_size > 1 and len(waiting) > 1:
@@ -327,6 +341,17 @@ def decode_within_memory(
                 longest = max(waiting, key=lambda number: len(waiting[number]))
                 del waiting[longest]
                 yield longest, None
+
+
+class _OfCaller(Exception):
+    """Holds an exception that is not the model's, as its cause."""
+
+
+def _call(on_token: Callable[[GeneratedSequence], None], sequence: GeneratedSequence) -> None:
+    try:
+        on_token(sequence)
+    except Exception as error:
+        raise _OfCaller from error
 
 
 def _raise_unless_out_of_memory(error: Exception) -> None:

@@ -58,7 +58,7 @@ def decode_with_generate(
             input_ids=torch.tensor(rows, device=device),
             attention_mask=torch.tensor(mask, device=device),
             generation_config=generation_config,
-            logits_processor=LogitsProcessorList([_SampleTokens(batch, temperature, write)]),
+            logits_processor=LogitsProcessorList([_SampleTokens(batch, temperature, pad, write)]),
             stopping_criteria=criteria,
         )
         yield from (sequence for sequence in batch if sequence.finish_reason)
@@ -69,9 +69,10 @@ def decode_with_generate(
 class _SampleTokens(LogitsProcessor):
     """Makes `generate` take the tokens that `sample` gives, and writes them to the sequences of the batch."""
 
-    def __init__(self, batch: list[GeneratedSequence], temperature: float, write: Callable):
+    def __init__(self, batch: list[GeneratedSequence], temperature: float, stop: int, write: Callable):
         self.batch = batch
         self.temperature = temperature
+        self.stop = stop
         self.write = write
 
     def __call__(self, input_ids, scores):
@@ -79,6 +80,8 @@ class _SampleTokens(LogitsProcessor):
         for sequence, token, log_prob in zip(self.batch, tokens, log_probs):
             if not sequence.finish_reason:
                 self.write(sequence, token, log_prob)
+        # One that computed NaN would go on to the length limit
+        tokens = [self.stop if s.finish_reason else token for s, token in zip(self.batch, tokens)]
         chosen = torch.tensor(tokens, device=scores.device)[:, None]
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 

@@ -1,21 +1,21 @@
-"""A file of notes in, a file of summaries out: formats, resuming after an interruption, several processes.
+"""A file of summaries out: resuming after an interruption, several processes.
 
-Notes are summarized in windows of WINDOW batches: sorted by length inside a window, written in input order at
-its end. Until all is done the output is FILE.partial; beside it FILE.partial.json records the fingerprint of
-the run (hashes and settings, no text) and how many bytes of FILE.partial are complete windows. What follows
-them is computed again, so a resumed file is identical to the byte. Beside the complete output .FILE.done.json
-keeps the fingerprint."""
+Notes are summarized in windows of WINDOW batches, sorted by length inside a window. Until all is done the
+output is FILE.partial, JSON Lines: first the run's fingerprint (hashes and settings, no text), then
+{"number", "result"} for each summary as it ends. At the end they are written to FILE in the order of the
+notes, and .FILE.done.json keeps the fingerprint. The batch that a note is in moves the last digit of its
+confidence now and then: a window that was interrupted is therefore computed again whole, unless --batch_size
+changed, and its finished summaries stay as they are, so that a resumed file is identical to the byte."""
 
 import contextlib
-import csv
-import io
 import json
 import os
 import re
-import shutil
+import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from sft.cli import (
@@ -26,196 +26,138 @@ from sft.cli import (
     log,
     noted_signals,
     plural,
-    preview_list,
     processes,
-    safe_id,
 )
-from sft.data.rows import TOO_MANY_FIELDS, read_table
-from sft.data.text import clean_text, decode_text
 from sft.files import check_new_file, lock, sync_dir, write_json
+from sft.inference.notes import Note
+from sft.inference.results import csv_columns, csv_row, format_result, kinds_of, to_json
 from sft.options import InferenceConfig
 
-# Batches between two writes: the end of a window, when the batch is no longer full, costs little
+# Batches between two windows: their ends, when the batch is no longer full, cost little
 WINDOW = 8
-
-Notes = list[tuple[str, object]]  # (id, text); what a .jsonl file calls a note may be no text
-
-
-# ------------------------------------------------------------------------------- formats
-
-
-def read_notes(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Yields (id, note) of a .txt, .csv or .jsonl file. Without an id the row's or line's number takes its
-    place; a note of .jsonl may be no text. Raises InputError if the file cannot be read."""
-    path = Path(path)
-    readers = {".csv": _read_csv, ".txt": _read_txt, ".jsonl": _read_jsonl}
-    if path.suffix.lower() not in readers:
-        fix = "use .txt (one note per line), .csv or .jsonl"
-        raise InputError(f"{path}: unknown file extension", fix)
-    return readers[path.suffix.lower()](path)
-
-
-def _read_csv(path: Path) -> Iterator[tuple[str, str]]:
-    bad = []
-    for row_number, fields, too_many in read_table(path, ("clinical_note",)):
-        row_id = fields.get("id", "").strip() or str(row_number)
-        if too_many:
-            bad.append(f"row {row_number:,} (id {safe_id(row_id)})")
-        yield row_id, fields.get("clinical_note", "")
-    if bad:
-        raise InputError(f"{path}: {TOO_MANY_FIELDS}: {preview_list(bad)}", "fix these rows")
-
-
-def _read_txt(path: Path) -> Iterator[tuple[str, str]]:
-    for line_number, line in _lines(path):
-        yield str(line_number), line
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, object]]:
-    for line_number, line in _lines(path):
-        try:
-            row = json.loads(line)
-            note = row["clinical_note"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            problem = f"{path}: line {line_number}: no JSON object with a clinical_note"
-            raise InputError(problem, "write one object per line") from None
-        row_id = row.get("id")
-        row_id = clean_text(str(row_id)) if isinstance(row_id, str | int) else ""
-        yield row_id or str(line_number), note
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(number, line) of the lines that are not blank, whatever their line ends."""
-    for line_number, line in enumerate(io.StringIO(decode_text(path), newline=None), 1):
-        if line.strip():
-            yield line_number, line
-
-
-CSV_COLUMNS = (
-    "id generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings evidence error"
-).split()
-
-
-def format_result(result: dict, kind: str) -> str:
-    """One result as a line of .jsonl, a row of .csv, or readable text."""
-    if kind == ".jsonl":
-        return json.dumps(result, ensure_ascii=False) + "\n"
-    if kind == ".csv":
-        cells = dict(result)
-        cells["warnings"] = "; ".join(result.get("warnings", []))
-        cells["evidence"] = json.dumps(result.get("evidence", []), ensure_ascii=False)
-        row = io.StringIO()
-        csv.writer(row, lineterminator="\n").writerow([defuse(cells.get(name, "")) for name in CSV_COLUMNS])
-        return row.getvalue()
-    return f"[{result['id']}] {result.get('error') or result['generated_summary']}\n\n"
-
-
-def defuse(cell):
-    """A cell that no spreadsheet takes for a formula."""
-    is_formula = isinstance(cell, str) and cell.startswith(("=", "+", "-", "@", "\t", "\r"))
-    return f"'{cell}" if is_formula else cell
 
 
 # ------------------------------------------------------------------------------- outputs
 
 
-def count(results: list[dict]) -> dict[str, int]:
-    n_failed = sum("error" in result for result in results)
-    n_shortened = sum(
-        any(warning.startswith("note shortened") for warning in result.get("warnings", []))
-        for result in results
-    )
-    return {"done": len(results) - n_failed, "shortened": n_shortened, "failed": n_failed}
-
-
 class StandardOutput:
-    """Results to standard output, which cannot be resumed."""
+    """Results to standard output, which cannot be resumed: in the order of the notes, each as soon as those
+    before it are there."""
 
     def __init__(self, kind: str):
         self.kind = kind
-        self.n_done = 0
-        self.counts = count([])
+        self.done: set[int] = set()
+        self.counts = Counter()
+        self.waiting: dict[int, dict] = {}
+        self.next = 0
 
-    def add(self, results: list[dict]) -> None:
-        sys.stdout.write("".join(format_result(result, self.kind) for result in results))
+    def add(self, number: int, result: dict) -> None:
+        self.waiting[number] = result
+        while self.next in self.waiting:
+            self._print(self.waiting.pop(self.next))
+            self.next += 1
+        self.done.add(number)
+
+    def _print(self, result: dict) -> None:
+        self.counts.update(kinds_of(result))
+        sys.stdout.write(format_result(result, self.kind, sys.stdout))
         sys.stdout.flush()
-        self.n_done += len(results)
-        for name, n in count(results).items():
-            self.counts[name] += n
+
+    def sync(self) -> None:
+        pass
 
     def close(self) -> None:
-        pass
+        # After an interruption: finished ones behind a gap
+        for number in sorted(self.waiting):
+            self._print(self.waiting.pop(number))
 
 
 class PartialFile:
-    """FILE.partial, locked, and its record: `fingerprint`, `done` (notes), `bytes` and `counts`.
+    """FILE.partial, locked. `done`: the numbers of the notes whose results it holds. `batch_size`: that of
+    the run that began it.
 
-    Raises InputError if a partial file exists and `resume` is false, or if it is another run's.
-    """
+    Raises InputError if a partial file exists and `resume` is false, or if it is another run's."""
 
-    def __init__(self, path: Path, kind: str, header: str, fingerprint: dict, resume: bool):
+    def __init__(self, path: Path, fingerprint: dict, batch_size: int, resume: bool):
         self.path = path
-        self.kind = kind
-        self.record = {"fingerprint": fingerprint, "done": 0, "bytes": 0, "counts": count([])}
+        self.batch_size = batch_size
+        self.done: set[int] = set()
         if path.is_symlink():
             fix = "rename or move it: summaries are written to a file of their own"
             raise InputError(f"{path} is a symbolic link", fix)
         _check_resume(path, resume)
-        has_record = path.exists() and record_path(path).exists()
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         self.file = os.fdopen(os.open(path, flags, 0o600), "r+b")
         try:
             fix = "wait for it, or choose another --output_file"
             lock(self.file, f"another process is writing {path}", fix)
-            if has_record:
-                self.record = self._read_own_record(fingerprint)
-            elif not header.encode().startswith(self.file.read(len(header) + 1)):
-                # More than a run leaves that was killed before its first record
-                problem = f"{path} exists, but its record {record_path(path).name} is missing or unreadable"
-                raise InputError(f"{problem}, so this run cannot be matched to it", "rename or move it")
-        except InputError:
+            first_line = to_json({"fingerprint": fingerprint, "batch_size": batch_size}).encode() + b"\n"
+            n_bytes = self._read_done(first_line, fingerprint)
+        except BaseException:
             self.file.close()
             raise
         os.chmod(path, 0o600)
-        self.file.truncate(self.record["bytes"])
-        self.file.seek(self.record["bytes"])
-        if not has_record:
-            self._append(header)
-            write_json(record_path(path), self.record)
+        # What a kill left of a line is computed again
+        self.file.seek(n_bytes)
+        self.file.truncate()
+        if not n_bytes:
+            self.file.write(first_line)
+            self.sync()
 
-    def _read_own_record(self, fingerprint: dict) -> dict:
-        record = read_record(record_path(self.path))
-        fix = "use the same files and options, or delete it and its .json to start over"
-        check_fingerprint(self.path, record["fingerprint"], fingerprint, fix)
-        if self.path.stat().st_size < record["bytes"]:
-            fix = "delete it and its .json to start over"
-            raise InputError(f"{self.path} is shorter than its record says", fix)
-        return record
+    def _read_done(self, first_line: bytes, fingerprint: dict) -> int:
+        """Reads `done`; returns how many bytes are complete lines. Raises InputError for another run's
+        file."""
+        line = self.file.readline()
+        # All that a run leaves that was killed before its first line
+        if not line.endswith(b"\n") and first_line.startswith(line):
+            return 0
+        header = parse_line(line)
+        if not isinstance(header.get("fingerprint"), dict):
+            problem = f"{self.path} exists, but does not begin with the record of a run of this version"
+            raise InputError(f"{problem}, so this run cannot be matched to it", "rename or move it")
+        fix = "use the same files and options, or delete it to start over"
+        check_fingerprint(self.path, header["fingerprint"], fingerprint, fix)
+        self.batch_size = header.get("batch_size", self.batch_size)
+        n_bytes = len(line)
+        for number, _, line in read_results(self.file):
+            self.done.add(number)
+            n_bytes += len(line)
+        return n_bytes
 
-    @property
-    def n_done(self) -> int:
-        return self.record["done"]
+    def add(self, number: int, result: dict) -> None:
+        """Appends a result; a second one of the same note is the same and is left out."""
+        if number not in self.done:
+            self.file.write(to_json({"number": number, "result": result}).encode(errors="replace") + b"\n")
+            self.file.flush()
+            self.done.add(number)
 
-    @property
-    def counts(self) -> dict[str, int]:
-        return self.record["counts"]
-
-    def add(self, results: list[dict]) -> None:
-        """Appends one window; it counts once the record has followed."""
-        self._append("".join(format_result(result, self.kind) for result in results))
-        self.record["done"] += len(results)
-        for name, n in count(results).items():
-            self.record["counts"][name] += n
-        write_json(record_path(self.path), self.record)
-
-    def _append(self, text: str) -> None:
-        self.file.write(text.encode())
+    def sync(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.record["bytes"] = self.file.tell()
 
     def close(self) -> None:
-        self.file.close()
+        # On a full disk the last line stays behind incomplete
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def parse_line(line: bytes) -> dict:
+    """The JSON object of a complete line; {} for any other."""
+    try:
+        value = json.loads(line) if line.endswith(b"\n") else {}
+    except (ValueError, RecursionError):
+        value = {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_results(file) -> Iterator[tuple[int, dict, bytes]]:
+    """(number, result, line) of the complete lines of a partial file that follow, up to the first that is
+    not."""
+    for line in file:
+        entry = parse_line(line)
+        if not isinstance(entry.get("number"), int) or not isinstance(entry.get("result"), dict):
+            return
+        yield entry["number"], entry["result"], line
 
 
 def _check_resume(partial: Path, resume: bool) -> None:
@@ -227,32 +169,12 @@ def _check_resume(partial: Path, resume: bool) -> None:
 # ------------------------------------------------------------------------------- records and names
 
 
-def read_record(path: Path) -> dict:
-    """A partial file's record. Raises InputError if it is damaged."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if "belongs_to" in record:  # as written by 18a780b
-            record["fingerprint"] = record.pop("belongs_to")
-        numbers = [record["bytes"], record["done"], *(record["counts"][name] for name in count([]))]
-        intact = isinstance(record["fingerprint"], dict)
-        intact = intact and all(isinstance(number, int) and number >= 0 for number in numbers)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        intact = False
-    if not intact:
-        raise InputError(f"{path} is damaged", f"delete it and {path.stem} to start over")
-    return record
-
-
 def check_fingerprint(path: Path, recorded: dict, fingerprint: dict, fix: str) -> None:
-    """Raises InputError if the two fingerprints differ."""
-    names = sorted(recorded.keys() | fingerprint.keys())
-    different = [name for name in names if recorded.get(name) != fingerprint.get(name)]
+    """Raises InputError if the two fingerprints differ. What older runs recorded besides cannot change a
+    result."""
+    different = [name for name in sorted(fingerprint) if recorded.get(name) != fingerprint[name]]
     if different:
         raise InputError(f"{path} was written with a different {', '.join(different)}", fix)
-
-
-def record_path(partial: Path) -> Path:
-    return partial.with_name(partial.name + ".json")
 
 
 def done_path(target: Path) -> Path:
@@ -265,158 +187,201 @@ def partial_path(target: Path, rank: int, n_processes: int) -> Path:
 
 
 def existing_partials(target: Path) -> list[Path]:
-    """Partial files of `target`, of any number of processes, of which the file or its record exists."""
-    pattern = re.compile(re.escape(target.name) + r"\.partial(-\d+-of-\d+)?(\.json)?")
-    paths = [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
-    return [target.with_name(name) for name in sorted({path.name.removesuffix(".json") for path in paths})]
+    """Partial files of `target`, of any number of processes."""
+    pattern = re.compile(re.escape(target.name) + r"\.partial(-\d+-of-\d+)?")
+    return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
 
 
-def check_output(output_file: str, resume: bool, fingerprint: Callable[[], dict]) -> bool:
-    """Whether the output file is complete already. Raises InputError if it cannot be written, or is another
-    run's."""
+def check_output(output_file: str, resume: bool, fingerprint: Callable[[], dict]) -> Counter | None:
+    """The counts of the output file if it is complete already. Raises InputError if it cannot be written, or
+    is another run's."""
     target = Path(output_file)
-    if resume and target.exists():
-        _check_complete(target, fingerprint())
-        return True
+    if target.is_symlink():
+        raise InputError(f"--output_file {target} is a symbolic link", "name the file that it points to")
+    if resume and target.is_file():
+        return _check_complete(target, fingerprint())
     check_new_file("--output_file", output_file, (".jsonl", ".csv"))
     # The names of the partial files and their records must fit too
     if len(os.fsencode(target.name)) > 200:
         raise InputError("--output_file: the name is too long", "choose one of at most 200 bytes")
     rank, n_processes = processes()
     expected = {partial_path(target, i, n_processes) for i in range(n_processes)}
-    others = [path for path in existing_partials(target) if path.exists() and path not in expected]
+    others = [path for path in existing_partials(target) if path not in expected]
     if others:
         problem = f"{others[0].name} exists: the earlier run used a different number of processes"
         raise InputError(problem, "use the same number with --resume, or delete it")
     _check_resume(partial_path(target, rank, n_processes), resume)
-    return False
+    return None
 
 
-def _check_complete(target: Path, fingerprint: dict) -> None:
-    """Raises InputError unless this run wrote `target`; removes its partial files, if it was killed before
-    that."""
+def _check_complete(target: Path, fingerprint: dict) -> Counter:
+    """The counts of `target`. Raises InputError unless this run wrote it; removes its partial files, if it
+    was killed before that."""
     fix = "rename or move it, or choose another --output_file"
     try:
         recorded = dict(json.loads(done_path(target).read_text(encoding="utf-8")))
     except (FileNotFoundError, ValueError, TypeError):
         problem = f"{target} exists, but its record {done_path(target).name} is missing or unreadable"
         raise InputError(f"{problem}, so this run cannot be matched to it", fix) from None
+    counts = Counter(recorded.pop("counts", {}))
     check_fingerprint(target, recorded, fingerprint, fix)
     for partial in existing_partials(target):
         # Without an intact record it is not known to be this run's, and stays
-        with contextlib.suppress(InputError, FileNotFoundError):
-            record = read_record(record_path(partial))
-            if recorded.items() <= record["fingerprint"].items():
-                remove_partials([partial])
+        with open(partial, "rb") as file:
+            found = parse_line(file.readline()).get("fingerprint")
+        if isinstance(found, dict) and recorded.items() <= found.items():
+            partial.unlink()
+    return counts
 
 
-def join_partials(partials: list[Path], target: Path, fingerprint: dict) -> None:
-    """Moves the complete partial files, end to end, to `target`, which appears whole or not at all, after its
-    record. Raises InputError if another file has appeared there."""
+def join_partials(partials: list[Path], target: Path, fingerprint: dict) -> Counter:
+    """Writes the results of complete partial files, in the order of the notes, to `target`, which appears
+    whole or not at all, after its record; returns their counts. Raises InputError if another file has
+    appeared there."""
     if target.exists():
         fix = "rename or move it, then run the same command with --resume to continue"
         raise InputError(f"{target} has appeared while its summaries were written", fix)
-    write_json(done_path(target), fingerprint)
-    joined = partials[0]
-    if len(partials) > 1:
-        joined = target.with_name(f".{target.name}.joined")
-        descriptor = os.open(joined, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with open(descriptor, "wb") as out:
-            for partial in partials:
-                with open(partial, "rb") as file:
-                    shutil.copyfileobj(file, out)
+    counts = Counter()
+    joined = target.with_name(f".{target.name}.joined")
+    joined.unlink(missing_ok=True)
+    descriptor = os.open(joined, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    kind = target.suffix.lower()
+    try:
+        with open(descriptor, "w", encoding="utf-8", errors="replace", newline="") as out:
+            for result in _in_order(partials):
+                if kind == ".csv" and not counts:
+                    # Excel takes a file for UTF-8 only with the mark
+                    out.write("\ufeff" + csv_row(csv_columns(result)))
+                out.write(format_result(result, kind))
+                counts.update(kinds_of(result))
             out.flush()
             os.fsync(out.fileno())
-    os.replace(joined, target)
+        write_json(done_path(target), {**fingerprint, "counts": counts})
+        os.replace(joined, target)
+    finally:
+        joined.unlink(missing_ok=True)
     sync_dir(target.parent, with_files=False)
-    remove_partials(partials)
-
-
-def remove_partials(partials: list[Path]) -> None:
     for partial in partials:
-        partial.unlink(missing_ok=True)
-        record_path(partial).unlink(missing_ok=True)
+        partial.unlink()
+    return counts
+
+
+def _in_order(partials: list[Path]) -> Iterator[dict]:
+    """The results of each file sorted by number, with only the places of its lines in memory."""
+    for partial in partials:
+        with open(partial, "rb") as file:
+            place = len(file.readline())
+            places = []
+            for number, _, line in read_results(file):
+                places.append((number, place))
+                place += len(line)
+            for _, place in sorted(places):
+                file.seek(place)
+                yield parse_line(file.readline())["result"]
 
 
 # ------------------------------------------------------------------------------- the run
 
 
-def summarize_file(notes: Notes, config: InferenceConfig, fingerprint: dict, summarize: Callable) -> None:
-    """Summaries of all notes (id, text), in their order, to config.output_file or standard output.
+def summarize_file(
+    notes: Sequence[Note], config: InferenceConfig, fingerprint: dict, summarize: Callable
+) -> None:
+    """Summaries of all notes, in their order, to config.output_file or standard output.
 
     `fingerprint`: what a resumed run must share, hashes and settings. `summarize(window, should_stop=...)`
     takes notes by number and yields (number, result) as summaries end; it ends early once should_stop() is
     true. With several processes each takes a part of the notes, and the first joins their files. Raises
-    Stopped after SIGTERM or Ctrl-C."""
+    Stopped after SIGTERM or Ctrl-C, RunError at the end if all notes failed (with fail_on_error: if any)."""
     rank, n_processes = processes()
     bounds = [len(notes) * i // n_processes for i in range(n_processes + 1)]
-    first, last = bounds[rank : rank + 2]
+    numbers = range(*bounds[rank : rank + 2])
     target = Path(config.output_file) if config.output_file else None
-    kind = target.suffix.lower() if target else ".jsonl" if config.json else ".txt"
     if target:
-        header = ",".join(CSV_COLUMNS) + "\n" if kind == ".csv" and rank == 0 else ""
-        own_fingerprint = {**fingerprint, "part of the notes": [first, last]}
+        part = {"part of the notes": [numbers.start, numbers.stop]}
         partial = partial_path(target, rank, n_processes)
-        out = PartialFile(partial, kind, header, own_fingerprint, config.resume)
+        out = PartialFile(partial, {**fingerprint, **part}, config.batch_size, config.resume)
     else:
-        out = StandardOutput(kind)
-    remaining = range(first + out.n_done, last)
-    if out.n_done:
-        log(f"Resuming after {out.n_done:,} of {last - first:,} notes")
+        out = StandardOutput(".jsonl" if config.json else ".txt")
+    n_before = len(out.done)
+    if n_before:
+        log(f"Resuming after {n_before:,} of {plural(len(numbers), 'note')}")
     started = time.perf_counter()
     try:
-        _write_windows(notes, remaining, config.batch_size * WINDOW, out, summarize)
+        _write_windows(notes, numbers, config.batch_size, out, summarize)
     except BaseException as error:
+        state = f"{len(out.done):,} of {plural(len(numbers), 'note')}"
+        message = f"stopped: {state} summarized, the others are not"
         if target:
-            problem = f"not complete: {partial} holds {out.n_done:,} of {last - first:,} notes"
-            message = f"{problem}; run the same command with --resume to continue"
-            if isinstance(error, Stopped):
-                raise Stopped(error.signal, message) from None
-            log(f"\n{message}")
+            message = f"not complete: {partial} holds {state}; run the same command with --resume to continue"
+        if isinstance(error, Stopped):
+            raise Stopped(error.signal, message) from None
+        log(f"\n{message}")
         raise
     finally:
         out.close()
-    rate = f"; {len(remaining) / (time.perf_counter() - started):.2f} notes/s"
-    _finish(target, fingerprint, out.counts, rate if n_processes == 1 else "")
+    rate = f"; {(len(numbers) - n_before) / (time.perf_counter() - started):.2f} notes/s"
+    counts = out.counts if not target else _join(target, fingerprint)
+    if rank == 0:
+        report(counts, rate if n_processes == 1 else "", target, config.fail_on_error)
 
 
 def _write_windows(
-    notes: Notes, remaining: range, size: int, out: PartialFile | StandardOutput, summarize: Callable
+    notes: Sequence[Note],
+    numbers: range,
+    batch_size: int,
+    out: PartialFile | StandardOutput,
+    summarize: Callable,
 ) -> None:
-    """Summarizes the notes with the `remaining` numbers in windows of `size` notes, each added to `out` at
-    its end."""
-    progress = Progress(out.n_done + len(remaining), "note", done=out.n_done, interval=60)
+    """Summarizes the notes with these numbers in windows; each result goes to `out` as it ends."""
+    progress = Progress(len(numbers), "note", done=len(out.done), interval=60)
+    # On a screen or in a pipe the next results are waited for
+    is_file = isinstance(out, PartialFile)
+    size = batch_size * (WINDOW if is_file else 1)
+    same_batches = is_file and out.batch_size == batch_size
     try:
-        with noted_signals() as noted:
-            for start in range(0, len(remaining), size):
-                window = {number: notes[number][1] for number in remaining[start : start + size]}
-                results = {}
-                for number, result in summarize(window, should_stop=lambda: bool(noted)):
-                    results[number] = {"id": notes[number][0], **result}
-                    progress.advance()
-                if len(results) < len(window):
+        with noted_signals("finished summaries are kept") as noted:
+            for start in range(numbers.start, numbers.stop, size):
+                window = range(start, min(start + size, numbers.stop))
+                missing = [number for number in window if number not in out.done]
+                if not missing:
+                    continue
+                texts = {number: notes[number].text for number in (window if same_batches else missing)}
+                for number, result in summarize(texts, should_stop=lambda: bool(noted)):
+                    if number not in out.done:
+                        note = notes[number]
+                        out.add(number, {"id": note.id, "row": note.row, **note.kept, **result})
+                        progress.advance()
+                if not out.done.issuperset(missing):
                     raise Stopped(noted[0], "stopped: not all summaries are written")
-                out.add([results[number] for number in window])
+                out.sync()
     finally:
         progress.close()
 
 
-def _finish(target: Path | None, fingerprint: dict, counts: dict[str, int], rate: str) -> None:
-    """Joins the partial files of all processes, on the first of them, and logs the last line."""
-    rank, n_processes = processes()
-    if target:
-        if n_processes > 1:
-            _wait_for_all()
-        if rank > 0:
-            return
-        partials = [partial_path(target, i, n_processes) for i in range(n_processes)]
-        records = [read_record(record_path(partial)) for partial in partials]
-        counts = {name: sum(record["counts"][name] for record in records) for name in counts}
-        join_partials(partials, target, fingerprint)
+def report(counts: Counter, rate: str, target: Path | None, fail_on_error: bool) -> None:
+    """Logs what came of the notes, by kind. Raises RunError as `summarize_file` says."""
+    n_failed = counts["failed"]
+    shortened = f"{counts['note shortened']:,} of the notes shortened"
+    done = f"{plural(counts['done'], 'note')} summarized ({shortened})"
+    why = ' (see "error")' if target and n_failed else ""
     written = f"; written to {target}" if target else ""
-    done = f"{plural(counts['done'], 'note')} summarized ({counts['shortened']:,} of the notes shortened)"
-    why = ' (see "error")' if target and counts["failed"] else ""
-    log(f"{done}, {counts['failed']:,} failed{why}{rate}{written}")
+    for kind in sorted(counts.keys() - {"done", "failed"}):
+        log(f"warning: {plural(counts[kind], 'note')}: {kind}")
+    log(f"{done}, {n_failed:,} failed{why}{rate}{written}")
+    if n_failed and (fail_on_error or not counts["done"]):
+        n = f"all {plural(n_failed, 'note')}" if not counts["done"] else plural(n_failed, "note")
+        raise RunError(f"{n} failed", 'see "error" in the output for the reasons')
+
+
+def _join(target: Path, fingerprint: dict) -> Counter:
+    """Joins the partial files of all processes, on the first of them."""
+    rank, n_processes = processes()
+    if n_processes > 1:
+        _wait_for_all()
+    if rank > 0:
+        return Counter()
+    partials = [partial_path(target, i, n_processes) for i in range(n_processes)]
+    return join_partials(partials, target, fingerprint)
 
 
 def _wait_for_all() -> None:
@@ -425,6 +390,8 @@ def _wait_for_all() -> None:
 
     import torch.distributed
 
+    # Python's own handler would wait for the others too; all that is written is complete
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
         torch.distributed.barrier()

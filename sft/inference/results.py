@@ -1,14 +1,30 @@
-"""The result of one note: a dict with the summary, or with an `error`; its warnings; its text while it is
-written."""
+"""The result of one note: a dict with the summary, or with an `error`; its warnings; its line in a file; its
+text while it is written."""
 
+import csv
+import io
+import json
 import math
-from collections.abc import Callable, Sequence
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
 
-from sft.cli import plural, preview_list
+from sft.cli import is_terminal, plural, preview_list, visible
+from sft.data.formats import describe_problem
 from sft.data.text import clean_text, is_blank
 from sft.grounding.citations import parse_citations, strip_citations, unreadable_citations
 from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
+
+RESULT_COLUMNS = (
+    "generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings evidence made_by error"
+).split()
+OUT_OF_MEMORY = "out of memory on this note"
+COMPUTED_NAN = "the model computed NaN (not a number)"
+FIXES = {
+    OUT_OF_MEMORY: "lower --max_length or use --use_4bit",
+    COMPUTED_NAN: "try --dtype float32; if it stays, the adapter is damaged: train again",
+}
 
 
 def note_problem(note: object) -> str:
@@ -18,45 +34,62 @@ def note_problem(note: object) -> str:
     return "the note is empty" if is_blank(clean_text(note)) else ""
 
 
+def note_warnings(note: str, language: str | None) -> list[str]:
+    """What makes a text hardly a note, as in "the note looks like RTF"; `language`: of the training notes."""
+    problem = describe_problem(note, language)
+    return [f"the note {problem}"] if problem else []
+
+
 def failure(reason: str) -> dict:
-    """The result of a note that could not be summarized."""
-    return {"generated_summary": "", "error": reason}
+    """The result of a note that could not be summarized: the keys of make_result, and `error`."""
+    return {
+        "generated_summary": "",
+        "evidence": [],
+        "confidence": None,
+        "warnings": [],
+        "n_prompt_tokens": None,
+        "n_new_tokens": None,
+        "finish_reason": None,
+        "error": reason,
+    }
 
 
 def make_result(
-    note: str,
-    summary: str,
-    sequence,
-    prompt_warnings: list[str],
-    sentence_version: int = SENTENCE_VERSION,
+    note: str, sequence, tokenizer, prompt_warnings: list[str], sentence_version: int = SENTENCE_VERSION
 ) -> dict:
-    """The result of a GeneratedSequence whose text is `summary`, as SFTInference.generate_summary describes
-    it. `sentence_version`: of the note's sentence numbers."""
+    """The result of a GeneratedSequence, as SFTInference.generate_summary describes it; a failure if the
+    model computed NaN. `sentence_version`: of the note's sentence numbers."""
+    if sequence.finish_reason == "nan":
+        return failure(COMPUTED_NAN)
     warnings = list(prompt_warnings)
     n_new_tokens = len(sequence.ids)
     if sequence.finish_reason == "length":
         warnings.append(f"summary cut after {n_new_tokens} tokens: raise max_new_tokens")
+    n_end_tokens = 1 if sequence.finish_reason == "stop" else 0
+    ids = sequence.ids[: n_new_tokens - n_end_tokens]
+    summary = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    evidence = parse_citations(summary, note, sentence_version)
     return {
         "generated_summary": summary,
-        "evidence": parse_citations(summary, note, sentence_version),
+        "evidence": evidence,
         "confidence": round(math.exp(sum(sequence.log_probs) / n_new_tokens), 4),
-        "warnings": warnings + summary_warnings(summary, note, sentence_version),
+        "warnings": warnings + summary_warnings(summary, note, evidence),
         "n_prompt_tokens": len(sequence.prompt),
         "n_new_tokens": n_new_tokens,
         "finish_reason": sequence.finish_reason,
     }
 
 
-def summary_warnings(summary: str, note: str, sentence_version: int = SENTENCE_VERSION) -> list[str]:
-    """What is wrong with a summary, as far as its text and the note's show."""
+def summary_warnings(summary: str, note: str, evidence: Sequence[dict]) -> list[str]:
+    """What is wrong with a summary, as far as its text, its citations and the note's text show. A warning is
+    a kind, or "KIND: details"."""
     warnings = []
     if not summary:
         warnings.append("the model wrote nothing")
     sentences = split_sentences(strip_citations(summary))
     if len(set(sentences)) < len(sentences):
         warnings.append("the summary repeats itself")
-    citations = parse_citations(summary, note, sentence_version)
-    missing = [f"S{n}" for citation in citations for n in citation["missing"]]
+    missing = [f"S{n}" for citation in evidence for n in citation["missing"]]
     if missing:
         warnings.append(f"cites sentences that are not in the note: {preview_list(missing)}")
     n_unreadable = len(unreadable_citations(summary))
@@ -66,6 +99,54 @@ def summary_warnings(summary: str, note: str, sentence_version: int = SENTENCE_V
     if numbers:
         warnings.append(f"states numbers that are not in the note: {preview_list(numbers)}")
     return warnings
+
+
+def kinds_of(result: dict) -> Iterator[str]:
+    """What is counted of a result: "done" or "failed", its error, and each kind of its warnings once."""
+    yield "failed" if "error" in result else "done"
+    if "error" in result:
+        yield result["error"]
+    yield from {re.sub(r"\d[\d,]*", "N", warning.partition(":")[0]) for warning in result.get("warnings", [])}
+
+
+def to_json(value, stream=None) -> str:
+    """Valid JSON in one line; with all but ASCII escaped where a terminal or an encoding other than UTF-8
+    would change it."""
+    is_utf_8 = stream is None or (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf")
+    return json.dumps(value, ensure_ascii=not is_utf_8 or is_terminal(stream), allow_nan=False)
+
+
+def format_result(result: dict, kind: str, stream=None) -> str:
+    """One result as a line of .jsonl, a row of .csv, or readable text; `stream`: where it is printed, else it
+    goes to a UTF-8 file."""
+    if kind == ".jsonl":
+        return to_json(result, stream) + "\n"
+    if kind == ".csv":
+        cells = {**result, "warnings": "; ".join(result.get("warnings", []))}
+        return csv_row([cells.get(name, "") for name in csv_columns(result)])
+    name = f"row {result['row']}" if result["id"] is None else result["id"]
+    return visible(f"[{name}] {result.get('error') or result['generated_summary']}\n\n", stream)
+
+
+def csv_columns(result: dict) -> list[str]:
+    return [*(name for name in result if name not in RESULT_COLUMNS), *RESULT_COLUMNS]
+
+
+def csv_row(cells: Sequence) -> str:
+    row = io.StringIO()
+    texts = [to_json(cell) if isinstance(cell, list | dict | bool) else cell for cell in cells]
+    csv.writer(row, lineterminator="\n").writerow([defuse(text) for text in texts])
+    return row.getvalue()
+
+
+def defuse(cell):
+    """A cell that no spreadsheet takes for a formula. A negative number is none."""
+    if not isinstance(cell, str) or re.fullmatch(r"-\d+([.,]\d+)?", cell):
+        return cell
+    # Spreadsheets pass over what cannot be seen, and read full-width signs
+    seen = (c for c in cell if c.isprintable() and not c.isspace() and unicodedata.category(c)[0] != "M")
+    first = unicodedata.normalize("NFKC", next(seen, "."))[:1]
+    return f"'{cell}" if first in "=+-@" or cell[:1] in ("\t", "\r") else cell
 
 
 def text_stream(tokenizer, stop_ids: Sequence[int], on_text: Callable[[int, str], None]) -> Callable:

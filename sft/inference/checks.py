@@ -1,0 +1,65 @@
+"""What a run of the inference script checks before a model is loaded, and what identifies its results."""
+
+from collections.abc import Sequence
+
+from sft.cli import InputError, processes
+from sft.files import check_new_file
+from sft.inference.notes import Note, notes_digest, read_notes
+from sft.options import InferenceConfig
+
+
+def check_files(config: InferenceConfig) -> list[Note] | None:
+    """The notes of input_file, once it is clear that they can be read and their summaries written. Raises
+    InputError for options that contradict each other."""
+    if config.clinical_note is not None and config.input_file:
+        raise InputError("--clinical_note cannot be combined with --input_file", "choose one")
+    if config.output_file and not config.input_file:
+        fix = "add --input_file with the notes; one note's summary goes to standard output"
+        raise InputError("--output_file requires --input_file", fix)
+    if config.merge_to and (config.clinical_note is not None or config.input_file):
+        problem = "--merge_to cannot be combined with --clinical_note or --input_file"
+        raise InputError(problem, "merge first, then summarize")
+    if config.resume and not config.output_file:
+        raise InputError("--resume requires --output_file", "specify the file to continue with --output_file")
+    if config.json and config.output_file:
+        raise InputError("--json is for standard output", "leave it out: a .jsonl file has complete results")
+    if config.json and is_conversation(config) and is_terminal(sys.stdin):
+        raise InputError(
+            "--json is not for a conversation", "add --clinical_note or --input_file, or pipe notes"
+        )
+    if processes()[1] > 1 and not config.output_file:
+        problem = "running several processes requires --input_file and --output_file"
+        raise InputError(problem, "add both, or start one process")
+    if config.merge_to and (config.use_8bit or config.use_4bit):
+        problem = "--merge_to cannot be combined with --use_8bit or --use_4bit"
+        raise InputError(problem, "merge into the unquantized base model, then quantize")
+    check_new_file("--merge_to", config.merge_to)
+    if not config.input_file:
+        return None
+    notes = read_notes(config.input_file, config)
+    if not notes:
+        raise InputError(f"{config.input_file[0]}: no notes in it", "check the file")
+    return notes
+
+
+def is_conversation(config: InferenceConfig) -> bool:
+    return config.clinical_note is None and not config.input_file and not config.merge_to
+
+
+def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note]) -> dict:
+    """What two runs must share for their files of summaries to be the same: hashes and settings, no text."""
+    from sft.model.base import pick_device
+
+    names = "max_new_tokens temperature max_length no_merge use_8bit use_4bit".split()
+    dtype = str(pick_device(config.device, config.dtype).dtype)
+    # In fewer bits other batches now and then give other words; greedy summaries do not depend on a seed
+    names += ["batch_size"] if dtype != "torch.float32" or config.use_8bit or config.use_4bit else []
+    names += ["seed"] if config.temperature else []
+    return {
+        "input_file or columns": notes_digest(notes),
+        "adapter": sft_config["sha256"]["folder"],
+        "base model": sft_config["sha256"]["base_weights"],
+        "typed base model": config.base_model if config.prompt_from else None,
+        "dtype": dtype,
+        **{name: getattr(config, name) for name in names},
+    }

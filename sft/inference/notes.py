@@ -1,0 +1,277 @@
+"""Files of notes -> numbered notes with their ids: .txt (one note per file, line or paragraph), .csv, .jsonl.
+
+Ids come from the file or are missing: a row's number never stands in for one, it has a field of its own. A
+text that looks like one note over many lines is not taken apart unless --one_note says so."""
+
+import hashlib
+import io
+import json
+import math
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
+from sft.data.rows import read_table
+from sft.data.text import clean_text, decode_text, is_blank
+from sft.inference.results import RESULT_COLUMNS
+from sft.options import InferenceConfig
+
+ID_LIKE = re.compile(
+    r"(.*_)?(id|uuid|guid|mrn|idx|key)"
+    r"|(note|row|hadm|patient|subject|encounter|visit|case|record|stay|doc|document|report|study)id"
+)
+WORDS_FOR_LINES = 'say what a note is with --one_note: "file" (all is one), "paragraph" or "line"'
+
+
+class Note(NamedTuple):
+    row: int  # of a spreadsheet, the line of a text or its first, or the file's place among several
+    id: str | None
+    text: object  # what a .jsonl file calls a note may be no text
+    kept: Mapping[str, object] = MappingProxyType({})  # --keep_columns, for the output
+
+
+def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = None) -> list[Note]:
+    """The notes of one file, or of several .txt files or a folder of them, one note each. Logs what is odd
+    about their ids. Raises InputError if a file cannot be read."""
+    config = config or InferenceConfig()
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    is_one = len(paths) == 1 and not paths[0].is_dir()
+    kind = paths[0].suffix.lower()
+    readers = {".csv": _csv_rows, ".jsonl": _json_rows}
+    if (not is_one or kind == ".txt") and (config.id_column or config.note_column or config.keep_columns):
+        raise InputError(
+            "--id_column, --note_column and --keep_columns need a .csv or .jsonl", "leave them out"
+        )
+    if not is_one:
+        notes = _read_letters(paths, config.one_note)
+    elif kind == ".txt":
+        units = split_text(str(paths[0]), decode_text(paths[0]), config.one_note, "line")
+        is_whole = config.one_note == "file"
+        notes = [Note(row, paths[0].stem if is_whole else None, text) for row, text in units]
+    elif kind in readers:
+        if config.one_note != "auto":
+            raise InputError(
+                f"--one_note is for .txt, not {kind}, which has one note per row", "leave it out"
+            )
+        notes = list(_read_rows(paths[0], readers[kind], config))
+    else:
+        fix = "use .txt, .csv, .jsonl (one JSON object per line), or a folder of .txt files"
+        raise InputError(f"{shown_path(paths[0])}: unknown file extension", fix)
+    return _checked_ids(notes, paths[0])
+
+
+def shown_path(path: Path) -> str:
+    """A path for a message. Words with no such file may be a note in the wrong option and are not shown."""
+    return str(path) if len(str(path).split()) < 4 or path.exists() else "(the path is not shown)"
+
+
+def notes_digest(notes: Sequence[Note]) -> str:
+    """SHA-256 of all that the notes bring into the output."""
+    digest = hashlib.sha256()
+    for note in notes:
+        digest.update(json.dumps([*note[:3], dict(note.kept)]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------- texts
+
+
+def _read_letters(paths: Sequence[Path], one_note: str) -> list[Note]:
+    if one_note not in ("auto", "file"):
+        raise InputError(f"--one_note {one_note} is for one file; several have one note each", "leave it out")
+    files = []
+    for path in paths:
+        found = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [file for file in found if file.suffix.lower() == ".txt" and not file.name.startswith(".")]
+        n_others = len(found) - sum(file in files for file in found)
+        if not path.is_dir() and n_others:
+            raise InputError(f"{shown_path(path)}: not .txt", "of several files, each has to be a .txt")
+        if n_others and on_main_process():
+            log(f"warning: {path}: {plural(n_others, 'file')} without the extension .txt left out")
+    return [Note(i, file.stem, decode_text(file)) for i, file in enumerate(files, 1)]
+
+
+def split_text(name: str, text: str, one_note: str, default: str) -> list[tuple[int, str]]:
+    """(line number, text) of each note in `text`. With "auto" a note is a `default` ("line" or "paragraph"),
+    unless these look like parts of notes: then the user is asked on a terminal, and it is an InputError
+    elsewhere."""
+    if one_note == "auto":
+        reason = suspicion([unit for _, unit in _units(text, default)])
+        one_note = _ask(f"{name}: looks like notes of several {default}s ({reason})") if reason else default
+    return list(_units(text, one_note))
+
+
+def _ask(problem: str) -> str:
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise InputError(problem, WORDS_FOR_LINES)
+    log(problem)
+    while True:
+        log("One note is a ... (file, paragraph or line)?")
+        answer = sys.stdin.readline()
+        if answer.strip().lower() in ("file", "paragraph", "line"):
+            return answer.strip().lower()
+        if not answer:
+            raise InputError(problem, WORDS_FOR_LINES)
+
+
+def _units(text: str, one_note: str) -> Iterator[tuple[int, str]]:
+    lines = list(enumerate(io.StringIO(text, newline=None), 1))
+    if one_note == "line":
+        yield from ((number, line) for number, line in lines if line.strip())
+        return
+    unit = []
+    for number, line in [*lines, (0, "")]:
+        if line.strip() or (unit and number and one_note == "file"):
+            unit.append((number, line))
+        elif unit:
+            yield unit[0][0], "".join(line for _, line in unit)
+            unit = []
+
+
+_HEADING = re.compile(r"[^\W\d_][^.!?:]{0,50}:|[^\Wa-z_][^a-z.!?]{4,50}")
+_ITEM = re.compile(r"\s*(\d{1,2}[.)]|[-*•·])\s+\S")
+_LATE_SECTION = re.compile(  # what no note begins with
+    r"\s*((plan|impression|assessment|obs|(on )?exam(ination)?|meds|medications?|allerg(y|ies)|labs|results"
+    r"|disposition|(social|family|past medical) history)\s*:|(imp|a/p|pmh|psh|o/e)\b)",
+    re.IGNORECASE,
+)
+_LABEL = re.compile(r"(?<!\S)([^\W\d_][\w/()-]{0,30}):\s")
+
+
+def _is_next(a: str, b: str) -> bool:
+    return a[:-1].isdigit() and b[:-1].isdigit() and int(b[:-1]) == int(a[:-1]) + 1
+
+
+def suspicion(units: Sequence[str]) -> str:
+    """Why these lines or paragraphs look like parts of notes; "" if each looks like a note of its own."""
+    firsts = [unit.strip().partition("\n")[0] for unit in units]
+    if len(units) < 2:
+        return ""
+    share = 1 / len(units)
+    is_open = [not re.search(r"[.!?:;\"')\]]\s*$", unit) for unit in units]
+    # Where the first begins in lower case too, that is somebody's style
+    lower = sum(firsts[i][:1].islower() and is_open[i - 1] for i in range(1, len(units))) * share
+    if lower >= 0.1 and not firsts[0][:1].islower():
+        return "sentences run on over their ends"
+    # Not where all are so: that is a file of single words
+    headings = sum(bool(_HEADING.fullmatch(unit.strip())) for unit in units) * share
+    if 0.02 <= headings <= 0.9:
+        return "headings stand alone"
+    sections = sum(bool(_LATE_SECTION.match(unit)) for unit in units[1:]) * share
+    if sections >= 0.03 and not _LATE_SECTION.match(units[0]):
+        return "sections of a note"
+    marks = [match[1] if len(unit) < 200 and (match := _ITEM.match(unit)) else "" for unit in units]
+    items = sum(bool(a and b) and (a == b or _is_next(a, b)) for a, b in pairwise(marks)) * share
+    if items >= 0.1 and not all(marks):
+        return "lists"
+    # A whole dialogue in one unit has several
+    found = [_LABEL.findall(unit) for unit in units]
+    labels = [names[0] if len(names) == 1 and _LABEL.match(unit) else "" for names, unit in zip(found, units)]
+    changes = sum(bool(a and b and a != b) for a, b in pairwise(labels)) / (len(units) - 1)
+    return "speakers or fields take turns" if changes >= 0.4 else ""
+
+
+# ------------------------------------------------------------------------------- tables
+
+
+def column_name(name: str) -> str:
+    """ " Clinical-Note" -> "clinical_note"."""
+    return re.sub(r"[\s-]+", "_", name.strip().lower())
+
+
+def _csv_rows(path: Path, note_column: str) -> Iterator[tuple[int, dict]]:
+    bad = []
+    for row_number, fields, too_many in read_table(path, (note_column,)):
+        if too_many:
+            row_id = fields.get("id", "").strip()
+            bad.append(f"row {row_number:,}" + (f" (id {safe_id(row_id)})" if row_id else ""))
+        yield row_number, fields
+    if bad:
+        problem = f"more fields than the header has columns (a comma outside quotes?): {preview_list(bad)}"
+        raise InputError(f"{path}: {problem}", "fix these rows")
+
+
+def _json_rows(path: Path, note_column: str) -> Iterator[tuple[int, dict]]:
+    for line_number, line in enumerate(io.StringIO(decode_text(path), newline=None), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, parse_constant=lambda _: None)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}: line {line_number}: no JSON object", "write one object per line")
+        fields = {column_name(key): value for key, value in row.items()}
+        if note_column not in fields:
+            keys = preview_list(safe_id(key) for key in row) or "none"
+            problem = f"{path}: line {line_number}: no {note_column} in the JSON object (keys: {keys})"
+            raise InputError(problem, "name the key of the notes with --note_column")
+        yield line_number, fields
+
+
+def _read_rows(path: Path, rows, config: InferenceConfig) -> Iterator[Note]:
+    note_column = column_name(config.note_column or "clinical_note")
+    id_column = column_name(config.id_column or "id")
+    keep = {name: column_name(name) for name in config.keep_columns or ()}
+    taken = [name for name in keep if name.lower() in ("id", "row", *RESULT_COLUMNS)]
+    if taken:
+        problem = f"--keep_columns {preview_list(taken)}: the output has a column of this name already"
+        raise InputError(problem, "rename the column, or leave it out")
+    seen = set()
+    for row_number, fields in rows(path, note_column):
+        if not seen:
+            absent = [name for name in keep if keep[name] not in fields]
+            absent += [config.id_column] if config.id_column and id_column not in fields else []
+            if absent:
+                problem = f"{path}: no column {preview_list(map(safe_id, absent))}"
+                raise InputError(problem, "check --id_column and --keep_columns")
+            others = [name for name in fields if ID_LIKE.fullmatch(name)]
+            if id_column not in fields and others and on_main_process():
+                log(f"warning: {path}: no column id; if one of {preview_list(others)} is the id, "
+                    f"add --id_column {others[0]}")  # fmt: skip
+        seen.update(fields)
+        row_id = _id_of(fields.get(id_column), f"{path}: row {row_number:,}")
+        kept = {name: fields.get(column) for name, column in keep.items()}
+        yield Note(row_number, row_id, fields.get(note_column), kept)
+
+
+# ------------------------------------------------------------------------------- ids
+
+
+def _id_of(value: object, place: str) -> str | None:
+    """An id as text; None where it is missing. pandas writes the numbers of a column with gaps as 3.0."""
+    if isinstance(value, float) and math.isfinite(value):
+        if abs(value) >= 2**53:
+            raise InputError(f"{place}: the id has lost digits as a decimal number", "write ids as text")
+        value = int(value) if value.is_integer() else str(value)
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        fix = "ids are texts or numbers; name another column with --id_column"
+        raise InputError(f"{place}: the id is neither a text nor a number", fix)
+    text = "" if value is None else clean_text(str(value))
+    return None if is_blank(text) else text
+
+
+def _checked_ids(notes: list[Note], path: Path) -> list[Note]:
+    """The notes with ids like 3.0, where all are so, as 3. Logs repeated and missing ones."""
+    given = [note.id for note in notes if note.id is not None]
+    said = []
+    if given and all(re.fullmatch(r"-?\d+\.0", row_id) for row_id in given):
+        notes = [note._replace(id=note.id and note.id.removesuffix(".0")) for note in notes]
+        said.append("all ids are whole numbers like 3.0: written as 3")
+    repeated = [row_id for row_id, n in Counter(given).items() if n > 1]
+    if repeated:
+        named = preview_list(map(safe_id, repeated))
+        said.append(f'{plural(len(repeated), "id")} on more than one row ({named}): "row" tells them apart')
+    if given and len(given) < len(notes):
+        rows = preview_list(f"{note.row:,}" for note in notes if note.id is None)
+        said.append(f"{plural(len(notes) - len(given), 'row')} without an id (row {rows})")
+    if on_main_process():
+        for words in said:
+            log(f"warning: {path}: {words}")
+    return notes

@@ -1,0 +1,182 @@
+"""Notes from files: ids, columns, what one note is."""
+
+import json
+
+import pytest
+from conftest import ROOT, SHARED_DATA
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import NOTES, write_csv
+
+from sft.cli import InputError
+from sft.inference.notes import notes_digest, read_notes, split_text, suspicion
+from sft.options import InferenceConfig
+
+SHARED = ROOT.parent / "shared" / "cases"
+with_cases = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
+
+
+def json_lines(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# ------------------------------------------------------------------------------- ids
+
+
+@pytest.mark.parametrize(
+    "ids, expected",
+    [
+        ([3.0, 4.0, None], ["3", "4", None]),
+        (["3.0", "4.0", ""], ["3", "4", None]),
+        (["3.0", "v1", ""], ["3.0", "v1", None]),
+        ([float("nan"), 3.5, "\u200b"], [None, "3.5", None]),
+        ([-7, 0, "-7.0"], ["-7", "0", "-7.0"]),
+    ],
+)
+def test_ids_given_and_missing_never_mix(tmp_path, capsys, ids, expected):
+    path = json_lines(tmp_path / "a.jsonl", *({"id": i, "clinical_note": "x"} for i in ids))
+    notes = read_notes(path)
+    assert [note.id for note in notes] == expected
+    assert [note.row for note in notes] == [1, 2, 3]
+    if None in expected:
+        assert "without an id (row" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("bad", [[1], {"a": 1}, True, 1e30])
+def test_ids_that_are_no_ids_are_refused(tmp_path, bad):
+    path = json_lines(tmp_path / "a.jsonl", {"id": bad, "clinical_note": "x"})
+    with pytest.raises(InputError, match="row 1: the id"):
+        read_notes(path)
+
+
+def test_repeated_ids_and_other_id_columns_are_named(tmp_path, capsys):
+    path = write_csv(
+        tmp_path / "a.csv", [(7, 1, "x"), (7, 2, "y")], header=["Note-ID", "other", "clinical_note"]
+    )
+    assert [note.id for note in read_notes(path)] == [None, None]
+    assert "add --id_column note_id" in capsys.readouterr().err
+    notes = read_notes(path, InferenceConfig(id_column="Note-ID", keep_columns=["other"]))
+    assert [(note.id, note.row, note.kept) for note in notes] == [
+        ("7", 2, {"other": "1"}),
+        ("7", 3, {"other": "2"}),
+    ]
+    assert '1 id on more than one row (7): "row" tells them apart' in capsys.readouterr().err
+    assert notes_digest(notes) != notes_digest(read_notes(path))
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"id_column": "nowhere"}, "no column nowhere"),
+        ({"keep_columns": ["nowhere"]}, "no column nowhere"),
+        ({"keep_columns": ["row"]}, "has a column of this name"),
+        ({"note_column": "text"}, "no text in the JSON object .keys: id, clinical_note, x"),
+        ({"one_note": "file"}, "one note per row"),
+    ],
+)
+def test_columns_that_are_not_there(tmp_path, options, words):
+    path = json_lines(tmp_path / "a.jsonl", {"id": 1, "clinical_note": "a", "x": 5})
+    with pytest.raises(InputError, match=words):
+        read_notes(path, InferenceConfig(**options))
+
+
+def test_odd_json(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for line in ("[" * 100_000, '{"clinical_note": ' * 100_000, "5", '{"clinical_note": "\0"}', "{}"):
+        path.write_text(f'{{"clinical_note": "x"}}\n{line}\n')
+        with pytest.raises(InputError, match="line 2: no"):
+            read_notes(path)
+    path.write_text('{"clinical_note": NaN, "k": Infinity}\n')
+    assert read_notes(path, InferenceConfig(keep_columns=["k"]))[0][2:] == (None, {"k": None})
+
+
+# ------------------------------------------------------------------------------- what one note is
+
+
+def test_a_note_is_a_line_a_paragraph_or_a_file():
+    text = "\nOne.\nTwo.\n\n\nThree.\n"
+    assert split_text("x", text, "line", "line") == [(2, "One.\n"), (3, "Two.\n"), (6, "Three.\n")]
+    assert split_text("x", text, "paragraph", "line") == [(2, "One.\nTwo.\n"), (6, "Three.\n")]
+    assert split_text("x", text, "file", "line") == [(2, "One.\nTwo.\n\n\nThree.\n")]
+    assert split_text("x", text, "auto", "line") == split_text("x", text, "line", "line")
+    assert split_text("x", "\n \n", "file", "line") == []
+
+
+@given(st.text())
+def test_no_text_is_lost(text):
+    for one_note in ("line", "paragraph", "file"):
+        kept = "".join(unit for _, unit in split_text("x", text, one_note, "line"))
+        assert "".join(kept.split()) == "".join(text.split())
+
+
+def test_several_files_are_one_note_each(tmp_path, capsys):
+    for name in ("b.txt", "a.txt", "c.TXT", "readme.md"):
+        (tmp_path / name).write_text(f"Dear colleague,\nabout {name}\n")
+    notes = read_notes(tmp_path)
+    assert [(note.row, note.id) for note in notes] == [(1, "a"), (2, "b"), (3, "c")]
+    assert "1 file without the extension .txt left out" in capsys.readouterr().err
+    assert read_notes([tmp_path / "b.txt", tmp_path / "a.txt"])[0].text == "Dear colleague,\nabout b.txt\n"
+    with pytest.raises(InputError, match=r"readme\.md: not \.txt"):
+        read_notes([tmp_path / "b.txt", tmp_path / "readme.md"])
+    with pytest.raises(InputError, match="sentences run on"):
+        read_notes(tmp_path / "a.txt")
+    assert [note.id for note in read_notes(tmp_path / "a.txt", InferenceConfig(one_note="file"))] == ["a"]
+
+
+def test_a_note_in_the_wrong_option_is_not_shown():
+    with pytest.raises(InputError) as refused:
+        read_notes("Patient John has fever and cough")
+    assert "John" not in str(refused.value)
+
+
+LETTERS = {
+    "wrapped": "The patient denies chest pain and has no\nfever. Penicillin allergy: rash.",
+    "headings": "Discharge Letter\n\nDIAGNOSES:\nPneumonia.\n\nPLAN:\nRest.",
+    "list": "Medications on leaving.\n1. Aspirin\n2. Metformin\n3. Bisoprolol",
+    "dialogue": "Doctor: How are you?\nPatient: Better.\nDoctor: Good.\nPatient: Thanks.",
+    "sections": "AF clinic. 69F.\nPicked up at a pulse check.\nPMH: T2DM, HTN.\nO/E irreg 94/min.",
+}
+
+
+@pytest.mark.parametrize("name", LETTERS)
+def test_a_letter_is_not_taken_apart(name):
+    with pytest.raises(InputError, match="looks like notes of several lines") as refused:
+        split_text(name, LETTERS[name], "auto", "line")
+    assert "--one_note" in refused.value.fix
+    assert not any(word in str(refused.value) for word in ("fever", "Pneumonia", "Aspirin", "Better", "T2DM"))
+
+
+def test_notes_of_one_line_raise_no_suspicion():
+    notes = [" ".join(note.split()) for note, _ in NOTES]
+    others = ["pt c/o cough", "fall, hip pain", "no fever today", "SOB", "chest pain 2/7"]
+    dialogues = [f"{a}: How is it? {b}: Fine." for a, b in ("AB", "BA", "AB", "BA")]
+    for units in (
+        notes,
+        others,
+        dialogues,
+        ["1. Fever.", "2. Cough."],
+        ["FEVER", "COUGH"],
+        ["Plan: rest.", "Plan: go."],
+    ):
+        assert suspicion(units) == ""
+
+
+@with_cases
+def test_letters_that_were_taken_apart():
+    for name in ("02_one_letter", "05_wrapped_72", "two_line_wrapped", "slow_paste_note"):
+        with pytest.raises(InputError, match="--one_note"):
+            read_notes(SHARED / f"{name}.txt")
+    assert len(read_notes(SHARED / "05_unwrapped.txt")) == 1
+    assert [note.id for note in read_notes(SHARED / "float_ids.jsonl")] == ["3", "4", None]
+
+
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}")
+def test_real_notes_in_one_line_each():
+    for path in sorted(SHARED_DATA.glob("*/*.csv")):
+        notes = [note.text for note in read_notes(path)]
+        assert suspicion([" ".join(note.split()) for note in notes]) == ""
+        letters = [note.strip().split("\n") for note in notes if "\n" in note.strip()]
+        assert sum(
+            bool(suspicion([line for line in lines if line.strip()])) for lines in letters
+        ) >= 0.98 * len(letters)
