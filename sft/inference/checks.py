@@ -1,8 +1,9 @@
 """What a run of the inference script checks before a model is loaded, and what identifies its results."""
 
+import sys
 from collections.abc import Sequence
 
-from sft.cli import InputError, processes
+from sft.cli import InputError, is_terminal, processes
 from sft.files import check_new_file
 from sft.inference.notes import Note, notes_digest, read_notes
 from sft.options import InferenceConfig
