@@ -60,3 +60,11 @@ def test_text_waits_for_whole_characters_and_is_never_repeated():
     assert not any("\ufffd" in piece for piece in pieces[0])
     on_token(SimpleNamespace(index=0, ids=[*ids[0], ids[0][-1]], finish_reason="length"))
     assert "".join(pieces[0]).endswith("\ufffd")
+
+
+def test_a_text_that_is_hardly_a_note_is_named(specialist):
+    texts = [r"{\rtf1\ansi Fever and cough since Monday.}", "<p>Fever and cough.</p>", "Fever and cough today."]
+    warnings = [" ".join(result["warnings"]) for result in specialist.generate_batch(texts, 3)]
+    assert "looks like RTF" in warnings[0]
+    assert "looks like HTML" in warnings[1]
+    assert "looks like" not in warnings[2]
