@@ -1,0 +1,189 @@
+"""Reads a text once: its words with what holds for each of them (denied, uncertain, whose), its markers."""
+
+import re
+
+from sft.grounding.quantities import UNITS, find_quantities
+from sft.grounding.sentences import sentence_spans
+from sft.grounding.words import TOKEN, is_content, stem
+
+NEGATIONS = frozenset(
+    """no not without denies denied deny denying negative never none nor neither nil absent absence lacks lack
+    nope cannot unremarkable didn't don't doesn't isn't wasn't aren't haven't hasn't hadn't won't can't wouldn't
+    non free nothing ø unlikely""".split()
+)
+_NO = frozenset("no nope nah never not none negative don't didn't haven't i'm nothing neither nor".split())
+_YES = frozenset("yes yeah yep yup yea correct right sure uh-huh definitely exactly absolutely".split())
+# Where the reach of a negation ends
+_END_OF_NEGATION = frozenset(
+    """but with however although though except which who he she they it is was are were has had have remains
+    started then so because due until since when while other than now after before today only just""".split()
+)
+HEDGES = frozenset(
+    """possible possibly probable probably likely may might could suspected suspect suspicion presumed query
+    queried consider considered consistent suggest suggests suggested suggestive suggesting apparent apparently
+    uncertain unclear unconfirmed equivocal indeterminate presumably perhaps maybe favour favoured favor favored
+    thinks think thought believes unsure seems appears whether risk differential versus impression imp
+    unlikely if unless should provided excluded exclude confirm confirmed consistent approximately about""".split()
+)
+CONDITIONS = frozenset("if unless provided providing should until when once in-case whether only except".split())
+_KIN = """mother mum mom maternal | father dad paternal | brother | sister | son | daughter | wife | husband |
+partner spouse boyfriend girlfriend | grandmother grandma nan | grandfather grandpa | aunt | uncle | cousin | niece |
+nephew | carer caregiver caretaker | neighbor neighbour | friend | housemate roommate flatmate | grandson |
+granddaughter | teacher | colleague coworker"""
+KIN = {name: group.split()[0] for group in _KIN.split("|") for word in group.split() for name in (word, word + "s")}
+# Words that may stand for any of them
+GENERAL_KIN = frozenset("parent parents sibling siblings child children kids relative relatives family relation".split())
+SELF = frozenset("he she his her i my patient patient's".split())
+
+# Classes of words that say where and when; a summary's word must be the one that stands at the same place
+_MARKERS = {
+    "side": "left l lt left-sided / right r rt / bilateral bilaterally both",
+    "level": "upper / lower",
+    "aspect": "medial / lateral",
+    "front": "anterior / posterior",
+    "reach": "proximal / distal",
+    "order": "before pre preceding prior / after post following since",
+    "when": "yesterday / today tonight / tomorrow",
+    "shift": "earlier / later",
+    "weekday": "monday mondays mon/tuesday tuesdays tue/wednesday wednesdays wed/thursday thursdays thu/friday fridays"
+    "/saturday saturdays/sunday sundays",
+    "month": "january jan/february feb/march/april apr/may/june jun/july jul/august aug/september sept sep/october oct"
+    "/november nov/december dec",
+    "change": "increase increased increasing rise rose rising worse worsened worsening up higher / decrease decreased"
+    " decreasing fall fell falling improved improving down lower reduced",
+    "course": "start started starting begin began begun initiated commenced / stop stopped discontinued ceased held"
+    " withheld",
+}
+MARKERS = {
+    name: (kind, values.split()[0])
+    for kind, text in _MARKERS.items()
+    for values in text.split("/")
+    for name in values.split()
+}
+_NO_SIDE_AFTER = frozenset("now away here there after before then ? . , ! okay so and on".split())
+_NO_SIDE_BEFORE = frozenset("all that's that is yeah was were has have had just been alright : . , ? you he she".split())
+
+
+class Text:
+    """The tokens of a text and what holds for each: arrays of one length, made in one pass.
+
+    `stems`: the stem of a content word, "" for any other token. `denied` and `hedged`: True, False, or None where
+    an unanswered question leaves it open. `kin`: the relative of whom the words speak, "" for the patient.
+    `markers`: {class: [(token, value)]} for sides, times, relatives.
+    """
+
+    def __init__(self, text: str):
+        lower = text.lower() if len(text.lower()) == len(text) else text
+        matches = list(TOKEN.finditer(lower))
+        self.text = text
+        self.spans = [match.span() for match in matches]
+        self.words = [match.group().replace("’", "'") for match in matches]
+        self.stems = [stem(word) if is_content(word) else "" for word in self.words]
+        self.sentences = sentence_spans(text)
+        self.sentence_of = self._number_sentences()
+        gaps = [i > 0 and self.spans[i - 1][1] < start for i, (start, _) in enumerate(self.spans)]
+        self.quantities = find_quantities(self.words, gaps)
+        n = len(self.words)
+        self.denied: list[bool | None] = [False] * n
+        self.hedged: list[bool | None] = [False] * n
+        self.kin = [""] * n
+        self.markers: dict[str, list[tuple[int, str]]] = {}
+        self.ranges = self._sentence_ranges()
+        for first, last in self.ranges:
+            self._read_scopes(first, last)
+        self._answer_questions()
+        self._find_markers()
+
+    def _number_sentences(self) -> list[int]:
+        numbers = []
+        number = 0
+        for start, _ in self.spans:
+            while number + 1 < len(self.sentences) and start >= self.sentences[number][1]:
+                number += 1
+            numbers.append(number)
+        return numbers
+
+    def _sentence_ranges(self) -> list[tuple[int, int]]:
+        """(first token, one past the last) of each sentence."""
+        ranges = [[0, 0] for _ in self.sentences]
+        for index, number in enumerate(self.sentence_of):
+            if ranges[number][1] == 0:
+                ranges[number][0] = index
+            ranges[number][1] = index + 1
+        return [(first, last) for first, last in ranges]
+
+    def _read_scopes(self, first: int, last: int) -> None:
+        """Marks what a sentence denies, leaves uncertain, or says of a relative."""
+        denied_until = hedged_until = -1
+        holder = ""
+        for index in range(first, last):
+            word = self.words[index]
+            if word in NEGATIONS or word.endswith("n't"):
+                denied_until = index + 14
+                if word in ("negative", "absent", "nil", "none", "unlikely", "free"):
+                    self._mark_back(self.denied, first, index)
+            elif index <= denied_until and (word in _END_OF_NEGATION or word in ".;:!?" or word in MARKERS):
+                denied_until = index if word not in MARKERS else denied_until
+            if word in HEDGES or word == "?":
+                hedged_until = index + 10
+                self._mark_back(self.hedged, first, index)
+            elif word in ".;:!" or word in ("but", "however"):
+                hedged_until = -1
+            if word in KIN:
+                holder = KIN[word]
+            elif holder and (word in ";:.!" or word in ("patient", "i", "she", "he") and index > first + 1):
+                holder = holder if word in ("she", "he") and self.words[index - 1] in KIN else ""
+            self.denied[index] = index <= denied_until
+            self.hedged[index] = self.hedged[index] or index <= hedged_until
+            self.kin[index] = holder
+
+    def _mark_back(self, marks: list, first: int, index: int) -> None:
+        """What stands before "negative" or "is possible", up to eight words in the same clause."""
+        for before in range(index - 1, max(first, index - 9) - 1, -1):
+            if self.words[before] in ";.:,":
+                break
+            marks[before] = True
+
+    def _answer_questions(self) -> None:
+        """The words of a question are denied or affirmed by the turn that follows."""
+        for number, (first, last) in enumerate(self.ranges[:-1]):
+            if last == first or self.words[last - 1] != "?":
+                continue
+            start, end = self.ranges[number + 1]
+            opening = self.words[start : min(end, start + 5)]
+            if ":" in opening:
+                opening = opening[opening.index(":") + 1 :] + self.words[start + 5 : min(end, start + 8)]
+            answer = next((word for word in opening if word in _NO or word in _YES), None)
+            for index in range(first, last):
+                self.denied[index] = None if answer is None else answer in _NO
+                self.hedged[index] = None
+
+    def _find_markers(self) -> None:
+        for index, word in enumerate(self.words):
+            kind, value = MARKERS.get(word, ("", ""))
+            if word in KIN:
+                kind, value = "kin", KIN[word]
+            if not kind or kind == "side" and not self._is_side(index):
+                continue
+            if word in ("may", "march") and not self._beside_number(index):
+                continue
+            self.markers.setdefault(kind, []).append((index, value))
+
+    def _is_side(self, index: int) -> bool:
+        word = self.words[index]
+        following = self.words[index + 1] if index + 1 < len(self.words) else "."
+        before = self.words[index - 1] if index else "."
+        if len(word) == 1:
+            upper = self.text[self.spans[index][0]].isupper()
+            return upper and following.isalpha() and len(following) > 1 and not before[-1].isdigit() and following not in UNITS
+        if word == "both":
+            return following.endswith("s")
+        if word == "right":
+            is_talk = following in _NO_SIDE_AFTER and before in _NO_SIDE_BEFORE or following in ("now", "away")
+            return not (is_talk or before == "all")
+        is_verb = word == "left" and (before in _NO_SIDE_BEFORE - set(":.,?") or following in ("the", "her", "his", "him"))
+        return not (is_verb and following in ("the", "her", "his", "him", "over", "hospital", "home", "to", "."))
+
+    def _beside_number(self, index: int) -> bool:
+        around = self.words[max(0, index - 2) : index] + self.words[index + 1 : index + 2]
+        return any(re.fullmatch(r"\d+|of|in|last|next|since", word) for word in around)

@@ -1,0 +1,222 @@
+"""The rules: each compares one kind of statement of a summary's sentence with what its note says at that place."""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from sft.grounding.places import NotePlaces
+from sft.grounding.quantities import Quantity
+from sft.grounding.reading import GENERAL_KIN, HEDGES, KIN, NEGATIONS, Text
+from sft.grounding.words import is_telling
+
+MARKER_KINDS = {"side": "side", "level": "side", "aspect": "side", "front": "side", "reach": "side", "kin": "person"}
+MARKER_KINDS |= {"order": "time", "when": "time", "shift": "time", "weekday": "time", "month": "time"}
+MARKER_KINDS |= {"change": "misplaced", "course": "misplaced"}
+_MUST_BE_THERE = ("side", "kin", "weekday", "month")
+_WEIGHTS = {"side": 2.0, "level": 1.0, "kin": 2.0, "weekday": 2.0, "month": 1.5, "order": 1.0}
+_DRUG = re.compile(
+    r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
+    r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
+    r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
+)
+_CLASSES = frozenset("statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split())
+
+
+@dataclass
+class Finding:
+    """What a summary says at start..end, and what its note says instead (None where it has nothing)."""
+
+    kind: str
+    start: int
+    end: int
+    says: str
+    note_says: str | None = None
+    note_start: int | None = None
+    note_end: int | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class Sentence:
+    """One sentence of a summary (tokens first to last - 1) beside the note."""
+
+    note: NotePlaces
+    summary: Text
+    first: int
+    last: int
+
+    def finding(self, kind: str, first: int, last: int, weight: float, place: tuple[int, int] | None = None) -> Finding:
+        """The summary's tokens first..last; place: the note's tokens that say otherwise."""
+        start, end = self.summary.spans[first][0], self.summary.spans[last][1]
+        says = self.summary.text[start:end]
+        if place is None:
+            return Finding(kind, start, end, says, weight=weight)
+        note_start, note_end = self.note.text.spans[place[0]][0], self.note.text.spans[place[1]][1]
+        note_says = self.note.text.text[note_start:note_end]
+        return Finding(kind, start, end, says, note_says, note_start, note_end, weight)
+
+
+def marker_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Sides, times, relatives, directions: not those that stand at this place in the note."""
+    for kind, found in sentence.summary.markers.items():
+        for index, value in found:
+            if not sentence.first <= index < sentence.last:
+                continue
+            note_values = {other for _, other in sentence.note.text.markers.get(kind, [])}
+            if kind == "side" and value == "bilateral":
+                continue
+            votes = sentence.note.votes(sentence.summary, index, kind)
+            same = max((score for score, _, other in votes if other == value), default=0.0)
+            votes = [vote for vote in votes if vote[2] not in (value, "bilateral")]
+            other = max(votes, default=(0.0, 0, ""))
+            weight = _WEIGHTS.get(kind, 0.7)
+            if value not in note_values:
+                is_general = kind == "kin" and GENERAL_KIN & sentence.note.words
+                if other[0] > 0.15:
+                    yield sentence.finding(MARKER_KINDS[kind], index, index, weight, (other[1], other[1]))
+                elif kind in _MUST_BE_THERE and not is_general:
+                    yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.7)
+            elif other[0] > 1.3 * same + 0.1:
+                yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.8, (other[1], other[1]))
+
+
+def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Numbers that the note lacks, has with another unit, or has elsewhere."""
+    note = sentence.note
+    for quantity in sentence.summary.quantities:
+        if not sentence.first <= quantity.index < sentence.last or quantity.is_implied:
+            continue
+        found = note.quantities.matches(quantity)
+        kind = "time" if quantity.unit and quantity.unit[1] == "time" else "number"
+        span = (quantity.index, quantity.last)
+        rival, margin = _rival(sentence, quantity, found)
+        if not found:
+            yield sentence.finding(kind, *span, 2.0, rival)
+            continue
+        converted = note.quantities.converted(quantity)
+        units = {other.unit[0] for other in found if other.unit}
+        if quantity.unit and not converted and len(units) and all(other.unit for other in found):
+            place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
+            yield sentence.finding("time" if kind == "time" else "unit", *span, 2.0, place)
+        elif rival and margin > 0.25:
+            yield sentence.finding(kind if kind == "time" else "misplaced", *span, 1.0, rival)
+
+
+def _rival(sentence: Sentence, quantity: Quantity, found: list[Quantity]) -> tuple[tuple[int, int] | None, float]:
+    """The note's quantity to which the words around this one point, if it is another; by how much it leads."""
+    same = {id(other) for other in found}
+    quantities = sentence.note.text.quantities
+    scores = sentence.note.affinities(sentence.summary, quantity.index, [other.index for other in quantities])
+    own = best = 0.0
+    rival = None
+    for number, score in scores.items():
+        other = quantities[number]
+        if id(other) in same:
+            own = max(own, score)
+        elif score > best and not other.is_implied and _comparable(quantity, other):
+            best, rival = score, (other.index, other.last)
+    return (rival, best - 1.5 * own) if rival and best > 0.2 else (None, 0.0)
+
+
+def _comparable(first: Quantity, second: Quantity) -> bool:
+    if bool(first.ratio) != bool(second.ratio) or (first.clock is None) != (second.clock is None):
+        return False
+    return (first.unit and first.unit[1]) == (second.unit and second.unit[1])
+
+
+def phrases(sentence: Sentence) -> list[list[int]]:
+    """The content words of a sentence, cut at punctuation and where another word's scope begins."""
+    found: list[list[int]] = [[]]
+    text = sentence.summary
+    for index in range(sentence.first, sentence.last):
+        if text.stems[index]:
+            last = found[-1]
+            if last and text.denied[last[-1]] != text.denied[index]:
+                found.append([])
+            found[-1].append(index)
+        elif text.words[index] not in ("of", "the", "a", "in", "-", "her", "his") and found[-1]:
+            found.append([])
+    return [phrase for phrase in found if phrase]
+
+
+def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
+    note, text = sentence.note, sentence.summary
+    for phrase in phrases(sentence):
+        heads = [index for index in phrase if is_telling(text.words[index]) and text.words[index] not in NEGATIONS]
+        for head in heads[::-1][:1]:
+            places = note.of(text.stems[head])
+            if not places:
+                continue
+            states = [note.text.denied[place] for place in places]
+            denied = text.denied[head]
+            agreeing = [place for place, state in zip(places, states) if state is None or state == denied]
+            scores = note.affinities(text, head, places)
+            ranked = sorted(range(len(places)), key=lambda number: -scores.get(number, 0.0))
+            best = places[ranked[0]]
+            if best in agreeing:
+                continue
+            own = max((scores.get(places.index(place), 0.0) for place in agreeing), default=0.0)
+            if agreeing and own * 1.5 + 0.3 > scores.get(ranked[0], 0.0):
+                continue
+            if denied and _negation_near(note.text, best) or not denied and _negation_near(text, head):
+                continue
+            weight = 1.5 if not agreeing else 0.8
+            yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
+
+
+def _negation_near(text: Text, index: int, reach: int = 10) -> bool:
+    number = text.sentence_of[index]
+    for at in range(max(0, index - reach), min(len(text.words), index + reach + 1)):
+        if text.sentence_of[at] == number and (text.words[at] in NEGATIONS or text.words[at].endswith("n't")):
+            return True
+    return False
+
+
+def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Certain in the summary and not in the note."""
+    note, text = sentence.note, sentence.summary
+    for phrase in phrases(sentence):
+        heads = [index for index in phrase if is_telling(text.words[index]) and text.words[index] not in HEDGES]
+        for head in heads[-1:]:
+            places = note.of(text.stems[head])
+            if not places or text.hedged[head]:
+                continue
+            if all(note.text.hedged[place] for place in places):
+                best = places[0]
+                yield sentence.finding("certainty", phrase[0], head, 0.7, (max(0, best - 2), best))
+
+
+def person_findings(sentence: Sentence) -> Iterator[Finding]:
+    """A relative's illness given to the patient, or the patient's to a relative."""
+    note, text = sentence.note, sentence.summary
+    for phrase in phrases(sentence):
+        heads = [i for i in phrase if is_telling(text.words[i]) and text.words[i] not in KIN]
+        for head in heads[-1:]:
+            places = note.of(text.stems[head])
+            if not places or len(places) > 3:
+                continue
+            holders = {note.text.kin[place] for place in places}
+            if not text.kin[head] and "" not in holders and not _kin_in(text, sentence):
+                yield sentence.finding("person", phrase[0], head, 1.0, (places[0], places[0]))
+
+
+def _kin_in(text: Text, sentence: Sentence) -> bool:
+    return any(word in KIN or word in GENERAL_KIN for word in text.words[sentence.first : sentence.last])
+
+
+def drug_findings(
+    sentence: Sentence, generic_name: Callable[[str], str | None] | None, note_drugs: set
+) -> Iterator[Finding]:
+    """Drugs that the note does not name, under this or (with `generic_name`) another name."""
+    text = sentence.summary
+    for index in range(sentence.first, sentence.last):
+        word = text.words[index]
+        if not is_telling(word) or word in _CLASSES or len(word) < 5 or sentence.note.has(text, index):
+            continue
+        name = generic_name(word) if generic_name else word if _DRUG.fullmatch(word) else None
+        if name and name not in note_drugs:
+            yield sentence.finding("drug", index, index, 1.5)
+
+
+RULES = (marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)
