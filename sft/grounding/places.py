@@ -61,7 +61,7 @@ class NotePlaces:
     def affinities(self, summary: Text, index: int, places: list[int]) -> dict[int, float]:
         """{number in places: how strongly the words around the summary's word `index` point there}."""
         totals: dict[int, float] = {}
-        sentence_of = self.text.sentence_of
+        sentence_of, clauses = self.text.sentence_of, self.text.clauses
         for weight, word_stem in _neighbors(summary, index):
             best: dict[int, float] = {}
             found = self.of(word_stem)
@@ -69,11 +69,12 @@ class NotePlaces:
             for at in found:
                 number = bisect_left(places, at - _REACH)
                 while number < len(places) and places[number] <= at + _REACH:
-                    distance = abs(places[number] - at)
+                    place = places[number]
+                    distance = abs(place - at) + 2 * abs(clauses[place] - clauses[at])
                     score = weight / (1 + distance / 3)
-                    if sentence_of[places[number]] != sentence_of[at]:
+                    if sentence_of[place] != sentence_of[at]:
                         score *= 0.4
-                    if distance and score > best.get(number, 0):
+                    if place != at and score > best.get(number, 0):
                         best[number] = score
                     number += 1
             for number, score in best.items():
@@ -123,7 +124,8 @@ def _neighbors(text: Text, index: int) -> list[tuple[float, str]]:
             if abs(at - index) > 40:
                 break
             if text.stems[at]:
-                found.append((1 / (1 + rank), text.stems[at]))
+                crossed = abs(text.clauses[at] - text.clauses[index])
+                found.append((1 / (1 + rank + crossed), text.stems[at]))
                 rank += 1
             at += step
     return found

@@ -10,10 +10,13 @@ _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_SMALL.split())}
 _WORDS |= {word: 10 * tens for tens, word in enumerate(_TENS.split(), 2)}
 _WORDS |= {"hundred": 100, "thousand": 1000, "half": 0.5, "o": 0, "oh": 0, "dozen": 12, "couple": 2, "quarter": 0.25}
+_WORDS |= {word[:-1] + "ies": value for word, value in _WORDS.items() if word.endswith("ty")}
+_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
+_ORDINALS += " fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
+_ORDINALS = {word: value for value, word in enumerate(_ORDINALS.split(), 1)} | {"thirtieth": 30}
 # What a note may say for a number; a summary's own use of these is not a claim to check
 _IMPLIED = {"once": 1, "single": 1, "od": 1, "qd": 1, "daily": 1, "both": 2, "bd": 2, "bid": 2, "twins": 2, "tid": 3}
-_IMPLIED |= {"tds": 3, "qid": 4, "qds": 4, "a": 1, "an": 1, "fortnight": 2, "pair": 2, "first": 1, "third": 3}
-_IMPLIED |= {"second": 2, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10}
+_IMPLIED |= {"tds": 3, "qid": 4, "qds": 4, "a": 1, "an": 1, "fortnight": 2, "pair": 2} | _ORDINALS
 _IMPLIED |= {"i": 1, "ii": 2, "iii": 3, "iv": 4, "twice": 2, "thrice": 3, "double": 2, "one": 1, "bilateral": 2}
 _IMPLIED |= {"teenager": 13, "january": 1, "february": 2, "march": 3, "april": 4, "may": 5, "june": 6, "july": 7}
 _IMPLIED |= {"august": 8, "september": 9, "october": 10, "november": 11, "december": 12, "noon": 12, "midnight": 12}
@@ -66,7 +69,7 @@ def find_quantities(words: list[str], gaps: list[bool]) -> list[Quantity]:
         quantity = None
         if word[-1].isdigit() and not word[-1].isalpha():
             quantity = _read_digits(words, index, gaps)
-        elif word in _WORDS and not (word == "second" or word in ("o", "oh", "quarter")):
+        elif word in _WORDS and word not in ("o", "oh", "quarter") or word == "point":
             quantity = _read_words(words, index)
         if quantity is None and word in _IMPLIED:
             quantity = Quantity(index, index, frozenset([float(_IMPLIED[word])]), is_implied=True)
@@ -86,7 +89,9 @@ def _read_digits(words: list[str], index: int, gaps: list[bool]) -> Quantity | N
         hour, minute = (int(part) for part in re.findall(r"\d{1,4}", word)[:2])
         return Quantity(index, index, frozenset([float(hour)]), clock=(hour * 60 + minute) % 720)
     if "/" in word:
-        parts = tuple(min(_readings(part)) for part in word.split("/"))
+        parts = tuple(min(_readings(part)) for part in re.split("[/:]", word) if part)
+        if parts == (1.0, 2.0):
+            return Quantity(index, index, frozenset([0.5]), is_implied=True)
         quantity = Quantity(index, index, frozenset(parts), ratio=parts)
         if len(parts) == 2 and parts[1] in _SHORTHAND and parts[0] < 30:
             quantity.unit = UNITS[_SHORTHAND[parts[1]]]
@@ -127,19 +132,36 @@ def _read_words(words: list[str], index: int) -> Quantity | None:
         if word in _WORDS:
             _add_piece(pieces, _WORDS[word])
             last = position
-        elif word == "point" and position + 1 < len(words) and words[position + 1] in _WORDS and pieces:
-            pieces[-1] += _WORDS[words[position + 1]] / (10 if _WORDS[words[position + 1]] < 10 else 100)
-            last = position = position + 1
+        elif word == "point" and position + 1 < len(words) and words[position + 1] in _WORDS:
+            last = position = _read_decimals(words, position + 1, pieces)
+        elif word in _ORDINALS and pieces and pieces[-1] in (20, 30):
+            pieces[-1] += _ORDINALS[word]
+            last = position
         elif not (word in ("and", "-", "a", "an") and position > index):
             break
         position += 1
-    if pieces == [1]:
+    if pieces in ([], [1]):
         return None
     values = set(pieces)
     whole = [int(piece) for piece in pieces if piece == int(piece)]
     if len(whole) == len(pieces) > 1:
         values.add(float("".join(map(str, whole))))
     return Quantity(index, last, frozenset(map(float, values)))
+
+
+def _read_decimals(words: list[str], position: int, pieces: list[float]) -> int:
+    """Adds what stands after "point" to the last piece; returns the last token read."""
+    digits = ""
+    while position < len(words) and words[position] in _WORDS and len(digits) < 4:
+        value = _WORDS[words[position]]
+        if not float(value).is_integer() or value > 99:
+            break
+        tens = len(digits) == 2 and digits[1] == "0" and 0 < value < 10
+        digits = digits[0] + str(value) if tens and words[position - 1] not in ("zero", "o", "oh") else digits + str(value)
+        position += 1
+    whole = pieces.pop() if pieces else 0
+    pieces.append(float(f"{int(whole)}.{digits or 0}"))
+    return position - 1
 
 
 def _add_piece(pieces: list[float], value: float) -> None:
@@ -209,10 +231,11 @@ class QuantityIndex:
         if quantity.clock is not None and quantity.clock in self.clocks:
             return [other for other in self.quantities if other.clock == quantity.clock][:30]
         if quantity.ratio and not quantity.unit:
-            if quantity.ratio in self.ratios:
+            if quantity.ratio in self.ratios or min(quantity.ratio) >= 30:
                 return [other for other in self.quantities if other.ratio == quantity.ratio][:30]
-            is_scale = len(quantity.ratio) > 2 or quantity.ratio[1] <= 15
-            return self.by_value.get(quantity.ratio[0], []) if is_scale else []
+            # A date or a scale, each part of which may be said in its own way
+            parts = [self.by_value.get(part) or self.by_value.get(part % 100) for part in quantity.ratio]
+            return parts[0][:30] if all(parts) else []
         if quantity.clock is not None:
             minute = quantity.clock % 60
             return self.by_value.get(float(quantity.clock // 60), []) if not minute else []

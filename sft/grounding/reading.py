@@ -1,11 +1,13 @@
-"""Reads a text once: its words with what holds for each of them (denied, uncertain, whose), its markers."""
+"""Reads a text once: its words with what holds for each of them (denied, whose), its markers."""
 
 import re
+from itertools import accumulate
 
 from sft.grounding.quantities import UNITS, find_quantities
 from sft.grounding.sentences import sentence_spans
 from sft.grounding.words import TOKEN, is_content, stem
 
+_AFTER_ITS_NOUN = frozenset("negative absent nil none unlikely".split())
 NEGATIONS = frozenset(
     """no not without denies denied deny denying negative never none nor neither nil absent absence lacks lack
     nope cannot unremarkable didn't don't doesn't isn't wasn't aren't haven't hasn't hadn't won't can't wouldn't
@@ -18,15 +20,26 @@ _END_OF_NEGATION = frozenset(
     """but with however although though except which who he she they it is was are were has had have remains
     started then so because due until since when while other than now after before today only just""".split()
 )
+# What makes a statement uncertain or conditional in a note
 HEDGES = frozenset(
-    """possible possibly probable probably likely may might could suspected suspect suspicion presumed query
-    queried consider considered consistent suggest suggests suggested suggestive suggesting apparent apparently
-    uncertain unclear unconfirmed equivocal indeterminate presumably perhaps maybe favour favoured favor favored
-    thinks think thought believes unsure seems appears whether risk differential versus impression imp
-    unlikely if unless should provided excluded exclude confirm confirmed consistent approximately about""".split()
+    """possible possibly probable probably likely may might could suspected suspicion query queried presumed
+    unclear uncertain if unless provided perhaps maybe only""".split()
 )
-CONDITIONS = frozenset("if unless provided providing should until when once in-case whether only except".split())
-_KIN = """mother mum mom maternal | father dad paternal | brother | sister | son | daughter | wife | husband |
+# What a summary may say for it
+SOFT = HEDGES | frozenset(
+    """suggest suggests suggested suggesting suggestive consider considered consideration considering consistent
+    apparent apparently unconfirmed equivocal indeterminate presumably favour favoured favor favored thought thinks
+    believes believed unsure seems appears whether versus vs excluded exclude confirmed awaiting awaited pending ?
+    differential should when until once or cannot not would depending impression unlikely for fear feared query
+    advised requested planned except alone tonight unestablished unknown risk suspects suspect case""".split()
+)
+# Words that negate of themselves: what is beside them may stand denied or not
+SELF_NEGATING = frozenset(
+    """unable difficulty difficult loss lost stop stopped avoid avoided avoids refuse refused decline declined resolved
+    worse better prevent held withheld off quit discontinued ceased excluded ruled lack failed never barely hardly
+    rather instead improved free intact clear normal less reduced unsure unknown awaiting pending""".split()
+)
+_KIN = """mother mum mom | father dad | brother | sister | son | daughter | wife | husband |
 partner spouse boyfriend girlfriend | grandmother grandma nan | grandfather grandpa | aunt | uncle | cousin | niece |
 nephew | carer caregiver caretaker | neighbor neighbour | friend | housemate roommate flatmate | grandson |
 granddaughter | teacher | colleague coworker"""
@@ -60,6 +73,13 @@ MARKERS = {
     for values in text.split("/")
     for name in values.split()
 }
+# What makes a relative the one of whom a sentence speaks
+_HOLDS = frozenset("has had with died dies passed took developed suffered diagnosed carries got also is was age".split())
+_FINITE = frozenset(
+    """is was are were has had have should will would may can could shall goes went starts started takes took remains
+    needs continues continued does did shows showed than due at on after before""".split()
+)
+_CLAUSE = frozenset(", ; : . ? ! ( ) and but with had has have who whose which after before".split())
 _NO_SIDE_AFTER = frozenset("now away here there after before then ? . , ! okay so and on".split())
 _NO_SIDE_BEFORE = frozenset("all that's that is yeah was were has have had just been alright : . , ? you he she".split())
 
@@ -67,7 +87,7 @@ _NO_SIDE_BEFORE = frozenset("all that's that is yeah was were has have had just 
 class Text:
     """The tokens of a text and what holds for each: arrays of one length, made in one pass.
 
-    `stems`: the stem of a content word, "" for any other token. `denied` and `hedged`: True, False, or None where
+    `stems`: the stem of a content word, "" for any other token. `denied`: True, False, or None where
     an unanswered question leaves it open. `kin`: the relative of whom the words speak, "" for the patient.
     `markers`: {class: [(token, value)]} for sides, times, relatives.
     """
@@ -85,8 +105,9 @@ class Text:
         self.quantities = find_quantities(self.words, gaps)
         n = len(self.words)
         self.denied: list[bool | None] = [False] * n
-        self.hedged: list[bool | None] = [False] * n
         self.kin = [""] * n
+        # How many clauses began before each token: words of other clauses are farther away
+        self.clauses = list(accumulate(word in _CLAUSE for word in self.words))
         self.markers: dict[str, list[tuple[int, str]]] = {}
         self.ranges = self._sentence_ranges()
         for first, last in self.ranges:
@@ -113,36 +134,42 @@ class Text:
         return [(first, last) for first, last in ranges]
 
     def _read_scopes(self, first: int, last: int) -> None:
-        """Marks what a sentence denies, leaves uncertain, or says of a relative."""
-        denied_until = hedged_until = -1
+        """Marks what a sentence denies, and what it says of a relative."""
+        denied_until = -1
         holder = ""
         for index in range(first, last):
             word = self.words[index]
             if word in NEGATIONS or word.endswith("n't"):
-                denied_until = index + 14
-                if word in ("negative", "absent", "nil", "none", "unlikely", "free"):
-                    self._mark_back(self.denied, first, index)
-            elif index <= denied_until and (word in _END_OF_NEGATION or word in ".;:!?" or word in MARKERS):
-                denied_until = index if word not in MARKERS else denied_until
-            if word in HEDGES or word == "?":
-                hedged_until = index + 10
-                self._mark_back(self.hedged, first, index)
-            elif word in ".;:!" or word in ("but", "however"):
-                hedged_until = -1
+                denied_until = index + (2 if word in ("non", "free") else 14)
+                if word in _AFTER_ITS_NOUN:
+                    self._mark_back(first, index)
+            elif index <= denied_until and (word in _END_OF_NEGATION or word in ".;:!?" or self._new_clause(index, last)):
+                denied_until = index
             if word in KIN:
-                holder = KIN[word]
-            elif holder and (word in ";:.!" or word in ("patient", "i", "she", "he") and index > first + 1):
-                holder = holder if word in ("she", "he") and self.words[index - 1] in KIN else ""
-            self.denied[index] = index <= denied_until
-            self.hedged[index] = self.hedged[index] or index <= hedged_until
+                holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 4)]) else ""
+            elif holder and (word in ";:.!(/-" or word in SELF):
+                holder = ""
+            self.denied[index] = self.denied[index] or index <= denied_until
             self.kin[index] = holder
 
-    def _mark_back(self, marks: list, first: int, index: int) -> None:
-        """What stands before "negative" or "is possible", up to eight words in the same clause."""
-        for before in range(index - 1, max(first, index - 9) - 1, -1):
+    def _new_clause(self, index: int, last: int) -> bool:
+        """Whether a comma or an "and" begins a clause of its own, with a verb or a number, and not a list's next item."""
+        if self.words[index] not in (",", "and"):
+            return False
+        for at in range(index + 1, min(last, index + 7)):
+            word = self.words[at]
+            if word in ",.;" or word in ("and", "or", "nor") and at > index + 1:
+                return False
+            if word in _FINITE or word[0].isdigit() or word in KIN:
+                return True
+        return False
+
+    def _mark_back(self, first: int, index: int) -> None:
+        """Denies what stands before "negative" or "absent", in the same clause."""
+        for before in range(index - 1, max(first, index - 6) - 1, -1):
             if self.words[before] in ";.:,":
                 break
-            marks[before] = True
+            self.denied[before] = True
 
     def _answer_questions(self) -> None:
         """The words of a question are denied or affirmed by the turn that follows."""
@@ -152,11 +179,11 @@ class Text:
             start, end = self.ranges[number + 1]
             opening = self.words[start : min(end, start + 5)]
             if ":" in opening:
-                opening = opening[opening.index(":") + 1 :] + self.words[start + 5 : min(end, start + 8)]
+                opening = opening[opening.index(":") + 1 :]
+            opening = [word for word in opening if word.isalpha()][:2]
             answer = next((word for word in opening if word in _NO or word in _YES), None)
             for index in range(first, last):
                 self.denied[index] = None if answer is None else answer in _NO
-                self.hedged[index] = None
 
     def _find_markers(self) -> None:
         for index, word in enumerate(self.words):
@@ -175,7 +202,7 @@ class Text:
         before = self.words[index - 1] if index else "."
         if len(word) == 1:
             upper = self.text[self.spans[index][0]].isupper()
-            return upper and following.isalpha() and len(following) > 1 and not before[-1].isdigit() and following not in UNITS
+            return upper and before != "/" and following.isalpha() and len(following) > 1 and not before[-1].isdigit() and following not in UNITS
         if word == "both":
             return following.endswith("s")
         if word == "right":

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sft.grounding.places import NotePlaces
 from sft.grounding.quantities import Quantity
-from sft.grounding.reading import GENERAL_KIN, HEDGES, KIN, NEGATIONS, Text
+from sft.grounding.reading import GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
 from sft.grounding.words import is_telling
 
 MARKER_KINDS = {"side": "side", "level": "side", "aspect": "side", "front": "side", "reach": "side", "kin": "person"}
@@ -19,7 +19,7 @@ _DRUG = re.compile(
     r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
-_CLASSES = frozenset("statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split())
+_CLASSES = frozenset("cholesterol statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split())
 
 
 @dataclass
@@ -86,42 +86,49 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     for quantity in sentence.summary.quantities:
         if not sentence.first <= quantity.index < sentence.last or quantity.is_implied:
             continue
+        word = sentence.summary.words[quantity.index]
+        # Counts in words, as in "two different things", say little; nor does O2 hold a number
+        is_count = word.isalpha() and max(quantity.values) <= 3 and not quantity.unit
+        if is_count or max(quantity.values) == 0 or _follows_letter(sentence.summary, quantity.index):
+            continue
         found = note.quantities.matches(quantity)
         kind = "time" if quantity.unit and quantity.unit[1] == "time" else "number"
         span = (quantity.index, quantity.last)
-        rival, margin = _rival(sentence, quantity, found)
+        scores = _quantity_scores(sentence, quantity)
         if not found:
-            yield sentence.finding(kind, *span, 2.0, rival)
+            rival = max(scores, key=lambda pair: pair[0], default=(0.0, None))
+            place = (rival[1].index, rival[1].last) if rival[0] > 0.2 else None
+            yield sentence.finding(kind, *span, 2.0, place)
             continue
-        converted = note.quantities.converted(quantity)
-        units = {other.unit[0] for other in found if other.unit}
-        if quantity.unit and not converted and len(units) and all(other.unit for other in found):
+        # The same value with another unit does not count
+        sizes = {id(other) for other in note.quantities.converted(quantity)}
+        agreeing = {id(other) for other in found if not (quantity.unit and other.unit) or id(other) in sizes}
+        own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
+        others = [(score, other) for score, other in scores if id(other) not in agreeing]
+        score, rival = max(others, key=lambda pair: pair[0], default=(0.0, None))
+        if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
             yield sentence.finding("time" if kind == "time" else "unit", *span, 2.0, place)
-        elif rival and margin > 0.25:
-            yield sentence.finding(kind if kind == "time" else "misplaced", *span, 1.0, rival)
+        elif score > 1.3 * own + 0.25:
+            yield sentence.finding(kind if kind == "time" else "misplaced", *span, 1.2, (rival.index, rival.last))
 
 
-def _rival(sentence: Sentence, quantity: Quantity, found: list[Quantity]) -> tuple[tuple[int, int] | None, float]:
-    """The note's quantity to which the words around this one point, if it is another; by how much it leads."""
-    same = {id(other) for other in found}
+def _follows_letter(text: Text, index: int) -> bool:
+    attached = index and text.spans[index - 1][1] == text.spans[index][0]
+    return bool(attached and text.words[index - 1] in ("o", "co", "spo", "sao", "po", "pco", "fio", "hco"))
+
+
+def _quantity_scores(sentence: Sentence, quantity: Quantity) -> list[tuple[float, Quantity]]:
+    """The note's quantities of this sort, with how strongly the words around this one point to them."""
     quantities = sentence.note.text.quantities
     scores = sentence.note.affinities(sentence.summary, quantity.index, [other.index for other in quantities])
-    own = best = 0.0
-    rival = None
-    for number, score in scores.items():
-        other = quantities[number]
-        if id(other) in same:
-            own = max(own, score)
-        elif score > best and not other.is_implied and _comparable(quantity, other):
-            best, rival = score, (other.index, other.last)
-    return (rival, best - 1.5 * own) if rival and best > 0.2 else (None, 0.0)
+    return [(score, quantities[n]) for n, score in scores.items() if _comparable(quantity, quantities[n])]
 
 
 def _comparable(first: Quantity, second: Quantity) -> bool:
-    if bool(first.ratio) != bool(second.ratio) or (first.clock is None) != (second.clock is None):
+    if second.is_implied or bool(first.ratio) != bool(second.ratio) or (first.clock is None) != (second.clock is None):
         return False
-    return (first.unit and first.unit[1]) == (second.unit and second.unit[1])
+    return not (first.unit and second.unit) or first.unit[1] == second.unit[1]
 
 
 def phrases(sentence: Sentence) -> list[list[int]]:
@@ -159,32 +166,41 @@ def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
             own = max((scores.get(places.index(place), 0.0) for place in agreeing), default=0.0)
             if agreeing and own * 1.5 + 0.3 > scores.get(ranked[0], 0.0):
                 continue
-            if denied and _negation_near(note.text, best) or not denied and _negation_near(text, head):
+            if denied and _near(note.text, best, NEGATIONS) or not denied and _near(text, head, NEGATIONS):
+                continue
+            if _near(note.text, best, SELF_NEGATING, 5) or _near(text, head, SELF_NEGATING, 5):
                 continue
             weight = 1.5 if not agreeing else 0.8
             yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
 
 
-def _negation_near(text: Text, index: int, reach: int = 10) -> bool:
-    number = text.sentence_of[index]
-    for at in range(max(0, index - reach), min(len(text.words), index + reach + 1)):
-        if text.sentence_of[at] == number and (text.words[at] in NEGATIONS or text.words[at].endswith("n't")):
-            return True
-    return False
+def _near(text: Text, index: int, words: frozenset, reach: int = 10) -> int | None:
+    """The nearest of certain words in the sentence of a token, None if there is none."""
+    first, last = text.ranges[text.sentence_of[index]]
+    found = [
+        at
+        for at in range(max(first, index - reach), min(last, index + reach + 1))
+        if text.words[at] in words or words is NEGATIONS and text.words[at].endswith("n't")
+    ]
+    return min(found, key=lambda at: abs(at - index), default=None)
 
 
 def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
-    """Certain in the summary and not in the note."""
+    """What the note calls possible, or ties to a condition, and the summary states; one finding for a hedge."""
     note, text = sentence.note, sentence.summary
-    for phrase in phrases(sentence):
-        heads = [index for index in phrase if is_telling(text.words[index]) and text.words[index] not in HEDGES]
-        for head in heads[-1:]:
-            places = note.of(text.stems[head])
-            if not places or text.hedged[head]:
-                continue
-            if all(note.text.hedged[place] for place in places):
-                best = places[0]
-                yield sentence.finding("certainty", phrase[0], head, 0.7, (max(0, best - 2), best))
+    used: dict[int, list[int]] = {}
+    for index in range(sentence.first, sentence.last):
+        if not is_telling(text.words[index]) or text.words[index] in SOFT:
+            continue
+        places = note.of(text.stems[index])
+        scores = note.affinities(text, index, places)
+        best = max(scores, key=scores.get, default=None)
+        hedge = best is not None and scores[best] > 0.3 and _near(note.text, places[best], HEDGES, 4)
+        if hedge and note.text.clauses[hedge] == note.text.clauses[places[best]]:
+            used.setdefault(hedge, []).append(index)
+    for hedge, indices in used.items():
+        if len(indices) >= 2 and all(_near(text, index, SOFT, 8) is None for index in indices):
+            yield sentence.finding("certainty", indices[0], indices[-1], 1.0, (hedge, hedge))
 
 
 def person_findings(sentence: Sentence) -> Iterator[Finding]:

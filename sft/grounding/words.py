@@ -7,7 +7,7 @@ compared word by word. The lists are short on purpose: what they lack costs a li
 import re
 from functools import lru_cache
 
-TOKEN = re.compile(r"(?<![\w.])\.\d+|\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
+TOKEN = re.compile(r"(?<![\w.])\.\d+|(?<!\w)[a-z]/[a-z](?!\w)|\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
 
 STOP_WORDS = frozenset(
     """a an the and or but nor of in on at by to for from with without within into onto over under about as is are
@@ -59,7 +59,8 @@ ecchymosis | rash rashes hives urticaria | depressed depression depressive | anx
 eating ate appetite food diet | weight weigh weighs weighed | occupation job employed | deceased died dead death
 passed | wound wounds ulcer | shot injection injections vaccine vaccination | xray x-ray radiograph cxr | ekg ecg
 electrocardiogram | pulse hr | physician gp doctor | potassium k | sodium na | creatinine creat | hemoglobin haemoglobin
-hb hgb | glucose bm sugar | aid assistance help"""
+hb hgb | glucose bm sugar | aid assistance help | review reviewed r/v rv f/u followup follow-up recheck | overdose overdosed od |
+bypass cabg | metastases metastasis metastatic mets | antibiotics antibiotic abx"""
 
 _SUFFIXES = re.compile(
     r"(?:ically|ation|ations|ements?|ingly|ities|ings?|edly|ness|ously|ious|ous|ives?|ally|ical|ies|ied|ers?|ors?|"
