@@ -17,13 +17,12 @@ from sft.grounding.citations import cited_sentence_numbers
 from sft.grounding.places import NotePlaces, pairs
 from sft.grounding.reading import Text
 from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
-from sft.grounding.words import detect_language, is_content, is_telling
+from sft.grounding.words import detect_language, is_content, is_telling, missing_weight
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
 FLAG_THRESHOLD = 1.5
 TRAINING_THRESHOLD = 3.0
 
-_MISSING = 0.25  # for a word that the note lacks
 _REPORTED = 0.03  # for a reporting word that the note lacks
 _GAP = 0.15  # for two words joined that the note keeps apart
 _BREAK = 0.01  # for two words that do not follow each other in the note
@@ -130,7 +129,7 @@ class PreparedNote:
                 run.append(index)
                 continue
             if run and (index < 0 or is_present):
-                findings.append(sentence.finding("unsupported", run[0], run[-1], _MISSING * len(run)))
+                findings.append(sentence.finding("unsupported", run[0], run[-1], sum(missing_weight(summary.words[i]) for i in run)))
                 run = []
             if not is_present:
                 risk += _REPORTED

@@ -1,5 +1,6 @@
 """Where a summary's words stand in its note: places, neighbors, abbreviations. The ground of every rule."""
 
+import re
 from bisect import bisect_left
 
 from sft.grounding.quantities import QuantityIndex
@@ -24,6 +25,8 @@ class NotePlaces:
         self.pairs = set(pairs(self.text, 0, len(self.text.words)))
         self.quantities = QuantityIndex(self.text.quantities)
         self.initials = set(_initials(self.text, 0, len(self.text.words)))
+        # Right iliac fossa, left eye: abbreviations that may hold a side
+        self.has_sides = bool(self.text.markers.get("side") or re.search(r"\b[RL][A-Z]{1,3}\b", note))
         self._markers = {
             kind: ([place for place, _ in found], [value for _, value in found])
             for kind, found in self.text.markers.items()
@@ -62,7 +65,7 @@ class NotePlaces:
         """{number in places: how strongly the words around the summary's word `index` point there}."""
         totals: dict[int, float] = {}
         sentence_of, clauses = self.text.sentence_of, self.text.clauses
-        for weight, word_stem in _neighbors(summary, index):
+        for weight, word_stem, is_after in _neighbors(summary, index):
             best: dict[int, float] = {}
             found = self.of(word_stem)
             weight /= 1 + 0.15 * len(found)
@@ -74,6 +77,9 @@ class NotePlaces:
                     score = weight / (1 + distance / 3)
                     if sentence_of[place] != sentence_of[at]:
                         score *= 0.4
+                    # "left hip": the same order in both
+                    if (at > place) != is_after:
+                        score *= 0.6
                     if place != at and score > best.get(number, 0):
                         best[number] = score
                     number += 1
@@ -114,8 +120,8 @@ def _initials(text: Text, first: int, last: int) -> dict[str, list[int]]:
     return found
 
 
-def _neighbors(text: Text, index: int) -> list[tuple[float, str]]:
-    """(weight, stem) of the content words around a word, in its sentence, nearer ones weighing more."""
+def _neighbors(text: Text, index: int) -> list[tuple[float, str, bool]]:
+    """(weight, stem, whether it follows) of the content words around a word, in its sentence, nearer ones weighing more."""
     found = []
     for step in (-1, 1):
         rank = 0
@@ -125,7 +131,7 @@ def _neighbors(text: Text, index: int) -> list[tuple[float, str]]:
                 break
             if text.stems[at]:
                 crossed = abs(text.clauses[at] - text.clauses[index])
-                found.append((1 / (1 + rank + crossed), text.stems[at]))
+                found.append((1 / (1 + rank + crossed), text.stems[at], step > 0))
                 rank += 1
             at += step
     return found

@@ -96,6 +96,7 @@ def _read_digits(words: list[str], index: int, gaps: list[bool]) -> Quantity | N
         if len(parts) == 2 and parts[1] in _SHORTHAND and parts[0] < 30:
             quantity.unit = UNITS[_SHORTHAND[parts[1]]]
             quantity.values = frozenset(parts[:1])
+            quantity.ratio = None
         return quantity
     values = _readings(word)
     last = index

@@ -30,8 +30,8 @@ SOFT = HEDGES | frozenset(
     """suggest suggests suggested suggesting suggestive consider considered consideration considering consistent
     apparent apparently unconfirmed equivocal indeterminate presumably favour favoured favor favored thought thinks
     believes believed unsure seems appears whether versus vs excluded exclude confirmed awaiting awaited pending ?
-    differential should when until once or cannot not would depending impression unlikely for fear feared query
-    advised requested planned except alone tonight unestablished unknown risk suspects suspect case""".split()
+    differential should when until once cannot depending impression unlikely query
+    except unestablished unknown risk suspects suspect case""".split()
 )
 # Words that negate of themselves: what is beside them may stand denied or not
 SELF_NEGATING = frozenset(
@@ -39,13 +39,15 @@ SELF_NEGATING = frozenset(
     worse better prevent held withheld off quit discontinued ceased excluded ruled lack failed never barely hardly
     rather instead improved free intact clear normal less reduced unsure unknown awaiting pending""".split()
 )
-_KIN = """mother mum mom | father dad | brother | sister | son | daughter | wife | husband |
-partner spouse boyfriend girlfriend | grandmother grandma nan | grandfather grandpa | aunt | uncle | cousin | niece |
+_KIN = """mother mum mom | father dad | brother | sister | son | daughter | wife husband |
+partner spouse boyfriend girlfriend | grandmother grandma nan granny mgm pgm | grandfather grandpa mgf pgf | aunt | uncle | cousin | niece |
 nephew | carer caregiver caretaker | neighbor neighbour | friend | housemate roommate flatmate | grandson |
 granddaughter | teacher | colleague coworker"""
 KIN = {name: group.split()[0] for group in _KIN.split("|") for word in group.split() for name in (word, word + "s")}
 # Words that may stand for any of them
-GENERAL_KIN = frozenset("parent parents sibling siblings child children kids relative relatives family relation".split())
+GENERAL_KIN = {name: frozenset("mother father".split()) for name in ("parent", "parents")}
+GENERAL_KIN |= {name: frozenset("brother sister".split()) for name in ("sibling", "siblings")}
+GENERAL_KIN |= {name: frozenset("son daughter".split()) for name in ("child", "children", "kids", "kid")}
 SELF = frozenset("he she his her i my patient patient's".split())
 
 # Classes of words that say where and when; a summary's word must be the one that stands at the same place
@@ -74,12 +76,13 @@ MARKERS = {
     for name in values.split()
 }
 # What makes a relative the one of whom a sentence speaks
-_HOLDS = frozenset("has had with died dies passed took developed suffered diagnosed carries got also is was age".split())
+_HOLDS = frozenset("has had with died dies passed took developed suffered diagnosed carries got also is was were being found age gets".split())
+_PERIODS = frozenset("night day week weekend month year morning evening afternoon spring summer autumn winter".split())
 _FINITE = frozenset(
     """is was are were has had have should will would may can could shall goes went starts started takes took remains
     needs continues continued does did shows showed than due at on after before""".split()
 )
-_CLAUSE = frozenset(", ; : . ? ! ( ) and but with had has have who whose which after before".split())
+_CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
 _NO_SIDE_AFTER = frozenset("now away here there after before then ? . , ! okay so and on".split())
 _NO_SIDE_BEFORE = frozenset("all that's that is yeah was were has have had just been alright : . , ? you he she".split())
 
@@ -97,7 +100,7 @@ class Text:
         matches = list(TOKEN.finditer(lower))
         self.text = text
         self.spans = [match.span() for match in matches]
-        self.words = [match.group().replace("’", "'") for match in matches]
+        self.words = [match.group().replace("’", "'").removesuffix("'s") for match in matches]
         self.stems = [stem(word) if is_content(word) else "" for word in self.words]
         self.sentences = sentence_spans(text)
         self.sentence_of = self._number_sentences()
@@ -141,13 +144,16 @@ class Text:
             word = self.words[index]
             if word in NEGATIONS or word.endswith("n't"):
                 denied_until = index + (2 if word in ("non", "free") else 14)
-                if word in _AFTER_ITS_NOUN:
+                following = self.words[index + 1] if index + 1 < last else ""
+                if following == ",":
+                    denied_until = index
+                if word in _AFTER_ITS_NOUN and following != "for":
                     self._mark_back(first, index)
-            elif index <= denied_until and (word in _END_OF_NEGATION or word in ".;:!?" or self._new_clause(index, last)):
+            elif index <= denied_until and (word in _END_OF_NEGATION or word in ".;:!?(" or self._new_clause(index, last)):
                 denied_until = index
             if word in KIN:
-                holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 4)]) else ""
-            elif holder and (word in ";:.!(/-" or word in SELF):
+                holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
+            elif holder and (word in ";:.!/-" or word in SELF):
                 holder = ""
             self.denied[index] = self.denied[index] or index <= denied_until
             self.kin[index] = holder
@@ -190,6 +196,8 @@ class Text:
             kind, value = MARKERS.get(word, ("", ""))
             if word in KIN:
                 kind, value = "kin", KIN[word]
+            elif index and self.words[index - 1] in ("last", "next", "past", "this") and word in _PERIODS:
+                kind, value = "period", word
             if not kind or kind == "side" and not self._is_side(index):
                 continue
             if word in ("may", "march") and not self._beside_number(index):
@@ -202,7 +210,8 @@ class Text:
         before = self.words[index - 1] if index else "."
         if len(word) == 1:
             upper = self.text[self.spans[index][0]].isupper()
-            return upper and before != "/" and following.isalpha() and len(following) > 1 and not before[-1].isdigit() and following not in UNITS
+            is_noun = following.isalpha() or index + 2 < len(self.words) and self.words[index + 2] in ("nd", "rd", "th", "st")
+            return upper and before != "/" and is_noun and not before[-1].isdigit() and following not in UNITS
         if word == "both":
             return following.endswith("s")
         if word == "right":

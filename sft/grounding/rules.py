@@ -10,13 +10,13 @@ from sft.grounding.reading import GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGA
 from sft.grounding.words import is_telling
 
 MARKER_KINDS = {"side": "side", "level": "side", "aspect": "side", "front": "side", "reach": "side", "kin": "person"}
-MARKER_KINDS |= {"order": "time", "when": "time", "shift": "time", "weekday": "time", "month": "time"}
+MARKER_KINDS |= {"order": "time", "when": "time", "period": "time", "shift": "time", "weekday": "time", "month": "time"}
 MARKER_KINDS |= {"change": "misplaced", "course": "misplaced"}
 _MUST_BE_THERE = ("side", "kin", "weekday", "month")
 _WEIGHTS = {"side": 2.0, "level": 1.0, "kin": 2.0, "weekday": 2.0, "month": 1.5, "order": 1.0}
 _DRUG = re.compile(
     r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
-    r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
+    r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
 _CLASSES = frozenset("cholesterol statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split())
@@ -71,10 +71,11 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
             other = max(votes, default=(0.0, 0, ""))
             weight = _WEIGHTS.get(kind, 0.7)
             if value not in note_values:
-                is_general = kind == "kin" and GENERAL_KIN & sentence.note.words
+                if any(value in GENERAL_KIN.get(word, ()) for word in GENERAL_KIN.keys() & sentence.note.words):
+                    continue
                 if other[0] > 0.15:
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight, (other[1], other[1]))
-                elif kind in _MUST_BE_THERE and not is_general:
+                elif kind in _MUST_BE_THERE and not (kind == "side" and sentence.note.has_sides):
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.7)
             elif other[0] > 1.3 * same + 0.1:
                 yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.8, (other[1], other[1]))
@@ -103,6 +104,8 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
         # The same value with another unit does not count
         sizes = {id(other) for other in note.quantities.converted(quantity)}
         agreeing = {id(other) for other in found if not (quantity.unit and other.unit) or id(other) in sizes}
+        if any(other.is_implied and (other.unit or not quantity.unit) for other in found):
+            continue
         own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
         others = [(score, other) for score, other in scores if id(other) not in agreeing]
         score, rival = max(others, key=lambda pair: pair[0], default=(0.0, None))
@@ -122,7 +125,13 @@ def _quantity_scores(sentence: Sentence, quantity: Quantity) -> list[tuple[float
     """The note's quantities of this sort, with how strongly the words around this one point to them."""
     quantities = sentence.note.text.quantities
     scores = sentence.note.affinities(sentence.summary, quantity.index, [other.index for other in quantities])
-    return [(score, quantities[n]) for n, score in scores.items() if _comparable(quantity, quantities[n])]
+    unit = quantity.unit and quantity.unit[0]
+    return [
+        # One with the same unit is the likelier counterpart
+        (score * (1.3 if unit and quantities[n].unit and quantities[n].unit[0] == unit else 1.0), quantities[n])
+        for n, score in scores.items()
+        if _comparable(quantity, quantities[n])
+    ]
 
 
 def _comparable(first: Quantity, second: Quantity) -> bool:
@@ -166,9 +175,9 @@ def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
             own = max((scores.get(places.index(place), 0.0) for place in agreeing), default=0.0)
             if agreeing and own * 1.5 + 0.3 > scores.get(ranked[0], 0.0):
                 continue
-            if denied and _near(note.text, best, NEGATIONS) or not denied and _near(text, head, NEGATIONS):
+            if _near(note.text if denied else text, best if denied else head, NEGATIONS) is not None:
                 continue
-            if _near(note.text, best, SELF_NEGATING, 5) or _near(text, head, SELF_NEGATING, 5):
+            if _near(note.text, best, SELF_NEGATING, 8) is not None or _near(text, head, SELF_NEGATING, 8) is not None:
                 continue
             weight = 1.5 if not agreeing else 0.8
             yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
@@ -180,6 +189,7 @@ def _near(text: Text, index: int, words: frozenset, reach: int = 10) -> int | No
     found = [
         at
         for at in range(max(first, index - reach), min(last, index + reach + 1))
+        if text.clauses[at] == text.clauses[index] or words is SOFT
         if text.words[at] in words or words is NEGATIONS and text.words[at].endswith("n't")
     ]
     return min(found, key=lambda at: abs(at - index), default=None)
@@ -195,11 +205,11 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         places = note.of(text.stems[index])
         scores = note.affinities(text, index, places)
         best = max(scores, key=scores.get, default=None)
-        hedge = best is not None and scores[best] > 0.3 and _near(note.text, places[best], HEDGES, 4)
-        if hedge and note.text.clauses[hedge] == note.text.clauses[places[best]]:
+        hedge = best is not None and scores[best] > 0.25 and _near(note.text, places[best], HEDGES, 5)
+        if hedge is not None and hedge is not False and note.text.clauses[hedge] == note.text.clauses[places[best]]:
             used.setdefault(hedge, []).append(index)
     for hedge, indices in used.items():
-        if len(indices) >= 2 and all(_near(text, index, SOFT, 8) is None for index in indices):
+        if all(_near(text, index, SOFT, 8) is None for index in indices):
             yield sentence.finding("certainty", indices[0], indices[-1], 1.0, (hedge, hedge))
 
 
@@ -213,12 +223,12 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
             if not places or len(places) > 3:
                 continue
             holders = {note.text.kin[place] for place in places}
-            if not text.kin[head] and "" not in holders and not _kin_in(text, sentence):
+            if not text.kin[head] and "" not in holders and not _kin_before(text, head, sentence.first):
                 yield sentence.finding("person", phrase[0], head, 1.0, (places[0], places[0]))
 
 
-def _kin_in(text: Text, sentence: Sentence) -> bool:
-    return any(word in KIN or word in GENERAL_KIN for word in text.words[sentence.first : sentence.last])
+def _kin_before(text: Text, index: int, first: int) -> bool:
+    return any(word in KIN or word in GENERAL_KIN for word in text.words[max(first, index - 10) : index + 4])
 
 
 def drug_findings(
