@@ -235,7 +235,10 @@ class QuantityIndex:
             if quantity.ratio in self.ratios or min(quantity.ratio) >= 30:
                 return [other for other in self.quantities if other.ratio == quantity.ratio][:30]
             # A date or a scale, each part of which may be said in its own way
-            parts = [self.by_value.get(part) or self.by_value.get(part % 100) for part in quantity.ratio]
+            parts = [
+                next(filter(None, map(self.by_value.get, (part, part % 100, 2000 + part, 1900 + part))), None)
+                for part in quantity.ratio
+            ]
             return parts[0][:30] if all(parts) else []
         if quantity.clock is not None:
             minute = quantity.clock % 60

@@ -10,7 +10,7 @@ from sft.grounding.words import TOKEN, is_content, stem
 _AFTER_ITS_NOUN = frozenset("negative absent nil none unlikely".split())
 NEGATIONS = frozenset(
     """no not without denies denied deny denying negative never none nor neither nil absent absence lacks lack
-    nope cannot unremarkable didn't don't doesn't isn't wasn't aren't haven't hasn't hadn't won't can't wouldn't
+    nope nobody unremarkable didn't don't doesn't isn't wasn't aren't haven't hasn't hadn't won't wouldn't
     non free nothing ø unlikely""".split()
 )
 _NO = frozenset("no nope nah never not none negative don't didn't haven't i'm nothing neither nor".split())
@@ -21,13 +21,14 @@ _END_OF_NEGATION = frozenset(
     started then so because due until since when while other than now after before today only just""".split()
 )
 # What makes a statement uncertain or conditional in a note
+CONDITIONS = frozenset("if unless provided".split())
 HEDGES = frozenset(
-    """possible possibly probable probably likely may might could suspected suspicion query queried presumed
-    unclear uncertain if unless provided perhaps maybe only""".split()
+    """possible possibly probable probably likely may might suspected suspicion query queried presumed
+    unclear uncertain perhaps maybe""".split()
 )
 # What a summary may say for it
-SOFT = HEDGES | frozenset(
-    """suggest suggests suggested suggesting suggestive consider considered consideration considering consistent
+SOFT = HEDGES | CONDITIONS | frozenset(
+    """could only allowed suggest suggests suggested suggesting suggestive consider considered consideration considering consistent
     apparent apparently unconfirmed equivocal indeterminate presumably favour favoured favor favored thought thinks
     believes believed unsure seems appears whether versus vs excluded exclude confirmed awaiting awaited pending ?
     differential should when until once cannot depending impression unlikely query
@@ -42,7 +43,7 @@ SELF_NEGATING = frozenset(
 _KIN = """mother mum mom | father dad | brother | sister | son | daughter | wife husband |
 partner spouse boyfriend girlfriend | grandmother grandma nan granny mgm pgm | grandfather grandpa mgf pgf | aunt | uncle | cousin | niece |
 nephew | carer caregiver caretaker | neighbor neighbour | friend | housemate roommate flatmate | grandson |
-granddaughter | teacher | colleague coworker"""
+granddaughter"""
 KIN = {name: group.split()[0] for group in _KIN.split("|") for word in group.split() for name in (word, word + "s")}
 # Words that may stand for any of them
 GENERAL_KIN = {name: frozenset("mother father".split()) for name in ("parent", "parents")}
@@ -80,7 +81,7 @@ _HOLDS = frozenset("has had with died dies passed took developed suffered diagno
 _PERIODS = frozenset("night day week weekend month year morning evening afternoon spring summer autumn winter".split())
 _FINITE = frozenset(
     """is was are were has had have should will would may can could shall goes went starts started takes took remains
-    needs continues continued does did shows showed than due at on after before""".split()
+    sent given requested planned recorded booked placed advised today yet wants needs continues continued does did shows showed than due at on after before""".split()
 )
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
 _NO_SIDE_AFTER = frozenset("now away here there after before then ? . , ! okay so and on".split())
@@ -138,18 +139,26 @@ class Text:
 
     def _read_scopes(self, first: int, last: int) -> None:
         """Marks what a sentence denies, and what it says of a relative."""
-        denied_until = -1
+        denied_until = trigger = -1
+        is_verb = False
         holder = ""
         for index in range(first, last):
             word = self.words[index]
             if word in NEGATIONS or word.endswith("n't"):
                 denied_until = index + (2 if word in ("non", "free") else 14)
+                trigger = index
+                # "does not drink and smokes": the list of a verb ends sooner than that of a noun
+                is_verb = word in ("not", "never") or word.endswith("n't")
                 following = self.words[index + 1] if index + 1 < last else ""
                 if following == ",":
                     denied_until = index
                 if word in _AFTER_ITS_NOUN and following != "for":
                     self._mark_back(first, index)
-            elif index <= denied_until and (word in _END_OF_NEGATION or word in ".;:!?(" or self._new_clause(index, last)):
+            elif index <= denied_until and word in ".;:!?(":
+                denied_until = index
+            elif trigger + 2 < index <= denied_until and (
+                word in _END_OF_NEGATION or is_verb and word == "and" or self._new_clause(index, last)
+            ):
                 denied_until = index
             if word in KIN:
                 holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
@@ -162,6 +171,8 @@ class Text:
         """Whether a comma or an "and" begins a clause of its own, with a verb or a number, and not a list's next item."""
         if self.words[index] not in (",", "and"):
             return False
+        if self.words[index + 1 : index + 2] and self.words[index + 1] in ("a", "an", "the", "possible", "probable"):
+            return True
         for at in range(index + 1, min(last, index + 7)):
             word = self.words[at]
             if word in ",.;" or word in ("and", "or", "nor") and at > index + 1:
@@ -202,6 +213,9 @@ class Text:
                 continue
             if word in ("may", "march") and not self._beside_number(index):
                 continue
+            if kind == "month":
+                # So that the month is not taken for the verb
+                self.words[index] = word.title()
             self.markers.setdefault(kind, []).append((index, value))
 
     def _is_side(self, index: int) -> bool:

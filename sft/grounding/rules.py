@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from sft.grounding.places import NotePlaces
 from sft.grounding.quantities import Quantity
-from sft.grounding.reading import GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
+from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
 from sft.grounding.words import is_telling
 
 MARKER_KINDS = {"side": "side", "level": "side", "aspect": "side", "front": "side", "reach": "side", "kin": "person"}
 MARKER_KINDS |= {"order": "time", "when": "time", "period": "time", "shift": "time", "weekday": "time", "month": "time"}
 MARKER_KINDS |= {"change": "misplaced", "course": "misplaced"}
-_MUST_BE_THERE = ("side", "kin", "weekday", "month")
 _WEIGHTS = {"side": 2.0, "level": 1.0, "kin": 2.0, "weekday": 2.0, "month": 1.5, "order": 1.0}
 _DRUG = re.compile(
     r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
     r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
+_FAMILY = frozenset("family families familial paternal maternal side".split())
 _CLASSES = frozenset("cholesterol statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split())
 
 
@@ -75,10 +75,17 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
                     continue
                 if other[0] > 0.15:
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight, (other[1], other[1]))
-                elif kind in _MUST_BE_THERE and not (kind == "side" and sentence.note.has_sides):
+                elif _is_needed(sentence, kind):
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.7)
             elif other[0] > 1.3 * same + 0.1:
                 yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.8, (other[1], other[1]))
+
+
+def _is_needed(sentence: Sentence, kind: str) -> bool:
+    """Whether a note would hold such a word at all, if it were true."""
+    if kind == "side":
+        return not sentence.note.has_sides
+    return kind in ("weekday", "month") or kind == "kin" and "kin" in sentence.note.text.markers
 
 
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
@@ -189,7 +196,7 @@ def _near(text: Text, index: int, words: frozenset, reach: int = 10) -> int | No
     found = [
         at
         for at in range(max(first, index - reach), min(last, index + reach + 1))
-        if text.clauses[at] == text.clauses[index] or words is SOFT
+        if text.clauses[at] == text.clauses[index] or abs(at - index) <= 3 and words is SOFT
         if text.words[at] in words or words is NEGATIONS and text.words[at].endswith("n't")
     ]
     return min(found, key=lambda at: abs(at - index), default=None)
@@ -204,9 +211,14 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
             continue
         places = note.of(text.stems[index])
         scores = note.affinities(text, index, places)
-        best = max(scores, key=scores.get, default=None)
-        hedge = best is not None and scores[best] > 0.25 and _near(note.text, places[best], HEDGES, 5)
-        if hedge is not None and hedge is not False and note.text.clauses[hedge] == note.text.clauses[places[best]]:
+        best = max(scores, key=scores.get, default=0)
+        if not places or scores.get(best, 0) < 0.25 and len(places) > 1:
+            continue
+        hedge = _near(note.text, places[best], HEDGES, 4)
+        condition = _near(note.text, places[best], CONDITIONS, 7)
+        if hedge is None and condition is not None and condition > places[best]:
+            hedge = condition
+        if hedge is not None:
             used.setdefault(hedge, []).append(index)
     for hedge, indices in used.items():
         if all(_near(text, index, SOFT, 8) is None for index in indices):
@@ -228,7 +240,7 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
 
 
 def _kin_before(text: Text, index: int, first: int) -> bool:
-    return any(word in KIN or word in GENERAL_KIN for word in text.words[max(first, index - 10) : index + 4])
+    return any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in text.words[max(first, index - 10) : index + 4])
 
 
 def drug_findings(
