@@ -23,9 +23,9 @@ from sft.grounding.words import detect_language, is_content, is_telling, missing
 FLAG_THRESHOLD = 1.5
 TRAINING_THRESHOLD = 3.0
 
-_REPORTED = 0.03  # for a reporting word that the note lacks
-_GAP = 0.15  # for two words joined that the note keeps apart
-_BREAK = 0.01  # for two words that do not follow each other in the note
+_REPORTED = 0.02  # for a reporting word that the note lacks
+_GAP = 0.1  # for two words joined that the note keeps apart
+_BREAK = 0.008  # for two words that do not follow each other in the note
 _NEAR = 6  # tokens
 _APART = 16
 _CITED = re.compile(r"\[\s*evidence[^\[\]]{0,400}\]?", re.IGNORECASE)

@@ -201,6 +201,9 @@ def _join(words: list[str], quantities: list[Quantity]) -> list[Quantity]:
     """ "130 over 80" is a ratio; in "5 to 7 days" the 5 has the unit of the 7."""
     for first, second in zip(quantities, quantities[1:]):
         between = words[first.last + 1 : second.index]
+        if words[second.index] == "1/2" and between in ([], ["-"]):
+            first.values = frozenset(value + 0.5 for value in first.values)
+            first.unit = second.unit
         if between in (["over"], ["out", "of"]) and not first.ratio and not second.ratio:
             first.ratio = (max(first.values), max(second.values))
             first.values |= second.values

@@ -3,7 +3,7 @@
 import re
 from itertools import accumulate
 
-from sft.grounding.quantities import UNITS, find_quantities
+from sft.grounding.quantities import UNITS, Quantity, find_quantities
 from sft.grounding.sentences import sentence_spans
 from sft.grounding.words import TOKEN, is_content, stem
 
@@ -15,6 +15,7 @@ NEGATIONS = frozenset(
 )
 _NO = frozenset("no nope nah never not none negative don't didn't haven't i'm nothing neither nor".split())
 _YES = frozenset("yes yeah yep yup yea correct right sure uh-huh definitely exactly absolutely".split())
+_PREPOSITIONS = frozenset("on for from at if as to by into".split())
 # Where the reach of a negation ends
 _END_OF_NEGATION = frozenset(
     """but with however although though except which who he she they it is was are were has had have remains
@@ -61,8 +62,8 @@ _MARKERS = {
     "order": "before pre preceding prior / after post following since",
     "when": "yesterday / today tonight / tomorrow",
     "shift": "earlier / later",
-    "weekday": "monday mondays mon/tuesday tuesdays tue/wednesday wednesdays wed/thursday thursdays thu/friday fridays"
-    "/saturday saturdays/sunday sundays",
+    "weekday": "monday mondays mon/tuesday tuesdays tue tues/wednesday wednesdays wed weds/thursday thursdays thu thur thurs"
+    "/friday fridays fri/saturday saturdays sat/sunday sundays sun",
     "month": "january jan/february feb/march/april apr/may/june jun/july jul/august aug/september sept sep/october oct"
     "/november nov/december dec",
     "change": "increase increased increasing rise rose rising worse worsened worsening up higher / decrease decreased"
@@ -107,6 +108,9 @@ class Text:
         self.sentence_of = self._number_sentences()
         gaps = [i > 0 and self.spans[i - 1][1] < start for i, (start, _) in enumerate(self.spans)]
         self.quantities = find_quantities(self.words, gaps)
+        self.quantities_of: list[list[Quantity]] = [[] for _ in self.sentences]
+        for quantity in self.quantities:
+            self.quantities_of[self.sentence_of[quantity.index]].append(quantity)
         n = len(self.words)
         self.denied: list[bool | None] = [False] * n
         self.kin = [""] * n
@@ -140,13 +144,15 @@ class Text:
     def _read_scopes(self, first: int, last: int) -> None:
         """Marks what a sentence denies, and what it says of a relative."""
         denied_until = trigger = -1
+        n_denied = 0
         is_verb = False
         holder = ""
         for index in range(first, last):
             word = self.words[index]
-            if word in NEGATIONS or word.endswith("n't"):
+            if (word in NEGATIONS or word.endswith("n't")) and self.words[index + 1 : index + 2] != ["by"]:
                 denied_until = index + (2 if word in ("non", "free") else 14)
                 trigger = index
+                n_denied = 0
                 # "does not drink and smokes": the list of a verb ends sooner than that of a noun
                 is_verb = word in ("not", "never") or word.endswith("n't")
                 following = self.words[index + 1] if index + 1 < last else ""
@@ -156,14 +162,20 @@ class Text:
                     self._mark_back(first, index)
             elif index <= denied_until and word in ".;:!?(":
                 denied_until = index
-            elif trigger + 2 < index <= denied_until and (
-                word in _END_OF_NEGATION or is_verb and word == "and" or self._new_clause(index, last)
+            elif index <= denied_until and (
+                trigger + 2 < index and word in _END_OF_NEGATION
+                or n_denied > 0 and word in _PREPOSITIONS
+                or n_denied > 3
+                or is_verb and word == "and"
+                or self._new_clause(index, last)
             ):
                 denied_until = index
             if word in KIN:
                 holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
             elif holder and (word in ";:.!/-" or word in SELF):
                 holder = ""
+            # Of each item of a list, three words and no more
+            n_denied = 0 if word in (",", "or", "and", "nor", "/") else n_denied + bool(self.stems[index] and index > trigger)
             self.denied[index] = self.denied[index] or index <= denied_until
             self.kin[index] = holder
 

@@ -45,6 +45,9 @@ class Sentence:
     first: int
     last: int
 
+    def quantities(self) -> list[Quantity]:
+        return self.summary.quantities_of[self.summary.sentence_of[self.first]]
+
     def finding(self, kind: str, first: int, last: int, weight: float, place: tuple[int, int] | None = None) -> Finding:
         """The summary's tokens first..last; place: the note's tokens that say otherwise."""
         start, end = self.summary.spans[first][0], self.summary.spans[last][1]
@@ -91,8 +94,8 @@ def _is_needed(sentence: Sentence, kind: str) -> bool:
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Numbers that the note lacks, has with another unit, or has elsewhere."""
     note = sentence.note
-    for quantity in sentence.summary.quantities:
-        if not sentence.first <= quantity.index < sentence.last or quantity.is_implied:
+    for quantity in sentence.quantities():
+        if quantity.is_implied:
             continue
         word = sentence.summary.words[quantity.index]
         # Counts in words, as in "two different things", say little; nor does O2 hold a number
@@ -114,12 +117,14 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
         if any(other.is_implied and (other.unit or not quantity.unit) for other in found):
             continue
         own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
-        others = [(score, other) for score, other in scores if id(other) not in agreeing]
+        # A rival that the sentence states as well, as in "5 to 10 days", is no rival
+        stated = {value for other in sentence.quantities() if other is not quantity for value in other.values}
+        others = [pair for pair in scores if id(pair[1]) not in agreeing and not pair[1].values & stated]
         score, rival = max(others, key=lambda pair: pair[0], default=(0.0, None))
         if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
             yield sentence.finding("time" if kind == "time" else "unit", *span, 2.0, place)
-        elif score > 1.3 * own + 0.25:
+        elif score > 1.4 * own + 0.3:
             yield sentence.finding(kind if kind == "time" else "misplaced", *span, 1.2, (rival.index, rival.last))
 
 
@@ -186,7 +191,7 @@ def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
                 continue
             if _near(note.text, best, SELF_NEGATING, 8) is not None or _near(text, head, SELF_NEGATING, 8) is not None:
                 continue
-            weight = 1.5 if not agreeing else 0.8
+            weight = 1.2 if not agreeing else 0.6
             yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
 
 
@@ -222,7 +227,7 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
             used.setdefault(hedge, []).append(index)
     for hedge, indices in used.items():
         if all(_near(text, index, SOFT, 8) is None for index in indices):
-            yield sentence.finding("certainty", indices[0], indices[-1], 1.0, (hedge, hedge))
+            yield sentence.finding("certainty", indices[0], indices[-1], 1.6, (hedge, hedge))
 
 
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
@@ -236,7 +241,7 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
                 continue
             holders = {note.text.kin[place] for place in places}
             if not text.kin[head] and "" not in holders and not _kin_before(text, head, sentence.first):
-                yield sentence.finding("person", phrase[0], head, 1.0, (places[0], places[0]))
+                yield sentence.finding("person", phrase[0], head, 1.4, (places[0], places[0]))
 
 
 def _kin_before(text: Text, index: int, first: int) -> bool:
@@ -254,7 +259,7 @@ def drug_findings(
             continue
         name = generic_name(word) if generic_name else word if _DRUG.fullmatch(word) else None
         if name and name not in note_drugs:
-            yield sentence.finding("drug", index, index, 1.5)
+            yield sentence.finding("drug", index, index, 2.0)
 
 
 RULES = (marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)
