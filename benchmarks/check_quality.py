@@ -53,7 +53,7 @@ def inject(kind: str, note: str, summary: str, chance: random.Random) -> str | N
         words = {"side": SIDES, "time": TIMES, "person": KIN, "unit": UNITS}.get(kind, DROPPED)
         return swap(summary, words, chance)
     if kind == "number":
-        found = list(re.finditer(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]\d)", summary))
+        found = list(re.finditer(r"(?<![\w.])\d+(?:\.\d+)?(?![\w.]\d|[.)] )", summary))
         if not found:
             return None
         match = chance.choice(found)

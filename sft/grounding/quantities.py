@@ -72,7 +72,7 @@ def find_quantities(words: list[str], gaps: list[bool]) -> list[Quantity]:
         elif word in _WORDS and word not in ("o", "oh", "quarter") or word == "point":
             quantity = _read_words(words, index)
         if quantity is None and word in _IMPLIED:
-            quantity = Quantity(index, index, frozenset([float(_IMPLIED[word])]), is_implied=True)
+            quantity = Quantity(index, index, frozenset([float(_IMPLIED[word])]), is_implied=not _is_span(words, index))
         if quantity is None:
             index += 1
             continue
@@ -184,9 +184,20 @@ def _add_piece(pieces: list[float], value: float) -> None:
 def _unit_after(words: list[str], index: int) -> tuple | None:
     while index < len(words) and words[index] in ("-", "–", "more", "full", "whole", "½"):
         index += 1
-    unit = UNITS.get(words[index]) if index < len(words) else None
+    if index >= len(words):
+        return None
+    # "M G", spelled out in a dialogue
+    unit = UNITS.get("".join(words[index : index + 2])) if len(words[index]) == 1 else None
+    unit = unit or UNITS.get(words[index])
     is_age = unit and unit[1] == "time" and "old" in words[index + 1 : index + 3]
     return None if is_age else unit
+
+
+def _is_span(words: list[str], index: int) -> bool:
+    """Whether this "a" is the number of "a week ago", "for a month"."""
+    is_time = words[index] in ("a", "an") and UNITS.get(words[index + 1] if index + 1 < len(words) else "", "  ")[1] == "time"
+    beside = {words[index - 1] if index else "", *words[index + 2 : index + 3]}
+    return is_time and bool(beside & {"ago", "later", "earlier", "history", "for", "about", "within", "over"})
 
 
 def _is_list_number(words: list[str], gaps: list[bool], quantity: Quantity) -> bool:

@@ -66,6 +66,7 @@ _MARKERS = {
     "/friday fridays fri/saturday saturdays sat/sunday sundays sun",
     "month": "january jan/february feb/march/april apr/may/june jun/july jul/august aug/september sept sep/october oct"
     "/november nov/december dec",
+    "result": "negative / positive",
     "change": "increase increased increasing rise rose rising worse worsened worsening up higher / decrease decreased"
     " decreasing fall fell falling improved improving down lower reduced",
     "course": "start started starting begin began begun initiated commenced / stop stopped discontinued ceased held"

@@ -11,7 +11,7 @@ from sft.grounding.words import is_telling
 
 MARKER_KINDS = {"side": "side", "level": "side", "aspect": "side", "front": "side", "reach": "side", "kin": "person"}
 MARKER_KINDS |= {"order": "time", "when": "time", "period": "time", "shift": "time", "weekday": "time", "month": "time"}
-MARKER_KINDS |= {"change": "misplaced", "course": "misplaced"}
+MARKER_KINDS |= {"result": "negation", "change": "misplaced", "course": "misplaced"}
 _WEIGHTS = {"side": 2.0, "level": 1.0, "kin": 2.0, "weekday": 2.0, "month": 1.5, "order": 1.0}
 _DRUG = re.compile(
     r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
@@ -74,7 +74,8 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
             other = max(votes, default=(0.0, 0, ""))
             weight = _WEIGHTS.get(kind, 0.7)
             if value not in note_values:
-                if any(value in GENERAL_KIN.get(word, ()) for word in GENERAL_KIN.keys() & sentence.note.words):
+                general = GENERAL_KIN.keys() & sentence.note.words if kind == "kin" else ()
+                if any(value in GENERAL_KIN[word] for word in general) and other[0] < 0.5:
                     continue
                 if other[0] > 0.15:
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight, (other[1], other[1]))
@@ -87,7 +88,7 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
 def _is_needed(sentence: Sentence, kind: str) -> bool:
     """Whether a note would hold such a word at all, if it were true."""
     if kind == "side":
-        return not sentence.note.has_sides
+        return "side" in sentence.note.text.markers or not sentence.note.has_sides
     return kind in ("weekday", "month") or kind == "kin" and "kin" in sentence.note.text.markers
 
 
@@ -191,7 +192,9 @@ def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
                 continue
             if _near(note.text, best, SELF_NEGATING, 8) is not None or _near(text, head, SELF_NEGATING, 8) is not None:
                 continue
-            weight = 1.2 if not agreeing else 0.6
+            # In a sentence with other words of the note, some must stand there too
+            score = scores.get(ranked[0], 0.0)
+            weight = 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
             yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
 
 
