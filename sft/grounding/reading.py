@@ -10,11 +10,14 @@ from sft.grounding.words import TOKEN, is_content, stem
 _AFTER_ITS_NOUN = frozenset("negative absent nil none unlikely".split())
 NEGATIONS = frozenset(
     """no not without denies denied deny denying negative never none nor neither nil absent absence lacks lack
-    nope nobody unremarkable didn't don't doesn't isn't wasn't aren't haven't hasn't hadn't won't wouldn't
+    nope nobody unaware unremarkable didn't don't doesn't isn't wasn't aren't haven't hasn't hadn't won't wouldn't
     non free nothing ø unlikely""".split()
 )
-_NO = frozenset("no nope nah never not none negative don't didn't haven't i'm nothing neither nor".split())
+_NO = frozenset("no nope nah never none negative don't didn't haven't nothing neither nor".split())
+_NOT_AT_ALL = frozenset("really that at to in any currently anymore".split())
+_QUESTIONS = [f"{verb} {subject}".split() for verb in "do have are did has does is".split() for subject in "you any".split()]
 _YES = frozenset("yes yeah yep yup yea correct right sure uh-huh definitely exactly absolutely".split())
+_TROUBLES = frozenset("problem problems difficulty difficulties issue issues trouble history change changes".split())
 _PREPOSITIONS = frozenset("on for from at if as to by into".split())
 # Where the reach of a negation ends
 _END_OF_NEGATION = frozenset(
@@ -164,7 +167,7 @@ class Text:
             elif index <= denied_until and word in ".;:!?(":
                 denied_until = index
             elif index <= denied_until and (
-                trigger + 2 < index and word in _END_OF_NEGATION
+                trigger + 2 < index and word in _END_OF_NEGATION and self.words[index - 1] not in _TROUBLES
                 or n_denied > 0 and word in _PREPOSITIONS
                 or n_denied > 3
                 or is_verb and word == "and"
@@ -176,7 +179,11 @@ class Text:
             elif holder and (word in ";:.!/-" or word in SELF):
                 holder = ""
             # Of each item of a list, three words and no more
-            n_denied = 0 if word in (",", "or", "and", "nor", "/") else n_denied + bool(self.stems[index] and index > trigger)
+            if word in (",", "or", "and", "nor", "/"):
+                n_denied = 0
+                denied_until = max(denied_until, index + 8) if index <= denied_until - 1 else denied_until
+            else:
+                n_denied += bool(self.stems[index] and index > trigger)
             self.denied[index] = self.denied[index] or index <= denied_until
             self.kin[index] = holder
 
@@ -202,18 +209,32 @@ class Text:
             self.denied[before] = True
 
     def _answer_questions(self) -> None:
-        """The words of a question are denied or affirmed by the turn that follows."""
-        for number, (first, last) in enumerate(self.ranges[:-1]):
-            if last == first or self.words[last - 1] != "?":
-                continue
+        """The words of a question are denied or affirmed by the turn that follows, also those of several in a row."""
+        answer = None
+        for number in range(len(self.ranges) - 2, -1, -1):
+            first, last = self.ranges[number]
             start, end = self.ranges[number + 1]
-            opening = self.words[start : min(end, start + 5)]
-            if ":" in opening:
-                opening = opening[opening.index(":") + 1 :]
-            opening = [word for word in opening if word.isalpha()][:2]
-            answer = next((word for word in opening if word in _NO or word in _YES), None)
-            for index in range(first, last):
-                self.denied[index] = None if answer is None else answer in _NO
+            if not self._is_question(start, end):
+                answer = self._read_answer(start, end)
+            if last > first and self._is_question(first, last):
+                self.denied[first:last] = [answer] * (last - first)
+
+    def _is_question(self, first: int, last: int) -> bool:
+        words = self.words[first:last]
+        begin = words.index(":") + 1 if ":" in words[:4] else 0
+        return words[-1:] == ["?"] or words[begin : begin + 2] in _QUESTIONS
+
+    def _read_answer(self, first: int, last: int) -> bool | None:
+        """True: "no"; False: "yes"; None: neither, or "no" to a part, as in "No drugs, but I drink"."""
+        words = self.words[first : min(last, first + 8)]
+        words = words[words.index(":") + 1 :] if ":" in words[:4] else words
+        for index, word in enumerate(words[:4]):
+            following = words[index + 1] if index + 1 < len(words) else "."
+            if word in _NO or word == "not" and following in _NOT_AT_ALL:
+                return None if is_content(following) and word == "no" else True
+            if word in _YES:
+                return False
+        return None
 
     def _find_markers(self) -> None:
         for index, word in enumerate(self.words):

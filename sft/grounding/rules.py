@@ -171,6 +171,7 @@ def phrases(sentence: Sentence) -> list[list[int]]:
 def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
     note, text = sentence.note, sentence.summary
+    phrase_heads = [i for i in range(sentence.first, sentence.last) if is_telling(text.words[i])]
     for phrase in phrases(sentence):
         heads = [index for index in phrase if is_telling(text.words[index]) and text.words[index] not in NEGATIONS]
         for head in heads[::-1][:1]:
@@ -194,6 +195,8 @@ def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
                 continue
             # In a sentence with other words of the note, some must stand there too
             score = scores.get(ranked[0], 0.0)
+            if score < 0.1 and len(phrase_heads) > 3:
+                continue
             weight = 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
             yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
 
