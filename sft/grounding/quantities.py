@@ -57,6 +57,7 @@ class Quantity:
     ratio: tuple | None = None  # 130/80, a date: compared as a whole
     clock: int | None = None  # minutes, morning and evening alike
     unit: tuple | None = None  # (name, dimension, size)
+    is_age: bool = False
     is_implied: bool = False  # "twice", "a week": supports a number, is not checked itself
 
 
@@ -77,6 +78,7 @@ def find_quantities(words: list[str], gaps: list[bool]) -> list[Quantity]:
             index += 1
             continue
         quantity.unit = quantity.unit or _unit_after(words, quantity.last + 1)
+        quantity.is_age = "old" in words[quantity.last + 1 : quantity.last + 5]
         if not _is_list_number(words, gaps, quantity):
             quantities.append(quantity)
         index = quantity.last + 1

@@ -125,8 +125,9 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
         if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
             yield sentence.finding("time" if kind == "time" else "unit", *span, 2.0, place)
-        elif score > 1.4 * own + 0.3:
-            yield sentence.finding(kind if kind == "time" else "misplaced", *span, 1.2, (rival.index, rival.last))
+        elif score > 1.4 * own + 0.3 and not quantity.is_age:
+            weight = min(2.0, 0.4 + score - 1.4 * own)
+            yield sentence.finding(kind if kind == "time" else "misplaced", *span, weight, (rival.index, rival.last))
 
 
 def _follows_letter(text: Text, index: int) -> bool:
@@ -171,7 +172,6 @@ def phrases(sentence: Sentence) -> list[list[int]]:
 def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
     note, text = sentence.note, sentence.summary
-    phrase_heads = [i for i in range(sentence.first, sentence.last) if is_telling(text.words[i])]
     for phrase in phrases(sentence):
         heads = [index for index in phrase if is_telling(text.words[index]) and text.words[index] not in NEGATIONS]
         for head in heads[::-1][:1]:
@@ -195,8 +195,6 @@ def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
                 continue
             # In a sentence with other words of the note, some must stand there too
             score = scores.get(ranked[0], 0.0)
-            if score < 0.1 and len(phrase_heads) > 3:
-                continue
             weight = 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
             yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
 

@@ -41,7 +41,9 @@ _REPORTING = frozenset(
     onset approximately around least multiple various non contributory occasionally occasional regular regularly
     mg ml mcg kg cm mm mmol bd tds od qds prn bid tid po iv im am pm mmhg bpm min hr hrs wk yr
     one two three four five six seven eight nine ten first second third single result results test tests tested
-    level levels area side sided part type kind thing things lot bit way back little really going regarding""".split()
+    level levels area side sided part type kind thing things lot bit way back little really going regarding
+    goes managed reached qualifies wait against measured roughly early late full completely direct early onset allow
+    allowed require required requires resident lives require agreed call calls""".split()
 )
 _SYNONYMS = """kidney renal | liver hepatic | heart cardiac | lung lungs pulmonary chest thoracic | brain cerebral
 | stomach belly abdomen abdominal abdo tummy gastric | pain painful ache aching hurt hurts hurting sore soreness
@@ -60,7 +62,11 @@ ecchymosis | rash rashes hives urticaria | depressed depression depressive | anx
 eating ate appetite food diet | weight weigh weighs weighed | occupation job employed | deceased died dead death
 passed | wound wounds ulcer | shot injection injections vaccine vaccination | xray x-ray radiograph cxr | ekg ecg
 electrocardiogram | pulse hr | physician gp doctor | potassium k | sodium na | creatinine creat | hemoglobin haemoglobin
-hb hgb | glucose bm sugar | aid assistance help | review reviewed r/v rv f/u followup follow-up recheck | overdose overdosed od |
+hb hgb | glucose bm sugar | aid assistance help | intravenous iv ivi | intramuscular im | subcutaneous sc subcut |
+immediate immediately once stat | repeat repeated redo again | advice advise advised | removal remove removed |
+awaited await pending outstanding | saturation saturations sats sat spo2 | respiratory rr resp | leukocyte wcc wbc white |
+platelets plt | grade g stage | oxygen o2 | culture cultures mcs | nightly nocte | laboratory labs lab bloods |
+transfusion transfused | history hx | fracture fx | radiotherapy rt | chemotherapy chemo | review reviewed r/v rv f/u followup follow-up recheck | overdose overdosed od |
 bypass cabg | metastases metastasis metastatic mets | antibiotics antibiotic abx"""
 
 _SUFFIXES = re.compile(
@@ -104,7 +110,7 @@ _GROUPS = {
 @lru_cache(maxsize=50_000)
 def is_content(word: str) -> bool:
     """Whether a lower-case word carries meaning of its own; numbers do not count, letters such as K do not."""
-    return len(word) > 1 and word[0].isalpha() and word not in STOP_WORDS
+    return (len(word) > 1 or word == "k") and word[0].isalpha() and word not in STOP_WORDS
 
 
 @lru_cache(maxsize=50_000)
