@@ -171,32 +171,39 @@ def phrases(sentence: Sentence) -> list[list[int]]:
 
 def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
-    note, text = sentence.note, sentence.summary
     for phrase in phrases(sentence):
-        heads = [index for index in phrase if is_telling(text.words[index]) and text.words[index] not in NEGATIONS]
-        for head in heads[::-1][:1]:
-            places = note.of(text.stems[head])
-            if not places:
-                continue
-            states = [note.text.denied[place] for place in places]
-            denied = text.denied[head]
-            agreeing = [place for place, state in zip(places, states) if state is None or state == denied]
-            scores = note.affinities(text, head, places)
-            ranked = sorted(range(len(places)), key=lambda number: -scores.get(number, 0.0))
-            best = places[ranked[0]]
-            if best in agreeing:
-                continue
-            own = max((scores.get(places.index(place), 0.0) for place in agreeing), default=0.0)
-            if agreeing and own * 1.5 + 0.3 > scores.get(ranked[0], 0.0):
-                continue
-            if _near(note.text if denied else text, best if denied else head, NEGATIONS) is not None:
-                continue
-            if _near(note.text, best, SELF_NEGATING, 8) is not None or _near(text, head, SELF_NEGATING, 8) is not None:
-                continue
-            # In a sentence with other words of the note, some must stand there too
-            score = scores.get(ranked[0], 0.0)
-            weight = 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
-            yield sentence.finding("negation", phrase[0], head, weight, (max(0, best - 2), best))
+        words = sentence.summary.words
+        heads = [index for index in phrase if is_telling(words[index]) and words[index] not in NEGATIONS]
+        found = _other_polarity(sentence, heads[-1]) if heads else None
+        if found:
+            place, weight = found
+            yield sentence.finding("negation", phrase[0], heads[-1], weight, (max(0, place - 2), place))
+
+
+def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float] | None:
+    """(place in the note, weight) if the note denies what the summary affirms there, or the other way round."""
+    note, text = sentence.note, sentence.summary
+    places = note.of(text.stems[head])
+    if not places:
+        return None
+    denied = text.denied[head]
+    scores = note.affinities(text, head, places)
+    agreeing = [n for n, place in enumerate(places) if note.text.denied[place] in (None, denied)]
+    number = max(range(len(places)), key=lambda n: scores.get(n, 0.0))
+    best, score = places[number], scores.get(number, 0.0)
+    own = max((scores.get(n, 0.0) for n in agreeing), default=0.0)
+    if number in agreeing or agreeing and own * 1.5 + 0.3 > score:
+        return None
+    # What negates without a scope of its own: "unable to", "no" farther away
+    if _near(note.text if denied else text, best if denied else head, NEGATIONS) is not None:
+        return None
+    if _near(note.text, best, SELF_NEGATING, 8) is not None or _near(text, head, SELF_NEGATING, 8) is not None:
+        return None
+    # The word alone is not enough where it is affirmed, or denied by the answer to a question
+    is_question = note.text.words[note.text.ranges[note.text.sentence_of[best]][1] - 1] == "?"
+    if score < 0.1 and (denied or is_question) and sentence.last - sentence.first > 8:
+        return None
+    return best, 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
 
 
 def _near(text: Text, index: int, words: frozenset, reach: int = 10) -> int | None:
