@@ -26,6 +26,7 @@ TRAINING_THRESHOLD = 3.0
 _REPORTED = 0.02  # for a reporting word that the note lacks
 _GAP = 0.1  # for two words joined that the note keeps apart
 _BREAK = 0.008  # for two words that do not follow each other in the note
+_TELLING = 0.5  # the weight of a finding that says something of itself
 _NEAR = 6  # tokens
 _APART = 16
 _CITED = re.compile(r"\[\s*evidence[^\[\]]{0,400}\]?", re.IGNORECASE)
@@ -79,6 +80,7 @@ class PreparedNote:
         self._note = NotePlaces(clinical_note)
         self._language = detect_language(clinical_note)
         self._generic_name = generic_name
+        self._threshold = FLAG_THRESHOLD
         self._drugs = set(map(generic_name, self._note.words)) if generic_name else set()
 
     def check(self, model_summary: str, threshold: float = FLAG_THRESHOLD) -> Check:
@@ -87,6 +89,7 @@ class PreparedNote:
         text = _CITED.sub(lambda match: " " * len(match.group()), model_summary)
         language = self._language if self._language != "en" else detect_language(text)
         result = Check(language=language)
+        self._threshold = threshold
         summary = Text(text)
         cited = self._citation_findings(model_summary, summary) if language == "en" else []
         for first, last in summary.ranges:
@@ -105,42 +108,47 @@ class PreparedNote:
         return result
 
     def _risk(self, sentence: Sentence, found: list[Finding]) -> float:
-        """The sum of a sentence; adds its findings to `found`."""
-        wording, risk = self._wording(sentence)
+        """The sum of a sentence; adds the findings that say something of themselves to `found`."""
         for rule in RULES:
             found += rule(sentence)
         drugs = list(drug_findings(sentence, self._generic_name, self._drugs))
         found += drugs
-        found += [one for one in wording if not any(drug.start >= one.start and drug.end <= one.end for drug in drugs)]
-        return risk + sum(finding.weight for finding in found)
+        wording, risk = self._wording(sentence)
+        wording = [one for one in wording if not any(one.start <= drug.start and drug.end <= one.end for drug in drugs)]
+        risk += sum(finding.weight for finding in found + wording)
+        # A single word that the note lacks is shown only where nothing else explains a flag
+        is_explained = risk < self._threshold or any(finding.weight >= _TELLING for finding in found)
+        found += [one for one in wording if one.weight >= _TELLING or not is_explained]
+        return risk
 
     def _wording(self, sentence: Sentence) -> tuple[list[Finding], float]:
         """Findings for words that the note lacks and for words that it keeps apart; the risk of the rest."""
         note, summary = self._note, sentence.summary
-        indices = [i for i in range(sentence.first, sentence.last) if is_content(summary.words[i])]
         spelled_out = note.spelled_out(summary, sentence.first, sentence.last)
-        present = [index in spelled_out or note.has(summary, index) for index in indices]
         findings = []
-        run: list[int] = []
+        missing: list[int] = []
         risk = 0.0
         before = None
-        for index, is_present in zip([*indices, -1], [*present, True]):
-            if not is_present and is_telling(summary.words[index]):
-                run.append(index)
+        for index in range(sentence.first, sentence.last):
+            word = summary.words[index]
+            if not is_content(word):
                 continue
-            if run and (index < 0 or is_present):
-                findings.append(sentence.finding("unsupported", run[0], run[-1], sum(missing_weight(summary.words[i]) for i in run)))
-                run = []
-            if not is_present:
-                risk += _REPORTED
-            elif index >= 0 and is_telling(summary.words[index]):
+            if index in spelled_out or note.has(summary, index):
+                findings += _missing(sentence, missing)
+                missing = []
+                if not is_telling(word):
+                    continue
                 if before is not None and index - before <= 3:
-                    gap = _gap(note.distance(summary.stems[before], summary.stems[index]))
-                    if gap >= _GAP:
-                        findings.append(sentence.finding("misplaced", before, index, gap))
-                    else:
-                        risk += gap
+                    distance = note.distance(summary.stems[before], summary.stems[index])
+                    if distance > _NEAR:
+                        weight = _GAP if distance > _APART else _GAP / 2
+                        findings.append(sentence.finding("misplaced", before, index, weight))
                 before = index
+            elif is_telling(word):
+                missing.append(index)
+            else:
+                risk += _REPORTED
+        findings += _missing(sentence, missing)
         risk += _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
         return findings, risk
 
@@ -182,8 +190,9 @@ class PreparedNote:
         return findings
 
 
-def _gap(distance: int) -> float:
-    """What two words that a summary joins add, if the note has them this many tokens apart."""
-    if distance <= _NEAR:
-        return 0.0
-    return _GAP * (0.5 if distance < _APART else 1.0)
+def _missing(sentence: Sentence, indices: list[int]) -> list[Finding]:
+    """One finding for words in a row that the note lacks."""
+    if not indices:
+        return []
+    weight = sum(missing_weight(sentence.summary.words[index]) for index in indices)
+    return [sentence.finding("unsupported", indices[0], indices[-1], weight)]

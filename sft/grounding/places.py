@@ -9,6 +9,12 @@ from sft.grounding.reading import Text
 MOST_PLACES = 24  # of one word, so that time grows with the length of the texts alone
 _REACH = 10  # tokens
 _N_NEIGHBORS = 6  # content words on each side
+# Nouns and titles first, pronouns where there are none
+_GENDERS = [
+    (re.compile(r"\b(?:[Mm]an|[Mm]ale|[Bb]oy|[Gg]entleman|[Ss]ir|Mr|\d{1,3} ?M)\b"),
+     re.compile(r"\b(?:[Ww]oman|[Ff]emale|[Gg]irl|[Ll]ady|[Mm]a'am|[Mm]iss|Mrs|Ms|\d{1,3} ?F)\b")),
+    (re.compile(r"\b(?:he|his|him)\b", re.IGNORECASE), re.compile(r"\b(?:she|her|hers)\b", re.IGNORECASE)),
+]  # fmt: skip
 _SKIPPED_IN_INITIALS = frozenset("of the and with to in for".split())
 
 
@@ -25,6 +31,7 @@ class NotePlaces:
         self.pairs = set(pairs(self.text, 0, len(self.text.words)))
         self.quantities = QuantityIndex(self.text.quantities)
         self.initials = set(_initials(self.text, 0, len(self.text.words)))
+        self.is_male = _is_male(note)
         # Right iliac fossa, left eye: abbreviations that may hold a side
         self.has_sides = bool(self.text.markers.get("side") or re.search(r"\b[RL][A-Z]{1,3}\b", note))
         self._markers = {
@@ -97,6 +104,16 @@ class NotePlaces:
                 if other != at or first == second:
                     nearest = min(nearest, abs(other - at))
         return nearest
+
+
+def _is_male(note: str) -> bool | None:
+    """Whether the patient is male, by the note's words; None if they do not tell."""
+    # In a dialogue, "he" is somebody else
+    for male, female in _GENDERS[: 1 if re.search(r"\byou\b", note) else 2]:
+        is_male, is_female = bool(male.search(note)), bool(female.search(note))
+        if is_male or is_female:
+            return is_male if is_male != is_female else None
+    return None
 
 
 def pairs(text: Text, first: int, last: int) -> list[tuple[str, str]]:

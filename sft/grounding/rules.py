@@ -18,6 +18,8 @@ _DRUG = re.compile(
     r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
+_MALE = frozenset("he his him man male boy gentleman".split())
+_FEMALE = frozenset("she her hers woman female girl lady".split())
 _FAMILY = frozenset("family families familial paternal maternal side".split())
 _CLASSES = frozenset("cholesterol statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split())
 
@@ -255,6 +257,17 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
                 yield sentence.finding("person", phrase[0], head, 1.4, (places[0], places[0]))
 
 
+def gender_findings(sentence: Sentence) -> Iterator[Finding]:
+    """ "He" for a woman, where no relative was named."""
+    text, is_male = sentence.summary, sentence.note.is_male
+    if is_male is None or any(word in KIN or word in GENERAL_KIN for word in text.words[: sentence.last]):
+        return
+    for index in range(sentence.first, sentence.last):
+        if text.words[index] in (_FEMALE if is_male else _MALE):
+            yield sentence.finding("person", index, index, 1.5)
+            return
+
+
 def _kin_before(text: Text, index: int, first: int) -> bool:
     return any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in text.words[max(first, index - 10) : index + 4])
 
@@ -273,4 +286,4 @@ def drug_findings(
             yield sentence.finding("drug", index, index, 2.0)
 
 
-RULES = (marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)
+RULES = (gender_findings, marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)
