@@ -20,8 +20,8 @@ from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
 from sft.grounding.words import detect_language, is_content, is_telling, missing_weight
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
-FLAG_THRESHOLD = 1.5
-TRAINING_THRESHOLD = 3.0
+FLAG_THRESHOLD = 1.55
+TRAINING_THRESHOLD = 2.3
 
 _REPORTED = 0.02  # for a reporting word that the note lacks
 _GAP = 0.1  # for two words joined that the note keeps apart
@@ -182,7 +182,7 @@ class PreparedNote:
             cited = 0
             for word_stem in known:
                 cited += any(self._note.text.sentence_of[at] in numbers for at in self._note.places[word_stem])
-            is_wrong = len(known) >= 3 and cited < 0.34 * len(known)
+            is_wrong = len(known) >= 2 and cited < 0.34 * len(known)
             is_missing = any(not 0 <= number < len(self._note.text.sentences) for number in numbers)
             if position > first and numbers and (is_wrong or is_missing):
                 start, end = summary.spans[first][0], summary.spans[position - 1][1]

@@ -4,7 +4,7 @@ import re
 from bisect import bisect_left
 
 from sft.grounding.quantities import QuantityIndex
-from sft.grounding.reading import Text
+from sft.grounding.reading import KIN, Text
 
 MOST_PLACES = 24  # of one word, so that time grows with the length of the texts alone
 _REACH = 10  # tokens
@@ -32,6 +32,8 @@ class NotePlaces:
         self.quantities = QuantityIndex(self.text.quantities)
         self.initials = set(_initials(self.text, 0, len(self.text.words)))
         self.is_male = _is_male(note)
+        # "My mother" is the patient where her daughter speaks
+        self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
         # Right iliac fossa, left eye: abbreviations that may hold a side
         self.has_sides = bool(self.text.markers.get("side") or re.search(r"\b[RL][A-Z]{1,3}\b", note))
         self._markers = {

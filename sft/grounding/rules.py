@@ -18,6 +18,8 @@ _DRUG = re.compile(
     r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
+# What a note may call "my dad's brother"
+_DISTANT_KIN = frozenset("uncle aunt grandmother grandfather nephew niece cousin grandson granddaughter".split())
 _MALE = frozenset("he his him man male boy gentleman".split())
 _FEMALE = frozenset("she her hers woman female girl lady".split())
 _FAMILY = frozenset("family families familial paternal maternal side".split())
@@ -77,13 +79,13 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
             weight = _WEIGHTS.get(kind, 0.7)
             if value not in note_values:
                 general = GENERAL_KIN.keys() & sentence.note.words if kind == "kin" else ()
-                if any(value in GENERAL_KIN[word] for word in general) and other[0] < 0.5:
+                if any(value in GENERAL_KIN[word] for word in general) and other[0] < 0.5 or value in _DISTANT_KIN:
                     continue
                 if other[0] > 0.15:
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight, (other[1], other[1]))
                 elif _is_needed(sentence, kind):
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.7)
-            elif other[0] > 1.3 * same + 0.1:
+            elif other[0] > (1.0 if kind == "side" else 1.3) * same + (0.05 if kind == "side" else 0.1):
                 yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.8, (other[1], other[1]))
 
 
@@ -91,7 +93,8 @@ def _is_needed(sentence: Sentence, kind: str) -> bool:
     """Whether a note would hold such a word at all, if it were true."""
     if kind == "side":
         return "side" in sentence.note.text.markers or not sentence.note.has_sides
-    return kind in ("weekday", "month") or kind == "kin" and "kin" in sentence.note.text.markers
+    is_kin = kind == "kin" and "kin" in sentence.note.text.markers and not sentence.note.relative_speaks
+    return is_kin or kind in ("weekday", "month")
 
 
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
@@ -246,7 +249,7 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
     """A relative's illness given to the patient, or the patient's to a relative."""
     note, text = sentence.note, sentence.summary
-    for phrase in phrases(sentence):
+    for phrase in phrases(sentence) if not note.relative_speaks else ():
         heads = [i for i in phrase if is_telling(text.words[i]) and text.words[i] not in KIN]
         for head in heads[-1:]:
             places = note.of(text.stems[head])
@@ -262,8 +265,11 @@ def gender_findings(sentence: Sentence) -> Iterator[Finding]:
     text, is_male = sentence.summary, sentence.note.is_male
     if is_male is None or any(word in KIN or word in GENERAL_KIN for word in text.words[: sentence.last]):
         return
-    for index in range(sentence.first, sentence.last):
-        if text.words[index] in (_FEMALE if is_male else _MALE):
+    wrong = _FEMALE if is_male else _MALE
+    for index in range(sentence.last):
+        if text.words[index] in wrong:
+            if index < sentence.first:
+                return
             yield sentence.finding("person", index, index, 1.5)
             return
 

@@ -42,7 +42,7 @@ _REPORTING = frozenset(
     mg ml mcg kg cm mm mmol bd tds od qds prn bid tid po iv im am pm mmhg bpm min hr hrs wk yr
     one two three four five six seven eight nine ten first second third single result results test tests tested
     level levels area side sided part type kind thing things lot bit way back little really going regarding
-    goes managed reached qualifies wait against measured roughly early late full completely direct early onset allow
+    goes moment morning evening night managed reached qualifies wait against measured roughly early late full completely direct early onset allow
     allowed require required requires resident lives require agreed call calls""".split()
 )
 _SYNONYMS = """kidney renal | liver hepatic | heart cardiac | lung lungs pulmonary chest thoracic | brain cerebral
