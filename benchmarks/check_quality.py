@@ -30,12 +30,41 @@ KINDS = "number unit drug unsupported misplaced negation certainty side person t
 DRUGS = "metformin lisinopril amoxicillin omeprazole atorvastatin prednisone warfarin gabapentin sertraline".split()
 FABRICATED = "with hematuria|with a new heart murmur|with jaundice|with papilledema|with a seizure last week|with melena"
 KIN = {"father": "brother", "mother": "sister", "brother": "father", "sister": "mother", "wife": "daughter"}
-KIN |= {"son": "nephew", "daughter": "aunt", "husband": "son", "grandmother": "sister", "grandfather": "cousin"}
+KIN |= {
+    "son": "nephew",
+    "daughter": "aunt",
+    "husband": "son",
+    "grandmother": "sister",
+    "grandfather": "cousin",
+}
 SIDES = {"left": "right", "right": "left"}
-TIMES = {"before": "after", "after": "before", "days": "months", "weeks": "years", "months": "days", "years": "weeks"}
+TIMES = {
+    "before": "after",
+    "after": "before",
+    "days": "months",
+    "weeks": "years",
+    "months": "days",
+    "years": "weeks",
+}
 TIMES |= {"today": "yesterday", "yesterday": "last month", "day": "month", "week": "year", "month": "week"}
-UNITS = {"mg": "g", "mcg": "mg", "cm": "mm", "mm": "cm", "ml": "L", "kg": "lb", "pounds": "kg", "milligrams": "grams"}
-DROPPED = {"no": "", "not": "", "denies": "reports", "without": "with", "denied": "reported", "negative": "positive"}
+UNITS = {
+    "mg": "g",
+    "mcg": "mg",
+    "cm": "mm",
+    "mm": "cm",
+    "ml": "L",
+    "kg": "lb",
+    "pounds": "kg",
+    "milligrams": "grams",
+}
+DROPPED = {
+    "no": "",
+    "not": "",
+    "denies": "reports",
+    "without": "with",
+    "denied": "reported",
+    "negative": "positive",
+}
 
 
 def swap(summary: str, words: dict[str, str], chance: random.Random) -> str | None:
@@ -58,10 +87,16 @@ def inject(kind: str, note: str, summary: str, chance: random.Random) -> str | N
             return None
         match = chance.choice(found)
         value = float(match.group())
-        wrong = value * chance.choice([2, 3, 10]) if "." in match.group() else value + chance.choice([1, 3, 7, 10])
+        wrong = (
+            value * chance.choice([2, 3, 10])
+            if "." in match.group()
+            else value + chance.choice([1, 3, 7, 10])
+        )
         return summary[: match.start()] + f"{wrong:g}" + summary[match.end() :]
     if kind == "drug":
-        found = list(re.finditer(r"\b[A-Za-z]{4,}(?:ol|pril|statin|cillin|azole|ine|one|ide|tan|mycin)\b", summary))
+        found = list(
+            re.finditer(r"\b[A-Za-z]{4,}(?:ol|pril|statin|cillin|azole|ine|one|ide|tan|mycin)\b", summary)
+        )
         drugs = [drug for drug in DRUGS if drug not in note.lower()]
         if not found:
             return None
@@ -74,7 +109,17 @@ def inject(kind: str, note: str, summary: str, chance: random.Random) -> str | N
     return f"{summary[:end]}, {phrase}{summary[end:]}"
 
 
-INJECTED = ["number", "unit", "drug", "side", "time", "person", "negation added", "negation dropped", "fabricated"]
+INJECTED = [
+    "number",
+    "unit",
+    "drug",
+    "side",
+    "time",
+    "person",
+    "negation added",
+    "negation dropped",
+    "fabricated",
+]
 
 
 def read(paths: list[str]) -> list[dict]:
@@ -118,15 +163,24 @@ def right(true: float, wrong: float) -> float:
 def changed_risks(check, summary: str, true_summary: str) -> list[float]:
     """The risks of the sentences of a summary that are not in the true one."""
     known = set(split_sentences(true_summary))
-    return [one.risk for one in check.sentences if " ".join(summary[one.start : one.end].split()) not in known]
+    return [
+        one.risk for one in check.sentences if " ".join(summary[one.start : one.end].split()) not in known
+    ]
 
 
 def show_rates(checks: list) -> None:
     """Findings of each kind, and flagged sentences, per 100 sentences."""
     for kind in KINDS:
         counts = [(sum(f.kind == kind for f in check.findings), len(check.sentences)) for check in checks]
-        show(f"{kind} findings per 100 sentences", counts, lambda c: 100 * sum(a for a, _ in c) / sum(b for _, b in c))
-    for name, threshold in (("flagged", FLAG_THRESHOLD), ("flagged as training summaries", TRAINING_THRESHOLD)):
+        show(
+            f"{kind} findings per 100 sentences",
+            counts,
+            lambda c: 100 * sum(a for a, _ in c) / sum(b for _, b in c),
+        )
+    for name, threshold in (
+        ("flagged", FLAG_THRESHOLD),
+        ("flagged as training summaries", TRAINING_THRESHOLD),
+    ):
         flags = [[one.risk >= threshold for one in check.sentences] for check in checks]
         show(f"true sentences {name}", flags, mean)
 
@@ -180,12 +234,16 @@ def human(rows: list[dict]) -> None:
             wrong = inject(kind, row["clinical_note"], row["model_summary"], chance)
             if wrong is not None:
                 found = note.check(wrong)
-                pairs[kind].append((check.risk, found.risk, changed_risks(found, wrong, row["model_summary"])))
+                pairs[kind].append(
+                    (check.risk, found.risk, changed_risks(found, wrong, row["model_summary"]))
+                )
     show_pairs({kind: pairs[kind] for kind in INJECTED})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--csv", nargs="+", default=[str(ROOT / "phase1_data/sft/test_set_processed.csv")])
     parser.add_argument("--human", nargs="+", help="files of human-written summaries; --csv is not read then")
     parser.add_argument("--first", type=int, help="only this many rows")

@@ -50,7 +50,10 @@ WRONG = [
 ]
 TRUE = [
     (CLINIC, "A 68-year-old woman has had right knee pain for 14 days, without fever or rash."),
-    (CLINIC, "Her left hip was replaced in 2011. Her sister has dementia. MRI is on Tuesday for a possible tear."),
+    (
+        CLINIC,
+        "Her left hip was replaced in 2011. Her sister has dementia. MRI is on Tuesday for a possible tear.",
+    ),
     (CLINIC, "Metoprolol 50 mg BD. Hb 11.2, platelets 180."),
     (DIALOGUE, "Cough for 122 days, no chest pain. BP 110/70. EKG in July 1995. Rash from penicillin."),
     ("Haloperidol .5 mg nocte", "haloperidol 0.5 mg"),
@@ -129,7 +132,10 @@ def test_the_threshold_for_training_summaries_is_stricter():
 def shared_numbers():
     if not SHARED.is_dir():
         return [pytest.param("", "", "nothing", marks=pytest.mark.skip(reason="no ../shared/cases"))]
-    cases = [(note, summary, right) for note, summary, _, right in json.loads((SHARED / "numbers.json").read_text())]
+    cases = [
+        (note, summary, right)
+        for note, summary, _, right in json.loads((SHARED / "numbers.json").read_text())
+    ]
     rows = csv.DictReader((SHARED / "03_numbers.csv").open(encoding="utf-8"))
     return cases + [(row["clinical_note"], row["model_summary"], "nothing") for row in rows]
 
@@ -147,7 +153,9 @@ WORDS = st.sampled_from(
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=40).map(" ".join)), st.lists(WORDS, max_size=40))
+@given(
+    st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=40).map(" ".join)), st.lists(WORDS, max_size=40)
+)
 def test_any_text(note, words):
     summary = " ".join(words)
     check = check_summary(note, summary)
@@ -161,7 +169,20 @@ def test_any_text(note, words):
 
 @pytest.mark.parametrize(
     "unit",
-    ["left ", "no ", "no fever, ", "5 mg ", "one ", "mother ", "[Evidence: S1, 2, ", "1,", "1/2 ", "a/", "pain? No. ", "- "],
+    [
+        "left ",
+        "no ",
+        "no fever, ",
+        "5 mg ",
+        "one ",
+        "mother ",
+        "[Evidence: S1, 2, ",
+        "1,",
+        "1/2 ",
+        "a/",
+        "pain? No. ",
+        "- ",
+    ],
 )
 def test_time_grows_with_length_alone(unit):
     def seconds(n: int) -> float:
@@ -184,7 +205,10 @@ def test_quality_on_the_validation_notes():
         rows = list(csv.DictReader(file))
     true = {row["clinical_note"]: row["model_summary"] for row in rows if row["label"] == "factual"}
     pairs = [(PreparedNote(row["clinical_note"]), row) for row in rows if row["label"] == "hallucinated"]
-    risks = [(note.check(true[row["clinical_note"]]).risk, note.check(row["model_summary"]).risk) for note, row in pairs]
+    risks = [
+        (note.check(true[row["clinical_note"]]).risk, note.check(row["model_summary"]).risk)
+        for note, row in pairs
+    ]
     assert sum(wrong > right for right, wrong in risks) >= 0.85 * len(risks)
     checks = [check_summary(note, summary) for note, summary in true.items()]
     flags = [sentence.flagged for check in checks for sentence in check.sentences]

@@ -114,7 +114,11 @@ class PreparedNote:
         drugs = list(drug_findings(sentence, self._generic_name, self._drugs))
         found += drugs
         wording, risk = self._wording(sentence)
-        wording = [one for one in wording if not any(one.start <= drug.start and drug.end <= one.end for drug in drugs)]
+        wording = [
+            one
+            for one in wording
+            if not any(one.start <= drug.start and drug.end <= one.end for drug in drugs)
+        ]
         risk += sum(finding.weight for finding in found + wording)
         # A single word that the note lacks is shown only where nothing else explains a flag
         is_explained = risk < self._threshold or any(finding.weight >= _TELLING for finding in found)
@@ -163,7 +167,9 @@ class PreparedNote:
                 votes[number] += 1 / len(numbers)
         share = sum(word_stem in note.places for word_stem in stems) / len(stems) if stems else 1.0
         start, end = summary.spans[sentence.first][0], summary.spans[sentence.last - 1][1]
-        support = [number + 1 for number, _ in sorted(votes.items(), key=lambda vote: (-vote[1], vote[0]))[:3]]
+        support = [
+            number + 1 for number, _ in sorted(votes.items(), key=lambda vote: (-vote[1], vote[0]))[:3]
+        ]
         return CheckedSentence(start, end, support, share, 0.0, False)
 
     def _citation_findings(self, model_summary: str, summary: Text) -> list[Finding]:
@@ -181,7 +187,9 @@ class PreparedNote:
             known = [word_stem for word_stem in stems if word_stem in self._note.places]
             cited = 0
             for word_stem in known:
-                cited += any(self._note.text.sentence_of[at] in numbers for at in self._note.places[word_stem])
+                cited += any(
+                    self._note.text.sentence_of[at] in numbers for at in self._note.places[word_stem]
+                )
             is_wrong = len(known) >= 2 and cited < 0.34 * len(known)
             is_missing = any(not 0 <= number < len(self._note.text.sentences) for number in numbers)
             if position > first and numbers and (is_wrong or is_missing):

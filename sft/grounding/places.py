@@ -120,14 +120,18 @@ def _is_male(note: str) -> bool | None:
 
 def pairs(text: Text, first: int, last: int) -> list[tuple[str, str]]:
     """Neighboring words, punctuation left out."""
-    words = [text.stems[i] or text.words[i] for i in range(first, last) if text.words[i].isalnum() or text.stems[i]]
+    words = [
+        text.stems[i] or text.words[i] for i in range(first, last) if text.words[i].isalnum() or text.stems[i]
+    ]
     return list(zip(words, words[1:]))
 
 
 def _initials(text: Text, first: int, last: int) -> dict[str, list[int]]:
     """{"copd": [tokens]}: what neighboring words abbreviate to, two to five letters; "E K G" to ekg."""
     found = {}
-    indices = [i for i in range(first, last) if text.words[i] not in _SKIPPED_IN_INITIALS and text.words[i] != "-"]
+    indices = [
+        i for i in range(first, last) if text.words[i] not in _SKIPPED_IN_INITIALS and text.words[i] != "-"
+    ]
     for position in range(len(indices)):
         letters = ""
         for index in indices[position : position + 5]:
@@ -145,7 +149,11 @@ def _neighbors(text: Text, index: int) -> list[tuple[float, str, bool]]:
     for step in (-1, 1):
         rank = 0
         at = index + step
-        while 0 <= at < len(text.words) and rank < _N_NEIGHBORS and text.sentence_of[at] == text.sentence_of[index]:
+        while (
+            0 <= at < len(text.words)
+            and rank < _N_NEIGHBORS
+            and text.sentence_of[at] == text.sentence_of[index]
+        ):
             if abs(at - index) > 40:
                 break
             if text.stems[at]:

@@ -4,22 +4,73 @@ import math
 import re
 from dataclasses import dataclass
 
-_SMALL = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+_SMALL = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
+)
 _SMALL += " seventeen eighteen nineteen"
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 _WORDS = {word: value for value, word in enumerate(_SMALL.split())}
 _WORDS |= {word: 10 * tens for tens, word in enumerate(_TENS.split(), 2)}
-_WORDS |= {"hundred": 100, "thousand": 1000, "half": 0.5, "o": 0, "oh": 0, "dozen": 12, "couple": 2, "quarter": 0.25}
+_WORDS |= {
+    "hundred": 100,
+    "thousand": 1000,
+    "half": 0.5,
+    "o": 0,
+    "oh": 0,
+    "dozen": 12,
+    "couple": 2,
+    "quarter": 0.25,
+}
 _WORDS |= {word[:-1] + "ies": value for word, value in _WORDS.items() if word.endswith("ty")}
-_ORDINALS = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
+_ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
+)
 _ORDINALS += " fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
 _ORDINALS = {word: value for value, word in enumerate(_ORDINALS.split(), 1)} | {"thirtieth": 30}
 # What a note may say for a number; a summary's own use of these is not a claim to check
-_IMPLIED = {"once": 1, "single": 1, "od": 1, "qd": 1, "daily": 1, "both": 2, "bd": 2, "bid": 2, "twins": 2, "tid": 3}
+_IMPLIED = {
+    "once": 1,
+    "single": 1,
+    "od": 1,
+    "qd": 1,
+    "daily": 1,
+    "both": 2,
+    "bd": 2,
+    "bid": 2,
+    "twins": 2,
+    "tid": 3,
+}
 _IMPLIED |= {"tds": 3, "qid": 4, "qds": 4, "a": 1, "an": 1, "fortnight": 2, "pair": 2} | _ORDINALS
-_IMPLIED |= {"i": 1, "ii": 2, "iii": 3, "iv": 4, "twice": 2, "thrice": 3, "double": 2, "one": 1, "bilateral": 2}
-_IMPLIED |= {"teenager": 13, "january": 1, "february": 2, "march": 3, "april": 4, "may": 5, "june": 6, "july": 7}
-_IMPLIED |= {"august": 8, "september": 9, "october": 10, "november": 11, "december": 12, "noon": 12, "midnight": 12}
+_IMPLIED |= {
+    "i": 1,
+    "ii": 2,
+    "iii": 3,
+    "iv": 4,
+    "twice": 2,
+    "thrice": 3,
+    "double": 2,
+    "one": 1,
+    "bilateral": 2,
+}
+_IMPLIED |= {
+    "teenager": 13,
+    "january": 1,
+    "february": 2,
+    "march": 3,
+    "april": 4,
+    "may": 5,
+    "june": 6,
+    "july": 7,
+}
+_IMPLIED |= {
+    "august": 8,
+    "september": 9,
+    "october": 10,
+    "november": 11,
+    "december": 12,
+    "noon": 12,
+    "midnight": 12,
+}
 
 # name: (dimension, size); only units of one dimension can be converted
 _UNITS = {
@@ -73,7 +124,9 @@ def find_quantities(words: list[str], gaps: list[bool]) -> list[Quantity]:
         elif word in _WORDS and word not in ("o", "oh", "quarter") or word == "point":
             quantity = _read_words(words, index)
         if quantity is None and word in _IMPLIED:
-            quantity = Quantity(index, index, frozenset([float(_IMPLIED[word])]), is_implied=not _is_span(words, index))
+            quantity = Quantity(
+                index, index, frozenset([float(_IMPLIED[word])]), is_implied=not _is_span(words, index)
+            )
         if quantity is None:
             index += 1
             continue
@@ -103,7 +156,12 @@ def _read_digits(words: list[str], index: int, gaps: list[bool]) -> Quantity | N
     values = _readings(word)
     last = index
     # "1 250": a space between thousands
-    while last + 1 < len(words) and gaps[last + 1] and re.fullmatch(r"\d{3}", words[last + 1]) and word.isdigit():
+    while (
+        last + 1 < len(words)
+        and gaps[last + 1]
+        and re.fullmatch(r"\d{3}", words[last + 1])
+        and word.isdigit()
+    ):
         if len(words[index]) > 3 or last > index + 2:
             break
         last += 1
@@ -160,7 +218,11 @@ def _read_decimals(words: list[str], position: int, pieces: list[float]) -> int:
         if not float(value).is_integer() or value > 99:
             break
         tens = len(digits) == 2 and digits[1] == "0" and 0 < value < 10
-        digits = digits[0] + str(value) if tens and words[position - 1] not in ("zero", "o", "oh") else digits + str(value)
+        digits = (
+            digits[0] + str(value)
+            if tens and words[position - 1] not in ("zero", "o", "oh")
+            else digits + str(value)
+        )
         position += 1
     whole = pieces.pop() if pieces else 0
     pieces.append(float(f"{int(whole)}.{digits or 0}"))
@@ -175,7 +237,14 @@ def _add_piece(pieces: list[float], value: float) -> None:
         pieces[-1] = before * value
     elif value < 1 and value:
         pieces[-1] = before * value if before == 12 else before + value
-    elif before >= 20 and before % 10 == 0 and 0 < value < 10 or before % 100 == 0 and before >= 100 and value < 100:
+    elif (
+        before >= 20
+        and before % 10 == 0
+        and 0 < value < 10
+        or before % 100 == 0
+        and before >= 100
+        and value < 100
+    ):
         pieces[-1] = before + value
     elif before >= 120 and before % 10 == 0 and before % 100 >= 20 and 0 < value < 10:
         pieces[-1] = before + value
@@ -197,7 +266,10 @@ def _unit_after(words: list[str], index: int) -> tuple | None:
 
 def _is_span(words: list[str], index: int) -> bool:
     """Whether this "a" is the number of "a week ago", "for a month"."""
-    is_time = words[index] in ("a", "an") and UNITS.get(words[index + 1] if index + 1 < len(words) else "", "  ")[1] == "time"
+    is_time = (
+        words[index] in ("a", "an")
+        and UNITS.get(words[index + 1] if index + 1 < len(words) else "", "  ")[1] == "time"
+    )
     beside = {words[index - 1] if index else "", *words[index + 2 : index + 3]}
     return is_time and bool(beside & {"ago", "later", "earlier", "history", "for", "about", "within", "over"})
 

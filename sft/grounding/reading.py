@@ -15,9 +15,15 @@ NEGATIONS = frozenset(
 )
 _NO = frozenset("no nope nah never none negative don't didn't haven't nothing neither nor".split())
 _NOT_AT_ALL = frozenset("really that at to in any currently anymore".split())
-_QUESTIONS = [f"{verb} {subject}".split() for verb in "do have are did has does is".split() for subject in "you any".split()]
+_QUESTIONS = [
+    f"{verb} {subject}".split()
+    for verb in "do have are did has does is".split()
+    for subject in "you any".split()
+]
 _YES = frozenset("yes yeah yep yup yea correct right sure uh-huh definitely exactly absolutely".split())
-_TROUBLES = frozenset("problem problems difficulty difficulties issue issues trouble history change changes".split())
+_TROUBLES = frozenset(
+    "problem problems difficulty difficulties issue issues trouble history change changes".split()
+)
 _PREPOSITIONS = frozenset("on for from at if as to by into".split())
 # Where the reach of a negation ends
 _END_OF_NEGATION = frozenset(
@@ -31,12 +37,16 @@ HEDGES = frozenset(
     unclear uncertain perhaps maybe""".split()
 )
 # What a summary may say for it
-SOFT = HEDGES | CONDITIONS | frozenset(
-    """could only allowed suggest suggests suggested suggesting suggestive consider considered consideration considering consistent
+SOFT = (
+    HEDGES
+    | CONDITIONS
+    | frozenset(
+        """could only allowed suggest suggests suggested suggesting suggestive consider considered consideration considering consistent
     apparent apparently unconfirmed equivocal indeterminate presumably favour favoured favor favored thought thinks
     believes believed unsure seems appears whether versus vs excluded exclude confirmed awaiting awaited pending ?
     differential should when until once cannot depending impression unlikely query
     except unestablished unknown risk suspects suspect case""".split()
+    )
 )
 # Words that negate of themselves: what is beside them may stand denied or not
 SELF_NEGATING = frozenset(
@@ -48,7 +58,12 @@ _KIN = """mother mum mom | father dad | brother | sister | son | daughter | wife
 partner spouse boyfriend girlfriend | grandmother grandma nan granny mgm pgm | grandfather grandpa mgf pgf | aunt | uncle | cousin | niece |
 nephew | carer caregiver caretaker | neighbor neighbour | friend | housemate roommate flatmate | grandson |
 granddaughter"""
-KIN = {name: group.split()[0] for group in _KIN.split("|") for word in group.split() for name in (word, word + "s")}
+KIN = {
+    name: group.split()[0]
+    for group in _KIN.split("|")
+    for word in group.split()
+    for name in (word, word + "s")
+}
 # Words that may stand for any of them
 GENERAL_KIN = {name: frozenset("mother father".split()) for name in ("parent", "parents")}
 GENERAL_KIN |= {name: frozenset("brother sister".split()) for name in ("sibling", "siblings")}
@@ -82,15 +97,21 @@ MARKERS = {
     for name in values.split()
 }
 # What makes a relative the one of whom a sentence speaks
-_HOLDS = frozenset("has had with died dies passed took developed suffered diagnosed carries got also is was were being found age gets".split())
-_PERIODS = frozenset("night day week weekend month year morning evening afternoon spring summer autumn winter".split())
+_HOLDS = frozenset(
+    "has had with died dies passed took developed suffered diagnosed carries got also is was were being found age gets".split()
+)
+_PERIODS = frozenset(
+    "night day week weekend month year morning evening afternoon spring summer autumn winter".split()
+)
 _FINITE = frozenset(
     """is was are were has had have should will would may can could shall goes went starts started takes took remains
     sent given requested planned recorded booked placed advised today yet wants needs continues continued does did shows showed than due at on after before""".split()
 )
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
 _NO_SIDE_AFTER = frozenset("now away here there after before then ? . , ! okay so and on".split())
-_NO_SIDE_BEFORE = frozenset("all that's that is yeah was were has have had just been alright : . , ? you he she".split())
+_NO_SIDE_BEFORE = frozenset(
+    "all that's that is yeah was were has have had just been alright : . , ? you he she".split()
+)
 
 
 class Text:
@@ -167,10 +188,14 @@ class Text:
             elif index <= denied_until and word in ".;:!?(":
                 denied_until = index
             elif index <= denied_until and (
-                trigger + 2 < index and word in _END_OF_NEGATION and self.words[index - 1] not in _TROUBLES
-                or n_denied > 0 and word in _PREPOSITIONS
+                trigger + 2 < index
+                and word in _END_OF_NEGATION
+                and self.words[index - 1] not in _TROUBLES
+                or n_denied > 0
+                and word in _PREPOSITIONS
                 or n_denied > 3
-                or is_verb and word == "and"
+                or is_verb
+                and word == "and"
                 or self._new_clause(index, last)
             ):
                 denied_until = index
@@ -191,7 +216,13 @@ class Text:
         """Whether a comma or an "and" begins a clause of its own, with a verb or a number, and not a list's next item."""
         if self.words[index] not in (",", "and"):
             return False
-        if self.words[index + 1 : index + 2] and self.words[index + 1] in ("a", "an", "the", "possible", "probable"):
+        if self.words[index + 1 : index + 2] and self.words[index + 1] in (
+            "a",
+            "an",
+            "the",
+            "possible",
+            "probable",
+        ):
             return True
         for at in range(index + 1, min(last, index + 7)):
             word = self.words[at]
@@ -258,15 +289,25 @@ class Text:
         before = self.words[index - 1] if index else "."
         if len(word) == 1:
             upper = self.text[self.spans[index][0]].isupper()
-            is_noun = following.isalpha() or index + 2 < len(self.words) and self.words[index + 2] in ("nd", "rd", "th", "st")
+            is_noun = (
+                following.isalpha()
+                or index + 2 < len(self.words)
+                and self.words[index + 2] in ("nd", "rd", "th", "st")
+            )
             return upper and before != "/" and is_noun and not before[-1].isdigit() and following not in UNITS
         if word == "both":
             return following.endswith("s")
         if word == "right":
-            is_talk = following in _NO_SIDE_AFTER and before in _NO_SIDE_BEFORE or following in ("now", "away")
+            is_talk = (
+                following in _NO_SIDE_AFTER and before in _NO_SIDE_BEFORE or following in ("now", "away")
+            )
             return not (is_talk or before == "all")
-        is_verb = word == "left" and (before in _NO_SIDE_BEFORE - set(":.,?") or following in ("the", "her", "his", "him"))
-        return not (is_verb and following in ("the", "her", "his", "him", "over", "hospital", "home", "to", "."))
+        is_verb = word == "left" and (
+            before in _NO_SIDE_BEFORE - set(":.,?") or following in ("the", "her", "his", "him")
+        )
+        return not (
+            is_verb and following in ("the", "her", "his", "him", "over", "hospital", "home", "to", ".")
+        )
 
     def _beside_number(self, index: int) -> bool:
         around = self.words[max(0, index - 2) : index] + self.words[index + 1 : index + 2]

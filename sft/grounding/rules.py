@@ -9,8 +9,22 @@ from sft.grounding.quantities import Quantity
 from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
 from sft.grounding.words import is_telling
 
-MARKER_KINDS = {"side": "side", "level": "side", "aspect": "side", "front": "side", "reach": "side", "kin": "person"}
-MARKER_KINDS |= {"order": "time", "when": "time", "period": "time", "shift": "time", "weekday": "time", "month": "time"}
+MARKER_KINDS = {
+    "side": "side",
+    "level": "side",
+    "aspect": "side",
+    "front": "side",
+    "reach": "side",
+    "kin": "person",
+}
+MARKER_KINDS |= {
+    "order": "time",
+    "when": "time",
+    "period": "time",
+    "shift": "time",
+    "weekday": "time",
+    "month": "time",
+}
 MARKER_KINDS |= {"result": "negation", "change": "misplaced", "course": "misplaced"}
 _WEIGHTS = {"side": 2.0, "level": 1.0, "kin": 2.0, "weekday": 2.0, "month": 1.5, "order": 1.0}
 _DRUG = re.compile(
@@ -19,11 +33,15 @@ _DRUG = re.compile(
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
 # What a note may call "my dad's brother"
-_DISTANT_KIN = frozenset("uncle aunt grandmother grandfather nephew niece cousin grandson granddaughter".split())
+_DISTANT_KIN = frozenset(
+    "uncle aunt grandmother grandfather nephew niece cousin grandson granddaughter".split()
+)
 _MALE = frozenset("he his him man male boy gentleman".split())
 _FEMALE = frozenset("she her hers woman female girl lady".split())
 _FAMILY = frozenset("family families familial paternal maternal side".split())
-_CLASSES = frozenset("cholesterol statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split())
+_CLASSES = frozenset(
+    "cholesterol statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split()
+)
 
 
 @dataclass
@@ -52,7 +70,9 @@ class Sentence:
     def quantities(self) -> list[Quantity]:
         return self.summary.quantities_of[self.summary.sentence_of[self.first]]
 
-    def finding(self, kind: str, first: int, last: int, weight: float, place: tuple[int, int] | None = None) -> Finding:
+    def finding(
+        self, kind: str, first: int, last: int, weight: float, place: tuple[int, int] | None = None
+    ) -> Finding:
         """The summary's tokens first..last; place: the note's tokens that say otherwise."""
         start, end = self.summary.spans[first][0], self.summary.spans[last][1]
         says = self.summary.text[start:end]
@@ -79,7 +99,11 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
             weight = _WEIGHTS.get(kind, 0.7)
             if value not in note_values:
                 general = GENERAL_KIN.keys() & sentence.note.words if kind == "kin" else ()
-                if any(value in GENERAL_KIN[word] for word in general) and other[0] < 0.5 or value in _DISTANT_KIN:
+                if (
+                    any(value in GENERAL_KIN[word] for word in general)
+                    and other[0] < 0.5
+                    or value in _DISTANT_KIN
+                ):
                     continue
                 if other[0] > 0.15:
                     yield sentence.finding(MARKER_KINDS[kind], index, index, weight, (other[1], other[1]))
@@ -130,9 +154,11 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
         if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
             yield sentence.finding("time" if kind == "time" else "unit", *span, 2.0, place)
-        elif score > 1.4 * own + 0.3 and not quantity.is_age:
-            weight = min(2.0, 0.4 + score - 1.4 * own)
-            yield sentence.finding(kind if kind == "time" else "misplaced", *span, weight, (rival.index, rival.last))
+        elif score > 1.2 * own + 0.2 and not quantity.is_age:
+            weight = min(2.0, 0.4 + score - 1.2 * own)
+            yield sentence.finding(
+                kind if kind == "time" else "misplaced", *span, weight, (rival.index, rival.last)
+            )
 
 
 def _follows_letter(text: Text, index: int) -> bool:
@@ -147,14 +173,21 @@ def _quantity_scores(sentence: Sentence, quantity: Quantity) -> list[tuple[float
     unit = quantity.unit and quantity.unit[0]
     return [
         # One with the same unit is the likelier counterpart
-        (score * (1.3 if unit and quantities[n].unit and quantities[n].unit[0] == unit else 1.0), quantities[n])
+        (
+            score * (1.3 if unit and quantities[n].unit and quantities[n].unit[0] == unit else 1.0),
+            quantities[n],
+        )
         for n, score in scores.items()
         if _comparable(quantity, quantities[n])
     ]
 
 
 def _comparable(first: Quantity, second: Quantity) -> bool:
-    if second.is_implied or bool(first.ratio) != bool(second.ratio) or (first.clock is None) != (second.clock is None):
+    if (
+        second.is_implied
+        or bool(first.ratio) != bool(second.ratio)
+        or (first.clock is None) != (second.clock is None)
+    ):
         return False
     return not (first.unit and second.unit) or first.unit[1] == second.unit[1]
 
@@ -202,7 +235,10 @@ def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float] | None:
     # What negates without a scope of its own: "unable to", "no" farther away
     if _near(note.text if denied else text, best if denied else head, NEGATIONS) is not None:
         return None
-    if _near(note.text, best, SELF_NEGATING, 8) is not None or _near(text, head, SELF_NEGATING, 8) is not None:
+    if (
+        _near(note.text, best, SELF_NEGATING, 8) is not None
+        or _near(text, head, SELF_NEGATING, 8) is not None
+    ):
         return None
     # The word alone is not enough where it is affirmed, or denied by the answer to a question
     is_question = note.text.words[note.text.ranges[note.text.sentence_of[best]][1] - 1] == "?"
@@ -275,7 +311,10 @@ def gender_findings(sentence: Sentence) -> Iterator[Finding]:
 
 
 def _kin_before(text: Text, index: int, first: int) -> bool:
-    return any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in text.words[max(first, index - 10) : index + 4])
+    return any(
+        word in KIN or word in GENERAL_KIN or word in _FAMILY
+        for word in text.words[max(first, index - 10) : index + 4]
+    )
 
 
 def drug_findings(
@@ -292,4 +331,11 @@ def drug_findings(
             yield sentence.finding("drug", index, index, 2.0)
 
 
-RULES = (gender_findings, marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)
+RULES = (
+    gender_findings,
+    marker_findings,
+    quantity_findings,
+    polarity_findings,
+    certainty_findings,
+    person_findings,
+)

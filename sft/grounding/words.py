@@ -7,7 +7,9 @@ compared word by word. The lists are short on purpose: what they lack costs a li
 import re
 from functools import lru_cache
 
-TOKEN = re.compile(r"(?<![\w.])\.\d+|(?<!\w)[a-z]/[a-z](?!\w)|\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]")
+TOKEN = re.compile(
+    r"(?<![\w.])\.\d+|(?<!\w)[a-z]/[a-z](?!\w)|\d+(?:[.,:/]\d+)*|[^\W\d_]+(?:['’][^\W\d_]+)*|[^\w\s]"
+)
 
 STOP_WORDS = frozenset(
     """a an the and or but nor of in on at by to for from with without within into onto over under about as is are
