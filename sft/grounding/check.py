@@ -17,13 +17,14 @@ from sft.grounding.citations import cited_sentence_numbers
 from sft.grounding.places import NotePlaces, pairs
 from sft.grounding.reading import Text
 from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
-from sft.grounding.words import detect_language, is_content, is_telling, missing_weight
+from sft.grounding.words import detect_language, is_content, is_telling
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
 FLAG_THRESHOLD = 1.55
 TRAINING_THRESHOLD = 2.3
 
-_REPORTED = 0.02  # for a reporting word that the note lacks
+_MISSING = 0.3  # for a word that the note lacks
+_MISSING_VERB = 0.12  # ... if it looks like a verb
 _GAP = 0.1  # for two words joined that the note keeps apart
 _BREAK = 0.008  # for two words that do not follow each other in the note
 _TELLING = 0.5  # the weight of a finding that says something of itself
@@ -150,8 +151,6 @@ class PreparedNote:
                 before = index
             elif is_telling(word):
                 missing.append(index)
-            else:
-                risk += _REPORTED
         findings += _missing(sentence, missing)
         risk += _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
         return findings, risk
@@ -202,5 +201,6 @@ def _missing(sentence: Sentence, indices: list[int]) -> list[Finding]:
     """One finding for words in a row that the note lacks."""
     if not indices:
         return []
-    weight = sum(missing_weight(sentence.summary.words[index]) for index in indices)
+    words = [sentence.summary.words[index] for index in indices]
+    weight = sum(_MISSING_VERB if word.endswith(("ing", "ed", "ly")) else _MISSING for word in words)
     return [sentence.finding("unsupported", indices[0], indices[-1], weight)]

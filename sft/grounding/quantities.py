@@ -4,169 +4,119 @@ import math
 import re
 from dataclasses import dataclass
 
-_SMALL = (
+from sft.grounding.words import LEXICON
+
+_NAMES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
 )
-_SMALL += " seventeen eighteen nineteen"
+_WORDS = {word: float(n) for n, word in enumerate(f"{_NAMES} seventeen eighteen nineteen".split())}
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORDS = {word: value for value, word in enumerate(_SMALL.split())}
-_WORDS |= {word: 10 * tens for tens, word in enumerate(_TENS.split(), 2)}
-_WORDS |= {
-    "hundred": 100,
-    "thousand": 1000,
-    "half": 0.5,
-    "o": 0,
-    "oh": 0,
-    "dozen": 12,
-    "couple": 2,
-    "quarter": 0.25,
-}
+_WORDS |= {word: 10.0 * n for n, word in enumerate(_TENS.split(), 2)}
 _WORDS |= {word[:-1] + "ies": value for word, value in _WORDS.items() if word.endswith("ty")}
-_ORDINALS = (
-    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth fourteenth"
-)
-_ORDINALS += " fifteenth sixteenth seventeenth eighteenth nineteenth twentieth"
-_ORDINALS = {word: value for value, word in enumerate(_ORDINALS.split(), 1)} | {"thirtieth": 30}
+_WORDS |= {
+    "hundred": 100.0,
+    "thousand": 1000.0,
+    "half": 0.5,
+    "o": 0.0,
+    "oh": 0.0,
+    "dozen": 12.0,
+    "couple": 2.0,
+}
+_FIRST = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+_ORDINALS = {word: float(n) for n, word in enumerate(_FIRST.split(), 1)} | {
+    "thirtieth": 30.0,
+    "twentieth": 20.0,
+}
+_ORDINALS |= {f"{word}th": value for word, value in _WORDS.items() if word.endswith("teen")}
 # What a note may say for a number; a summary's own use of these is not a claim to check
-_IMPLIED = {
-    "once": 1,
-    "single": 1,
-    "od": 1,
-    "qd": 1,
-    "daily": 1,
-    "both": 2,
-    "bd": 2,
-    "bid": 2,
-    "twins": 2,
-    "tid": 3,
-}
-_IMPLIED |= {"tds": 3, "qid": 4, "qds": 4, "a": 1, "an": 1, "fortnight": 2, "pair": 2} | _ORDINALS
-_IMPLIED |= {
-    "i": 1,
-    "ii": 2,
-    "iii": 3,
-    "iv": 4,
-    "twice": 2,
-    "thrice": 3,
-    "double": 2,
-    "one": 1,
-    "bilateral": 2,
-}
-_IMPLIED |= {
-    "teenager": 13,
-    "january": 1,
-    "february": 2,
-    "march": 3,
-    "april": 4,
-    "may": 5,
-    "june": 6,
-    "july": 7,
-}
-_IMPLIED |= {
-    "august": 8,
-    "september": 9,
-    "october": 10,
-    "november": 11,
-    "december": 12,
-    "noon": 12,
-    "midnight": 12,
-}
+_IMPLIED = {word: float(value) for word, value in (pair.split("=") for pair in LEXICON["implied"].split())}
+_IMPLIED |= _ORDINALS
 
-# name: (dimension, size); only units of one dimension can be converted
+# dimension: sizes of its units; only units of one dimension can be converted
 _UNITS = {
-    "mcg ug µg μg microgram micrograms": ("mass", 1e-6),
-    "mg milligram milligrams mgs": ("mass", 1e-3),
-    "g gram grams gm gms": ("mass", 1.0),
-    "kg kilo kilos kilogram kilograms kgs": ("mass", 1e3),
-    "lb lbs pound pounds": ("mass", 453.6),
-    "ml mls cc milliliter milliliters millilitre millilitres": ("volume", 1e-3),
-    "l liter liters litre litres": ("volume", 1.0),
-    "mm millimeter millimeters millimetre millimetres": ("length", 1e-3),
-    "cm centimeter centimeters centimetre centimetres": ("length", 1e-2),
-    "inch inches": ("length", 0.0254),
-    "feet foot ft": ("length", 0.3048),
-    "second seconds sec secs": ("time", 1 / 3600),
-    "minute minutes min mins": ("time", 1 / 60),
-    "hour hours hr hrs h hourly": ("time", 1.0),
-    "day days night nights d": ("time", 24.0),
-    "week weeks wk wks weekly": ("time", 168.0),
-    "month months mo mos monthly": ("time", 730.5),
-    "year years yr yrs annually": ("time", 8766.0),
-    "% percent": ("share", 1.0),
-    "mmol": ("amount", 1e-3),
-    "umol µmol μmol micromol": ("amount", 1e-6),
+    "mass": "1e-6=mcg ug µg μg microgram micrograms|1e-3=mg mgs milligram milligrams|1=g gm gms gram grams|"
+    "1e3=kg kgs kilo kilos kilogram kilograms|453.6=lb lbs pound pounds",
+    "volume": "1e-3=ml mls cc milliliter milliliters millilitre millilitres|1=l liter liters litre litres",
+    "length": "1e-3=mm millimeter millimeters millimetre millimetres|1e-2=cm centimeter centimeters centimetre "
+    "centimetres|0.0254=inch inches|0.3048=feet foot ft",
+    "time": "0.000278=second seconds sec secs|0.01667=minute minutes min mins|1=hour hours hr hrs h hourly|"
+    "24=day days night nights d|168=week weeks wk wks weekly|730.5=month months mo mos monthly|"
+    "8766=year years yr yrs annually",
+    "share": "1=% percent",
+    "amount": "1e-3=mmol|1e-6=umol µmol μmol micromol",
 }
-UNITS = {name: (names.split()[0], *size) for names, size in _UNITS.items() for name in names.split()}
-_SHORTHAND = {7: "day", 52: "week", 12: "month"}
+# {name: (dimension, size)}
+UNITS = {
+    name: (dimension, float(unit.partition("=")[0]))
+    for dimension, text in _UNITS.items()
+    for unit in text.split("|")
+    for name in unit.partition("=")[2].split()
+}
+_SHORTHAND = {7: UNITS["day"], 52: UNITS["week"], 12: UNITS["month"]}
+_SPAN = frozenset("ago later earlier history for about within over".split())
+_MOST = 24  # quantities of one value that are looked at, so that time grows with length alone
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Quantity:
     index: int  # of its first token
     last: int  # of its last token
     values: frozenset  # every way to read it
-    ratio: tuple | None = None  # 130/80, a date: compared as a whole
-    clock: int | None = None  # minutes, morning and evening alike
-    unit: tuple | None = None  # (name, dimension, size)
+    whole: tuple | None = None  # a ratio, a date, ("clock", minutes): compared as a whole
+    unit: tuple | None = None  # (dimension, size)
     is_age: bool = False
     is_implied: bool = False  # "twice", "a week": supports a number, is not checked itself
 
 
 def find_quantities(words: list[str], gaps: list[bool]) -> list[Quantity]:
     """All quantities among the tokens of a text (lower case); gaps[i]: white space stands before token i."""
-    quantities = []
+    quantities: list[Quantity] = []
     index = 0
     while index < len(words):
         word = words[index]
         quantity = None
-        if word[-1].isdigit() and not word[-1].isalpha():
+        if word[-1].isdecimal():
             quantity = _read_digits(words, index, gaps)
-        elif word in _WORDS and word not in ("o", "oh", "quarter") or word == "point":
+        elif (word in _WORDS and word not in ("o", "oh")) or word == "point":
             quantity = _read_words(words, index)
         if quantity is None and word in _IMPLIED:
-            quantity = Quantity(
-                index, index, frozenset([float(_IMPLIED[word])]), is_implied=not _is_span(words, index)
-            )
+            is_implied = not _is_span(words, index)
+            quantity = Quantity(index, index, frozenset([_IMPLIED[word]]), is_implied=is_implied)
+        index += 1
         if quantity is None:
-            index += 1
             continue
-        quantity.unit = quantity.unit or _unit_after(words, quantity.last + 1)
-        quantity.is_age = "old" in words[quantity.last + 1 : quantity.last + 5]
-        if not _is_list_number(words, gaps, quantity):
-            quantities.append(quantity)
         index = quantity.last + 1
+        quantity.unit = quantity.unit or _unit_after(words, index)
+        quantity.is_age = "old" in words[index : index + 4]
+        before, after = (
+            words[quantity.index - 1] if quantity.index else ".",
+            "".join(words[index : index + 1]),
+        )
+        # "2." or "2)" at the start of a line or a sentence numbers a list
+        is_list = len(word) <= 2 and word.isdecimal() and before in ".,;:(?!" and after in (".", ")")
+        if not is_list or index + 1 >= len(words):
+            quantities.append(quantity)
     return _join(words, quantities)
 
 
-def _read_digits(words: list[str], index: int, gaps: list[bool]) -> Quantity | None:
+def _read_digits(words: list[str], index: int, gaps: list[bool]) -> Quantity:
     word = words[index]
     if ":" in word:
         hour, minute = (int(part) for part in re.findall(r"\d{1,4}", word)[:2])
-        return Quantity(index, index, frozenset([float(hour)]), clock=(hour * 60 + minute) % 720)
+        return Quantity(index, index, frozenset([float(hour)]), ("clock", (hour * 60 + minute) % 720))
     if "/" in word:
-        parts = tuple(min(_readings(part)) for part in re.split("[/:]", word) if part)
-        if parts == (1.0, 2.0):
+        parts = tuple(min(_readings(part)) for part in word.split("/"))
+        if parts == (1, 2):
             return Quantity(index, index, frozenset([0.5]), is_implied=True)
-        quantity = Quantity(index, index, frozenset(parts), ratio=parts)
+        # "3/52": three weeks
         if len(parts) == 2 and parts[1] in _SHORTHAND and parts[0] < 30:
-            quantity.unit = UNITS[_SHORTHAND[parts[1]]]
-            quantity.values = frozenset(parts[:1])
-            quantity.ratio = None
-        return quantity
-    values = _readings(word)
-    last = index
+            return Quantity(index, index, frozenset(parts[:1]), unit=_SHORTHAND[parts[1]])
+        return Quantity(index, index, frozenset(parts), parts)
     # "1 250": a space between thousands
-    while (
-        last + 1 < len(words)
-        and gaps[last + 1]
-        and re.fullmatch(r"\d{3}", words[last + 1])
-        and word.isdigit()
-    ):
-        if len(words[index]) > 3 or last > index + 2:
-            break
-        last += 1
-        values |= {float("".join(words[index : last + 1])), float(words[last])}
-    return Quantity(index, last, frozenset(values))
+    following = words[index + 1] if index + 1 < len(words) and gaps[index + 1] else ""
+    if re.fullmatch(r"\d{1,3} \d{3}", f"{word} {following}"):
+        return Quantity(index, index + 1, frozenset(map(float, (word, following, word + following))))
+    return Quantity(index, index, frozenset(_readings(word)))
 
 
 def _readings(digits: str) -> set[float]:
@@ -174,10 +124,10 @@ def _readings(digits: str) -> set[float]:
     digits = digits[:40]
     if re.fullmatch(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?", digits):
         return {float(digits.replace(",", ""))}
-    parts = re.split(r"[.,]", digits)
+    parts = re.split(r"[.,:]", digits)
     if len(parts) > 2:
         return {float(part or 0) for part in parts}
-    readings = {float(f"{parts[0] or 0}.{parts[1] or 0}" if len(parts) == 2 else parts[0])}
+    readings = {float(".".join(part or "0" for part in parts))}
     if re.fullmatch(r"[1-9]\d{0,2}\.\d{3}", digits):
         readings.add(float(digits.replace(".", "")))
     return readings
@@ -186,111 +136,77 @@ def _readings(digits: str) -> set[float]:
 def _read_words(words: list[str], index: int) -> Quantity | None:
     """ "one twenty two" -> 122; "nineteen ninety two" -> 1992; "two and a half" -> 2.5; "six point five" -> 6.5."""
     pieces: list[float] = []
+    decimals: str | None = None
     last = index
-    position = index
-    while position < len(words) and position < index + 12:
+    for position in range(index, min(len(words), index + 12)):
         word = words[position]
-        if word in _WORDS:
-            _add_piece(pieces, _WORDS[word])
+        value = _WORDS.get(word)
+        if word == "point" and decimals is None:
+            decimals = ""
+        elif value is not None and decimals is not None:
+            decimals = (
+                decimals[:-1] if decimals[-1:] == "0" and len(decimals) > 1 and 0 < value < 10 else decimals
+            )
+            decimals += f"{value:g}".replace(".", "")
             last = position
-        elif word == "point" and position + 1 < len(words) and words[position + 1] in _WORDS:
-            last = position = _read_decimals(words, position + 1, pieces)
+        elif value is not None:
+            _add_piece(pieces, value)
+            last = position
         elif word in _ORDINALS and pieces and pieces[-1] in (20, 30):
             pieces[-1] += _ORDINALS[word]
             last = position
-        elif not (word in ("and", "-", "a", "an") and position > index):
+        elif word not in ("and", "-", "a", "an") or position == index:
             break
-        position += 1
-    if pieces in ([], [1]):
+    if decimals:
+        pieces = [*pieces[:-1], float(f"{int(pieces[-1]) if pieces else 0}.{decimals}")]
+    if pieces in ([], [1.0]):
         return None
     values = set(pieces)
-    whole = [int(piece) for piece in pieces if piece == int(piece)]
-    if len(whole) == len(pieces) > 1:
-        values.add(float("".join(map(str, whole))))
-    return Quantity(index, last, frozenset(map(float, values)))
-
-
-def _read_decimals(words: list[str], position: int, pieces: list[float]) -> int:
-    """Adds what stands after "point" to the last piece; returns the last token read."""
-    digits = ""
-    while position < len(words) and words[position] in _WORDS and len(digits) < 4:
-        value = _WORDS[words[position]]
-        if not float(value).is_integer() or value > 99:
-            break
-        tens = len(digits) == 2 and digits[1] == "0" and 0 < value < 10
-        digits = (
-            digits[0] + str(value)
-            if tens and words[position - 1] not in ("zero", "o", "oh")
-            else digits + str(value)
-        )
-        position += 1
-    whole = pieces.pop() if pieces else 0
-    pieces.append(float(f"{int(whole)}.{digits or 0}"))
-    return position - 1
+    if len(pieces) > 1 and all(piece.is_integer() for piece in pieces):
+        values.add(float("".join(str(int(piece)) for piece in pieces)))
+    return Quantity(index, last, frozenset(values))
 
 
 def _add_piece(pieces: list[float], value: float) -> None:
-    before = pieces[-1] if pieces else None
-    if before is None:
-        pieces.append(value)
-    elif value in (100, 1000):
+    """Adds "two" to "twenty", multiplies "two" by "hundred", begins a new piece otherwise."""
+    before = pieces[-1] if pieces else 0.0
+    is_ten = before >= 20 and before % 10 == 0 and (before < 100 or before % 100 >= 20) and 0 < value < 10
+    if value >= 100 and before:
         pieces[-1] = before * value
-    elif value < 1 and value:
+    elif value == 0.5 and before:
         pieces[-1] = before * value if before == 12 else before + value
-    elif (
-        before >= 20
-        and before % 10 == 0
-        and 0 < value < 10
-        or before % 100 == 0
-        and before >= 100
-        and value < 100
-    ):
-        pieces[-1] = before + value
-    elif before >= 120 and before % 10 == 0 and before % 100 >= 20 and 0 < value < 10:
+    elif before and (is_ten or (before % 100 == 0 and value < 100)):
         pieces[-1] = before + value
     else:
         pieces.append(value)
 
 
 def _unit_after(words: list[str], index: int) -> tuple | None:
-    while index < len(words) and words[index] in ("-", "–", "more", "full", "whole", "½"):
+    while words[index : index + 1] in (["-"], ["–"], ["more"], ["full"]):
         index += 1
-    if index >= len(words):
+    following = words[index : index + 2]
+    if not following or "old" in words[index + 1 : index + 3]:
         return None
     # "M G", spelled out in a dialogue
-    unit = UNITS.get("".join(words[index : index + 2])) if len(words[index]) == 1 else None
-    unit = unit or UNITS.get(words[index])
-    is_age = unit and unit[1] == "time" and "old" in words[index + 1 : index + 3]
-    return None if is_age else unit
+    return (UNITS.get("".join(following)) if len(following[0]) == 1 else None) or UNITS.get(following[0])
 
 
 def _is_span(words: list[str], index: int) -> bool:
     """Whether this "a" is the number of "a week ago", "for a month"."""
-    is_time = (
-        words[index] in ("a", "an")
-        and UNITS.get(words[index + 1] if index + 1 < len(words) else "", "  ")[1] == "time"
-    )
+    unit = UNITS.get(words[index + 1]) if words[index] in ("a", "an") and index + 1 < len(words) else None
     beside = {words[index - 1] if index else "", *words[index + 2 : index + 3]}
-    return is_time and bool(beside & {"ago", "later", "earlier", "history", "for", "about", "within", "over"})
-
-
-def _is_list_number(words: list[str], gaps: list[bool], quantity: Quantity) -> bool:
-    """ "2." or "2)" at the start of a line or a sentence."""
-    first, following = quantity.index, quantity.last + 1
-    before = words[first - 1] if first else "."
-    is_short = re.fullmatch(r"\d{1,2}", words[first]) and following < len(words)
-    return bool(is_short and words[following] in ".)" and before in ".,;:(?!" and following + 1 < len(words))
+    return unit is not None and unit[0] == "time" and bool(beside & _SPAN)
 
 
 def _join(words: list[str], quantities: list[Quantity]) -> list[Quantity]:
     """ "130 over 80" is a ratio; in "5 to 7 days" the 5 has the unit of the 7."""
     for first, second in zip(quantities, quantities[1:]):
-        between = words[first.last + 1 : second.index]
+        between = words[first.last + 1 : second.index][:3]
         if words[second.index] == "1/2" and between in ([], ["-"]):
             first.values = frozenset(value + 0.5 for value in first.values)
             first.unit = second.unit
-        if between in (["over"], ["out", "of"]) and not first.ratio and not second.ratio:
-            first.ratio = (max(first.values), max(second.values))
+        if between in (["over"], ["out", "of"]) and not first.whole and not second.whole:
+            first.whole = (max(first.values), max(second.values))
             first.values |= second.values
         if between in (["to"], ["-"], ["–"], ["or"], ["and"]):
             first.unit = first.unit or second.unit
@@ -302,59 +218,46 @@ class QuantityIndex:
 
     def __init__(self, quantities: list[Quantity]):
         self.quantities = quantities
-        self.by_value: dict[float, list[Quantity]] = {}
-        self.ratios = {quantity.ratio for quantity in quantities if quantity.ratio}
-        self.clocks = {quantity.clock for quantity in quantities if quantity.clock is not None}
-        self.sizes: dict[str, list[tuple[float, Quantity]]] = {}
+        self.indices = [quantity.index for quantity in quantities]
+        self._found: dict[object, list[Quantity]] = {}
         for quantity in quantities:
-            for value in quantity.values:
-                rounded = {value, float(round(value)), round(value, 1)} if value >= 10 else {value}
-                for key in rounded:
-                    self.by_value.setdefault(key, []).append(quantity)
-                if quantity.unit:
-                    size = f"{quantity.unit[1]} {_magnitude(value * quantity.unit[2])}"
-                    self.sizes.setdefault(size, []).append(quantity)
+            values = {near for value in quantity.values for near in _roundings(value)}
+            keys = [*values, quantity.whole, *(_size(quantity, value) for value in quantity.values)]
+            for key in keys:
+                found = self._found.setdefault(key, [])
+                if len(found) < _MOST:
+                    found.append(quantity)
+
+    def _get(self, *keys) -> list[Quantity]:
+        return [quantity for key in keys for quantity in self._found.get(key, ())]
 
     def matches(self, quantity: Quantity) -> list[Quantity]:
         """The note's quantities that could be this one, whatever their units."""
-        if quantity.clock is not None and quantity.clock in self.clocks:
-            return [other for other in self.quantities if other.clock == quantity.clock][:30]
-        if quantity.ratio and not quantity.unit:
-            if quantity.ratio in self.ratios or min(quantity.ratio) >= 30:
-                return [other for other in self.quantities if other.ratio == quantity.ratio][:30]
-            # A date or a scale, each part of which may be said in its own way
-            parts = [
-                next(filter(None, map(self.by_value.get, (part, part % 100, 2000 + part, 1900 + part))), None)
-                for part in quantity.ratio
-            ]
-            return parts[0][:30] if all(parts) else []
-        if quantity.clock is not None:
-            minute = quantity.clock % 60
-            return self.by_value.get(float(quantity.clock // 60), []) if not minute else []
-        found = [other for value in quantity.values for other in self.by_value.get(value, [])[:30]]
-        return found + self.converted(quantity) or self._years(quantity)
+        whole = quantity.whole
+        if whole is None:
+            years = [value % 100 for value in quantity.values if 1900 <= value <= 2099]
+            return self._get(*quantity.values) + self.converted(quantity) or self._get(*years)
+        found = self._get(whole)
+        if whole[0] == "clock":
+            return found or (self._get(*quantity.values) if whole[1] % 60 == 0 else [])
+        if found or min(whole) >= 30:
+            return found
+        # A date or a scale, each part of which may be said in its own way
+        parts = [self._get(part, part % 100, 2000 + part, 1900 + part) for part in whole]
+        return parts[0] if all(parts) else []
 
     def converted(self, quantity: Quantity) -> list[Quantity]:
-        """The note's quantities with another unit and the same size: 1000 mg is 1 g, two weeks are 14 days."""
-        if not quantity.unit:
-            return []
-        found = []
-        for value in quantity.values:
-            magnitude = _magnitude(value * quantity.unit[2])
-            for near in (magnitude - 1, magnitude, magnitude + 1):
-                found += self.sizes.get(f"{quantity.unit[1]} {near}", [])[:30]
-        return found
-
-    def _years(self, quantity: Quantity) -> list[Quantity]:
-        """ "ninety five" for 1995."""
-        return [
-            other
-            for value in quantity.values
-            if 1900 <= value <= 2099
-            for other in self.by_value.get(value % 100, [])[:30]
-        ]
+        """The note's quantities of the same size: 1000 mg is 1 g, two weeks are 14 days."""
+        sizes = [_size(quantity, value) for value in quantity.values if quantity.unit]
+        return self._get(*((dimension, size + near) for dimension, size in sizes for near in (-1, 0, 1)))
 
 
-def _magnitude(size: float) -> int:
-    """Equal, within a twentieth or so, for sizes that are the same."""
-    return round(math.log(size) * 25) if size > 0 else 0
+def _roundings(value: float) -> set[float]:
+    return {value, float(round(value)), round(value, 1)} if value >= 10 else {value}
+
+
+def _size(quantity: Quantity, value: float) -> tuple:
+    """(dimension, size): equal, within a twentieth or so, for quantities that are the same."""
+    if not quantity.unit or value <= 0:
+        return ("none", 0)
+    return (quantity.unit[0], round(math.log(value * quantity.unit[1]) * 25))

@@ -1,117 +1,47 @@
-"""Reads a text once: its words with what holds for each of them (denied, whose), its markers."""
+"""Reads a text once: its words with what holds for each of them (denied, whose), its markers, its quantities."""
 
 import re
 from itertools import accumulate
 
-from sft.grounding.quantities import UNITS, Quantity, find_quantities
+from sft.grounding.quantities import UNITS, find_quantities
 from sft.grounding.sentences import sentence_spans
-from sft.grounding.words import TOKEN, is_content, stem
+from sft.grounding.words import LEXICON, TOKEN, groups, is_content, stem, word_set
 
-_AFTER_ITS_NOUN = frozenset("negative absent nil none unlikely".split())
-NEGATIONS = frozenset(
-    """no not without denies denied deny denying negative never none nor neither nil absent absence lacks lack
-    nope nobody unaware unremarkable didn't don't doesn't isn't wasn't aren't haven't hasn't hadn't won't wouldn't
-    non free nothing ø unlikely""".split()
-)
-_NO = frozenset("no nope nah never none negative don't didn't haven't nothing neither nor".split())
-_NOT_AT_ALL = frozenset("really that at to in any currently anymore".split())
-_QUESTIONS = [
-    f"{verb} {subject}".split()
-    for verb in "do have are did has does is".split()
-    for subject in "you any".split()
-]
-_YES = frozenset("yes yeah yep yup yea correct right sure uh-huh definitely exactly absolutely".split())
-_TROUBLES = frozenset(
-    "problem problems difficulty difficulties issue issues trouble history change changes".split()
-)
-_PREPOSITIONS = frozenset("on for from at if as to by into".split())
-# Where the reach of a negation ends
-_END_OF_NEGATION = frozenset(
-    """but with however although though except which who he she they it is was are were has had have remains
-    started then so because due until since when while other than now after before today only just""".split()
-)
-# What makes a statement uncertain or conditional in a note
-CONDITIONS = frozenset("if unless provided".split())
-HEDGES = frozenset(
-    """possible possibly probable probably likely may might suspected suspicion query queried presumed
-    unclear uncertain perhaps maybe""".split()
-)
-# What a summary may say for it
-SOFT = (
-    HEDGES
-    | CONDITIONS
-    | frozenset(
-        """could only allowed suggest suggests suggested suggesting suggestive consider considered consideration considering consistent
-    apparent apparently unconfirmed equivocal indeterminate presumably favour favoured favor favored thought thinks
-    believes believed unsure seems appears whether versus vs excluded exclude confirmed awaiting awaited pending ?
-    differential should when until once cannot depending impression unlikely query
-    except unestablished unknown risk suspects suspect case""".split()
-    )
-)
-# Words that negate of themselves: what is beside them may stand denied or not
-SELF_NEGATING = frozenset(
-    """unable difficulty difficult loss lost stop stopped avoid avoided avoids refuse refused decline declined resolved
-    worse better prevent held withheld off quit discontinued ceased excluded ruled lack failed never barely hardly
-    rather instead improved free intact clear normal less reduced unsure unknown awaiting pending""".split()
-)
-_KIN = """mother mum mom | father dad | brother | sister | son | daughter | wife husband |
-partner spouse boyfriend girlfriend | grandmother grandma nan granny mgm pgm | grandfather grandpa mgf pgf | aunt | uncle | cousin | niece |
-nephew | carer caregiver caretaker | neighbor neighbour | friend | housemate roommate flatmate | grandson |
-granddaughter"""
-KIN = {
-    name: group.split()[0]
-    for group in _KIN.split("|")
-    for word in group.split()
-    for name in (word, word + "s")
+NEGATIONS = word_set("negations") | {word + "n't" for word in "could should".split()}
+HEDGES = word_set("hedges")
+CONDITIONS = word_set("conditions")
+SOFT = word_set("soft") | HEDGES | CONDITIONS
+SELF_NEGATING = word_set("self-negating")
+KIN = {form: name for word, name in groups("kin").items() for form in (word, word + "s")}
+# Words that may stand for any of several relatives
+GENERAL_KIN = {
+    general: frozenset(names.split())
+    for words, names in {
+        "parent parents": "mother father",
+        "sibling siblings": "brother sister",
+        "child children kid kids": "son daughter",
+    }.items()
+    for general in words.split()
 }
-# Words that may stand for any of them
-GENERAL_KIN = {name: frozenset("mother father".split()) for name in ("parent", "parents")}
-GENERAL_KIN |= {name: frozenset("brother sister".split()) for name in ("sibling", "siblings")}
-GENERAL_KIN |= {name: frozenset("son daughter".split()) for name in ("child", "children", "kids", "kid")}
-SELF = frozenset("he she his her i my patient patient's".split())
-
-# Classes of words that say where and when; a summary's word must be the one that stands at the same place
-_MARKERS = {
-    "side": "left l lt left-sided / right r rt / bilateral bilaterally both",
-    "level": "upper / lower",
-    "aspect": "medial / lateral",
-    "front": "anterior / posterior",
-    "reach": "proximal / distal",
-    "order": "before pre preceding prior / after post following since",
-    "when": "yesterday / today tonight / tomorrow",
-    "shift": "earlier / later",
-    "weekday": "monday mondays mon/tuesday tuesdays tue tues/wednesday wednesdays wed weds/thursday thursdays thu thur thurs"
-    "/friday fridays fri/saturday saturdays sat/sunday sundays sun",
-    "month": "january jan/february feb/march/april apr/may/june jun/july jul/august aug/september sept sep/october oct"
-    "/november nov/december dec",
-    "result": "negative / positive",
-    "change": "increase increased increasing rise rose rising worse worsened worsening up higher / decrease decreased"
-    " decreasing fall fell falling improved improving down lower reduced",
-    "course": "start started starting begin began begun initiated commenced / stop stopped discontinued ceased held"
-    " withheld",
-}
+# {word: (kind of marker, value)}: a summary's marker must be the one that stands at the same place of the note
 MARKERS = {
-    name: (kind, values.split()[0])
-    for kind, text in _MARKERS.items()
-    for values in text.split("/")
-    for name in values.split()
+    word: (name.removeprefix("marker "), value)
+    for name in LEXICON
+    if name.startswith("marker ")
+    for word, value in groups(name).items()
 }
-# What makes a relative the one of whom a sentence speaks
-_HOLDS = frozenset(
-    "has had with died dies passed took developed suffered diagnosed carries got also is was were being found age gets".split()
-)
-_PERIODS = frozenset(
-    "night day week weekend month year morning evening afternoon spring summer autumn winter".split()
-)
-_FINITE = frozenset(
-    """is was are were has had have should will would may can could shall goes went starts started takes took remains
-    sent given requested planned recorded booked placed advised today yet wants needs continues continued does did shows showed than due at on after before""".split()
-)
+_SELF = frozenset("he she his her i my patient".split())
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
-_NO_SIDE_AFTER = frozenset("now away here there after before then ? . , ! okay so and on".split())
-_NO_SIDE_BEFORE = frozenset(
-    "all that's that is yeah was were has have had just been alright : . , ? you he she".split()
+_SEPARATORS = frozenset(", or and nor /".split())
+_QUESTIONS = [[verb, subject] for verb in "do have are did has does is".split() for subject in ("you", "any")]
+_AFTER_NOUN, _END, _PREPOSITIONS = (
+    word_set("after noun"),
+    word_set("end of negation"),
+    word_set("prepositions"),
 )
+_FINITE, _TROUBLES, _HOLDS, _PERIODS = (word_set(name) for name in ("finite", "troubles", "holds", "periods"))
+_NO, _YES, _NOT_AT_ALL = word_set("no"), word_set("yes"), word_set("not at all")
+_NO_SIDE_AFTER, _NO_SIDE_BEFORE = word_set("no side after"), word_set("no side before")
 
 
 class Text:
@@ -133,9 +63,6 @@ class Text:
         self.sentence_of = self._number_sentences()
         gaps = [i > 0 and self.spans[i - 1][1] < start for i, (start, _) in enumerate(self.spans)]
         self.quantities = find_quantities(self.words, gaps)
-        self.quantities_of: list[list[Quantity]] = [[] for _ in self.sentences]
-        for quantity in self.quantities:
-            self.quantities_of[self.sentence_of[quantity.index]].append(quantity)
         n = len(self.words)
         self.denied: list[bool | None] = [False] * n
         self.kin = [""] * n
@@ -147,6 +74,10 @@ class Text:
             self._read_scopes(first, last)
         self._answer_questions()
         self._find_markers()
+        # The first token that names a relative: after it, "he" may be somebody else
+        self.named_relative = next(
+            (i for i, word in enumerate(self.words) if word in KIN or word in GENERAL_KIN), n
+        )
 
     def _number_sentences(self) -> list[int]:
         numbers = []
@@ -159,74 +90,58 @@ class Text:
 
     def _sentence_ranges(self) -> list[tuple[int, int]]:
         """(first token, one past the last) of each sentence."""
-        ranges = [[0, 0] for _ in self.sentences]
+        lasts = [0] * len(self.sentences)
         for index, number in enumerate(self.sentence_of):
-            if ranges[number][1] == 0:
-                ranges[number][0] = index
-            ranges[number][1] = index + 1
-        return [(first, last) for first, last in ranges]
+            lasts[number] = index + 1
+        lasts = list(accumulate(lasts, max))
+        return list(zip([0, *lasts], lasts))
 
     def _read_scopes(self, first: int, last: int) -> None:
         """Marks what a sentence denies, and what it says of a relative."""
         denied_until = trigger = -1
         n_denied = 0
-        is_verb = False
         holder = ""
         for index in range(first, last):
             word = self.words[index]
-            if (word in NEGATIONS or word.endswith("n't")) and self.words[index + 1 : index + 2] != ["by"]:
-                denied_until = index + (2 if word in ("non", "free") else 14)
-                trigger = index
-                n_denied = 0
-                # "does not drink and smokes": the list of a verb ends sooner than that of a noun
-                is_verb = word in ("not", "never") or word.endswith("n't")
-                following = self.words[index + 1] if index + 1 < last else ""
-                if following == ",":
-                    denied_until = index
-                if word in _AFTER_ITS_NOUN and following != "for":
+            following = self.words[index + 1] if index + 1 < last else ""
+            if (word in NEGATIONS or word.endswith("n't")) and following != "by":
+                reach = 0 if following == "," else 2 if word in ("non", "free") else 14
+                denied_until, trigger, n_denied = index + reach, index, 0
+                if word in _AFTER_NOUN and following != "for":
                     self._mark_back(first, index)
-            elif index <= denied_until and word in ".;:!?(":
-                denied_until = index
-            elif index <= denied_until and (
-                trigger + 2 < index
-                and word in _END_OF_NEGATION
-                and self.words[index - 1] not in _TROUBLES
-                or n_denied > 0
-                and word in _PREPOSITIONS
-                or n_denied > 3
-                or is_verb
-                and word == "and"
-                or self._new_clause(index, last)
-            ):
+            elif index <= denied_until and self._ends_denial(index, last, trigger, n_denied):
                 denied_until = index
             if word in KIN:
                 holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
-            elif holder and (word in ";:.!/-" or word in SELF):
+            elif word in _SELF or word in ";:.!/-":
                 holder = ""
-            # Of each item of a list, three words and no more
-            if word in (",", "or", "and", "nor", "/"):
-                n_denied = 0
-                denied_until = max(denied_until, index + 8) if index <= denied_until - 1 else denied_until
-            else:
+            if word not in _SEPARATORS:
                 n_denied += bool(self.stems[index] and index > trigger)
+            else:
+                n_denied = 0
+                denied_until = max(denied_until, index + 8) if index < denied_until else denied_until
             self.denied[index] = self.denied[index] or index <= denied_until
             self.kin[index] = holder
 
-    def _new_clause(self, index: int, last: int) -> bool:
-        """Whether a comma or an "and" begins a clause of its own, with a verb or a number, and not a list's next item."""
-        if self.words[index] not in (",", "and"):
-            return False
-        if self.words[index + 1 : index + 2] and self.words[index + 1] in (
-            "a",
-            "an",
-            "the",
-            "possible",
-            "probable",
-        ):
+    def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:
+        """Whether what was denied from `trigger` on ends here, after `n_denied` content words of this item."""
+        word = self.words[index]
+        # Of each item of a list, three words and no more
+        if word in ".;:!?(" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
             return True
-        for at in range(index + 1, min(last, index + 7)):
+        if word in _END:
+            return index > trigger + 2 and self.words[index - 1] not in _TROUBLES
+        # "does not drink and smokes": the list of a verb ends sooner than that of a noun
+        is_verb = self.words[trigger] in ("not", "never") or self.words[trigger].endswith("n't")
+        return word == "and" and is_verb or word in (",", "and") and self._is_clause(index + 1, last)
+
+    def _is_clause(self, first: int, last: int) -> bool:
+        """Whether a clause begins here, with a verb or a number, and not the next item of a list."""
+        for at in range(first, min(last, first + 6)):
             word = self.words[at]
-            if word in ",.;" or word in ("and", "or", "nor") and at > index + 1:
+            if at == first and word in ("a", "an", "the", "possible", "probable"):
+                return True
+            if word in ",.;" or (word in _SEPARATORS and at > first):
                 return False
             if word in _FINITE or word[0].isdigit() or word in KIN:
                 return True
@@ -261,7 +176,7 @@ class Text:
         words = words[words.index(":") + 1 :] if ":" in words[:4] else words
         for index, word in enumerate(words[:4]):
             following = words[index + 1] if index + 1 < len(words) else "."
-            if word in _NO or word == "not" and following in _NOT_AT_ALL:
+            if word in _NO or (word == "not" and following in _NOT_AT_ALL):
                 return None if is_content(following) and word == "no" else True
             if word in _YES:
                 return False
@@ -269,46 +184,42 @@ class Text:
 
     def _find_markers(self) -> None:
         for index, word in enumerate(self.words):
+            before = self.words[index - 1] if index else "."
             kind, value = MARKERS.get(word, ("", ""))
             if word in KIN:
                 kind, value = "kin", KIN[word]
-            elif index and self.words[index - 1] in ("last", "next", "past", "this") and word in _PERIODS:
+            elif before in ("last", "next", "past", "this") and word in _PERIODS:
                 kind, value = "period", word
-            if not kind or kind == "side" and not self._is_side(index):
-                continue
-            if word in ("may", "march") and not self._beside_number(index):
+            if kind == "side" and not self._is_side(index, before):
                 continue
             if kind == "month":
+                if word in ("may", "march") and not self._is_month(index):
+                    continue
                 # So that the month is not taken for the verb
                 self.words[index] = word.title()
-            self.markers.setdefault(kind, []).append((index, value))
+            if kind:
+                self.markers.setdefault(kind, []).append((index, value))
 
-    def _is_side(self, index: int) -> bool:
+    def _is_side(self, index: int, before: str) -> bool:
+        """Not "all right", "left the hospital", "5 L", "both"."""
         word = self.words[index]
-        following = self.words[index + 1] if index + 1 < len(self.words) else "."
-        before = self.words[index - 1] if index else "."
+        following, *rest = [*self.words[index + 1 : index + 3], "."]
         if len(word) == 1:
-            upper = self.text[self.spans[index][0]].isupper()
-            is_noun = (
-                following.isalpha()
-                or index + 2 < len(self.words)
-                and self.words[index + 2] in ("nd", "rd", "th", "st")
-            )
-            return upper and before != "/" and is_noun and not before[-1].isdigit() and following not in UNITS
-        if word == "both":
-            return following.endswith("s")
+            is_noun = following.isalpha() or rest[0] in ("nd", "rd", "th", "st")
+            is_unit = before == "/" or before[-1].isdigit() or following in UNITS
+            return self.text[self.spans[index][0]].isupper() and is_noun and not is_unit
         if word == "right":
-            is_talk = (
-                following in _NO_SIDE_AFTER and before in _NO_SIDE_BEFORE or following in ("now", "away")
+            is_talk = following in _NO_SIDE_AFTER and before in _NO_SIDE_BEFORE
+            return not (is_talk or following in ("now", "away") or before == "all")
+        if word == "left":
+            is_verb = (
+                before in _NO_SIDE_BEFORE
+                and before not in ":.,?"
+                and following in "over hospital home to .".split()
             )
-            return not (is_talk or before == "all")
-        is_verb = word == "left" and (
-            before in _NO_SIDE_BEFORE - set(":.,?") or following in ("the", "her", "his", "him")
-        )
-        return not (
-            is_verb and following in ("the", "her", "his", "him", "over", "hospital", "home", "to", ".")
-        )
+            return not is_verb and following not in ("the", "her", "his", "him")
+        return word != "both" or following.endswith("s")
 
-    def _beside_number(self, index: int) -> bool:
+    def _is_month(self, index: int) -> bool:
         around = self.words[max(0, index - 2) : index] + self.words[index + 1 : index + 2]
         return any(re.fullmatch(r"\d+|of|in|last|next|since", word) for word in around)

@@ -1,47 +1,35 @@
 """The rules: each compares one kind of statement of a summary's sentence with what its note says at that place."""
 
 import re
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sft.grounding.places import NotePlaces
 from sft.grounding.quantities import Quantity
 from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
-from sft.grounding.words import is_telling
+from sft.grounding.words import is_telling, word_set
 
-MARKER_KINDS = {
-    "side": "side",
-    "level": "side",
-    "aspect": "side",
-    "front": "side",
-    "reach": "side",
-    "kin": "person",
+# {kind of marker: (kind of finding, weight)}
+_MARKERS = {
+    **{kind: ("side", 1.0) for kind in ("level", "aspect", "front", "reach")},
+    **{kind: ("time", 0.7) for kind in ("when", "period", "shift")},
+    **{"side": ("side", 2.0), "kin": ("person", 2.0), "weekday": ("time", 2.0), "month": ("time", 1.5)},
+    **{"order": ("time", 1.0), "result": ("negation", 0.7), "change": ("misplaced", 0.7)},
+    "course": ("misplaced", 0.7),
 }
-MARKER_KINDS |= {
-    "order": "time",
-    "when": "time",
-    "period": "time",
-    "shift": "time",
-    "weekday": "time",
-    "month": "time",
-}
-MARKER_KINDS |= {"result": "negation", "change": "misplaced", "course": "misplaced"}
-_WEIGHTS = {"side": 2.0, "level": 1.0, "kin": 2.0, "weekday": 2.0, "month": 1.5, "order": 1.0}
 _DRUG = re.compile(
     r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
     r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
-# What a note may call "my dad's brother"
-_DISTANT_KIN = frozenset(
-    "uncle aunt grandmother grandfather nephew niece cousin grandson granddaughter".split()
-)
+_DISTANT_KIN, _NO_DRUGS = word_set("distant kin"), word_set("no drugs")
+_FAMILY = frozenset("family families familial paternal maternal side".split())
 _MALE = frozenset("he his him man male boy gentleman".split())
 _FEMALE = frozenset("she her hers woman female girl lady".split())
-_FAMILY = frozenset("family families familial paternal maternal side".split())
-_CLASSES = frozenset(
-    "cholesterol statin statins triptan heparin-like routine medicine protein vaccine machine nicotine".split()
-)
+_GASES = frozenset("o co spo sao po pco fio hco".split())
+_LINKS = frozenset("of the a in - her his".split())
 
 
 @dataclass
@@ -66,195 +54,191 @@ class Sentence:
     summary: Text
     first: int
     last: int
+    phrases: list[list[int]] = field(
+        default_factory=list
+    )  # content words, cut at other words and changed polarity
 
-    def quantities(self) -> list[Quantity]:
-        return self.summary.quantities_of[self.summary.sentence_of[self.first]]
+    def __post_init__(self) -> None:
+        text = self.summary
+        phrase: list[int] = []
+        for index in range(self.first, self.last):
+            is_cut = text.words[index] not in _LINKS if not text.stems[index] else False
+            if is_cut or (phrase and text.denied[phrase[-1]] != text.denied[index]):
+                phrase = []
+            if text.stems[index]:
+                self.phrases += [] if phrase else [phrase]
+                phrase.append(index)
+
+    def heads(self, excluded) -> Iterator[tuple[int, int]]:
+        """(first word, last telling word) of each phrase that has one."""
+        words = self.summary.words
+        for phrase in self.phrases:
+            telling = [i for i in phrase if is_telling(words[i]) and words[i] not in excluded]
+            if telling:
+                yield phrase[0], telling[-1]
 
     def finding(
         self, kind: str, first: int, last: int, weight: float, place: tuple[int, int] | None = None
     ) -> Finding:
         """The summary's tokens first..last; place: the note's tokens that say otherwise."""
         start, end = self.summary.spans[first][0], self.summary.spans[last][1]
-        says = self.summary.text[start:end]
-        if place is None:
-            return Finding(kind, start, end, says, weight=weight)
-        note_start, note_end = self.note.text.spans[place[0]][0], self.note.text.spans[place[1]][1]
-        note_says = self.note.text.text[note_start:note_end]
-        return Finding(kind, start, end, says, note_says, note_start, note_end, weight)
+        finding = Finding(kind, start, end, self.summary.text[start:end], weight=weight)
+        if place is not None:
+            text = self.note.text
+            finding.note_start, finding.note_end = text.spans[place[0]][0], text.spans[place[1]][1]
+            finding.note_says = text.text[finding.note_start : finding.note_end]
+        return finding
 
 
 def marker_findings(sentence: Sentence) -> Iterator[Finding]:
     """Sides, times, relatives, directions: not those that stand at this place in the note."""
-    for kind, found in sentence.summary.markers.items():
-        for index, value in found:
-            if not sentence.first <= index < sentence.last:
+    note = sentence.note
+    for marker, found in sentence.summary.markers.items():
+        kind, weight = _MARKERS[marker]
+        places, values = note.markers.get(marker, ((), ()))
+        begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
+        for index, value in found[begin:end]:
+            if value == "bilateral":
                 continue
-            note_values = {other for _, other in sentence.note.text.markers.get(kind, [])}
-            if kind == "side" and value == "bilateral":
+            scores = note.affinities(sentence.summary, index, places)
+            same = max((score for n, score in scores.items() if values[n] == value), default=0.0)
+            others = [(score, n) for n, score in scores.items() if values[n] not in (value, "bilateral")]
+            lead, number = max(others, default=(0.0, -1))
+            place = (places[number], places[number]) if others else None
+            if (marker, value) in note.values:
+                factor, margin = (1.0, 0.05) if marker == "side" else (1.3, 0.1)
+                if lead > factor * same + margin:
+                    yield sentence.finding(kind, index, index, 0.8 * weight, place)
+            elif marker == "kin" and _may_be_said_otherwise(note, value, lead):
                 continue
-            votes = sentence.note.votes(sentence.summary, index, kind)
-            same = max((score for score, _, other in votes if other == value), default=0.0)
-            votes = [vote for vote in votes if vote[2] not in (value, "bilateral")]
-            other = max(votes, default=(0.0, 0, ""))
-            weight = _WEIGHTS.get(kind, 0.7)
-            if value not in note_values:
-                general = GENERAL_KIN.keys() & sentence.note.words if kind == "kin" else ()
-                if (
-                    any(value in GENERAL_KIN[word] for word in general)
-                    and other[0] < 0.5
-                    or value in _DISTANT_KIN
-                ):
-                    continue
-                if other[0] > 0.15:
-                    yield sentence.finding(MARKER_KINDS[kind], index, index, weight, (other[1], other[1]))
-                elif _is_needed(sentence, kind):
-                    yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.7)
-            elif other[0] > (1.0 if kind == "side" else 1.3) * same + (0.05 if kind == "side" else 0.1):
-                yield sentence.finding(MARKER_KINDS[kind], index, index, weight * 0.8, (other[1], other[1]))
+            elif lead > 0.15:
+                yield sentence.finding(kind, index, index, weight, place)
+            elif _would_be_there(note, marker):
+                yield sentence.finding(kind, index, index, 0.7 * weight)
 
 
-def _is_needed(sentence: Sentence, kind: str) -> bool:
+def _may_be_said_otherwise(note: NotePlaces, relative: str, lead: float) -> bool:
+    """ "My parents", "my dad's brother"."""
+    is_general = any(relative in GENERAL_KIN[word] for word in GENERAL_KIN.keys() & note.words)
+    return (is_general and lead < 0.5) or relative in _DISTANT_KIN
+
+
+def _would_be_there(note: NotePlaces, marker: str) -> bool:
     """Whether a note would hold such a word at all, if it were true."""
-    if kind == "side":
-        return "side" in sentence.note.text.markers or not sentence.note.has_sides
-    is_kin = kind == "kin" and "kin" in sentence.note.text.markers and not sentence.note.relative_speaks
-    return is_kin or kind in ("weekday", "month")
+    if marker == "kin":
+        return "kin" in note.markers and not note.relative_speaks
+    return marker in ("weekday", "month") or (marker == "side" and not note.may_hold_sides)
 
 
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Numbers that the note lacks, has with another unit, or has elsewhere."""
-    note = sentence.note
-    for quantity in sentence.quantities():
-        if quantity.is_implied:
-            continue
-        word = sentence.summary.words[quantity.index]
-        # Counts in words, as in "two different things", say little; nor does O2 hold a number
-        is_count = word.isalpha() and max(quantity.values) <= 3 and not quantity.unit
-        if is_count or max(quantity.values) == 0 or _follows_letter(sentence.summary, quantity.index):
+    note, text = sentence.note, sentence.summary
+    begin, end = (
+        bisect_left(text.quantities, i, key=lambda q: q.index) for i in (sentence.first, sentence.last)
+    )
+    quantities = text.quantities[begin:end]
+    stated = Counter(value for quantity in quantities for value in quantity.values)
+    for quantity in quantities:
+        if quantity.is_implied or _is_no_claim(text, quantity):
             continue
         found = note.quantities.matches(quantity)
-        kind = "time" if quantity.unit and quantity.unit[1] == "time" else "number"
+        is_time = quantity.unit is not None and quantity.unit[0] == "time"
         span = (quantity.index, quantity.last)
-        scores = _quantity_scores(sentence, quantity)
+        scores = _rivals(sentence, quantity)
         if not found:
-            rival = max(scores, key=lambda pair: pair[0], default=(0.0, None))
-            place = (rival[1].index, rival[1].last) if rival[0] > 0.2 else None
-            yield sentence.finding(kind, *span, 2.0, place)
+            score, rival = max(scores, key=lambda pair: pair[0], default=(0.0, quantity))
+            place = (rival.index, rival.last) if score > 0.2 else None
+            yield sentence.finding("time" if is_time else "number", *span, 2.0, place)
             continue
         # The same value with another unit does not count
-        sizes = {id(other) for other in note.quantities.converted(quantity)}
-        agreeing = {id(other) for other in found if not (quantity.unit and other.unit) or id(other) in sizes}
-        if any(other.is_implied and (other.unit or not quantity.unit) for other in found):
-            continue
-        own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
-        # A rival that the sentence states as well, as in "5 to 10 days", is no rival
-        stated = {value for other in sentence.quantities() if other is not quantity for value in other.values}
-        others = [pair for pair in scores if id(pair[1]) not in agreeing and not pair[1].values & stated]
-        score, rival = max(others, key=lambda pair: pair[0], default=(0.0, None))
+        agreeing = {id(other) for other in found if not (quantity.unit and other.unit)}
+        agreeing |= {id(other) for other in note.quantities.converted(quantity)}
         if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
-            yield sentence.finding("time" if kind == "time" else "unit", *span, 2.0, place)
-        elif score > 1.2 * own + 0.2 and not quantity.is_age:
-            weight = min(2.0, 0.4 + score - 1.2 * own)
-            yield sentence.finding(
-                kind if kind == "time" else "misplaced", *span, weight, (rival.index, rival.last)
-            )
+            yield sentence.finding("time" if is_time else "unit", *span, 2.0, place)
+        elif quantity.is_age or any(
+            other.is_implied and (other.unit or not quantity.unit) for other in found
+        ):
+            continue
+        else:
+            own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
+            # A rival that the sentence states as well, as in "5 to 10 days", is no rival
+            free = [
+                (score, other)
+                for score, other in scores
+                if id(other) not in agreeing
+                and not any(stated[v] > (v in quantity.values) for v in other.values)
+            ]
+            score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
+            lead = score - 1.2 * own
+            if lead > 0.2:
+                kind = "time" if is_time else "misplaced"
+                yield sentence.finding(kind, *span, min(2.0, 0.4 + lead), (rival.index, rival.last))
 
 
-def _follows_letter(text: Text, index: int) -> bool:
-    attached = index and text.spans[index - 1][1] == text.spans[index][0]
-    return bool(attached and text.words[index - 1] in ("o", "co", "spo", "sao", "po", "pco", "fio", "hco"))
+def _is_no_claim(text: Text, quantity: Quantity) -> bool:
+    """ "Two different things", "no (0)", the 2 of O2."""
+    index = quantity.index
+    largest = max(quantity.values)
+    is_attached = index > 0 and text.spans[index - 1][1] == text.spans[index][0]
+    is_count = text.words[index].isalpha() and largest <= 3 and not quantity.unit
+    return is_count or largest == 0 or (is_attached and text.words[index - 1] in _GASES)
 
 
-def _quantity_scores(sentence: Sentence, quantity: Quantity) -> list[tuple[float, Quantity]]:
+def _rivals(sentence: Sentence, quantity: Quantity) -> list[tuple[float, Quantity]]:
     """The note's quantities of this sort, with how strongly the words around this one point to them."""
-    quantities = sentence.note.text.quantities
-    scores = sentence.note.affinities(sentence.summary, quantity.index, [other.index for other in quantities])
-    unit = quantity.unit and quantity.unit[0]
-    return [
-        # One with the same unit is the likelier counterpart
-        (
-            score * (1.3 if unit and quantities[n].unit and quantities[n].unit[0] == unit else 1.0),
-            quantities[n],
-        )
-        for n, score in scores.items()
-        if _comparable(quantity, quantities[n])
-    ]
-
-
-def _comparable(first: Quantity, second: Quantity) -> bool:
-    if (
-        second.is_implied
-        or bool(first.ratio) != bool(second.ratio)
-        or (first.clock is None) != (second.clock is None)
-    ):
-        return False
-    return not (first.unit and second.unit) or first.unit[1] == second.unit[1]
-
-
-def phrases(sentence: Sentence) -> list[list[int]]:
-    """The content words of a sentence, cut at punctuation and where another word's scope begins."""
-    found: list[list[int]] = [[]]
-    text = sentence.summary
-    for index in range(sentence.first, sentence.last):
-        if text.stems[index]:
-            last = found[-1]
-            if last and text.denied[last[-1]] != text.denied[index]:
-                found.append([])
-            found[-1].append(index)
-        elif text.words[index] not in ("of", "the", "a", "in", "-", "her", "his") and found[-1]:
-            found.append([])
-    return [phrase for phrase in found if phrase]
+    index = sentence.note.quantities
+    found = []
+    for number, score in sentence.note.affinities(sentence.summary, quantity.index, index.indices).items():
+        other = index.quantities[number]
+        is_other_form = other.is_implied or bool(other.whole) != bool(quantity.whole)
+        is_other_unit = other.unit and quantity.unit and other.unit[0] != quantity.unit[0]
+        if not is_other_form and not is_other_unit:
+            # One with the same unit is the likelier counterpart
+            found.append((score * (1.3 if quantity.unit and other.unit == quantity.unit else 1.0), other))
+    return found
 
 
 def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
-    for phrase in phrases(sentence):
-        words = sentence.summary.words
-        heads = [index for index in phrase if is_telling(words[index]) and words[index] not in NEGATIONS]
-        found = _other_polarity(sentence, heads[-1]) if heads else None
-        if found:
-            place, weight = found
-            yield sentence.finding("negation", phrase[0], heads[-1], weight, (max(0, place - 2), place))
+    for first, head in sentence.heads(NEGATIONS):
+        place, weight = _other_polarity(sentence, head)
+        if weight:
+            yield sentence.finding("negation", first, head, weight, (max(0, place - 2), place))
 
 
-def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float] | None:
-    """(place in the note, weight) if the note denies what the summary affirms there, or the other way round."""
+def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float]:
+    """(place in the note, weight > 0) if the note denies what the summary affirms, or the other way round."""
     note, text = sentence.note, sentence.summary
     places = note.of(text.stems[head])
-    if not places:
-        return None
-    denied = text.denied[head]
-    scores = note.affinities(text, head, places)
+    scores = note.affinities(text, head, places) if places else {}
+    number = max(range(len(places)), key=lambda n: scores.get(n, 0.0), default=None)
+    if number is None:
+        return 0, 0.0
+    denied, best, score = text.denied[head], places[number], scores.get(number, 0.0)
     agreeing = [n for n, place in enumerate(places) if note.text.denied[place] in (None, denied)]
-    number = max(range(len(places)), key=lambda n: scores.get(n, 0.0))
-    best, score = places[number], scores.get(number, 0.0)
     own = max((scores.get(n, 0.0) for n in agreeing), default=0.0)
-    if number in agreeing or agreeing and own * 1.5 + 0.3 > score:
-        return None
-    # What negates without a scope of its own: "unable to", "no" farther away
-    if _near(note.text if denied else text, best if denied else head, NEGATIONS) is not None:
-        return None
-    if (
-        _near(note.text, best, SELF_NEGATING, 8) is not None
-        or _near(text, head, SELF_NEGATING, 8) is not None
-    ):
-        return None
     # The word alone is not enough where it is affirmed, or denied by the answer to a question
     is_question = note.text.words[note.text.ranges[note.text.sentence_of[best]][1] - 1] == "?"
-    if score < 0.1 and (denied or is_question) and sentence.last - sentence.first > 8:
-        return None
+    is_alone = score < 0.1 and (denied or is_question) and sentence.last - sentence.first > 8
+    if number in agreeing or (agreeing and own * 1.5 + 0.3 > score) or is_alone:
+        return best, 0.0
+    # What negates without a scope of its own: "unable to", "no" farther away
+    negated = _near(note.text, best, NEGATIONS, 10) if denied else _near(text, head, NEGATIONS, 10)
+    negating = [_near(note.text, best, SELF_NEGATING, 8), _near(text, head, SELF_NEGATING, 8)]
+    if any(at is not None for at in (negated, *negating)):
+        return best, 0.0
     return best, 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
 
 
-def _near(text: Text, index: int, words: frozenset, reach: int = 10) -> int | None:
-    """The nearest of certain words in the sentence of a token, None if there is none."""
+def _near(text: Text, index: int, words: frozenset, reach: int) -> int | None:
+    """The nearest of certain words in the clause of a token, or next to it, None if there is none."""
     first, last = text.ranges[text.sentence_of[index]]
     found = [
         at
         for at in range(max(first, index - reach), min(last, index + reach + 1))
-        if text.clauses[at] == text.clauses[index] or abs(at - index) <= 3 and words is SOFT
-        if text.words[at] in words or words is NEGATIONS and text.words[at].endswith("n't")
+        if text.words[at] in words
+        and (text.clauses[at] == text.clauses[index] or (words is SOFT and abs(at - index) < 4))
     ]
     return min(found, key=lambda at: abs(at - index), default=None)
 
@@ -262,59 +246,42 @@ def _near(text: Text, index: int, words: frozenset, reach: int = 10) -> int | No
 def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
     """What the note calls possible, or ties to a condition, and the summary states; one finding for a hedge."""
     note, text = sentence.note, sentence.summary
-    used: dict[int, list[int]] = {}
+    hedged: dict[int, list[int]] = {}
     for index in range(sentence.first, sentence.last):
-        if not is_telling(text.words[index]) or text.words[index] in SOFT:
+        places = note.of(text.stems[index]) if is_telling(text.words[index]) else []
+        if not places or text.words[index] in SOFT:
             continue
-        places = note.of(text.stems[index])
         scores = note.affinities(text, index, places)
         best = max(scores, key=scores.get, default=0)
-        if not places or scores.get(best, 0) < 0.25 and len(places) > 1:
+        if scores.get(best, 0) < 0.25 and len(places) > 1:
             continue
         hedge = _near(note.text, places[best], HEDGES, 4)
         condition = _near(note.text, places[best], CONDITIONS, 7)
         if hedge is None and condition is not None and condition > places[best]:
             hedge = condition
         if hedge is not None:
-            used.setdefault(hedge, []).append(index)
-    for hedge, indices in used.items():
+            hedged.setdefault(hedge, []).append(index)
+    for hedge, indices in hedged.items():
         if all(_near(text, index, SOFT, 8) is None for index in indices):
             yield sentence.finding("certainty", indices[0], indices[-1], 1.6, (hedge, hedge))
 
 
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
-    """A relative's illness given to the patient, or the patient's to a relative."""
+    """A relative's illness given to the patient; "he" for a woman."""
     note, text = sentence.note, sentence.summary
-    for phrase in phrases(sentence) if not note.relative_speaks else ():
-        heads = [i for i in phrase if is_telling(text.words[i]) and text.words[i] not in KIN]
-        for head in heads[-1:]:
-            places = note.of(text.stems[head])
-            if not places or len(places) > 3:
-                continue
-            holders = {note.text.kin[place] for place in places}
-            if not text.kin[head] and "" not in holders and not _kin_before(text, head, sentence.first):
-                yield sentence.finding("person", phrase[0], head, 1.4, (places[0], places[0]))
-
-
-def gender_findings(sentence: Sentence) -> Iterator[Finding]:
-    """ "He" for a woman, where no relative was named."""
-    text, is_male = sentence.summary, sentence.note.is_male
-    if is_male is None or any(word in KIN or word in GENERAL_KIN for word in text.words[: sentence.last]):
+    for first, head in sentence.heads(KIN) if not note.relative_speaks else ():
+        places = note.of(text.stems[head])
+        beside = text.words[max(sentence.first, head - 10) : head + 4]
+        is_family = any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in beside)
+        if 0 < len(places) <= 3 and not is_family and all(note.text.kin[place] for place in places):
+            yield sentence.finding("person", first, head, 1.4, (places[0], places[0]))
+    if note.is_male is None or text.named_relative < sentence.last:
         return
-    wrong = _FEMALE if is_male else _MALE
-    for index in range(sentence.last):
+    wrong = _FEMALE if note.is_male else _MALE
+    for index in range(sentence.first, sentence.last):
         if text.words[index] in wrong:
-            if index < sentence.first:
-                return
             yield sentence.finding("person", index, index, 1.5)
             return
-
-
-def _kin_before(text: Text, index: int, first: int) -> bool:
-    return any(
-        word in KIN or word in GENERAL_KIN or word in _FAMILY
-        for word in text.words[max(first, index - 10) : index + 4]
-    )
 
 
 def drug_findings(
@@ -324,18 +291,11 @@ def drug_findings(
     text = sentence.summary
     for index in range(sentence.first, sentence.last):
         word = text.words[index]
-        if not is_telling(word) or word in _CLASSES or len(word) < 5 or sentence.note.has(text, index):
+        if not is_telling(word) or word in _NO_DRUGS or len(word) < 5 or sentence.note.has(text, index):
             continue
         name = generic_name(word) if generic_name else word if _DRUG.fullmatch(word) else None
         if name and name not in note_drugs:
             yield sentence.finding("drug", index, index, 2.0)
 
 
-RULES = (
-    gender_findings,
-    marker_findings,
-    quantity_findings,
-    polarity_findings,
-    certainty_findings,
-    person_findings,
-)
+RULES = (marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)
