@@ -1,16 +1,16 @@
 """Is it true? Compares every sentence of a summary with its note, by rules that can be read and explained.
 
-Three things are compared. *Place*: for a side, a number, a time, a relative, the content words around it point to
-places in the note; what stands there must be the same (that the note holds it somewhere says little). *What holds*
-for a word: denied or not, certain or not, the patient's or a relative's. *Wording*: words that the note lacks, words
-joined that the note keeps apart, breaks between runs of the note's words. Each sentence gets one sum, its risk; a
-summary's risk is the sum over its sentences. Time is linear in the length of both texts.
+Three things are compared. *Place*: for a side, a number, a time, a relative, the content words around it
+point to places in the note; what stands there must be the same (that the note holds it somewhere says little).
+*What holds* for a word: denied or not, certain or not, the patient's or a relative's. *Wording*: words that
+the note lacks, words joined that it keeps apart, breaks between runs of its words. Each sentence gets one sum,
+its risk; a summary's risk is the sum over its sentences. Time is linear in the length of both texts.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sft.grounding.citations import cited_sentence_numbers
@@ -24,6 +24,7 @@ FLAG_THRESHOLD = 1.55
 TRAINING_THRESHOLD = 2.3
 
 _MISSING = 0.3  # for a word that the note lacks
+_MISSING_REPORT = 0.02  # ... if it is one of those with which every summary reports
 _MISSING_VERB = 0.12  # ... if it looks like a verb
 _GAP = 0.1  # for two words joined that the note keeps apart
 _BREAK = 0.008  # for two words that do not follow each other in the note
@@ -151,6 +152,8 @@ class PreparedNote:
                 before = index
             elif is_telling(word):
                 missing.append(index)
+            else:
+                risk += _MISSING_REPORT
         findings += _missing(sentence, missing)
         risk += _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
         return findings, risk
@@ -174,7 +177,6 @@ class PreparedNote:
     def _citation_findings(self, model_summary: str, summary: Text) -> list[Finding]:
         """Citations whose sentences hold few of the claim's words that the note has, or do not exist."""
         findings = []
-        claim_start = 0
         position = 0
         for match in _CITED.finditer(model_summary):
             numbers = {number - 1 for number in cited_sentence_numbers(match.group())}

@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_left
+from itertools import pairwise
 
 from sft.grounding.quantities import QuantityIndex
 from sft.grounding.reading import KIN, Text
@@ -108,7 +109,7 @@ def _is_male(note: str) -> bool | None:
 def pairs(text: Text, first: int, last: int) -> list[tuple[str, str]]:
     """Neighboring words, by their stems, punctuation left out."""
     words = [text.stems[i] or text.words[i] for i in range(first, last) if text.words[i][-1].isalnum()]
-    return list(zip(words, words[1:]))
+    return list(pairwise(words))
 
 
 def _initials(text: Text, first: int, last: int) -> dict[str, list[int]]:
@@ -126,7 +127,7 @@ def _initials(text: Text, first: int, last: int) -> dict[str, list[int]]:
 
 
 def _neighbors(text: Text, index: int) -> list[tuple[float, str, bool]]:
-    """(weight, stem, whether it follows) of the content words around a word of a sentence, nearer ones weighing more."""
+    """(weight, stem, whether it follows) of the content words around a word, nearer ones weighing more."""
     found = []
     first, last = text.ranges[text.sentence_of[index]]
     for around in (range(index - 1, max(first, index - 40) - 1, -1), range(index + 1, min(last, index + 41))):

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sft.grounding.words import LEXICON
 
@@ -134,7 +135,7 @@ def _readings(digits: str) -> set[float]:
 
 
 def _read_words(words: list[str], index: int) -> Quantity | None:
-    """ "one twenty two" -> 122; "nineteen ninety two" -> 1992; "two and a half" -> 2.5; "six point five" -> 6.5."""
+    """ "one twenty two" -> 122; "two and a half" -> 2.5; "nineteen ninety two" -> 1992; "six point five"."""
     pieces: list[float] = []
     decimals: str | None = None
     last = index
@@ -200,7 +201,7 @@ def _is_span(words: list[str], index: int) -> bool:
 
 def _join(words: list[str], quantities: list[Quantity]) -> list[Quantity]:
     """ "130 over 80" is a ratio; in "5 to 7 days" the 5 has the unit of the 7."""
-    for first, second in zip(quantities, quantities[1:]):
+    for first, second in pairwise(quantities):
         between = words[first.last + 1 : second.index][:3]
         if words[second.index] == "1/2" and between in ([], ["-"]):
             first.values = frozenset(value + 0.5 for value in first.values)

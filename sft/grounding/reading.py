@@ -1,4 +1,4 @@
-"""Reads a text once: its words with what holds for each of them (denied, whose), its markers, its quantities."""
+"""Reads a text once: its words with what holds for each of them (denied, whose), its markers, its numbers."""
 
 import re
 from itertools import accumulate
@@ -23,7 +23,7 @@ GENERAL_KIN = {
     }.items()
     for general in words.split()
 }
-# {word: (kind of marker, value)}: a summary's marker must be the one that stands at the same place of the note
+# {word: (kind of marker, value)}: a summary's marker must be the one that stands at this place of the note
 MARKERS = {
     word: (name.removeprefix("marker "), value)
     for name in LEXICON
@@ -124,7 +124,7 @@ class Text:
             self.kin[index] = holder
 
     def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:
-        """Whether what was denied from `trigger` on ends here, after `n_denied` content words of this item."""
+        """Whether what was denied from `trigger` on ends here; `n_denied`: content words of this item so far."""
         word = self.words[index]
         # Of each item of a list, three words and no more
         if word in ".;:!?(" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
@@ -133,7 +133,7 @@ class Text:
             return index > trigger + 2 and self.words[index - 1] not in _TROUBLES
         # "does not drink and smokes": the list of a verb ends sooner than that of a noun
         is_verb = self.words[trigger] in ("not", "never") or self.words[trigger].endswith("n't")
-        return word == "and" and is_verb or word in (",", "and") and self._is_clause(index + 1, last)
+        return (word == "and" and is_verb) or (word in (",", "and") and self._is_clause(index + 1, last))
 
     def _is_clause(self, first: int, last: int) -> bool:
         """Whether a clause begins here, with a verb or a number, and not the next item of a list."""
@@ -155,7 +155,7 @@ class Text:
             self.denied[before] = True
 
     def _answer_questions(self) -> None:
-        """The words of a question are denied or affirmed by the turn that follows, also those of several in a row."""
+        """The words of a question, or of several in a row, are denied or affirmed by the turn that follows."""
         answer = None
         for number in range(len(self.ranges) - 2, -1, -1):
             first, last = self.ranges[number]
@@ -205,7 +205,7 @@ class Text:
         word = self.words[index]
         following, *rest = [*self.words[index + 1 : index + 3], "."]
         if len(word) == 1:
-            is_noun = following.isalpha() or rest[0] in ("nd", "rd", "th", "st")
+            is_noun = following.isalpha() or "".join(rest[:1]) in ("nd", "rd", "th", "st")
             is_unit = before == "/" or before[-1].isdigit() or following in UNITS
             return self.text[self.spans[index][0]].isupper() and is_noun and not is_unit
         if word == "right":

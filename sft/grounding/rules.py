@@ -1,4 +1,4 @@
-"""The rules: each compares one kind of statement of a summary's sentence with what its note says at that place."""
+"""The rules: each compares one kind of statement of a summary with what its note says at that place."""
 
 import re
 from bisect import bisect_left
@@ -13,8 +13,8 @@ from sft.grounding.words import is_telling, word_set
 
 # {kind of marker: (kind of finding, weight)}
 _MARKERS = {
-    **{kind: ("side", 1.0) for kind in ("level", "aspect", "front", "reach")},
-    **{kind: ("time", 0.7) for kind in ("when", "period", "shift")},
+    **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.0)),
+    **dict.fromkeys(("when", "period", "shift"), ("time", 0.7)),
     **{"side": ("side", 2.0), "kin": ("person", 2.0), "weekday": ("time", 2.0), "month": ("time", 1.5)},
     **{"order": ("time", 1.0), "result": ("negation", 0.7), "change": ("misplaced", 0.7)},
     "course": ("misplaced", 0.7),
@@ -244,7 +244,7 @@ def _near(text: Text, index: int, words: frozenset, reach: int) -> int | None:
 
 
 def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
-    """What the note calls possible, or ties to a condition, and the summary states; one finding for a hedge."""
+    """What the note calls possible, or ties to a condition, and the summary states. One finding a hedge."""
     note, text = sentence.note, sentence.summary
     hedged: dict[int, list[int]] = {}
     for index in range(sentence.first, sentence.last):

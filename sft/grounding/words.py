@@ -1,7 +1,7 @@
 """Words of clinical English: tokens, stems, content words, English or not; the lists are in lexicon.txt.
 
-A stem stands for the forms and the plain synonyms of a word (kidney, renal), so that notes and summaries can be
-compared word by word.
+A stem stands for the forms and the plain synonyms of a word (kidney, renal), so that notes and summaries can
+be compared word by word.
 """
 
 import re
