@@ -1,8 +1,8 @@
 """How well does the check of summaries tell true from false? Figures with 95 % intervals over notes.
 
     python benchmarks/check_quality.py                                 # phase1's test file
-    python benchmarks/check_quality.py --csv A.csv B.csv               # files with labels, rows of a note together
-    python benchmarks/check_quality.py --human mts_dialog/test.csv     # human-written summaries, errors injected
+    python benchmarks/check_quality.py --csv A.csv B.csv  # files with labels
+    python benchmarks/check_quality.py --human mts_dialog/test.csv  # human-written, errors injected
 
 Labels: the columns of phase1_data. For --human, every row counts as true, and one error of each of nine kinds
 that fits is written into a copy of it. Rates are per 100 sentences.

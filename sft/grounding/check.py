@@ -1,10 +1,11 @@
 """Is it true? Compares every sentence of a summary with its note, by rules that can be read and explained.
 
 Three things are compared. *Place*: for a side, a number, a time, a relative, the content words around it
-point to places in the note; what stands there must be the same (that the note holds it somewhere says little).
-*What holds* for a word: denied or not, certain or not, the patient's or a relative's. *Wording*: words that
-the note lacks, words joined that it keeps apart, breaks between runs of its words. Each sentence gets one sum,
-its risk; a summary's risk is the sum over its sentences. Time is linear in the length of both texts.
+point to places in the note; what stands there must be the same (that the note holds it somewhere says
+little). *What holds* for a word: denied or not, certain or not, the patient's or a relative's. *Wording*:
+words that the note lacks, words joined that it keeps apart, breaks between runs of its words. Each sentence
+gets one sum, its risk; a summary's risk is the sum over its sentences. Time is linear in the length of the
+texts.
 """
 
 import math
@@ -20,8 +21,8 @@ from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
 from sft.grounding.words import detect_language, is_content, is_telling
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
-FLAG_THRESHOLD = 1.55
-TRAINING_THRESHOLD = 2.3
+FLAG_THRESHOLD = 1.6
+TRAINING_THRESHOLD = 2.4
 
 _MISSING = 0.3  # for a word that the note lacks
 _MISSING_REPORT = 0.02  # ... if it is one of those with which every summary reports

@@ -68,6 +68,10 @@ class Quantity:
     is_age: bool = False
     is_implied: bool = False  # "twice", "a week": supports a number, is not checked itself
 
+    def readings(self) -> list:
+        """What stands for it where one is compared with another."""
+        return [self.whole] if self.whole else list(self.values)
+
 
 def find_quantities(words: list[str], gaps: list[bool]) -> list[Quantity]:
     """All quantities among the tokens of a text (lower case); gaps[i]: white space stands before token i."""

@@ -124,7 +124,7 @@ class Text:
             self.kin[index] = holder
 
     def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:
-        """Whether what was denied from `trigger` on ends here; `n_denied`: content words of this item so far."""
+        """Whether what was denied from `trigger` on ends here, after `n_denied` words of this item."""
         word = self.words[index]
         # Of each item of a list, three words and no more
         if word in ".;:!?(" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
@@ -155,7 +155,7 @@ class Text:
             self.denied[before] = True
 
     def _answer_questions(self) -> None:
-        """The words of a question, or of several in a row, are denied or affirmed by the turn that follows."""
+        """The words of a question, or of several, are denied or affirmed by the turn that follows."""
         answer = None
         for number in range(len(self.ranges) - 2, -1, -1):
             first, last = self.ranges[number]

@@ -137,7 +137,7 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
         bisect_left(text.quantities, i, key=lambda q: q.index) for i in (sentence.first, sentence.last)
     )
     quantities = text.quantities[begin:end]
-    stated = Counter(value for quantity in quantities for value in quantity.values)
+    stated = Counter(key for quantity in quantities for key in quantity.readings())
     for quantity in quantities:
         if quantity.is_implied or _is_no_claim(text, quantity):
             continue
@@ -167,7 +167,7 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
                 (score, other)
                 for score, other in scores
                 if id(other) not in agreeing
-                and not any(stated[v] > (v in quantity.values) for v in other.values)
+                and not any(stated[key] > (key in quantity.readings()) for key in other.readings())
             ]
             score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
             lead = score - 1.2 * own
