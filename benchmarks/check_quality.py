@@ -5,7 +5,7 @@
     python benchmarks/check_quality.py --human mts_dialog/test.csv  # human-written, errors injected
 
 Labels: the columns of phase1_data. For --human, every row counts as true, and one error of each of nine kinds
-that fits is written into a copy of it. Rates are per 100 sentences.
+that fits is written into a copy of it, and in one more copy two words of different sentences are exchanged. Rates are per 100 sentences.
 """
 
 import argparse
@@ -24,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 
 from sft.grounding import PreparedNote
 from sft.grounding.check import FLAG_THRESHOLD, TRAINING_THRESHOLD
-from sft.grounding.sentences import split_sentences
+from sft.grounding.sentences import sentence_spans, split_sentences
+from sft.grounding.words import content_stems, is_telling, stem
 
 KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
 DRUGS = "metformin lisinopril amoxicillin omeprazole atorvastatin prednisone warfarin gabapentin sertraline".split()
@@ -76,6 +77,25 @@ def swap(summary: str, words: dict[str, str], chance: random.Random) -> str | No
     return summary[: match.start()] + words[match.group().lower()] + summary[match.end() :]
 
 
+def exchange(note: str, summary: str, chance: random.Random) -> str | None:
+    """The summary with two words of different sentences exchanged, both of which the note has."""
+    sentences = [summary[start:end] for start, end in sentence_spans(summary)]
+    known = set(content_stems(note))
+    words = [
+        (number, word)
+        for number, sentence in enumerate(sentences)
+        for word in re.findall(r"(?<= )[a-z]{4,}(?=[ ,.])", sentence)
+        if is_telling(word) and stem(word) in known
+    ]
+    couples = [(a, b) for a in words for b in words if a[0] < b[0] and stem(a[1]) != stem(b[1])]
+    if not couples:
+        return None
+    (first, one), (second, other) = chance.choice(couples)
+    sentences[first] = re.sub(rf"\b{one}\b", other, sentences[first], count=1)
+    sentences[second] = re.sub(rf"\b{other}\b", one, sentences[second], count=1)
+    return " ".join(sentences)
+
+
 def inject(kind: str, note: str, summary: str, chance: random.Random) -> str | None:
     """The summary with one error of a kind, None if it holds nothing that could be wrong in this way."""
     if kind in ("side", "time", "person", "unit", "negation dropped"):
@@ -104,12 +124,15 @@ def inject(kind: str, note: str, summary: str, chance: random.Random) -> str | N
         return summary[: match.start()] + chance.choice(drugs) + summary[match.end() :]
     if kind == "negation added":
         return swap(summary, {"has": "has no", "is": "is not", "was": "was not", "had": "had no"}, chance)
+    if kind == "fused":
+        return exchange(note, summary, chance)
     phrase = chance.choice(FABRICATED.split("|"))
     end = re.search(r"[.!?]?\s*$", summary).start()
     return f"{summary[:end]}, {phrase}{summary[end:]}"
 
 
 INJECTED = [
+    "fused",
     "number",
     "unit",
     "drug",
