@@ -1,11 +1,12 @@
 """How well does the check of summaries tell true from false? Figures with 95 % intervals over notes.
 
     python benchmarks/check_quality.py                                 # phase1's test file
-    python benchmarks/check_quality.py --csv A.csv B.csv  # files with labels
-    python benchmarks/check_quality.py --human mts_dialog/test.csv  # human-written, errors injected
+    python benchmarks/check_quality.py --csv A.csv B.csv               # files with labels
+    python benchmarks/check_quality.py --human mts_dialog/test.csv     # human-written, errors injected
 
 Labels: the columns of phase1_data. For --human, every row counts as true, and one error of each of nine kinds
-that fits is written into a copy of it, and in one more copy two words of different sentences are exchanged. Rates are per 100 sentences.
+that fits is written into a copy of it; in one more copy, words of two sentences are exchanged. Rates are per
+100 sentences.
 """
 
 import argparse

@@ -21,13 +21,13 @@ from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
 from sft.grounding.words import detect_language, is_content, is_telling
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
-FLAG_THRESHOLD = 1.6
-TRAINING_THRESHOLD = 2.4
+FLAG_THRESHOLD = 1.65
+TRAINING_THRESHOLD = 2.45
 
 _MISSING = 0.3  # for a word that the note lacks
 _MISSING_REPORT = 0.02  # ... if it is one of those with which every summary reports
 _MISSING_VERB = 0.12  # ... if it looks like a verb
-_GAP = 0.1  # for two words joined that the note keeps apart
+_GAP = 0.15  # for two words joined that the note keeps apart
 _BREAK = 0.008  # for two words that do not follow each other in the note
 _TELLING = 0.5  # the weight of a finding that says something of itself
 _NEAR = 6  # tokens
