@@ -15,7 +15,7 @@ from sft.grounding.words import is_telling, word_set
 _MARKERS = {
     **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.0)),
     **dict.fromkeys(("when", "period", "shift"), ("time", 0.7)),
-    **{"side": ("side", 2.0), "kin": ("person", 2.0), "weekday": ("time", 2.0), "month": ("time", 1.5)},
+    **{"side": ("side", 2.2), "kin": ("person", 2.2), "weekday": ("time", 2.2), "month": ("time", 1.5)},
     **{"order": ("time", 1.0), "result": ("negation", 0.7), "change": ("misplaced", 0.7)},
     "course": ("misplaced", 0.7),
 }
@@ -263,7 +263,7 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
             hedged.setdefault(hedge, []).append(index)
     for hedge, indices in hedged.items():
         if all(_near(text, index, SOFT, 8) is None for index in indices):
-            yield sentence.finding("certainty", indices[0], indices[-1], 1.6, (hedge, hedge))
+            yield sentence.finding("certainty", indices[0], indices[-1], 1.7, (hedge, hedge))
 
 
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
@@ -280,7 +280,7 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
     wrong = _FEMALE if note.is_male else _MALE
     for index in range(sentence.first, sentence.last):
         if text.words[index] in wrong:
-            yield sentence.finding("person", index, index, 1.5)
+            yield sentence.finding("person", index, index, 1.7)
             return
 
 
