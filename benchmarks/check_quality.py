@@ -271,8 +271,9 @@ def main() -> None:
     parser.add_argument("--csv", nargs="+", default=[str(ROOT / "phase1_data/sft/test_set_processed.csv")])
     parser.add_argument("--human", nargs="+", help="files of human-written summaries; --csv is not read then")
     parser.add_argument("--first", type=int, help="only this many rows")
+    parser.add_argument("--skip", type=int, default=0, help="leave out this many rows at the start")
     arguments = parser.parse_args()
-    rows = read(arguments.human or arguments.csv)[: arguments.first]
+    rows = read(arguments.human or arguments.csv)[arguments.skip :][: arguments.first]
     (human if arguments.human else labeled)(rows)
 
 

@@ -32,6 +32,7 @@ MARKERS = {
 }
 _SELF = frozenset("he she his her i my patient".split())
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
+_OR = frozenset(("or", "nor"))
 _SEPARATORS = frozenset(", or and nor /".split())
 _QUESTIONS = [[verb, subject] for verb in "do have are did has does is".split() for subject in ("you", "any")]
 _AFTER_NOUN, _END, _PREPOSITIONS = (
@@ -129,11 +130,14 @@ class Text:
         # Of each item of a list, three words and no more
         if word in ".;:!?(" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
             return True
-        if word in _END:
-            return index > trigger + 2 and self.words[index - 1] not in _TROUBLES
-        # "does not drink and smokes": the list of a verb ends sooner than that of a noun
+        if word in _END or (n_denied and word in _FINITE):
+            return n_denied > 0 and self.words[index - 1] not in _TROUBLES
+        if word not in (",", "and"):
+            return False
+        # "does not drink, and smokes": the list of a verb ends sooner than that of a noun
         is_verb = self.words[trigger] in ("not", "never") or self.words[trigger].endswith("n't")
-        return (word == "and" and is_verb) or (word in (",", "and") and self._is_clause(index + 1, last))
+        is_list = word == "," and _OR & set(self.words[index + 1 : min(last, index + 9)])
+        return (is_verb and not is_list) or self._is_clause(index + 1, last)
 
     def _is_clause(self, first: int, last: int) -> bool:
         """Whether a clause begins here, with a verb or a number, and not the next item of a list."""
@@ -143,7 +147,8 @@ class Text:
                 return True
             if word in ",.;" or (word in _SEPARATORS and at > first):
                 return False
-            if word in _FINITE or word[0].isdigit() or word in KIN:
+            is_verb = word in _FINITE or (at > first and word.endswith("ed"))
+            if is_verb or word[0].isdigit() or word in KIN:
                 return True
         return False
 
