@@ -56,6 +56,8 @@ TRUE = [
     ),
     (CLINIC, "Metoprolol 50 mg BD. Hb 11.2, platelets 180."),
     (DIALOGUE, "Cough for 122 days, no chest pain. BP 110/70. EKG in July 1995. Rash from penicillin."),
+    ("He is in his eighty second year, up at eleven thirty.", "Age 82, up at 11:30."),
+    ("I have one brother and two half brothers.", "One brother and 2 half-brothers."),
     ("Haloperidol .5 mg nocte", "haloperidol 0.5 mg"),
     ("Metformin 1 g daily for 3/52", "Metformin 1000 mg for three weeks"),
     ("Weight 70 kg. The patient is 5 months pregnant.", "1. Weight 70 kg. 2. Pregnant, 5 months."),

@@ -21,7 +21,7 @@ from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
 from sft.grounding.words import detect_language, is_content, is_telling
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
-FLAG_THRESHOLD = 1.65
+FLAG_THRESHOLD = 1.6
 TRAINING_THRESHOLD = 2.45
 
 _MISSING = 0.3  # for a word that the note lacks

@@ -108,7 +108,10 @@ def _read_digits(words: list[str], index: int, gaps: list[bool]) -> Quantity:
     word = words[index]
     if ":" in word:
         hour, minute = (int(part) for part in re.findall(r"\d{1,4}", word)[:2])
-        return Quantity(index, index, frozenset([float(hour)]), ("clock", (hour * 60 + minute) % 720))
+        # "11:30" may be said "eleven thirty"
+        values = frozenset([float(hour * 100 + minute if minute else hour)])
+        whole = ("clock", (hour * 60 + minute) % 720) if minute < 60 else (float(hour), float(minute))
+        return Quantity(index, index, values, whole)
     if "/" in word:
         parts = tuple(min(_readings(part)) for part in word.split("/"))
         if parts == (1, 2):
@@ -154,10 +157,12 @@ def _read_words(words: list[str], index: int) -> Quantity | None:
             )
             decimals += f"{value:g}".replace(".", "")
             last = position
+        elif value == 0.5 and pieces and words[position - 1] not in ("a", "and"):
+            break
         elif value is not None:
             _add_piece(pieces, value)
             last = position
-        elif word in _ORDINALS and pieces and pieces[-1] in (20, 30):
+        elif word in _ORDINALS and pieces and pieces[-1] % 10 == 0 < pieces[-1] < 100:
             pieces[-1] += _ORDINALS[word]
             last = position
         elif word not in ("and", "-", "a", "an") or position == index:
@@ -210,7 +215,7 @@ def _join(words: list[str], quantities: list[Quantity]) -> list[Quantity]:
         if words[second.index] == "1/2" and between in ([], ["-"]):
             first.values = frozenset(value + 0.5 for value in first.values)
             first.unit = second.unit
-        if between in (["over"], ["out", "of"]) and not first.whole and not second.whole:
+        if between in (["over"], ["by"], ["out", "of"]) and not first.whole and not second.whole:
             first.whole = (max(first.values), max(second.values))
             first.values |= second.values
         if between in (["to"], ["-"], ["–"], ["or"], ["and"]):
@@ -244,8 +249,8 @@ class QuantityIndex:
             return self._get(*quantity.values) + self.converted(quantity) or self._get(*years)
         found = self._get(whole)
         if whole[0] == "clock":
-            return found or (self._get(*quantity.values) if whole[1] % 60 == 0 else [])
-        if found or min(whole) >= 30:
+            return found or self._get(*quantity.values)
+        if found or 30 <= min(whole) < 1900:
             return found
         # A date or a scale, each part of which may be said in its own way
         parts = [self._get(part, part % 100, 2000 + part, 1900 + part) for part in whole]
