@@ -32,6 +32,8 @@ MARKERS = {
 }
 _SELF = frozenset("he she his her i my patient".split())
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
+_TURNS = frozenset("but however although though except which who".split())
+_OPENINGS = frozenset("a an the her his their she he they then now".split()) | HEDGES
 _OR = frozenset(("or", "nor"))
 _SEPARATORS = frozenset(", or and nor /".split())
 _QUESTIONS = [[verb, subject] for verb in "do have are did has does is".split() for subject in ("you", "any")]
@@ -105,7 +107,7 @@ class Text:
         for index in range(first, last):
             word = self.words[index]
             following = self.words[index + 1] if index + 1 < last else ""
-            if (word in NEGATIONS or word.endswith("n't")) and following != "by":
+            if (word in NEGATIONS or word.endswith("n't")) and following not in ("by", "pressure"):
                 reach = 0 if following == "," else 2 if word in ("non", "free") else 14
                 denied_until, trigger, n_denied = index + reach, index, 0
                 if word in _AFTER_NOUN and following != "for":
@@ -128,10 +130,10 @@ class Text:
         """Whether what was denied from `trigger` on ends here, after `n_denied` words of this item."""
         word = self.words[index]
         # Of each item of a list, three words and no more
-        if word in ".;:!?(" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
+        if word in ".;:!?()" or word in _TURNS or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
             return True
         if word in _END or (n_denied and word in _FINITE):
-            return n_denied > 0 and self.words[index - 1] not in _TROUBLES
+            return any(self.stems[trigger + 1 : index]) and self.words[index - 1] not in _TROUBLES
         if word not in (",", "and"):
             return False
         # "does not drink, and smokes": the list of a verb ends sooner than that of a noun
@@ -141,14 +143,17 @@ class Text:
 
     def _is_clause(self, first: int, last: int) -> bool:
         """Whether a clause begins here, with a verb or a number, and not the next item of a list."""
+        first += self.words[first : first + 1] == ["and"]
+        if _OPENINGS & set(self.words[first : first + 1]):
+            return True
         for at in range(first, min(last, first + 6)):
-            word = self.words[at]
-            if at == first and word in ("a", "an", "the", "possible", "probable"):
-                return True
+            word, following = self.words[at], "".join(self.words[at + 1 : at + 2])
             if word in ",.;" or (word in _SEPARATORS and at > first):
                 return False
-            is_verb = word in _FINITE or (at > first and word.endswith("ed"))
-            if is_verb or word[0].isdigit() or word in KIN:
+            is_participle = word.endswith("ed") and (
+                at > first or following in _PREPOSITIONS or following == "of"
+            )
+            if word in _FINITE or is_participle or word[0].isdigit() or word in KIN:
                 return True
         return False
 
