@@ -83,7 +83,6 @@ class PreparedNote:
         self._note = NotePlaces(clinical_note)
         self._language = detect_language(clinical_note)
         self._generic_name = generic_name
-        self._threshold = FLAG_THRESHOLD
         self._drugs = set(map(generic_name, self._note.words)) if generic_name else set()
 
     def check(self, model_summary: str, threshold: float = FLAG_THRESHOLD) -> Check:
@@ -92,7 +91,6 @@ class PreparedNote:
         text = _CITED.sub(lambda match: " " * len(match.group()), model_summary)
         language = self._language if self._language != "en" else detect_language(text)
         result = Check(language=language)
-        self._threshold = threshold
         summary = Text(text)
         cited = self._citation_findings(model_summary, summary) if language == "en" else []
         for first, last in summary.ranges:
@@ -103,14 +101,14 @@ class PreparedNote:
             if language == "en":
                 start, end = checked.start, checked.end
                 found = [finding for finding in cited if start <= finding.start < end]
-                checked.risk = self._risk(sentence, found)
+                checked.risk = self._risk(sentence, found, threshold)
                 checked.flagged = checked.risk >= threshold
                 result.findings += sorted(found, key=lambda finding: finding.start)
             result.risk += checked.risk
             result.sentences.append(checked)
         return result
 
-    def _risk(self, sentence: Sentence, found: list[Finding]) -> float:
+    def _risk(self, sentence: Sentence, found: list[Finding], threshold: float) -> float:
         """The sum of a sentence; adds the findings that say something of themselves to `found`."""
         for rule in RULES:
             found += rule(sentence)
@@ -124,7 +122,7 @@ class PreparedNote:
         ]
         risk += sum(finding.weight for finding in found + wording)
         # A single word that the note lacks is shown only where nothing else explains a flag
-        is_explained = risk < self._threshold or any(finding.weight >= _TELLING for finding in found)
+        is_explained = risk < threshold or any(finding.weight >= _TELLING for finding in found)
         found += [one for one in wording if one.weight >= _TELLING or not is_explained]
         return risk
 

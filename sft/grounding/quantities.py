@@ -16,6 +16,7 @@ _WORDS |= {word: 10.0 * n for n, word in enumerate(_TENS.split(), 2)}
 _WORDS |= {word[:-1] + "ies": value for word, value in _WORDS.items() if word.endswith("ty")}
 _WORDS |= {
     "hundred": 100.0,
+    "hundreds": 100.0,
     "thousand": 1000.0,
     "half": 0.5,
     "o": 0.0,
@@ -165,10 +166,18 @@ def _read_words(words: list[str], index: int) -> Quantity | None:
         elif word in _ORDINALS and pieces and pieces[-1] % 10 == 0 < pieces[-1] < 100:
             pieces[-1] += _ORDINALS[word]
             last = position
-        elif word not in ("and", "-", "a", "an") or position == index:
+        elif (
+            (
+                word == "and"
+                and not (pieces and pieces[-1] % 100 == 0)
+                and words[position + 1 : position + 2] != ["a"]
+            )
+            or word not in ("and", "-", "a", "an")
+            or position == index
+        ):
             break
     if decimals:
-        pieces = [*pieces[:-1], float(f"{int(pieces[-1]) if pieces else 0}.{decimals}")]
+        pieces = [float("".join(str(int(piece)) for piece in pieces or [0.0]) + f".{decimals}")]
     if pieces in ([], [1.0]):
         return None
     values = set(pieces)
