@@ -111,6 +111,9 @@ def test_citations():
     assert "citation" not in kinds(CLINIC, good)
     assert "citation" in kinds(CLINIC, good.replace("S2", "S6"))
     assert "citation" in kinds(CLINIC, good.replace("S2", "S99"))
+    assert "citation" not in kinds(CLINIC, good.replace("S2", "S1-3"))
+    # Without its end: the search for one must not take years
+    check_summary(CLINIC, "Hip replaced [Evidence: S" + ", ".join(map(str, range(1, 60))))
 
 
 def test_other_languages_get_no_findings():

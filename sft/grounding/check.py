@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from sft.grounding.citations import cited_sentence_numbers
 from sft.grounding.places import NotePlaces, pairs
 from sft.grounding.reading import Text
 from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
@@ -32,6 +31,7 @@ _BREAK = 0.008  # for two words that do not follow each other in the note
 _TELLING = 0.5  # the weight of a finding that says something of itself
 _NEAR = 6  # tokens
 _APART = 16
+_CITED_RANGE = re.compile(r"(\d{1,9})(?:\s?[–-]\s?S?(\d{1,9}))?", re.IGNORECASE)
 _CITED = re.compile(r"\[\s*evidence[^\[\]]{0,400}\]?", re.IGNORECASE)
 
 
@@ -162,7 +162,7 @@ class PreparedNote:
         note, summary = self._note, sentence.summary
         votes: Counter[int] = Counter()
         stems = [summary.stems[i] for i in range(sentence.first, sentence.last) if summary.stems[i]]
-        for word_stem in set(stems):
+        for word_stem in dict.fromkeys(stems):
             numbers = {note.text.sentence_of[place] for place in note.of(word_stem)}
             for number in numbers:
                 votes[number] += 1 / len(numbers)
@@ -178,7 +178,7 @@ class PreparedNote:
         findings = []
         position = 0
         for match in _CITED.finditer(model_summary):
-            numbers = {number - 1 for number in cited_sentence_numbers(match.group())}
+            numbers = _cited_numbers(match.group())
             stems = set()
             first = position
             while position < len(summary.spans) and summary.spans[position][0] < match.start():
@@ -187,15 +187,19 @@ class PreparedNote:
             known = [word_stem for word_stem in stems if word_stem in self._note.places]
             cited = 0
             for word_stem in known:
-                cited += any(
-                    self._note.text.sentence_of[at] in numbers for at in self._note.places[word_stem]
-                )
+                cited += any(self._note.text.sentence_of[at] in numbers for at in self._note.of(word_stem))
             is_wrong = len(known) >= 2 and cited < 0.34 * len(known)
             is_missing = any(not 0 <= number < len(self._note.text.sentences) for number in numbers)
             if position > first and numbers and (is_wrong or is_missing):
                 start, end = summary.spans[first][0], summary.spans[position - 1][1]
                 findings.append(Finding("citation", start, end, match.group(), weight=1.0))
         return findings
+
+
+def _cited_numbers(citation: str) -> set[int]:
+    """ "[Evidence: S1,3-5; Conf: 0.9]" -> the sentences 0, 2, 3, 4."""
+    ends = _CITED_RANGE.findall(citation.partition(";")[0])
+    return {number - 1 for a, b in ends for number in range(int(a), min(int(b or a), int(a) + 1000) + 1)}
 
 
 def _missing(sentence: Sentence, indices: list[int]) -> list[Finding]:
