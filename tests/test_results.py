@@ -63,7 +63,11 @@ def test_text_waits_for_whole_characters_and_is_never_repeated():
 
 
 def test_a_text_that_is_hardly_a_note_is_named(specialist):
-    texts = [r"{\rtf1\ansi Fever and cough since Monday.}", "<p>Fever and cough.</p>", "Fever and cough today."]
+    texts = [
+        r"{\rtf1\ansi Fever and cough since Monday.}",
+        "<p>Fever and cough.</p>",
+        "Fever and cough today.",
+    ]
     warnings = [" ".join(result["warnings"]) for result in specialist.generate_batch(texts, 3)]
     assert "looks like RTF" in warnings[0]
     assert "looks like HTML" in warnings[1]

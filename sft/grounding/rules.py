@@ -1,0 +1,301 @@
+"""The rules: each compares one kind of statement of a summary with what its note says at that place."""
+
+import re
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from sft.grounding.places import NotePlaces
+from sft.grounding.quantities import Quantity
+from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
+from sft.grounding.words import is_telling, word_set
+
+# {kind of marker: (kind of finding, weight)}
+_MARKERS = {
+    **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.0)),
+    **dict.fromkeys(("when", "period", "shift"), ("time", 0.7)),
+    **{"side": ("side", 2.2), "kin": ("person", 2.2), "weekday": ("time", 2.2), "month": ("time", 1.5)},
+    **{"order": ("time", 1.0), "result": ("negation", 0.7), "change": ("misplaced", 0.7)},
+    "course": ("misplaced", 0.7),
+}
+_DRUG = re.compile(
+    r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
+    r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
+    r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
+)
+_DISTANT_KIN, _NO_DRUGS = word_set("distant kin"), word_set("no drugs")
+_FAMILY = frozenset("family families familial paternal maternal side".split())
+_MALE = frozenset("he his him man male boy gentleman".split())
+_FEMALE = frozenset("she her hers woman female girl lady".split())
+_GASES = frozenset("o co spo sao po pco fio hco".split())
+_LINKS = frozenset("of the a in - her his".split())
+
+
+@dataclass
+class Finding:
+    """What a summary says at start..end, and what its note says instead (None where it has nothing)."""
+
+    kind: str
+    start: int
+    end: int
+    says: str
+    note_says: str | None = None
+    note_start: int | None = None
+    note_end: int | None = None
+    weight: float = 1.0
+
+
+@dataclass
+class Sentence:
+    """One sentence of a summary (tokens first to last - 1) beside the note."""
+
+    note: NotePlaces
+    summary: Text
+    first: int
+    last: int
+    phrases: list[list[int]] = field(
+        default_factory=list
+    )  # content words, cut at other words and changed polarity
+
+    def __post_init__(self) -> None:
+        text = self.summary
+        phrase: list[int] = []
+        for index in range(self.first, self.last):
+            is_cut = text.words[index] not in _LINKS if not text.stems[index] else False
+            if is_cut or (phrase and text.denied[phrase[-1]] != text.denied[index]):
+                phrase = []
+            if text.stems[index]:
+                self.phrases += [] if phrase else [phrase]
+                phrase.append(index)
+
+    def heads(self, excluded) -> Iterator[tuple[int, int]]:
+        """(first word, last telling word) of each phrase that has one."""
+        words = self.summary.words
+        for phrase in self.phrases:
+            telling = [i for i in phrase if is_telling(words[i]) and words[i] not in excluded]
+            if telling:
+                yield phrase[0], telling[-1]
+
+    def finding(
+        self, kind: str, first: int, last: int, weight: float, place: tuple[int, int] | None = None
+    ) -> Finding:
+        """The summary's tokens first..last; place: the note's tokens that say otherwise."""
+        start, end = self.summary.spans[first][0], self.summary.spans[last][1]
+        finding = Finding(kind, start, end, self.summary.text[start:end], weight=weight)
+        if place is not None:
+            text = self.note.text
+            finding.note_start, finding.note_end = text.spans[place[0]][0], text.spans[place[1]][1]
+            finding.note_says = text.text[finding.note_start : finding.note_end]
+        return finding
+
+
+def marker_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Sides, times, relatives, directions: not those that stand at this place in the note."""
+    note = sentence.note
+    for marker, found in sentence.summary.markers.items():
+        kind, weight = _MARKERS[marker]
+        places, values = note.markers.get(marker, ((), ()))
+        begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
+        for index, value in found[begin:end]:
+            if value == "bilateral":
+                continue
+            scores = note.affinities(sentence.summary, index, places)
+            same = max((score for n, score in scores.items() if values[n] == value), default=0.0)
+            others = [(score, n) for n, score in scores.items() if values[n] not in (value, "bilateral")]
+            lead, number = max(others, default=(0.0, -1))
+            place = (places[number], places[number]) if others else None
+            if (marker, value) in note.values:
+                factor, margin = (1.0, 0.05) if marker == "side" else (1.3, 0.1)
+                if lead > factor * same + margin:
+                    yield sentence.finding(kind, index, index, 0.8 * weight, place)
+            elif marker == "kin" and _may_be_said_otherwise(note, value, lead):
+                continue
+            elif lead > 0.15:
+                yield sentence.finding(kind, index, index, weight, place)
+            elif _would_be_there(note, marker):
+                yield sentence.finding(kind, index, index, 0.7 * weight)
+
+
+def _may_be_said_otherwise(note: NotePlaces, relative: str, lead: float) -> bool:
+    """ "My parents", "my dad's brother"."""
+    is_general = any(relative in GENERAL_KIN[word] for word in GENERAL_KIN.keys() & note.words)
+    return (is_general and lead < 0.5) or relative in _DISTANT_KIN
+
+
+def _would_be_there(note: NotePlaces, marker: str) -> bool:
+    """Whether a note would hold such a word at all, if it were true."""
+    if marker == "kin":
+        return "kin" in note.markers and not note.relative_speaks
+    return marker in ("weekday", "month") or (marker == "side" and not note.may_hold_sides)
+
+
+def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Numbers that the note lacks, has with another unit, or has elsewhere."""
+    note, text = sentence.note, sentence.summary
+    begin, end = (
+        bisect_left(text.quantities, i, key=lambda q: q.index) for i in (sentence.first, sentence.last)
+    )
+    quantities = text.quantities[begin:end]
+    stated = Counter(key for quantity in quantities for key in quantity.readings())
+    for quantity in quantities:
+        if quantity.is_implied or _is_no_claim(text, quantity):
+            continue
+        found = note.quantities.matches(quantity)
+        is_time = quantity.unit is not None and quantity.unit[0] == "time"
+        span = (quantity.index, quantity.last)
+        scores = _rivals(sentence, quantity)
+        if not found:
+            score, rival = max(scores, key=lambda pair: pair[0], default=(0.0, quantity))
+            place = (rival.index, rival.last) if score > 0.2 else None
+            yield sentence.finding("time" if is_time else "number", *span, 2.0, place)
+            continue
+        # The same value with another unit does not count
+        agreeing = {id(other) for other in found if not (quantity.unit and other.unit)}
+        agreeing |= {id(other) for other in note.quantities.converted(quantity)}
+        if not agreeing:
+            place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
+            yield sentence.finding("time" if is_time else "unit", *span, 2.0, place)
+        elif quantity.is_age or any(
+            other.is_implied and (other.unit or not quantity.unit) for other in found
+        ):
+            continue
+        else:
+            own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
+            # A rival that the sentence states as well, as in "5 to 10 days", is no rival
+            free = [
+                (score, other)
+                for score, other in scores
+                if id(other) not in agreeing
+                and not any(stated[key] > (key in quantity.readings()) for key in other.readings())
+            ]
+            score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
+            lead = score - 1.2 * own
+            if lead > 0.2:
+                kind = "time" if is_time else "misplaced"
+                yield sentence.finding(kind, *span, min(2.0, 0.4 + lead), (rival.index, rival.last))
+
+
+def _is_no_claim(text: Text, quantity: Quantity) -> bool:
+    """ "Two different things", "no (0)", the 2 of O2."""
+    index = quantity.index
+    largest = max(quantity.values)
+    is_attached = index > 0 and text.spans[index - 1][1] == text.spans[index][0]
+    is_count = text.words[index].isalpha() and largest <= 3 and not quantity.unit
+    return is_count or largest == 0 or (is_attached and text.words[index - 1] in _GASES)
+
+
+def _rivals(sentence: Sentence, quantity: Quantity) -> list[tuple[float, Quantity]]:
+    """The note's quantities of this sort, with how strongly the words around this one point to them."""
+    index = sentence.note.quantities
+    found = []
+    for number, score in sentence.note.affinities(sentence.summary, quantity.index, index.indices).items():
+        other = index.quantities[number]
+        is_other_form = other.is_implied or bool(other.whole) != bool(quantity.whole)
+        is_other_unit = other.unit and quantity.unit and other.unit[0] != quantity.unit[0]
+        if not is_other_form and not is_other_unit:
+            # One with the same unit is the likelier counterpart
+            found.append((score * (1.3 if quantity.unit and other.unit == quantity.unit else 1.0), other))
+    return found
+
+
+def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
+    for first, head in sentence.heads(NEGATIONS):
+        place, weight = _other_polarity(sentence, head)
+        if weight:
+            yield sentence.finding("negation", first, head, weight, (max(0, place - 2), place))
+
+
+def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float]:
+    """(place in the note, weight > 0) if the note denies what the summary affirms, or the other way round."""
+    note, text = sentence.note, sentence.summary
+    places = note.of(text.stems[head])
+    scores = note.affinities(text, head, places) if places else {}
+    number = max(range(len(places)), key=lambda n: scores.get(n, 0.0), default=None)
+    if number is None:
+        return 0, 0.0
+    denied, best, score = text.denied[head], places[number], scores.get(number, 0.0)
+    agreeing = [n for n, place in enumerate(places) if note.text.denied[place] in (None, denied)]
+    own = max((scores.get(n, 0.0) for n in agreeing), default=0.0)
+    # The word alone is not enough where it is affirmed, or denied by the answer to a question
+    is_question = note.text.words[note.text.ranges[note.text.sentence_of[best]][1] - 1] == "?"
+    is_alone = score < 0.1 and (denied or is_question) and sentence.last - sentence.first > 8
+    if number in agreeing or (agreeing and own * 1.5 + 0.3 > score) or is_alone:
+        return best, 0.0
+    # What negates without a scope of its own: "unable to", "no" farther away
+    negated = _near(note.text, best, NEGATIONS, 10) if denied else _near(text, head, NEGATIONS, 10)
+    negating = [_near(note.text, best, SELF_NEGATING, 8), _near(text, head, SELF_NEGATING, 8)]
+    if any(at is not None for at in (negated, *negating)):
+        return best, 0.0
+    return best, 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
+
+
+def _near(text: Text, index: int, words: frozenset, reach: int) -> int | None:
+    """The nearest of certain words in the clause of a token, or next to it, None if there is none."""
+    first, last = text.ranges[text.sentence_of[index]]
+    found = [
+        at
+        for at in range(max(first, index - reach), min(last, index + reach + 1))
+        if text.words[at] in words
+        and (text.clauses[at] == text.clauses[index] or (words is SOFT and abs(at - index) < 4))
+    ]
+    return min(found, key=lambda at: abs(at - index), default=None)
+
+
+def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
+    """What the note calls possible, or ties to a condition, and the summary states. One finding a hedge."""
+    note, text = sentence.note, sentence.summary
+    hedged: dict[int, list[int]] = {}
+    for index in range(sentence.first, sentence.last):
+        places = note.of(text.stems[index]) if is_telling(text.words[index]) else []
+        if not places or text.words[index] in SOFT:
+            continue
+        scores = note.affinities(text, index, places)
+        best = max(scores, key=scores.get, default=0)
+        if scores.get(best, 0) < 0.25 and len(places) > 1:
+            continue
+        hedge = _near(note.text, places[best], HEDGES, 4)
+        condition = _near(note.text, places[best], CONDITIONS, 7)
+        if hedge is None and condition is not None and condition > places[best]:
+            hedge = condition
+        if hedge is not None:
+            hedged.setdefault(hedge, []).append(index)
+    for hedge, indices in hedged.items():
+        if all(_near(text, index, SOFT, 8) is None for index in indices):
+            yield sentence.finding("certainty", indices[0], indices[-1], 1.7, (hedge, hedge))
+
+
+def person_findings(sentence: Sentence) -> Iterator[Finding]:
+    """A relative's illness given to the patient; "he" for a woman."""
+    note, text = sentence.note, sentence.summary
+    for first, head in sentence.heads(KIN) if not note.relative_speaks else ():
+        places = note.of(text.stems[head])
+        beside = text.words[max(sentence.first, head - 10) : head + 4]
+        is_family = any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in beside)
+        if 0 < len(places) <= 3 and not is_family and all(note.text.kin[place] for place in places):
+            yield sentence.finding("person", first, head, 1.4, (places[0], places[0]))
+    if note.is_male is None or text.named_relative < sentence.last:
+        return
+    wrong = _FEMALE if note.is_male else _MALE
+    for index in range(sentence.first, sentence.last):
+        if text.words[index] in wrong:
+            yield sentence.finding("person", index, index, 1.7)
+            return
+
+
+def drug_findings(
+    sentence: Sentence, generic_name: Callable[[str], str | None] | None, note_drugs: set
+) -> Iterator[Finding]:
+    """Drugs that the note does not name, under this or (with `generic_name`) another name."""
+    text = sentence.summary
+    for index in range(sentence.first, sentence.last):
+        word = text.words[index]
+        if not is_telling(word) or word in _NO_DRUGS or len(word) < 5 or sentence.note.has(text, index):
+            continue
+        name = generic_name(word) if generic_name else word if _DRUG.fullmatch(word) else None
+        if name and name not in note_drugs:
+            yield sentence.finding("drug", index, index, 2.0)
+
+
+RULES = (marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)

@@ -1,0 +1,223 @@
+"""The check of summaries: what each kind finds, what it leaves alone, its form, its time."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sft.grounding import PreparedNote, check_summary
+from sft.grounding.check import TRAINING_THRESHOLD
+
+SHARED = ROOT.parent / "shared" / "cases"
+KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
+
+CLINIC = (
+    "68-year-old woman. Left hip replaced in 2011. Right knee pain for two weeks, worse on stairs. No fever, no rash. "
+    "Takes metoprolol 50 mg twice daily; her sister has dementia. Possible meniscal tear. MRI on Tuesday, stop "
+    "ibuprofen if the stomach hurts. Hemoglobin 11.2, platelets 180."
+)
+DIALOGUE = (
+    "Doctor: Any chest pain?\nPatient: No.\nDoctor: Do you have a cough?\nPatient: Yes, for one twenty two days.\n"
+    "Doctor: Are you allergic to penicillin?\nPatient: Yeah, I got a rash.\nDoctor: Your blood pressure was one ten "
+    "over seventy. All right. You had the E K G in July of ninety five?\nPatient: Right."
+)
+
+WRONG = [
+    ("number", CLINIC, "Hemoglobin is 12.1."),
+    ("unit", CLINIC, "She takes metoprolol 50 mcg twice daily."),
+    ("drug", CLINIC, "She takes metoprolol and lisinopril."),
+    ("unsupported", CLINIC, "Right knee pain with pancreatitis and jaundice."),
+    ("misplaced", CLINIC, "Hemoglobin 180, MRI on Tuesday."),
+    ("negation", CLINIC, "Right knee pain for two weeks, with fever."),
+    ("negation", CLINIC, "There is no knee pain on stairs."),
+    ("negation", DIALOGUE, "He has chest pain."),
+    ("negation", DIALOGUE, "He denies cough."),
+    ("certainty", CLINIC, "She has a meniscal tear of the knee."),
+    ("side", CLINIC, "Left knee pain, worse on stairs."),
+    ("side", "L knee pain. R hip replaced.", "The right knee hurts."),
+    ("person", CLINIC, "Her brother has dementia."),
+    ("person", CLINIC, "The patient has dementia."),
+    ("person", CLINIC, "He has right knee pain."),
+    ("time", CLINIC, "Right knee pain for two months, worse on stairs."),
+    ("time", CLINIC, "MRI on Friday."),
+    ("number", DIALOGUE, "Blood pressure was 120/70."),
+]
+TRUE = [
+    (CLINIC, "A 68-year-old woman has had right knee pain for 14 days, without fever or rash."),
+    (
+        CLINIC,
+        "Her left hip was replaced in 2011. Her sister has dementia. MRI is on Tuesday for a possible tear.",
+    ),
+    (CLINIC, "Metoprolol 50 mg BD. Hb 11.2, platelets 180."),
+    (DIALOGUE, "Cough for 122 days, no chest pain. BP 110/70. EKG in July 1995. Rash from penicillin."),
+    ("He is in his eighty second year, up at eleven thirty.", "Age 82, up at 11:30."),
+    ("Between one o two and one o four, once one o two point six.", "Up to 104, from 102 to 102.6."),
+    ("Glucagon given (no IV access), then toast. Foam negative pressure dressing.", "Glucagon, then toast."),
+    ("No rash and no dementia, but her memory is failing.", "No rash, and her memory is failing."),
+    ("I have one brother and two half brothers.", "One brother and 2 half-brothers."),
+    ("Haloperidol .5 mg nocte", "haloperidol 0.5 mg"),
+    ("Metformin 1 g daily for 3/52", "Metformin 1000 mg for three weeks"),
+    ("Weight 70 kg. The patient is 5 months pregnant.", "1. Weight 70 kg. 2. Pregnant, 5 months."),
+    ("Seen by Dr. May. No appetite for a week.", "No appetite for 7 days."),
+]
+
+
+def kinds(note: str, summary: str) -> set[str]:
+    return {finding.kind for finding in check_summary(note, summary).findings}
+
+
+@pytest.mark.parametrize(("kind", "note", "summary"), WRONG)
+def test_each_kind_is_found(kind, note, summary):
+    assert kind in kinds(note, summary)
+
+
+@pytest.mark.parametrize(("note", "summary"), TRUE)
+def test_true_sentences_are_left_alone(note, summary):
+    check = check_summary(note, summary)
+    assert not kinds(note, summary) - {"unsupported", "misplaced"}
+    assert not any(sentence.flagged for sentence in check.sentences)
+
+
+def test_what_a_finding_says():
+    summary = "Pain in the left knee, worse on stairs."
+    check = check_summary(CLINIC, summary)
+    side = next(finding for finding in check.findings if finding.kind == "side")
+    assert summary[side.start : side.end] == side.says == "left"
+    assert CLINIC[side.note_start : side.note_end] == side.note_says == "Right"
+    assert 0 < check.score < 1
+    assert check.risk == sum(sentence.risk for sentence in check.sentences) > 0
+    assert check.sentences[0].flagged
+    assert check.sentences[0].support[0] == 3
+    assert (check.sentences[0].start, check.sentences[0].end) == (0, len(summary))
+
+
+def test_a_note_supports_itself():
+    check = check_summary(CLINIC, CLINIC)
+    assert check.score > 0.9
+    assert [sentence.support[0] for sentence in check.sentences] == list(range(1, len(check.sentences) + 1))
+    assert all(sentence.supported_share == 1 for sentence in check.sentences)
+    assert check_summary(CLINIC, "").score == 1
+    assert check_summary("", "Fever.").score < 1
+
+
+def test_citations():
+    good = "Left hip replaced in 2011 [Evidence: S2; Conf: 0.9]. Right knee pain [Evidence: S3; Conf: 0.9]."
+    assert "citation" not in kinds(CLINIC, good)
+    assert "citation" in kinds(CLINIC, good.replace("S2", "S6"))
+    assert "citation" in kinds(CLINIC, good.replace("S2", "S99"))
+    assert "citation" not in kinds(CLINIC, good.replace("S2", "S1-3"))
+    # Without its end: the search for one must not take years
+    check_summary(CLINIC, "Hip replaced [Evidence: S" + ", ".join(map(str, range(1, 60))))
+
+
+def test_other_languages_get_no_findings():
+    note = "Der Patient klagt über Schmerzen in der linken Schulter und nimmt Ibuprofen. Er hat kein Fieber."
+    check = check_summary(note, "Der Patient hat Schmerzen in der rechten Schulter und Fieber seit 3 Tagen.")
+    assert (check.language, check.findings, check.score) == ("other", [], 1)
+    assert check_summary(CLINIC, "68F, R knee pain 2/52, MRI Tues").language == "en"
+
+
+def test_a_drug_table_knows_other_names():
+    table = {"lopressor": "metoprolol", "metoprolol": "metoprolol", "zestril": "lisinopril"}
+    note = PreparedNote(CLINIC, table.get)
+    assert "drug" not in {finding.kind for finding in note.check("She takes Lopressor.").findings}
+    assert "drug" in {finding.kind for finding in note.check("She takes Zestril.").findings}
+
+
+def test_the_threshold_for_training_summaries_is_stricter():
+    note = PreparedNote(CLINIC)
+    summary = "Hemoglobin is 12.1."
+    assert note.check(summary).sentences[0].flagged
+    assert not note.check(summary, TRAINING_THRESHOLD).sentences[0].flagged
+
+
+def shared_numbers():
+    if not SHARED.is_dir():
+        return [pytest.param("", "", "nothing", marks=pytest.mark.skip(reason="no ../shared/cases"))]
+    cases = [
+        (note, summary, right)
+        for note, summary, _, right in json.loads((SHARED / "numbers.json").read_text())
+    ]
+    rows = csv.DictReader((SHARED / "03_numbers.csv").open(encoding="utf-8"))
+    return cases + [(row["clinical_note"], row["model_summary"], "nothing") for row in rows]
+
+
+@pytest.mark.parametrize(("note", "summary", "right"), shared_numbers())
+def test_numbers_that_users_meet(note, summary, right):
+    found = kinds(note, summary) & {"number", "unit", "time", "misplaced"}
+    assert bool(found) == right.startswith("flag")
+
+
+WORDS = st.sampled_from(
+    "no not left right mother 5 mg 130/80 3/52 , . ? : \n if possible before Tuesday a week knee pain "
+    "[Evidence: S1,2; Conf: 0.5] one twenty two over half R/L 1,000 .5 he she 12:30 é ß İ 🙂".split(" ")
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.one_of(st.text(max_size=80), st.lists(WORDS, max_size=40).map(" ".join)), st.lists(WORDS, max_size=40)
+)
+def test_any_text(note, words):
+    summary = " ".join(words)
+    check = check_summary(note, summary)
+    assert check == check_summary(note, summary)
+    assert 0 < check.score <= 1
+    for finding in check.findings:
+        assert finding.kind in KINDS
+        assert summary[finding.start : finding.end].strip()
+        assert finding.note_says is None or note[finding.note_start : finding.note_end] == finding.note_says
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "left ",
+        "no ",
+        "no fever, ",
+        "5 mg ",
+        "one ",
+        "mother ",
+        "[Evidence: S1, 2, ",
+        "1,",
+        "1/2 ",
+        "a/",
+        "pain? No. ",
+        "- ",
+    ],
+)
+def test_time_grows_with_length_alone(unit):
+    def seconds(n: int) -> float:
+        started = time.process_time()
+        check_summary(unit * n, unit * n)
+        return time.process_time() - started
+
+    # Twice the text: 2 if linear, 4 if not
+    assert min(seconds(800) for _ in range(2)) < 3 * max(0.01, min(seconds(400) for _ in range(2)))
+
+
+def test_needs_no_torch():
+    code = "import sys, sft.grounding; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_quality_on_the_validation_notes():
+    """A floor under the figures of benchmarks/check_quality.py."""
+    with open(ROOT / "phase1_data/sft/validation_set_processed.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    true = {row["clinical_note"]: row["model_summary"] for row in rows if row["label"] == "factual"}
+    pairs = [(PreparedNote(row["clinical_note"]), row) for row in rows if row["label"] == "hallucinated"]
+    risks = [
+        (note.check(true[row["clinical_note"]]).risk, note.check(row["model_summary"]).risk)
+        for note, row in pairs
+    ]
+    assert sum(wrong > right for right, wrong in risks) >= 0.85 * len(risks)
+    checks = [check_summary(note, summary) for note, summary in true.items()]
+    flags = [sentence.flagged for check in checks for sentence in check.sentences]
+    assert sum(flags) <= 0.15 * len(flags)
