@@ -27,21 +27,41 @@ _CUES = {
     r"spo2|sats|temp|t)\b",
     "presentation": r"\b(?:admitted|presents?|presented|presenting|came|found|complain\w*|c/o|history of|referred|seen|"
     r"day \d+|fell|fall|pain|after)\b",
+    "finding": r"\b(?:positive|new|raised|elevated|low|high|moderate|severe|large|lesion|fracture|effusion|tear|"
+    r"tender|worse|swelling|weak\w*|drowsy|confus\w+|reduced|rose|fell|cm|mm)\b|POS|↑|↓|->",
+    "normal": r"\b(?:normal|fine|intact|clear|well|unremarkable|satisfactory|equal|soft|settled)\b",
+    "decision": r"\b(?:wants?|declin\w+|agreed?s?|prefers?|undecided|accept\w*|refus\w+|consent\w*|dnacpr|not for)\b",
+    "past": r"\b(?:(?:19|20)\d\d|last (?:year|season|winter|summer)|years ago|as a child|previous\w*|old|childhood)\b",
     "trivia": r"\b(?:lovely|nice|kind|grateful|pleasant|parking|biscuits?|tea|photographs?|incidentally|sends?)\b",
 }
 _CUES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _CUES.items()}
-_TOPICS = ("plan", "diagnosis", "reason", "operation", "family", "review")
+_TOPICS = ("plan", "diagnosis", "reason", "result", "operation", "family", "review")
 _ENOUGH_KIN = 0.55  # of a training set's summary sentences; .75 on invented notes, .36 on dialogues
 _COVERED = 0.65
 _DRUG = re.compile(
-    r"\b([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|mL|ml|puffs?)\b"
+    r"\b([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|mL|ml|puffs?)\b(?!/)"
 )
 _ABNORMAL = re.compile(
     r"\b(?:elevated|raised|abnormal|low|high|reduced|positive|critical|deranged)\b", re.IGNORECASE
 )
 _DIRECTIVE = re.compile(
     r"\b(?:will|start|stop|continue|increase|reduce|repeat|refer|review|return|recheck|order|follow|hold|avoid|switch|"
-    r"arrange|recommend\w*|advis\w+|prescri\w+|initiate|book\w*|due|await\w*|if|r/v|no more|to be)\b",
+    r"arrange|order(?:ed)?|obtain|perform|schedul\w+|consider|provided|given|recommend\w*|advis\w+|prescri\w+|initiate|book\w*|due|await\w*|if|r/v|no more|to be)\b",
+    re.IGNORECASE,
+)
+_FINDING = re.compile(
+    r"\b(?:positive|grew|growing|shows?|showed|demonstrat\w+|reveals?|confirm\w*|diagnos\w+|likel\w+|probabl\w+|"
+    r"possibl[ey]|suspect\w*|consistent|excluded|suggests|could represent|evidence of|active|effusion|fracture)\b|\?[A-Za-z]",
+    re.IGNORECASE,
+)
+_WARNING = re.compile(
+    r"\b(?:(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until)\b|"
+    r"\b(?:stop|call|ring|return|back|review)\b.{0,30}\bif\b|^No \w+(?: \w+)?(?: until.*)?\.?$",
+    re.IGNORECASE,
+)
+_COURTESY = re.compile(
+    r"\b(?:agrees? with|understands? and|questions (?:were )?answered|discuss\w* (?:the )?(?:diagnosis and )?treatment options|"
+    r"verbalized|thank|lengthy discussion|consent taken)\b",
     re.IGNORECASE,
 )
 
@@ -151,9 +171,10 @@ def not_mentioned(note: str, summary_sentences: Iterable[str]) -> list[NotMentio
     for unit in read_units(note):
         stems = set(content_stems(unit.text))
         share = len(stems & said) / max(len(stems), 1)
-        is_problem = unit.kind == "heading" and not topic_of(unit.text)
         drugs = [name for name in _DRUG.findall(unit.text) if not set(content_stems(name)) & (said | seen)]
         kind = ""
+        if _COURTESY.search(unit.text):
+            continue
         if unit.kind == "sentence" and drugs:
             kind = "drug"
         elif unit.kind == "sentence" and share < 0.4 and not stems & seen - said:
@@ -163,7 +184,7 @@ def not_mentioned(note: str, summary_sentences: Iterable[str]) -> list[NotMentio
                 kind = "abnormal"
             elif unit.topic == "diagnosis" and len(stems) > 1:
                 kind = "problem"
-        if kind or (is_problem and False):
+        if kind:
             missing.append(NotMentioned(kind, unit.text, unit.number))
             seen |= stems
     return missing
@@ -221,7 +242,7 @@ def _choose(units: list[Unit], selector: Selector, n_note_words: int) -> set[int
     scores = {
         unit.number: selector.bias + sum(selector.weights.get(k, 0.0) * v for k, v in features.items())
         for unit, features in zip(units, _features(units), strict=True)
-        if unit.kind == "sentence"
+        if unit.kind == "sentence" and not _COURTESY.search(unit.text)
     }
     budget = selector.budget(n_note_words)
     stems = {unit.number: set(content_stems(unit.text)) for unit in units}
@@ -246,13 +267,15 @@ def _choose(units: list[Unit], selector: Selector, n_note_words: int) -> set[int
             continue
         if length() + sum(n_words[k] for k in group - chosen) <= 1.3 * budget or not chosen:
             add(group)
-    waiting = {number: group for number in scores if (group := _closure(units, number))}
+    # A review of systems, sentence by sentence, says what else was asked
+    rest = [number for number in scores if units[number - 1].topic != "review"]
+    waiting = {number: group for number in rest if (group := _closure(units, number))}
     while waiting:
         value = {}
         for number, group in waiting.items():
             new = group - chosen
             cost = sum(n_words[k] for k in new)
-            if new and length() + cost <= 1.08 * budget and repeats(number) < 0.7:
+            if new and length() + cost <= 1.15 * budget and repeats(number) < 0.7:
                 gain = sum(n_words[k] * (scores.get(k, 0.0) - 0.3 * repeats(k)) for k in new)
                 value[number] = gain / max(cost, 1)
         if not value:
@@ -264,27 +287,44 @@ def _choose(units: list[Unit], selector: Selector, n_note_words: int) -> set[int
 
 def _required(units: list[Unit], scores: dict[int, float]) -> list[int]:
     """What a reader must not miss, most important first."""
-    sentences = [unit for unit in units if unit.kind == "sentence"]
+    sentences = [u for u in units if u.number in scores and u.topic not in ("family", "review")]
     if not sentences:
         return []
-    plans = [unit for unit in sentences if "plan" in unit.topic]
+
+    def best(candidates: list[Unit], n: int = 1) -> list[int]:
+        return sorted((u.number for u in candidates), key=lambda number: (-scores[number], number))[:n]
+
+    plans = [unit for unit in sentences if "plan" in unit.topic and not _COURTESY.search(unit.text)]
+    actions = [unit for unit in plans if _DIRECTIVE.search(unit.text)] or plans
     required = [sentences[0].number]
     required += [unit.number for unit in sentences if unit.names_patient][:1]
-    # One statement for each problem of a plan: what is to be done, if it says so
+    required += best([u for u in sentences if u.topic == "operation"])
+    required += best([u for u in sentences if u.topic == "diagnosis"])
+    # For each problem of a plan what is to be done, if it says so; then all else that is to be done
     problems = {}
     for unit in plans:
-        if unit.heading and units[unit.heading - 1].kind == "heading" and not topic_of(units[unit.heading - 1].text):
-            problems.setdefault(unit.heading, []).append(unit)
+        head = units[unit.heading - 1] if unit.heading else None
+        if head and not topic_of(head.text):
+            problems.setdefault(head.number, []).append(unit)
     for group in problems.values():
-        required.append(
-            max(group, key=lambda u: (bool(_DIRECTIVE.search(u.text)), scores[u.number], -u.number)).number
-        )
-    for topics in (("diagnosis",), ("operation", "reason")):
-        labeled = [u.number for u in sentences if u.topic in topics and u.label_number == u.number]
-        required += labeled[:1]
-    if plans and not problems:
-        required.append(plans[-1].number)
+        required += best([u for u in group if u in actions]) or best(group)
+    if problems:
+        required += [unit.number for unit in actions]
+    else:
+        late = plans or [u for u in sentences[len(sentences) // 2 :] if _is_action(u.text)]
+        required += [unit.number for unit in late[-1:]]
+        required += best([u for u in late if _DIRECTIVE.search(u.text)], 2)
+    required += best([u for u in sentences if _DRUG.search(u.text) and _CUES["treatment"].search(u.text)])
+    required += best([u for u in sentences if _FINDING.search(u.text) and not _CUES["others"].search(u.text)], 2)
+    required += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]
+    required += [unit.number for unit in sentences[len(sentences) // 2 :] if _WARNING.search(unit.text)]
     return required
+
+
+def _is_action(text: str) -> bool:
+    """Whether a sentence under no plan's label says what is done or to be done."""
+    acts = _DIRECTIVE.search(text) or _CUES["plan"].search(text) or _CUES["treatment"].search(text)
+    return bool(acts) and not any(_CUES[name].search(text) for name in ("others", "past", "trivia"))
 
 
 def _closure(units: list[Unit], number: int) -> set[int]:
@@ -315,6 +355,9 @@ def _render(units: list[Unit], numbers: list[int]) -> list[Quoted]:
             asked = units[unit.asked - 1].text
             heads.append((unit.asked, asked if len(asked.split()) > 3 else asked.rstrip("?\"”")))
         heads = [(n, text) for n, text in heads if text]
+        # Leaving a problem: what is said next is no longer about it
+        if shown and not heads and head:
+            heads = [(head.number, head.text.capitalize())]
         new = [pair for pair in heads if pair not in shown]
         shown = tuple(heads)
         parts = [text if text.endswith("?") else f"{text}:" for _, text in sorted(new)]

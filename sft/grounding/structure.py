@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sft.grounding.sentences import sentence_spans
 
 _BULLET = re.compile(r"\s*(?:[-•*–·▪>]+\s+|\(?\d{1,2}[.)]\s+|[-•*–·▪](?=\w))")
-_LABEL = re.compile(r"""["“']?(?P<label>[A-Z?][\w/&?'’.-]*(?:[ \t]+[\w/&()'’-]+){0,3})\s*:(?=\s|$)\s*""")
+_LABEL = re.compile(r"""(?P<time>\d\d?[:.]\d\d(?:h|hrs)?)\s+(?=[A-Z])|["“']?(?P<label>[A-Z?][\w/&?'’.-]*(?:[ \t]+[\w/&()'’-]+){0,3})\s*:(?=\s|$)\s*""")
 _SALUTATION = re.compile(
     r"(?:dear\b|hi\b|hello\b|good (?:morning|afternoon|evening)|(?:kind|best|warm|with)?\s*(?:regards|wishes)|"
     r"yours\b|sincerely|thank|many thanks|signed\b|to whom|cc\b|dictated|electronically|it was (?:a pleasure|nice))",
@@ -21,8 +21,9 @@ _KINDS = {
     "plan": r"p|plans?|advice|advised?|rx|treatment( plan)?|medical treatment|additional testing|outcome|management|"
     r"specialist referrals?|recommend(ed|ations?)?|follow.?up|f/?u|suggest(ed|ions?)?|instructions?|disposition|"
     r"actions?|to.?do|next( steps?)?|rec|agreed|overnight|discharge plan",
-    "diagnosis": r"a|imp|impression|assessment|ax|d?dx|diagnos[ie]s|conclusions?|opinion|summary|comment|findings?|"
-    r"final diagnosis|interpretation|working diagnosis|(result|path(ology)?|report)s?",
+    "diagnosis": r"a|imp|impression|assessment|ax|d?dx|diagnos[ie]s|conclusions?|opinion|summary|comment|"
+    r"(final|working) diagnosis|interpretation",
+    "result": r"results?|findings?|path(ology)?|report|.*results",
     "plan diagnosis": r"a/p|a ?& ?p|a and p|assessment (and|&) plan|impression (and|&) plan",
     "reason": r"reason.*|indication|clinical details|problem|pc|cc|c/o|chief complaint|question|presenting.*|"
     r"hp[ci]|history of presen.*|s|subjective|admitted (with|for)|referral",
@@ -33,15 +34,15 @@ _KINDS = {
 _KIND = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in _KINDS.items()}
 # Labels that only say which part of the note this is: left out of a quotation
 _SILENT = re.compile(
-    r"s|o|hp[ci]|pc|cc|c/o|subjective|objective|chief complaint|history.*|presenting.*|medical (reasoning|treatment)|"
-    r"additional testing|specialist referrals?|patient (education|agreements).*|assessment (and|&) plan|a/p|results?|"
-    r"instructions?|vitals.*|physical exam.*|exam(ination)?|review of systems|ros|.*history|medications?|findings?",
+    r"s|o|hp[ci]|c/o|subjective|objective|history|history of presen.*|presenting.*|"
+    r"medical (reasoning|treatment)|additional testing|specialist referrals?|patient (education|agreements).*|"
+    r"assessment (and|&) plan|a/p|results?|instructions?|vitals.*|physical exam.*|exam(ination)?|findings?",
     re.IGNORECASE,
 )
-_SPELLED = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis"}
+_SPELLED = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis", "cc": "Chief complaint", "pc": "Presenting complaint"}
 _FIRST_AGAIN = re.compile(
     r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|there|thereafter|"
-    r"otherwise|however|but|which|instead|again|nothing|none|another|later|afterward|afterwards|meanwhile|"
+    r"otherwise|however|but|(?:a )?similar|which|instead|again|nothing|none|another|later|not|never|afterward|afterwards|meanwhile|"
     r"the (?:same|latter|former|other|others|rest)|one|so|and|or|if (?:so|not)|"
     r"(?:stopped|settled|resolved|improved|repeated|continued|restarted|changed|removed|done|given|seen) "
     r"(?:there|then|here|after|again|by|at once|since|in|with|on))\b",
@@ -62,7 +63,7 @@ _TOKEN = re.compile(r"[a-z]+|\d+(?:[.,:/]\d+)*")
 _STOP = frozenset(
     "a an the and or but of in on at to for from with by as is are was were be been has have had he she it they his her "
     "their its this that these those there then than which who whom we i you me my our your us them him not no nor if so "
-    "do does did will would can could should may might also about after before over into per".split()
+    "do does did will would can could should may might also about after before over into per patient presents present today reports states complaints".split()
 )
 
 
@@ -104,7 +105,7 @@ def shown_label(label: str) -> str:
     if _SILENT.fullmatch(bare):
         return ""
     bare = _SPELLED.get(bare.lower(), bare)
-    return bare.capitalize() if bare.isupper() and len(bare) > 5 else bare
+    return bare.capitalize() if bare.isupper() and (len(bare) > 5 or topic_of(bare)) else bare
 
 
 def read_units(note: str) -> list[Unit]:
@@ -134,7 +135,10 @@ def read_units(note: str) -> list[Unit]:
             question = 0
             continue
         found = _LABEL.match(body)
-        if found and found.end() <= 45 and not re.search(r"\d{2}", found["label"]):
+        if found and starts_line and found["time"]:
+            label, label_number = found["time"], number
+            body = body[found.end() :]
+        elif found and found["label"] and found.end() <= 45 and not re.search(r"\d{2}", found["label"]):
             label, label_number = found["label"], number
             body = body[found.end() :]
         heading = problem or section
@@ -142,6 +146,11 @@ def read_units(note: str) -> list[Unit]:
         body = body.strip("\"“” ")
         kind = _kind(body, topic)
         needs = _refers_to(body, units, last_with, starts_line and bool(bullet))
+        # "My sister had one. Me, never.": the rest of an answer
+        is_short = not starts_line and len(body.split()) <= 4
+        # "X-ray of the knee is unremarkable. No fractures."
+        if is_short and not needs and units and (units[-1].asked or topic == "result"):
+            needs = number - 1
         names_patient = bool(_NAMES_PATIENT.search(text)) and not _KIN.search(text[:25])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
         units.append(
@@ -186,7 +195,7 @@ def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     # "Acute lumbar strain." above its bullets or lines, in an assessment or a plan
     is_numbered_or_apart = lines[i][1] > 1 or re.match(r"\s*\(?\d", lines[i][0])
     is_bulleted = _BULLET.match(lines[i][0]) and not re.match(r"\s*\(?\d", lines[i][0])
-    if is_bulleted or lines[i][2] != 1 or has_digits or i == 0:
+    if is_bulleted or lines[i][2] != 1 or i == 0 or (has_digits and not bullet_follows):
         return ""
     is_list = bool(re.match(r"\s*\(?\d", lines[i][0])) and bool(re.match(r"\s*\(?\d", following))
     if re.search("plan|diagnosis", topic_of(section)) and is_numbered_or_apart and not is_list:
