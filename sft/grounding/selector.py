@@ -13,7 +13,7 @@ from sft.grounding.structure import Unit, content_stems, read_units, shown_label
 
 _VERSION = 1
 _CUES = {
-    "plan": r"\b(?:plan|continue|follow|review|refer|repeat|tomorrow|weeks?|await|discharge|clinic|recheck|return|to be|"
+    "plan": r"\b(?:plan|continue|follow|review|refer|repeat|tomorrow|weeks?|months?|again|check|await|discharge|clinic|recheck|return|to be|"
     r"will|advi[sc]e|book|r/v|f/u|if|monitor|pending|due|arrange|[1-9]/(?:7|52|12))\b",
     "treatment": r"\b(?:\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|ml|units?|puffs?|l)|started?|stopped|given|gave|treated|"
     r"tablets?|iv|im|po|od|bd|tds|qds|daily|increased?|changed|switch(?:ed)?|held|hold)\b",
@@ -26,13 +26,13 @@ _CUES = {
     "tests": r"\b(?:ct|mri|x-?ray|cxr|ecg|echo|biopsy|hb|crp|wcc|na|k|creat\w*|lactate|culture|scan|ultrasound|bp|hr|rr|"
     r"spo2|sats|temp|t)\b",
     "presentation": r"\b(?:admitted|presents?|presented|presenting|came|found|complain\w*|c/o|history of|referred|seen|"
-    r"day \d+|fell|fall|pain|after)\b",
+    r"day \d+|fell|fall|pain|after|since|collapsed|found)\b",
     "finding": r"\b(?:positive|new|raised|elevated|low|high|moderate|severe|large|lesion|fracture|effusion|tear|"
     r"tender|worse|swelling|weak\w*|drowsy|confus\w+|reduced|rose|fell|cm|mm)\b|POS|↑|↓|->",
     "normal": r"\b(?:normal|fine|intact|clear|well|unremarkable|satisfactory|equal|soft|settled)\b",
     "decision": r"\b(?:wants?|declin\w+|agreed?s?|prefers?|undecided|accept\w*|refus\w+|consent\w*|dnacpr|not for)\b",
-    "past": r"\b(?:(?:19|20)\d\d|last (?:year|season|winter|summer)|years ago|as a child|previous\w*|old|childhood)\b",
-    "trivia": r"\b(?:lovely|nice|kind|grateful|pleasant|parking|biscuits?|tea|photographs?|incidentally|sends?)\b",
+    "past": r"\b(?:(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|childhood)\b",
+    "trivia": r"\b(?:lovely|nice|kind|grumbles?|supple|football|cardigan|grateful|pleasant|parking|biscuits?|tea|photographs?|incidentally|sends?)\b",
 }
 _CUES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _CUES.items()}
 _TOPICS = ("plan", "diagnosis", "reason", "result", "operation", "family", "review")
@@ -46,7 +46,7 @@ _ABNORMAL = re.compile(
 )
 _DIRECTIVE = re.compile(
     r"\b(?:will|start|stop|continue|increase|reduce|repeat|refer|review|return|recheck|order|follow|hold|avoid|switch|"
-    r"arrange|order(?:ed)?|obtain|perform|schedul\w+|consider|provided|given|recommend\w*|advis\w+|prescri\w+|initiate|book\w*|due|await\w*|if|r/v|no more|to be)\b",
+    r"arrange|order(?:ed)?|obtain|perform|schedul\w+|consider|provided|given|recommend\w*|advis\w+|prescri\w+|initiate|reassess|book\w*|due|await\w*|if|r/v|no more|to be)\b",
     re.IGNORECASE,
 )
 _FINDING = re.compile(
@@ -267,8 +267,7 @@ def _choose(units: list[Unit], selector: Selector, n_note_words: int) -> set[int
             continue
         if length() + sum(n_words[k] for k in group - chosen) <= 1.3 * budget or not chosen:
             add(group)
-    # A review of systems, sentence by sentence, says what else was asked
-    rest = [number for number in scores if units[number - 1].topic != "review"]
+    rest = [number for number in scores if not _is_trivial(units[number - 1], units)]
     waiting = {number: group for number in rest if (group := _closure(units, number))}
     while waiting:
         value = {}
@@ -306,19 +305,31 @@ def _required(units: list[Unit], scores: dict[int, float]) -> list[int]:
         head = units[unit.heading - 1] if unit.heading else None
         if head and not topic_of(head.text):
             problems.setdefault(head.number, []).append(unit)
+    told = [u for u in sentences if not _CUES["others"].search(u.text) and not _CUES["past"].search(u.text)]
+    findings = best([u for u in told if _FINDING.search(u.text) or _ABNORMAL.search(u.text)], 2)
     for group in problems.values():
         required += best([u for u in group if u in actions]) or best(group)
+    required += findings[:1]
     if problems:
         required += [unit.number for unit in actions]
     else:
         late = plans or [u for u in sentences[len(sentences) // 2 :] if _is_action(u.text)]
         required += [unit.number for unit in late[-1:]]
         required += best([u for u in late if _DIRECTIVE.search(u.text)], 2)
-    required += best([u for u in sentences if _DRUG.search(u.text) and _CUES["treatment"].search(u.text)])
-    required += best([u for u in sentences if _FINDING.search(u.text) and not _CUES["others"].search(u.text)], 2)
+    required += best([u for u in sentences if _DRUG.search(u.text) and _CUES["treatment"].search(u.text)], 2)
+    required += findings[1:]
+    required += best([u for u in told[: max(4, len(told) // 3)] if _CUES["presentation"].search(u.text)])
     required += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]
     required += [unit.number for unit in sentences[len(sentences) // 2 :] if _WARNING.search(unit.text)]
     return required
+
+
+def _is_trivial(unit: Unit, units: list[Unit]) -> bool:
+    """What else was asked or found normal, in a section for that; and what is no medicine."""
+    heading = units[unit.heading - 1].text if unit.heading else ""
+    is_normal = _CUES["normal"].search(unit.text) or _CUES["negation"].search(unit.text)
+    is_routine = unit.topic == "review" or (re.search(r"(?i)exam|vital", heading) and is_normal)
+    return bool(is_routine or _CUES["trivia"].search(unit.text))
 
 
 def _is_action(text: str) -> bool:
@@ -356,7 +367,7 @@ def _render(units: list[Unit], numbers: list[int]) -> list[Quoted]:
             heads.append((unit.asked, asked if len(asked.split()) > 3 else asked.rstrip("?\"”")))
         heads = [(n, text) for n, text in heads if text]
         # Leaving a problem: what is said next is no longer about it
-        if shown and not heads and head:
+        if not heads and head and any(units[n - 1].kind == "heading" and not units[n - 1].topic for n, _ in shown):
             heads = [(head.number, head.text.capitalize())]
         new = [pair for pair in heads if pair not in shown]
         shown = tuple(heads)
