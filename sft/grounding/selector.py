@@ -12,6 +12,12 @@ from dataclasses import asdict, dataclass
 from sft.grounding.structure import Unit, content_stems, read_units, shown_label, topic_of
 
 _VERSION = 1
+_DISEASE = (
+    r"\b(?:\w{3,}(?:itis|oma|osis|a?emia|opathy|rrhage|plegia|ectomy|otomy)|perforat\w+|ulcer\w*|bleed\w*|bled|"
+    r"tumou?r|mass|ruptur\w+|thromb\w+|embol\w+|infarct\w*|stones?|calcul(?:us|i)|abscess|obstruct\w+|"
+    r"infect\w+|stroke|dissection|seizure|arrest|hernia|cancer|malignan\w+|syndrome|deliri\w+|fracture\w*|effusion|"
+    r"tear|overdose)\b"
+)
 _CUES = {
     "plan": r"\b(?:plan|continue|follow|review|refer|repeat|tomorrow|weeks?|months?|again|check|await|discharge|clinic|recheck|return|to be|"
     r"will|advi[sc]e|book|r/v|f/u|if|monitor|pending|due|arrange|[1-9]/(?:7|52|12))\b",
@@ -32,26 +38,34 @@ _CUES = {
     "normal": r"\b(?:normal|fine|intact|clear|well|unremarkable|satisfactory|equal|soft|settled)\b",
     "decision": r"\b(?:wants?|declin\w+|agreed?s?|prefers?|undecided|accept\w*|refus\w+|consent\w*|dnacpr|not for)\b",
     "past": r"\b(?:(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|childhood)\b",
-    "trivia": r"\b(?:lovely|nice|kind|grumbles?|supple|football|cardigan|grateful|pleasant|parking|biscuits?|tea|photographs?|incidentally|sends?)\b",
+    "disease": _DISEASE,
+    "procedure": r"\b(?:laser|biops(?:y|ies|ied)|surgery|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|"
+    r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|aspirat\w+|closed|sutur\w+|removed|\w+ectomy|\w+plasty)\b",
+    "trivia": r"\b(?:lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful|pleasant|parking|biscuits?|tea|photographs?|incidentally|sends?)\b",
 }
 _CUES = {name: re.compile(pattern, re.IGNORECASE) for name, pattern in _CUES.items()}
 _TOPICS = ("plan", "diagnosis", "reason", "result", "operation", "family", "review")
 _ENOUGH_KIN = 0.55  # of a training set's summary sentences; .75 on invented notes, .36 on dialogues
 _COVERED = 0.65
 _DRUG = re.compile(
-    r"\b([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|mL|ml|puffs?)\b(?!/)"
+    r"\b([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
 )
 _ABNORMAL = re.compile(
     r"\b(?:elevated|raised|abnormal|low|high|reduced|positive|critical|deranged)\b", re.IGNORECASE
 )
 _DIRECTIVE = re.compile(
     r"\b(?:will|start|stop|continue|increase|reduce|repeat|refer|review|return|recheck|order|follow|hold|avoid|switch|"
-    r"arrange|order(?:ed)?|obtain|perform|schedul\w+|consider|provided|given|recommend\w*|advis\w+|prescri\w+|initiate|reassess|book\w*|due|await\w*|if|r/v|no more|to be)\b",
+    r"arrange|order(?:ed)?|obtain|perform|schedul\w+|consider|provided|given|recommend\w*|advis\w+|prescri\w+|initiate|asked for|offered|requested|referred|reassess|book\w*|due|await\w*|if|r/v|no more|to be)\b",
     re.IGNORECASE,
 )
 _FINDING = re.compile(
     r"\b(?:positive|grew|growing|shows?|showed|demonstrat\w+|reveals?|confirm\w*|diagnos\w+|likel\w+|probabl\w+|"
-    r"possibl[ey]|suspect\w*|consistent|excluded|suggests|could represent|evidence of|active|effusion|fracture)\b|\?[A-Za-z]",
+    r"possibl[ey]|suspect\w*|consistent|excluded|suggests|could represent|evidence of|active)\b|\?[A-Za-z]|" + _DISEASE,
+    re.IGNORECASE,
+)
+_DIAGNOSIS = re.compile(
+    r"^this is (?!an? \d)|\b(?:diagnosis|consistent with|in keeping with|likel(?:y|iest)|probabl[ey]|possibl[ey]|possibility|"
+    r"suspect\w*|excluded|explanation|represents?|impression|confirmed|shows?|NOT detected)\b|\?[A-Za-z]",
     re.IGNORECASE,
 )
 _WARNING = re.compile(
@@ -61,7 +75,7 @@ _WARNING = re.compile(
 )
 _COURTESY = re.compile(
     r"\b(?:agrees? with|understands? and|questions (?:were )?answered|discuss\w* (?:the )?(?:diagnosis and )?treatment options|"
-    r"verbalized|thank|lengthy discussion|consent taken)\b",
+    r"verbalized|lengthy discussion|consent taken)\b",
     re.IGNORECASE,
 )
 
@@ -306,19 +320,22 @@ def _required(units: list[Unit], scores: dict[int, float]) -> list[int]:
         if head and not topic_of(head.text):
             problems.setdefault(head.number, []).append(unit)
     told = [u for u in sentences if not _CUES["others"].search(u.text) and not _CUES["past"].search(u.text)]
-    findings = best([u for u in told if _FINDING.search(u.text) or _ABNORMAL.search(u.text)], 2)
+    said = [u for u in told if _DIAGNOSIS.search(u.text)]
+    findings = best(said, 1) + best([u for u in told if _FINDING.search(u.text) or _ABNORMAL.search(u.text)], 2)
     for group in problems.values():
         required += best([u for u in group if u in actions]) or best(group)
-    required += findings[:1]
+    required += findings[:2]
     if problems:
         required += [unit.number for unit in actions]
     else:
         late = plans or [u for u in sentences[len(sentences) // 2 :] if _is_action(u.text)]
-        required += [unit.number for unit in late[-1:]]
+        required += [unit.number for unit in late if _is_action(unit.text)][-1:]
         required += best([u for u in late if _DIRECTIVE.search(u.text)], 2)
     required += best([u for u in sentences if _DRUG.search(u.text) and _CUES["treatment"].search(u.text)], 2)
-    required += findings[1:]
+    required += findings[2:]
+    required += best([u for u in told if _CUES["procedure"].search(u.text) and not _CUES["negation"].search(u.text)])
     required += best([u for u in told[: max(4, len(told) // 3)] if _CUES["presentation"].search(u.text)])
+    required += [unit.number for unit in plans if not _CUES["trivia"].search(unit.text)]
     required += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]
     required += [unit.number for unit in sentences[len(sentences) // 2 :] if _WARNING.search(unit.text)]
     return required
@@ -371,7 +388,9 @@ def _render(units: list[Unit], numbers: list[int]) -> list[Quoted]:
             heads = [(head.number, head.text.capitalize())]
         new = [pair for pair in heads if pair not in shown]
         shown = tuple(heads)
-        parts = [text if text.endswith("?") else f"{text}:" for _, text in sorted(new)]
+        parts = [text if text.endswith("?") else f"{text}." for _, text in sorted(new)]
+        # "CT KUB. Clinical details: left loin pain."
+        parts[-1:] = [re.sub(r"\.$", ":", part) for part in parts[-1:]]
         text = " ".join([*parts, unit.text])
         text = text[0].upper() + text[1:] if text[:2].islower() else text
         text = text if re.search(r"[.!?…][\"”'’)]*$", text) else text.rstrip(" ,;:") + "."

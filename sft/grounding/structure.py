@@ -41,9 +41,9 @@ _SILENT = re.compile(
 )
 _SPELLED = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis", "cc": "Chief complaint", "pc": "Presenting complaint"}
 _FIRST_AGAIN = re.compile(
-    r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|there|thereafter|"
+    r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|thereafter|"
     r"otherwise|however|but|(?:a )?similar|which|instead|again|nothing|none|another|later|not|never|afterward|afterwards|meanwhile|"
-    r"the (?:same|latter|former|other|others|rest)|one|so|and|or|if (?:so|not)|"
+    r"the (?:same|latter|former|other|others|rest)|one (?:of|is|was|had|has)|so|and|or|if (?:so|not)|"
     r"(?:stopped|settled|resolved|improved|repeated|continued|restarted|changed|removed|done|given|seen) "
     r"(?:there|then|here|after|again|by|at once|since|in|with|on))\b",
     re.IGNORECASE,
@@ -59,6 +59,7 @@ _KIN = re.compile(
     r"grand\w+|niece|nephew|neighbou?r|donor|housemates?|flatmate|carer)s?\b",
     re.IGNORECASE,
 )
+_DENIES = re.compile(r"(?:no|normal|good|within)\b", re.IGNORECASE)
 _TOKEN = re.compile(r"[a-z]+|\d+(?:[.,:/]\d+)*")
 _STOP = frozenset(
     "a an the and or but of in on at to for from with by as is are was were be been has have had he she it they his her "
@@ -105,7 +106,8 @@ def shown_label(label: str) -> str:
     if _SILENT.fullmatch(bare):
         return ""
     bare = _SPELLED.get(bare.lower(), bare)
-    return bare.capitalize() if bare.isupper() and (len(bare) > 5 or topic_of(bare)) else bare
+    # "PAST MEDICAL HISTORY", but "PMH" and "CT KUB"
+    return bare.capitalize() if bare.isupper() and (len(bare) > 12 or topic_of(bare)) else bare
 
 
 def read_units(note: str) -> list[Unit]:
@@ -114,6 +116,7 @@ def read_units(note: str) -> list[Unit]:
     units = []
     label, label_number, section, problem, question = "", 0, 0, 0, 0
     problem_bulleted = False
+    own_label = False
     names = {}
     last_with = {}
     for i, (text, gap, after) in enumerate(lines):
@@ -121,8 +124,9 @@ def read_units(note: str) -> list[Unit]:
         bullet = _BULLET.match(text)
         body = text[bullet.end() :] if bullet else text
         starts_line = gap > 0 or i == 0
-        if starts_line:
-            label, label_number = "", 0
+        # A label in the middle of a line is its sentence's own
+        if starts_line or own_label:
+            label, label_number, own_label = "", 0, False
         if gap > 1 or (problem_bulleted and starts_line and not bullet):
             problem = 0
         heading_kind = starts_line and after and _heading_kind(lines, i, body, names.get(section, ""))
@@ -140,16 +144,17 @@ def read_units(note: str) -> list[Unit]:
             body = body[found.end() :]
         elif found and found["label"] and found.end() <= 45 and not re.search(r"\d{2}", found["label"]):
             label, label_number = found["label"], number
+            own_label = not starts_line and not topic_of(label)
             body = body[found.end() :]
         heading = problem or section
         topic = topic_of(label) or topic_of(names.get(problem, "")) or topic_of(names.get(section, ""))
-        body = body.strip("\"“” ")
+        body = body.strip('" ' if body.count('"') % 2 else " ").strip("“”" if body.count("“") != body.count("”") else "")
         kind = _kind(body, topic)
         needs = _refers_to(body, units, last_with, starts_line and bool(bullet))
         # "My sister had one. Me, never.": the rest of an answer
         is_short = not starts_line and len(body.split()) <= 4
         # "X-ray of the knee is unremarkable. No fractures."
-        if is_short and not needs and units and (units[-1].asked or topic == "result"):
+        if is_short and not needs and units and (units[-1].asked or (topic == "result" and _DENIES.match(body))):
             needs = number - 1
         names_patient = bool(_NAMES_PATIENT.search(text)) and not _KIN.search(text[:25])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
