@@ -16,7 +16,7 @@ _DISEASE = (
     r"\b(?:\w{3,}(?:itis|oma|osis|a?emia|opathy|rrhage|plegia|ectomy|otomy)|perforat\w+|ulcer\w*|bleed\w*|bled|"
     r"tumou?r|mass|ruptur\w+|thromb\w+|embol\w+|infarct\w*|stones?|calcul(?:us|i)|abscess|obstruct\w+|"
     r"infect\w+|stroke|dissection|seizure|arrest|hernia|cancer|malignan\w+|syndrome|deliri\w+|fracture\w*|effusion|"
-    r"tear|overdose)\b"
+    r"tear|overdose|rash|erythema|o?edema|nodules?|lump|pneumonia|haematoma|wound|DVT|pancreat\w+)\b"
 )
 _CUES = {
     "plan": r"\b(?:plan|continue|follow|review|refer|repeat|tomorrow|weeks?|months?|again|check|await|discharge|clinic|recheck|return|to be|"
@@ -37,7 +37,7 @@ _CUES = {
     r"tender|worse|swelling|weak\w*|drowsy|confus\w+|reduced|rose|fell|cm|mm)\b|POS|↑|↓|->",
     "normal": r"\b(?:normal|fine|intact|clear|well|unremarkable|satisfactory|equal|soft|settled)\b",
     "decision": r"\b(?:wants?|declin\w+|agreed?s?|prefers?|undecided|accept\w*|refus\w+|consent\w*|dnacpr|not for)\b",
-    "past": r"\b(?:(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|childhood)\b",
+    "past": r"(?<!/)\b(?:(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|childhood)\b",
     "disease": _DISEASE,
     "procedure": r"\b(?:laser|biops(?:y|ies|ied)|surgery|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|"
     r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|aspirat\w+|closed|sutur\w+|removed|\w+ectomy|\w+plasty)\b",
@@ -48,7 +48,7 @@ _TOPICS = ("plan", "diagnosis", "reason", "result", "operation", "family", "revi
 _ENOUGH_KIN = 0.55  # of a training set's summary sentences; .75 on invented notes, .36 on dialogues
 _COVERED = 0.65
 _DRUG = re.compile(
-    r"\b([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
+    r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
 )
 _ABNORMAL = re.compile(
     r"\b(?:elevated|raised|abnormal|low|high|reduced|positive|critical|deranged)\b", re.IGNORECASE
@@ -74,7 +74,8 @@ _WARNING = re.compile(
     re.IGNORECASE,
 )
 _COURTESY = re.compile(
-    r"\b(?:agrees? with|understands? and|questions (?:were )?answered|discuss\w* (?:the )?(?:diagnosis and )?treatment options|"
+    r"\b(?:agrees? with|understands? and|in agreement|agreed to (?:this|the) plan|discussed in detail|reviewed and|"
+    r"any (?:additional |other |further )?(?:questions|concerns|issues)|options were discussed|questions (?:were )?answered|discuss\w* (?:the )?(?:diagnosis and )?treatment options|"
     r"verbalized|lengthy discussion|consent taken)\b",
     re.IGNORECASE,
 )
@@ -253,10 +254,14 @@ def _covered(units: list[Unit], summary: str) -> list[bool]:
 
 def _choose(units: list[Unit], selector: Selector, n_note_words: int) -> set[int]:
     """The numbers of the sentences that the summary quotes."""
+    # A problem that is listed, and heads its plan below, is said there
+    headings = {frozenset(content_stems(unit.text)) for unit in units if unit.kind == "heading"}
     scores = {
         unit.number: selector.bias + sum(selector.weights.get(k, 0.0) * v for k, v in features.items())
         for unit, features in zip(units, _features(units), strict=True)
-        if unit.kind == "sentence" and not _COURTESY.search(unit.text)
+        if unit.kind == "sentence"
+        and not _COURTESY.search(unit.text)
+        and frozenset(content_stems(unit.text)) not in headings
     }
     budget = selector.budget(n_note_words)
     stems = {unit.number: set(content_stems(unit.text)) for unit in units}
@@ -275,11 +280,12 @@ def _choose(units: list[Unit], selector: Selector, n_note_words: int) -> set[int
     def length() -> int:
         return sum(n_words[number] for number in chosen)
 
-    for number in _required(units, scores):
+    essential, wanted = _required(units, scores)
+    for number, room in [*((n, 1.4) for n in essential), *((n, 1.15) for n in wanted)]:
         group = _closure(units, number)
         if not group or number in chosen or repeats(number) > 0.7:
             continue
-        if length() + sum(n_words[k] for k in group - chosen) <= 1.3 * budget or not chosen:
+        if length() + sum(n_words[k] for k in group - chosen) <= room * budget or not chosen:
             add(group)
     rest = [number for number in scores if not _is_trivial(units[number - 1], units)]
     waiting = {number: group for number in rest if (group := _closure(units, number))}
@@ -298,11 +304,11 @@ def _choose(units: list[Unit], selector: Selector, n_note_words: int) -> set[int
     return chosen
 
 
-def _required(units: list[Unit], scores: dict[int, float]) -> list[int]:
-    """What a reader must not miss, most important first."""
+def _required(units: list[Unit], scores: dict[int, float]) -> tuple[list[int], list[int]]:
+    """What a reader must not miss, and what matters next, each with the most important first."""
     sentences = [u for u in units if u.number in scores and u.topic not in ("family", "review")]
     if not sentences:
-        return []
+        return [], []
 
     def best(candidates: list[Unit], n: int = 1) -> list[int]:
         return sorted((u.number for u in candidates), key=lambda number: (-scores[number], number))[:n]
@@ -311,6 +317,7 @@ def _required(units: list[Unit], scores: dict[int, float]) -> list[int]:
     actions = [unit for unit in plans if _DIRECTIVE.search(unit.text)] or plans
     required = [sentences[0].number]
     required += [unit.number for unit in sentences if unit.names_patient][:1]
+    required += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]
     required += best([u for u in sentences if u.topic == "operation"])
     required += best([u for u in sentences if u.topic == "diagnosis"])
     # For each problem of a plan what is to be done, if it says so; then all else that is to be done
@@ -324,28 +331,28 @@ def _required(units: list[Unit], scores: dict[int, float]) -> list[int]:
     findings = best(said, 1) + best([u for u in told if _FINDING.search(u.text) or _ABNORMAL.search(u.text)], 2)
     for group in problems.values():
         required += best([u for u in group if u in actions]) or best(group)
-    required += findings[:2]
+    essential = required + findings[:2]
+    required = []
     if problems:
         required += [unit.number for unit in actions]
     else:
         late = plans or [u for u in sentences[len(sentences) // 2 :] if _is_action(u.text)]
         required += [unit.number for unit in late if _is_action(unit.text)][-1:]
         required += best([u for u in late if _DIRECTIVE.search(u.text)], 2)
-    required += best([u for u in sentences if _DRUG.search(u.text) and _CUES["treatment"].search(u.text)], 2)
+    required += best([u for u in sentences if _DRUG.search(u.text) and _CUES["treatment"].search(u.text) and u.topic != "drugs"], 2)
     required += findings[2:]
     required += best([u for u in told if _CUES["procedure"].search(u.text) and not _CUES["negation"].search(u.text)])
     required += best([u for u in told[: max(4, len(told) // 3)] if _CUES["presentation"].search(u.text)])
     required += [unit.number for unit in plans if not _CUES["trivia"].search(unit.text)]
-    required += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]
     required += [unit.number for unit in sentences[len(sentences) // 2 :] if _WARNING.search(unit.text)]
-    return required
+    return essential, required
 
 
 def _is_trivial(unit: Unit, units: list[Unit]) -> bool:
     """What else was asked or found normal, in a section for that; and what is no medicine."""
     heading = units[unit.heading - 1].text if unit.heading else ""
     is_normal = _CUES["normal"].search(unit.text) or _CUES["negation"].search(unit.text)
-    is_routine = unit.topic == "review" or (re.search(r"(?i)exam|vital", heading) and is_normal)
+    is_routine = topic_of(heading) in ("review", "family", "drugs") or (re.search(r"(?i)exam|vital", heading) and is_normal)
     return bool(is_routine or _CUES["trivia"].search(unit.text))
 
 
@@ -381,7 +388,8 @@ def _render(units: list[Unit], numbers: list[int]) -> list[Quoted]:
             heads.append((unit.label_number, shown_label(unit.label)))
         if unit.asked:
             asked = units[unit.asked - 1].text
-            heads.append((unit.asked, asked if len(asked.split()) > 3 else asked.rstrip("?\"”")))
+            is_topic = len(asked.split()) <= 3 and not unit.label
+            heads.append((unit.asked, asked.rstrip("?\"”") if is_topic else asked))
         heads = [(n, text) for n, text in heads if text]
         # Leaving a problem: what is said next is no longer about it
         if not heads and head and any(units[n - 1].kind == "heading" and not units[n - 1].topic for n, _ in shown):

@@ -28,6 +28,7 @@ _KINDS = {
     "reason": r"reason.*|indication|clinical details|problem|pc|cc|c/o|chief complaint|question|presenting.*|"
     r"hp[ci]|history of presen.*|s|subjective|admitted (with|for)|referral",
     "operation": r"operation|procedures?|op(eration)? performed|op|surgery|proc|specimens?",
+    "drugs": r"((current|home|regular) )?(medications?|medicines|meds|drugs)|dh",
     "family": r"f/?hx?|family history|s/?hx?|social( history)?",
     "review": r"ros|review of systems|systems review",
 }
@@ -50,8 +51,9 @@ _FIRST_AGAIN = re.compile(
 )
 # "This 44-year-old man" and "This is a 26-year-old" name the patient and refer to nothing
 _NAMES_PATIENT = re.compile(
-    r"(?:\b\d{1,3}[\s-]*(?:/\d\d\s*)?(?:year|yr|y/?o|y\b|month|week|day|hour|[MF]\b)|\b[MF]\s?\d\d\b|\baged \d|"
-    r"\b(?:male|female), \d\d|\bborn (?:at )?\d\d\b|this (?:is|patient|lady|gentleman|man|woman|boy|girl|baby))",
+    r"(?:\b\d{1,3}[\s-]*(?:year|yr|y/?o\b|y\b|[MF]\b)|\b\d{1,3}[\s-]*(?:month|week|day|hour)s?[\s-]old|\b[MF]\s?\d\d\b|"
+    r"\b\d+/(?:12|52) (?:girl|boy|baby|[MF]\b)|\baged \d|\b(?:boy|girl|man|woman) of \d|\b(?:male|female), \d\d|"
+    r"\bborn (?:at )?\d\d\b|this (?:is|patient|lady|gentleman|man|woman|boy|girl|baby))",
     re.IGNORECASE,
 )
 _KIN = re.compile(
@@ -186,6 +188,7 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
 
 def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     """ "section", "problem" or "": whether the line `body` heads what follows."""
+    body = body.strip("\"“” ")
     words = body.split()
     following = lines[i + 1][0]
     bullet_follows = bool(_BULLET.match(following))
@@ -200,12 +203,14 @@ def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     # "Acute lumbar strain." above its bullets or lines, in an assessment or a plan
     is_numbered_or_apart = lines[i][1] > 1 or re.match(r"\s*\(?\d", lines[i][0])
     is_bulleted = _BULLET.match(lines[i][0]) and not re.match(r"\s*\(?\d", lines[i][0])
-    if is_bulleted or lines[i][2] != 1 or i == 0 or (has_digits and not bullet_follows):
+    if is_bulleted or lines[i][2] < 1 or i == 0 or (has_digits and not bullet_follows):
         return ""
     is_list = bool(re.match(r"\s*\(?\d", lines[i][0])) and bool(re.match(r"\s*\(?\d", following))
-    if re.search("plan|diagnosis", topic_of(section)) and is_numbered_or_apart and not is_list:
+    if lines[i][2] == 1 and re.search("plan|diagnosis", topic_of(section)) and is_numbered_or_apart and not is_list:
         return "problem" if bullet_follows or len(following.split()) > len(words) else ""
-    return "problem" if body[-1] != "." and bullet_follows and len(words) <= 5 else ""
+    # "Genitourinary" above "No tenderness."
+    is_title = len(words) <= 3 and (following[-1] == "." or ":" in following) and topic_of(section) != "drugs"
+    return "problem" if body[-1] != "." and ((bullet_follows and len(words) <= 5) or is_title) else ""
 
 
 def _kind(body: str, topic: str) -> str:
