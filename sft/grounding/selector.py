@@ -55,12 +55,13 @@ _ABNORMAL = re.compile(
 )
 _DIRECTIVE = re.compile(
     r"\b(?:will|start|stop|continue|increase|reduce|repeat|refer|review|return|recheck|order|follow|hold|avoid|switch|"
-    r"arrange|order(?:ed)?|obtain|perform|schedul\w+|consider|provided|given|recommend\w*|advis\w+|prescri\w+|initiate|asked for|offered|requested|referred|reassess|book\w*|due|await\w*|if|r/v|no more|to be)\b",
+    r"arrange|order(?:ed)?|obtain|perform|schedul\w+|consider|provided|given(?! h| th)|recommend\w*|advis\w+|prescri\w+|initiate|asked for|offered|requested|referred|reassess|book\w*|due(?! to)|await\w*|if|r/v|no more|to be)\b",
     re.IGNORECASE,
 )
 _FINDING = re.compile(
     r"\b(?:positive|grew|growing|shows?|showed|demonstrat\w+|reveals?|confirm\w*|diagnos\w+|likel\w+|probabl\w+|"
-    r"possibl[ey]|suspect\w*|consistent|excluded|suggests|could represent|evidence of|active)\b|\?[A-Za-z]|" + _DISEASE,
+    r"possibl[ey]|suspect\w*|consistent|excluded|suggests|could represent|evidence of|active)\b|\?[A-Za-z]|"
+    + _DISEASE,
     re.IGNORECASE,
 )
 _DIAGNOSIS = re.compile(
@@ -328,20 +329,33 @@ def _required(units: list[Unit], scores: dict[int, float]) -> tuple[list[int], l
             problems.setdefault(head.number, []).append(unit)
     told = [u for u in sentences if not _CUES["others"].search(u.text) and not _CUES["past"].search(u.text)]
     said = [u for u in told if _DIAGNOSIS.search(u.text)]
-    findings = best(said, 1) + best([u for u in told if _FINDING.search(u.text) or _ABNORMAL.search(u.text)], 2)
+    findings = best(said, 1) + best(
+        [u for u in told if _FINDING.search(u.text) or _ABNORMAL.search(u.text)], 2
+    )
     for group in problems.values():
-        required += best([u for u in group if u in actions]) or best(group)
+        treats = [u for u in group if u in actions and u.topic == "plan"]
+        doses = [u for u in treats if _DRUG.search(u.text)]
+        required += best(doses or treats or [u for u in group if u in actions] or group)
     essential = required + findings[:2]
     required = []
     if problems:
-        required += [unit.number for unit in actions]
+        required += [unit.number for unit in sorted(actions, key=lambda u: not _DRUG.search(u.text))]
     else:
         late = plans or [u for u in sentences[len(sentences) // 2 :] if _is_action(u.text)]
         required += [unit.number for unit in late if _is_action(unit.text)][-1:]
         required += best([u for u in late if _DIRECTIVE.search(u.text)], 2)
-    required += best([u for u in sentences if _DRUG.search(u.text) and _CUES["treatment"].search(u.text) and u.topic != "drugs"], 2)
+    required += best(
+        [
+            u
+            for u in sentences
+            if _DRUG.search(u.text) and _CUES["treatment"].search(u.text) and u.topic != "drugs"
+        ],
+        2,
+    )
     required += findings[2:]
-    required += best([u for u in told if _CUES["procedure"].search(u.text) and not _CUES["negation"].search(u.text)])
+    required += best(
+        [u for u in told if _CUES["procedure"].search(u.text) and not _CUES["negation"].search(u.text)]
+    )
     required += best([u for u in told[: max(4, len(told) // 3)] if _CUES["presentation"].search(u.text)])
     required += [unit.number for unit in plans if not _CUES["trivia"].search(unit.text)]
     required += [unit.number for unit in sentences[len(sentences) // 2 :] if _WARNING.search(unit.text)]
@@ -352,7 +366,9 @@ def _is_trivial(unit: Unit, units: list[Unit]) -> bool:
     """What else was asked or found normal, in a section for that; and what is no medicine."""
     heading = units[unit.heading - 1].text if unit.heading else ""
     is_normal = _CUES["normal"].search(unit.text) or _CUES["negation"].search(unit.text)
-    is_routine = topic_of(heading) in ("review", "family", "drugs") or (re.search(r"(?i)exam|vital", heading) and is_normal)
+    is_routine = topic_of(heading) in ("review", "family", "drugs") or (
+        re.search(r"(?i)exam|vital", heading) and is_normal
+    )
     return bool(is_routine or _CUES["trivia"].search(unit.text))
 
 
@@ -389,10 +405,14 @@ def _render(units: list[Unit], numbers: list[int]) -> list[Quoted]:
         if unit.asked:
             asked = units[unit.asked - 1].text
             is_topic = len(asked.split()) <= 3 and not unit.label
-            heads.append((unit.asked, asked.rstrip("?\"”") if is_topic else asked))
+            heads.append((unit.asked, asked.rstrip('?"”') if is_topic else asked))
         heads = [(n, text) for n, text in heads if text]
         # Leaving a problem: what is said next is no longer about it
-        if not heads and head and any(units[n - 1].kind == "heading" and not units[n - 1].topic for n, _ in shown):
+        if (
+            not heads
+            and head
+            and any(units[n - 1].kind == "heading" and not units[n - 1].topic for n, _ in shown)
+        ):
             heads = [(head.number, head.text.capitalize())]
         new = [pair for pair in heads if pair not in shown]
         shown = tuple(heads)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from sft.grounding.sentences import sentence_spans
 
 _BULLET = re.compile(r"\s*(?:[-•*–·▪>]+\s+|\(?\d{1,2}[.)]\s+|[-•*–·▪](?=\w))")
-_LABEL = re.compile(r"""(?P<time>\d\d?[:.]\d\d(?:h|hrs)?)\s+(?=[A-Z])|["“']?(?P<label>[A-Z?][\w/&?'’.-]*(?:[ \t]+[\w/&()'’-]+){0,3})\s*:(?=\s|$)\s*""")
+_LABEL = re.compile(
+    r"""(?P<time>\d\d?[:.]\d\d(?:h|hrs)?)\s+(?=[A-Z])|["“']?(?P<label>[A-Z?][\w/&?'’.-]*(?:[ \t]+[\w/&()'’-]+){0,3})\s*:(?=\s|$)\s*"""
+)
 _SALUTATION = re.compile(
     r"(?:dear\b|hi\b|hello\b|good (?:morning|afternoon|evening)|(?:kind|best|warm|with)?\s*(?:regards|wishes)|"
     r"yours\b|sincerely|thank|many thanks|signed\b|to whom|cc\b|dictated|electronically|it was (?:a pleasure|nice))",
@@ -40,7 +42,15 @@ _SILENT = re.compile(
     r"assessment (and|&) plan|a/p|results?|instructions?|vitals.*|physical exam.*|exam(ination)?|findings?",
     re.IGNORECASE,
 )
-_SPELLED = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis", "cc": "Chief complaint", "pc": "Presenting complaint"}
+_SPELLED = {
+    "p": "Plan",
+    "a": "Assessment",
+    "imp": "Impression",
+    "rx": "Treatment",
+    "dx": "Diagnosis",
+    "cc": "Chief complaint",
+    "pc": "Presenting complaint",
+}
 _FIRST_AGAIN = re.compile(
     r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|thereafter|"
     r"otherwise|however|but|(?:a )?similar|which|instead|again|nothing|none|another|later|not|never|afterward|afterwards|meanwhile|"
@@ -52,7 +62,7 @@ _FIRST_AGAIN = re.compile(
 # "This 44-year-old man" and "This is a 26-year-old" name the patient and refer to nothing
 _NAMES_PATIENT = re.compile(
     r"(?:\b\d{1,3}[\s-]*(?:year|yr|y/?o\b|y\b|[MF]\b)|\b\d{1,3}[\s-]*(?:month|week|day|hour)s?[\s-]old|\b[MF]\s?\d\d\b|"
-    r"\b\d+/(?:12|52) (?:girl|boy|baby|[MF]\b)|\baged \d|\b(?:boy|girl|man|woman) of \d|\b(?:male|female), \d\d|"
+    r"\b\d+/(?:12|52) (?:girl|boy|baby|[MF]\b)|\baged \d|\b(?:he|she|man|lady|gentleman) is \d\d\b|\b(?:boy|girl|man|woman) of \d|\b(?:male|female), \d\d|"
     r"\bborn (?:at )?\d\d\b|this (?:is|patient|lady|gentleman|man|woman|boy|girl|baby))",
     re.IGNORECASE,
 )
@@ -137,7 +147,9 @@ def read_units(note: str) -> list[Unit]:
             problem = number if heading_kind == "problem" else 0
             problem_bulleted = bool(i + 1 < len(lines) and _BULLET.match(lines[i + 1][0]))
             names[number] = body.rstrip(":. ")
-            units.append(Unit(number, names[number], "", 0, 0, 0, 0, "heading", topic_of(names[number]), False))
+            units.append(
+                Unit(number, names[number], "", 0, 0, 0, 0, "heading", topic_of(names[number]), False)
+            )
             question = 0
             continue
         found = _LABEL.match(body)
@@ -150,13 +162,24 @@ def read_units(note: str) -> list[Unit]:
             body = body[found.end() :]
         heading = problem or section
         topic = topic_of(label) or topic_of(names.get(problem, "")) or topic_of(names.get(section, ""))
-        body = body.strip('" ' if body.count('"') % 2 else " ").strip("“”" if body.count("“") != body.count("”") else "")
+        is_quoted = (
+            body[:1] in '"“'
+            and body[-1:] in '"”'
+            or body.count('"') % 2
+            or body.count("“") != body.count("”")
+        )
+        body = body.strip(' "“”') if is_quoted else body
         kind = _kind(body, topic)
         needs = _refers_to(body, units, last_with, starts_line and bool(bullet))
         # "My sister had one. Me, never.": the rest of an answer
         is_short = not starts_line and len(body.split()) <= 4
         # "X-ray of the knee is unremarkable. No fractures."
-        if is_short and not needs and units and (units[-1].asked or (topic == "result" and _DENIES.match(body))):
+        if (
+            is_short
+            and not needs
+            and units
+            and (units[-1].asked or (topic == "result" and _DENIES.match(body)))
+        ):
             needs = number - 1
         names_patient = bool(_NAMES_PATIENT.search(text)) and not _KIN.search(text[:25])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
@@ -173,7 +196,9 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
     """(sentence on one line, line breaks before it, line breaks after it) for every sentence."""
     spans = sentence_spans(note)
     physical = [len(line.rstrip()) for line in note.split("\n") if line.strip()]
-    wrapped = len(physical) > 3 and max(physical) <= 100 and sum(n >= 60 for n in physical) > len(physical) / 2
+    wrapped = (
+        len(physical) > 3 and max(physical) <= 100 and sum(n >= 60 for n in physical) > len(physical) / 2
+    )
     gaps = [0]
     for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
         breaks = note.count("\n", end, start)
@@ -188,7 +213,7 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
 
 def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     """ "section", "problem" or "": whether the line `body` heads what follows."""
-    body = body.strip("\"“” ")
+    body = body.strip('"“” ')
     words = body.split()
     following = lines[i + 1][0]
     bullet_follows = bool(_BULLET.match(following))
@@ -196,8 +221,10 @@ def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     if len(words) > 8 or not words or body[-1] in "?!;,":
         return ""
     has_digits = any(c.isdigit() for c in body)
-    if body.endswith(":") or (bare.isupper() and len(bare) > 3 and not has_digits):
-        return "section" if topic_of(bare) or bare.isupper() else "problem"
+    if body.endswith(":") or (bare.isupper() and len(bare) > 3 and body[-1] != "." and not has_digits):
+        # "COPD" above its bullets is a problem of the plan, "VITALS" is a section
+        is_section = bare.isupper() and not (bullet_follows and lines[i][2] == 1 and topic_of(section))
+        return "section" if topic_of(bare) or is_section else "problem"
     if topic_of(bare) and body[-1] != ".":
         return "section"
     # "Acute lumbar strain." above its bullets or lines, in an assessment or a plan
@@ -206,7 +233,12 @@ def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     if is_bulleted or lines[i][2] < 1 or i == 0 or (has_digits and not bullet_follows):
         return ""
     is_list = bool(re.match(r"\s*\(?\d", lines[i][0])) and bool(re.match(r"\s*\(?\d", following))
-    if lines[i][2] == 1 and re.search("plan|diagnosis", topic_of(section)) and is_numbered_or_apart and not is_list:
+    if (
+        lines[i][2] == 1
+        and re.search("plan|diagnosis", topic_of(section))
+        and is_numbered_or_apart
+        and not is_list
+    ):
         return "problem" if bullet_follows or len(following.split()) > len(words) else ""
     # "Genitourinary" above "No tenderness."
     is_title = len(words) <= 3 and (following[-1] == "." or ":" in following) and topic_of(section) != "drugs"
@@ -230,7 +262,11 @@ def _refers_to(body: str, units: list[Unit], last_with: dict[str, int], is_item:
     if _FIRST_AGAIN.match(body):
         return previous
     # "Her sister takes lithium. She has ...": who, is said before
-    if previous and re.match(r"(?:he|she|his|her)\b", body, re.IGNORECASE) and _KIN.search(units[-1].text[:40]):
+    if (
+        previous
+        and re.match(r"(?:he|she|his|her)\b", body, re.IGNORECASE)
+        and _KIN.search(units[-1].text[:40])
+    ):
         return previous
     # "The ovary was ...": which, is said where it was last named
     definite = re.match(r"the (\w+)", body, re.IGNORECASE)
