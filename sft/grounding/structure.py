@@ -4,6 +4,7 @@ A sentence of a note may make sense only under its heading, label, speaker or qu
 that it refers back to. `read_units` finds these, so that a sentence can be quoted together with them.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -163,8 +164,7 @@ def read_units(note: str) -> list[Unit]:
         heading = problem or section
         topic = topic_of(label) or topic_of(names.get(problem, "")) or topic_of(names.get(section, ""))
         is_quoted = (
-            body[:1] in '"“'
-            and body[-1:] in '"”'
+            (body[:1] in '"“' and body[-1:] in '"”')
             or body.count('"') % 2
             or body.count("“") != body.count("”")
         )
@@ -200,7 +200,7 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
         len(physical) > 3 and max(physical) <= 100 and sum(n >= 60 for n in physical) > len(physical) / 2
     )
     gaps = [0]
-    for (_, end), (start, _) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, _) in itertools.pairwise(spans):
         breaks = note.count("\n", end, start)
         blank = breaks > 1
         # In a note with wrapped lines, a full line's end is no line's end
