@@ -45,7 +45,9 @@ _CUES = {
     r"pleasant|parking|biscuits?|tea|photographs?|incidentally",
     "courtesy": r"agrees? with|understands? and|in agreement|agreed to (?:this|the) plan|discussed in detail|reviewed and|"
     r"any (?:additional |other |further )?(?:questions|concerns|issues)|options were discussed|questions (?:were )?answered|"
-    r"discuss\w* (?:the )?(?:diagnosis and )?treatment options|verbalized|lengthy discussion|consent taken",
+    r"discuss\w* (?:the )?(?:diagnosis and )?treatment options|verbalized|lengthy discussion|consent taken|applaud|reassured|"
+    r"nature of (?:this|her|his|the)|risks?,? (?:and )?benefits|the risks? includes?",
+    "dose": r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|units?|puffs?|tablets?)(?!/)",
 }
 _CUES = {cue: re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE) for cue, pattern in _CUES.items()}
 _DOSE = re.compile(
@@ -213,8 +215,7 @@ def not_mentioned(note: str, summary_sentences: Iterable[str]) -> list[NotMentio
 
 def _cues(unit: Unit) -> frozenset[str]:
     text = f"{unit.label} {unit.text}"
-    found = [name for name, cue in _CUES.items() if cue.search(text)]
-    return frozenset([*found, "dose"] if _DOSE.search(text) else found)
+    return frozenset(name for name, cue in _CUES.items() if cue.search(text))
 
 
 def _covered(note: _Note, summary: str) -> list[bool]:
@@ -302,31 +303,33 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     for group in problems.values():
         treats = speaking([u for u in group if u.topic == "plan"], "action")
         essential += best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
-    findings = best(speaking(told, "diagnosis", "finding", "disease"), 2)
+    present = [u for u in told if not note.cues[u.number] & {"negation", "normal"}]
+    findings = best(speaking(present, "diagnosis", "finding", "disease"), 2)
     essential += best(speaking(told, "diagnosis")) + findings[:1]
     actions = speaking(plans, "action") or plans
     if problems:
-        wanted = [u.number for u in sorted(actions, key=lambda u: "dose" not in note.cues[u.number])]
+        wanted = [u.number for u in sorted(actions, key=lambda u: (u.topic != "plan", len(u.text)))]
     else:
         acts = speaking(plans or [u for u in late if u in told], "action", "plan", "treatment")
         wanted = [u.number for u in acts][-1:] + best(speaking(acts, "action"), 2)
     wanted += best(speaking([u for u in speaking(sentences, "dose") if u.topic != "drugs"], "treatment"), 2)
     wanted += findings[1:]
-    wanted += best(u for u in speaking(told, "procedure") if "negation" not in note.cues[u.number])
+    wanted += best(speaking(present, "procedure"))
     wanted += best(speaking(told[: max(4, len(told) // 3)], "presentation"))
-    wanted += [u.number for u in plans if "trivia" not in note.cues[u.number]]
+    # Short ones first: more is said
+    more = sorted(actions or speaking(late, "action", "treatment"), key=lambda u: len(u.text))
+    wanted += [u.number for u in more if "trivia" not in note.cues[u.number]]
     wanted += [u.number for u in speaking(late, "warning")]
     return essential, wanted
 
 
 def _is_routine(note: _Note, unit: Unit) -> bool:
     """What else was asked or found normal, in a section for that; and what is no medicine."""
-    head = note.heading(unit)
     cues = note.cues[unit.number]
-    if "trivia" in cues or not head:
-        return "trivia" in cues
-    is_normal = bool(re.search("exam|vital", head.text, re.IGNORECASE) and cues & {"normal", "negation"})
-    return is_normal or head.topic in ("review", "family", "drugs")
+    is_plain = unit.topic == "exam" and (cues & {"normal", "negation"} or len(note.stems[unit.number]) < 3)
+    head = note.heading(unit)
+    is_listed = head and head.topic in ("review", "family", "drugs")
+    return bool("trivia" in cues or is_plain or is_listed)
 
 
 def _group(note: _Note, number: int) -> set[int]:

@@ -12,7 +12,7 @@ from sft.grounding.sentences import sentence_spans
 
 _BULLET = re.compile(r"\s*(?:[-•*–·▪>]+\s+|\(?\d{1,2}[.)]\s+|[-•*–·▪](?=\w))")
 _LABEL = re.compile(
-    r"""(?P<time>\d\d?[:.]\d\d(?:h|hrs)?)\s+(?=[A-Z])|["“']?(?P<label>[A-Z?][\w/&?'’.-]*(?:[ \t]+[\w/&()'’-]+){0,3})\s*:(?=\s|$)\s*"""
+    r"""(?P<time>\d\d?[:.]\d\d(?:h|hrs)?)\s+(?=[A-Z])|["“']?(?!(?:He|She|It|They|We|I|There|This)\b)(?P<label>[A-Z?][\w/&?'’.-]*(?:[ \t]+[\w/&()'’-]+){0,3})\s*:(?=\s|$)\s*"""
 )
 _SALUTATION = re.compile(
     r"(?:dear\b|hi\b|hello\b|good (?:morning|afternoon|evening)|(?:kind|best|warm|with)?\s*(?:regards|wishes)|"
@@ -23,7 +23,7 @@ _SALUTATION = re.compile(
 _KINDS = {
     "plan": r"p|plans?|advice|advised?|rx|treatment( plan)?|medical treatment|additional testing|outcome|management|"
     r"specialist referrals?|recommend(ed|ations?)?|follow.?up|f/?u|suggest(ed|ions?)?|instructions?|disposition|"
-    r"actions?|to.?do|next( steps?)?|rec|agreed|overnight|discharge plan",
+    r"actions?|to.?do|next( steps?)?|rec|agreed|decisions?|do(ne)?( today)?|overnight|discharge plan",
     "diagnosis": r"a|imp|impression|assessment|ax|d?dx|diagnos[ie]s|conclusions?|opinion|summary|comment|"
     r"(final|working) diagnosis|interpretation",
     "result": r"results?|findings?|path(ology)?|report|.*results",
@@ -33,6 +33,7 @@ _KINDS = {
     "operation": r"operation|procedures?|op(eration)? performed|op|surgery|proc|specimens?",
     "drugs": r"((current|home|regular) )?(medications?|medicines|meds|drugs)|dh",
     "family": r"f/?hx?|family history|s/?hx?|social( history)?",
+    "exam": r".*exam(ination)?|vital.*",
     "review": r"ros|review of systems|systems review",
 }
 _KIND = {kind: re.compile(pattern, re.IGNORECASE) for kind, pattern in _KINDS.items()}
@@ -242,7 +243,8 @@ def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
         return "problem" if bullet_follows or len(following.split()) > len(words) else ""
     # "Genitourinary" above "No tenderness."
     is_title = len(words) <= 3 and (following[-1] == "." or ":" in following) and topic_of(section) != "drugs"
-    return "problem" if body[-1] != "." and ((bullet_follows and len(words) <= 5) or is_title) else ""
+    is_above = (bullet_follows and len(words) <= 5) or is_title
+    return "problem" if is_above and body[-1] != "." and not _BULLET.match(lines[i][0]) else ""
 
 
 def _kind(body: str, topic: str) -> str:
