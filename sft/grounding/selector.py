@@ -317,7 +317,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     wanted += best(speaking(present, "procedure"))
     wanted += best(speaking(told[: max(4, len(told) // 3)], "presentation"))
     # Short ones first: more is said
-    more = sorted(actions or speaking(late, "action", "treatment"), key=lambda u: len(u.text))
+    more = sorted(plans or speaking(late, "action", "treatment"), key=lambda u: len(u.text))
     wanted += [u.number for u in more if "trivia" not in note.cues[u.number]]
     wanted += [u.number for u in speaking(late, "warning")]
     return essential, wanted

@@ -44,7 +44,7 @@ _SILENT = re.compile(
     r"assessment (and|&) plan|a/p|results?|instructions?|vitals.*|physical exam.*|exam(ination)?|findings?",
     re.IGNORECASE,
 )
-_SPELLED = {
+SPELLED_OUT = {
     "p": "Plan",
     "a": "Assessment",
     "imp": "Impression",
@@ -119,7 +119,7 @@ def shown_label(label: str) -> str:
     bare = label.strip(" :.")
     if _SILENT.fullmatch(bare):
         return ""
-    bare = _SPELLED.get(bare.lower(), bare)
+    bare = SPELLED_OUT.get(bare.lower(), bare)
     # "PAST MEDICAL HISTORY", but "PMH" and "CT KUB"
     return bare.capitalize() if bare.isupper() and (len(bare) > 12 or topic_of(bare)) else bare
 
@@ -184,6 +184,7 @@ def read_units(note: str) -> list[Unit]:
             needs = number - 1
         names_patient = bool(_NAMES_PATIENT.search(text)) and not _KIN.search(text[:25])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
+        needs = 0 if needs == asked else needs
         units.append(
             Unit(number, body, label, label_number, heading, asked, needs, kind, topic, names_patient)
         )
@@ -200,7 +201,7 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
     wrapped = (
         len(physical) > 3 and max(physical) <= 100 and sum(n >= 60 for n in physical) > len(physical) / 2
     )
-    gaps = [0]
+    gaps = [0] if spans else []
     for (_, end), (start, _) in itertools.pairwise(spans):
         breaks = note.count("\n", end, start)
         blank = breaks > 1
@@ -209,7 +210,7 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
         is_wrap = wrapped and width >= 50 and breaks == 1 and not _BULLET.match(note[start : start + 6])
         gaps.append(2 if blank else 0 if is_wrap else breaks)
     texts = [" ".join(note[start:end].split()) for start, end in spans]
-    return list(zip(texts, gaps, [*gaps[1:], 0], strict=True))
+    return list(zip(texts, gaps, [*gaps[1:], 0], strict=False))
 
 
 def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
@@ -244,7 +245,7 @@ def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     # "Genitourinary" above "No tenderness."
     is_title = len(words) <= 3 and (following[-1] == "." or ":" in following) and topic_of(section) != "drugs"
     is_above = (bullet_follows and len(words) <= 5) or is_title
-    return "problem" if is_above and body[-1] != "." and not _BULLET.match(lines[i][0]) else ""
+    return "problem" if is_above and not re.search(r"\.$|:", body) and not _BULLET.match(lines[i][0]) else ""
 
 
 def _kind(body: str, topic: str) -> str:
