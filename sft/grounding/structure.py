@@ -4,6 +4,7 @@ A sentence of a note may make sense only under its heading, label, speaker or qu
 that it refers back to. `read_units` finds these, so that a sentence can be quoted together with them.
 """
 
+import functools
 import itertools
 import re
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ def content_stems(text: str) -> list[str]:
     return [stem(word) for word in words if word not in _STOP and (len(word) > 1 or word.isdigit())]
 
 
+@functools.lru_cache(maxsize=50_000)
 def stem(word: str) -> str:
     """ "lesions", "started" -> "lesion", "start"; six letters at most."""
     return re.sub(r"(?<=...)(?:ings?|ed|es|s|ly|ies|y|e)$", "", word)[:6] if word[0].isalpha() else word
@@ -220,7 +222,12 @@ def _heading_kind(lines: list, i: int, body: str, section: str) -> str:
     following = lines[i + 1][0]
     bullet_follows = bool(_BULLET.match(following))
     bare = body.rstrip(":. ")
-    if len(words) > 8 or not words or body[-1] in "?!;,":
+    if (
+        len(words) > (12 if bullet_follows else 8)
+        or not words
+        or body[-1] in "?!;,"
+        or _SALUTATION.match(body)
+    ):
         return ""
     has_digits = any(c.isdigit() for c in body)
     if body.endswith(":") or (bare.isupper() and len(bare) > 3 and body[-1] != "." and not has_digits):
