@@ -22,8 +22,8 @@ _CUES = {
     "treatment": r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|ml|units?|puffs?|l)|started?|stopped|given|gave|treated|prescri\w+|tablets?|iv|"
     r"im|po|od|bd|tds|qds|daily|increased?|changed|switch(?:ed)?|held|hold",
     "diagnosis": r"this is (?!an? \d)\w+|diagnos[ei]\w*|consistent|in keeping with|likel(?:y|iest)|probabl[ey]|possibl[ey]|"
-    r"possibility|suspect\w*|excluded|explanation|represents?|impression|confirm\w*|shows?|not detected|\?[a-z]+",
-    "finding": r"positive|elevated|raised|abnormal|low|high|reduced|critical|grew|growing|showed|demonstrat\w+|reveals?|suggests|"
+    r"possibility|suspect\w*|excluded|explanation|represents?|impression|confirm\w*|not detected|\?[a-z]+",
+    "finding": r"positive|elevated|raised|abnormal|low|high|reduced|critical|grew|growing|show(?:s|ed)?|demonstrat\w+|reveals?|suggests|"
     r"could represent|evidence of|active",
     "change": r"new|moderate|severe|large|tender|worse|swelling|weak\w*|drowsy|confus\w+|rose|fell|cm|mm|POS|↑|↓|->",
     "disease": r"\w{3,}(?:itis|oma|osis|a?emia|opathy|rrhage|plegia|ectomy|otomy)|perforat\w+|ulcer\w*|bleed\w*|bled|tumou?r|mass|"
@@ -320,7 +320,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     wanted += best(speaking(present, "procedure"))
     wanted += best(speaking(told[: max(4, len(told) // 3)], "presentation"))
     # Treatment first, and short ones: more is said
-    more = plans or speaking(late, "action", "treatment")
+    more = plans or speaking([u for u in late if u in told], "action", "treatment")
     more = sorted(more, key=lambda u: (not note.cues[u.number] & {"dose", "treatment"}, len(u.text)))
     wanted += [u.number for u in more if "trivia" not in note.cues[u.number]]
     wanted += [u.number for u in speaking(late, "warning")]
