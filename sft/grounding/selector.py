@@ -33,7 +33,7 @@ _CUES = {
     "procedure": r"laser|biops(?:y|ies|ied)|surgery|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|aspirat\w+|"
     r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|closed|sutur\w+|removed|\w+ectomy|\w+plasty",
     "presentation": r"admitted|presents?|presented|presenting|came|found|complain\w*|c/o|history of|referred|seen|day \d+|fell|"
-    r"fall|pain|after|since|collapsed",
+    r"fall|pain|ache|vomit\w*|since|collapsed|(?:hours?|days?|weeks?|months?|[1-9]/(?:7|52|12)) (?:of|history)",
     "person": r"\d{1,3}\s?(?:-year|yo|y/o|[mf]|y)|man|woman|boy|girl|baby|male|female|lady|gentleman",
     "negation": r"no|not|denies|denied|without|never|nil|none|neg(?:ative)?",
     "normal": r"normal|fine|intact|clear|well|unremarkable|satisfactory|equal|soft|settled",
@@ -309,6 +309,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     present = [u for u in told if not note.cues[u.number] & {"negation", "normal"}]
     findings = best(speaking(present, "diagnosis", "finding", "disease"), 2)
     essential += best(speaking(told, "diagnosis")) + findings[:1]
+    essential += best(speaking(told[: max(4, len(told) // 3)], "presentation"))
     actions = speaking(plans, "action") or plans
     if problems:
         wanted = [u.number for u in sorted(actions, key=lambda u: (u.topic != "plan", len(u.text)))]
@@ -318,7 +319,6 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     wanted += best(speaking([u for u in speaking(sentences, "dose") if u.topic != "drugs"], "treatment"), 2)
     wanted += findings[1:]
     wanted += best(speaking(present, "procedure"))
-    wanted += best(speaking(told[: max(4, len(told) // 3)], "presentation"))
     # Treatment first, and short ones: more is said
     more = plans or speaking([u for u in late if u in told], "action", "treatment")
     more = sorted(more, key=lambda u: (not note.cues[u.number] & {"dose", "treatment"}, len(u.text)))
