@@ -309,6 +309,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     present = [u for u in told if not note.cues[u.number] & {"negation", "normal"}]
     findings = best(speaking(present, "diagnosis", "finding", "disease"), 2)
     essential += best(speaking(told, "diagnosis")) + findings[:1]
+    essential += best(speaking(present, "procedure"))
     essential += best(speaking(told[: max(4, len(told) // 3)], "presentation"))
     actions = speaking(plans, "action") or plans
     if problems:
@@ -318,7 +319,6 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
         wanted = [u.number for u in acts][-1:] + best(speaking(acts, "action"), 2)
     wanted += best(speaking([u for u in speaking(sentences, "dose") if u.topic != "drugs"], "treatment"), 2)
     wanted += findings[1:]
-    wanted += best(speaking(present, "procedure"))
     # Treatment first, and short ones: more is said
     more = plans or speaking([u for u in late if u in told], "action", "treatment")
     more = sorted(more, key=lambda u: (not note.cues[u.number] & {"dose", "treatment"}, len(u.text)))
