@@ -156,36 +156,20 @@ def read_units(note: str) -> list[Unit]:
             )
             question = 0
             continue
-        found = _LABEL.match(body)
-        if found and starts_line and found["time"]:
-            label, label_number = found["time"], number
-            body = body[found.end() :]
-        elif found and found["label"] and found.end() <= 45 and not re.search(r"\d{2}", found["label"]):
-            label, label_number = found["label"], number
+        found, body = _take_label(body, starts_line)
+        if found:
+            label, label_number = found, number
             own_label = not starts_line and not topic_of(label)
-            body = body[found.end() :]
         heading = problem or section
         topic = topic_of(label) or topic_of(names.get(problem, "")) or topic_of(names.get(section, ""))
-        is_quoted = (
-            (body[:1] in '"“' and body[-1:] in '"”')
-            or body.count('"') % 2
-            or body.count("“") != body.count("”")
-        )
-        body = body.strip(' "“”') if is_quoted else body
         kind = _kind(body, topic)
-        needs = _refers_to(body, units, last_with, starts_line and bool(bullet))
-        # "My sister had one. Me, never.": the rest of an answer
-        is_short = not starts_line and len(body.split()) <= 4
-        # "X-ray of the knee is unremarkable. No fractures."
-        if (
-            is_short
-            and not needs
-            and units
-            and (units[-1].asked or (topic == "result" and _DENIES.match(body)))
-        ):
-            needs = number - 1
         names_patient = bool(_NAMES_PATIENT.search(text)) and not _KIN.search(text[:25])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
+        needs = 0 if starts_line and bullet else _refers_to(body, units, last_with)
+        # "My sister had one. Me, never." and "X-ray of the knee is unremarkable. No fractures."
+        goes_on = bool(units) and (units[-1].asked or (topic == "result" and _DENIES.match(body)))
+        if goes_on and not starts_line and len(body.split()) <= 4:
+            needs = needs or number - 1
         needs = 0 if needs == asked else needs
         units.append(
             Unit(number, body, label, label_number, heading, asked, needs, kind, topic, names_patient)
@@ -194,6 +178,20 @@ def read_units(note: str) -> list[Unit]:
         for word in content_stems(body):
             last_with[word] = number
     return units
+
+
+def _take_label(body: str, starts_line: bool) -> tuple[str, str]:
+    """The label or time that a sentence begins with, "" if none, and the rest, out of its quotation marks."""
+    found = _LABEL.match(body)
+    label = ""
+    if found and starts_line and found["time"]:
+        label = found["time"]
+    elif found and found["label"] and found.end() <= 45 and not re.search(r"\d{2}", found["label"]):
+        label = found["label"]
+    body = body[found.end() :] if label else body
+    is_whole = body[:1] in '"“' and body[-1:] in '"”'
+    is_cut = body.count('"') % 2 or body.count("“") != body.count("”")
+    return label, body.strip(' "“”') if is_whole or is_cut else body
 
 
 def _lines(note: str) -> list[tuple[str, int, int]]:
@@ -264,10 +262,10 @@ def _kind(body: str, topic: str) -> str:
     return "question" if asks and "diagnosis" not in topic else "sentence"
 
 
-def _refers_to(body: str, units: list[Unit], last_with: dict[str, int], is_item: bool) -> int:
+def _refers_to(body: str, units: list[Unit], last_with: dict[str, int]) -> int:
     """The sentence that this one refers back to; 0: none."""
     previous = units[-1].number if units and units[-1].kind in ("sentence", "question") else 0
-    if _NAMES_PATIENT.search(body[:40]) or is_item:
+    if _NAMES_PATIENT.search(body[:40]):
         return 0
     if _FIRST_AGAIN.match(body):
         return previous
