@@ -169,6 +169,11 @@ def test_a_plan_stands_under_its_problem():
     assert not any("agrees" in line or "Denies" in line for line in text)
 
 
+def test_headings_salutations_and_questions_alone_are_no_summary():
+    for note in ["", "Dear Dr Smith,", "Any pain?", "HISTORY\n\nPLAN\n", "Kind regards"]:
+        assert quote(note, selector()) == []
+
+
 def test_numbered_lists_are_no_headings():
     note = "74F with stiff shoulders.\nImp: polymyalgia.\n1) prednisolone 15 mg\n2) alendronate\n3) call if headache."
     units = read_units(note)

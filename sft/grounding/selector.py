@@ -16,7 +16,7 @@ _VERSION = 1
 # What a sentence speaks of, for the regression and the rules
 _CUES = {
     "action": r"will|start|stop|continue|increase|reduce|repeat|refer(?:red)?|review|return|recheck|order(?:ed)?|follow|hold|"
-    r"avoid|switch|arrange|obtain|perform|schedul\w+|consider|provided|given(?! h| th)|recommend\w*|advis\w+|prescri\w+|"
+    r"avoid|switch|arrange|obtain|perform|proceed|schedul\w+|consider|provided|given(?! h| th)|recommend\w*|advis\w+|prescri\w+|"
     r"initiate|asked for|offered|requested|reassess|book\w*|due(?! to)|await\w*|if|r/v|no more|to be",
     "plan": r"plan|tomorrow|weeks?|months?|again|check|discharge|clinic|f/u|monitor|pending|[1-9]/(?:7|52|12)",
     "treatment": r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|ml|units?|puffs?|l)|started?|stopped|given|gave|treated|prescri\w+|tablets?|iv|"
@@ -30,7 +30,7 @@ _CUES = {
     r"ruptur\w+|thromb\w+|embol\w+|infarct\w*|stones?|calcul(?:us|i)|abscess|obstruct\w+|infect\w+|stroke|dissection|seizure|"
     r"arrest|hernia|cancer|malignan\w+|syndrome|deliri\w+|fracture\w*|effusion|tear|overdose|rash|erythema|o?edema|nodules?|"
     r"lump|pneumonia|haematoma|wound|DVT|pancreat\w+",
-    "procedure": r"laser|biops(?:y|ies|ied)|surgery|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|aspirat\w+|"
+    "procedure": r"laser|biops(?:y|ies|ied)|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|aspirat\w+|"
     r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|closed|sutur\w+|removed|\w+ectomy|\w+plasty",
     "presentation": r"admitted|presents?|presented|presenting|came|found|complain\w*|c/o|history of|referred|seen|day \d+|fell|"
     r"fall|pain|ache|vomit\w*|since|collapsed|(?:hours?|days?|weeks?|months?|[1-9]/(?:7|52|12)) (?:of|history)",

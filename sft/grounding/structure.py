@@ -146,6 +146,9 @@ def read_units(note: str) -> list[Unit]:
         if gap > 1 or (problem_bulleted and starts_line and not bullet):
             problem = 0
         heading_kind = starts_line and after and _heading_kind(lines, i, body, names.get(section, ""))
+        # With nothing below it, it is no sentence either
+        if i == len(lines) - 1 > 0 and starts_line and topic_of(body):
+            heading_kind = "section"
         if heading_kind:
             section = number if heading_kind == "section" else section
             problem = number if heading_kind == "problem" else 0
