@@ -107,6 +107,9 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
     unknown = []
     n_read = 0
     for row_number, fields, has_more in read_table(source, required, repairs, columns):
+        # As a DataFrame ends in that was a spreadsheet; a CSV's blank rows are skipped by its reader
+        if not any(fields.values()):
+            continue
         n_read += 1
         row = _make_row(row_number, fields, options.label, label_of)
         missing = [cell for cell in ("clinical_note", "model_summary") if is_blank(getattr(row, cell))]

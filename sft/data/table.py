@@ -203,19 +203,22 @@ def _records(
     required: Sequence[str],
     names: Mapping[str, str],
 ) -> Iterator[tuple[int, dict[str, str], bool]]:
-    """The rows of a DataFrame as text; a row without a cell in it is skipped."""
+    """The rows of a DataFrame as text; a list or an object in a column that is not ours as JSON."""
     columns = _checked_columns(name, [column_name(str(c)) for c in frame.columns], required, names)
     missing = frame.isna().to_numpy()
     for number, values, is_missing in zip(numbers, frame.itertuples(index=False, name=None), missing):
         cells = {}
         for column, value, is_none in zip(columns, values, is_missing):
-            if isinstance(value, list | dict | set | tuple) and column in COLUMNS:
-                problem = f"{name}: row {number:,}: column {column} holds a list or an object, not text"
+            is_nested = isinstance(value, list | dict | set | tuple)
+            if column in COLUMNS and (is_nested or (column == "id" and isinstance(value, bool))):
+                problem = (
+                    f"{name}: row {number:,}: column {column} holds a list, an object or true/false, not text"
+                )
                 raise InputError(problem, "make it one text")
             is_whole = isinstance(value, float) and value.is_integer()
-            cells[column] = "" if is_none else str(int(value)) if is_whole else str(value)
-        if any(cells.values()):
-            yield number, cells, False
+            text = json.dumps(value, ensure_ascii=False, default=str) if is_nested else str(value)
+            cells[column] = "" if is_none else str(int(value)) if is_whole else text
+        yield number, cells, False
 
 
 # ------------------------------------------------------------------------------- columns

@@ -1,4 +1,4 @@
-"""Files of notes -> numbered notes with their ids: .txt (one note per file, line or paragraph), .csv, .jsonl.
+"""Files of notes -> numbered notes with their ids: .txt (one note per file, line or paragraph), tables.
 
 Ids come from the file or are missing: a row's number never stands in for one, it has a field of its own. A
 text that looks like one note over many lines is not taken apart unless --one_note says so."""
@@ -6,7 +6,6 @@ text that looks like one note over many lines is not taken apart unless --one_no
 import hashlib
 import io
 import json
-import math
 import re
 import sys
 from collections import Counter
@@ -17,7 +16,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
-from sft.data.rows import read_table
+from sft.data.table import TOO_MANY_FIELDS, column_name, read_table
 from sft.data.text import clean_text, decode_text, is_blank
 from sft.inference.results import RESULT_COLUMNS
 from sft.options import InferenceConfig
@@ -43,10 +42,10 @@ def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = No
     paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     is_one = len(paths) == 1 and not paths[0].is_dir()
     kind = paths[0].suffix.lower()
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if (not is_one or kind == ".txt") and (config.id_column or config.note_column or config.keep_columns):
         raise InputError(
-            "--id_column, --note_column and --keep_columns need a .csv or .jsonl", "leave them out"
+            "--id_column, --note_column and --keep_columns need a table (.csv, .tsv, .json or .jsonl)",
+            "leave them out",
         )
     if not is_one:
         notes = _read_letters(paths, config.one_note)
@@ -54,14 +53,14 @@ def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = No
         units = split_text(str(paths[0]), decode_text(paths[0]), config.one_note, "line")
         is_whole = config.one_note == "file"
         notes = [Note(row, paths[0].stem if is_whole else None, text) for row, text in units]
-    elif kind in readers:
+    elif kind in TABLES:
         if config.one_note != "auto":
             raise InputError(
                 f"--one_note is for .txt, not {kind}, which has one note per row", "leave it out"
             )
-        notes = list(_read_rows(paths[0], readers[kind], config))
+        notes = list(_read_table(paths[0], config))
     else:
-        fix = "use .txt, .csv, .jsonl (one JSON object per line), or a folder of .txt files"
+        fix = "use .txt, .csv, .tsv, .json, .jsonl (one JSON object per line), or a folder of .txt files"
         raise InputError(f"{shown_path(paths[0])}: unknown file extension", fix)
     return _checked_ids(notes, paths[0])
 
@@ -180,81 +179,48 @@ def suspicion(units: Sequence[str]) -> str:
 # ------------------------------------------------------------------------------- tables
 
 
-def column_name(name: str) -> str:
-    """ " Clinical-Note" -> "clinical_note"."""
-    return re.sub(r"[\s-]+", "_", name.strip().lower())
+TABLES = (".csv", ".tsv", ".json", ".jsonl")
 
 
-def _csv_rows(path: Path, note_column: str) -> Iterator[tuple[int, dict]]:
-    bad = []
-    for row_number, fields, too_many in read_table(path, (note_column,)):
-        if too_many:
-            row_id = fields.get("id", "").strip()
-            bad.append(f"row {row_number:,}" + (f" (id {safe_id(row_id)})" if row_id else ""))
-        yield row_number, fields
-    if bad:
-        problem = f"more fields than the header has columns (a comma outside quotes?): {preview_list(bad)}"
-        raise InputError(f"{path}: {problem}", "fix these rows")
-
-
-def _json_rows(path: Path, note_column: str) -> Iterator[tuple[int, dict]]:
-    for line_number, line in enumerate(io.StringIO(decode_text(path), newline=None), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, parse_constant=lambda _: None)
-        except (ValueError, RecursionError):
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}: line {line_number}: no JSON object", "write one object per line")
-        fields = {column_name(key): value for key, value in row.items()}
-        if note_column not in fields:
-            keys = preview_list(safe_id(key) for key in row) or "none"
-            problem = f"{path}: line {line_number}: no {note_column} in the JSON object (keys: {keys})"
-            raise InputError(problem, "name the key of the notes with --note_column")
-        yield line_number, fields
-
-
-def _read_rows(path: Path, rows, config: InferenceConfig) -> Iterator[Note]:
-    note_column = column_name(config.note_column or "clinical_note")
-    id_column = column_name(config.id_column or "id")
-    keep = {name: column_name(name) for name in config.keep_columns or ()}
+def _read_table(path: Path, config: InferenceConfig) -> Iterator[Note]:
+    names = {"clinical_note": config.note_column, "id": config.id_column}
+    ours = {column_name(theirs): name for name, theirs in names.items() if theirs}
+    keep = {name: ours.get(column_name(name), column_name(name)) for name in config.keep_columns or ()}
     taken = [name for name in keep if name.lower() in ("id", "row", *RESULT_COLUMNS)]
     if taken:
         problem = f"--keep_columns {preview_list(taken)}: the output has a column of this name already"
         raise InputError(problem, "rename the column, or leave it out")
-    seen = set()
-    for row_number, fields in rows(path, note_column):
-        if not seen:
-            absent = [name for name in keep if keep[name] not in fields]
-            absent += [config.id_column] if config.id_column and id_column not in fields else []
-            if absent:
-                problem = f"{path}: no column {preview_list(map(safe_id, absent))}"
-                raise InputError(problem, "check --id_column and --keep_columns")
-            others = [name for name in fields if ID_LIKE.fullmatch(name)]
-            if id_column not in fields and others and on_main_process():
-                log(f"warning: {path}: no column id; if one of {preview_list(others)} is the id, "
-                    f"add --id_column {others[0]}")  # fmt: skip
-        seen.update(fields)
-        row_id = _id_of(fields.get(id_column), f"{path}: row {row_number:,}")
-        kept = {name: fields.get(column) for name, column in keep.items()}
-        yield Note(row_number, row_id, fields.get(note_column), kept)
+    bad = []
+    columns = None
+    for row_number, cells, too_many in read_table(path, ("clinical_note",), columns=names):
+        row_id = clean_text(cells.get("id", ""))
+        row_id = None if is_blank(row_id) else row_id
+        if row_id and re.fullmatch(r"-?\d+(\.\d+)?e\+?\d+", row_id, re.IGNORECASE):
+            problem = f"{path}: row {row_number:,}: the id has lost digits as a decimal number"
+            raise InputError(problem, "write ids as text")
+        if too_many:
+            bad.append(f"row {row_number:,}" + (f" (id {safe_id(row_id)})" if row_id else ""))
+        if columns is None:
+            columns = list(cells)
+            _check_columns(path, columns, keep)
+        kept = {name: cells.get(column) for name, column in keep.items()}
+        yield Note(row_number, row_id, cells.get("clinical_note", ""), kept)
+    if bad:
+        raise InputError(f"{path}: {TOO_MANY_FIELDS}: {preview_list(bad)}", "fix these rows")
+
+
+def _check_columns(path: Path, columns: Sequence[str], keep: dict[str, str]) -> None:
+    """Raises InputError for a column to keep that is not there; logs a column that may be the id."""
+    absent = [name for name, column in keep.items() if column not in columns]
+    if absent:
+        raise InputError(f"{path}: no column {preview_list(map(safe_id, absent))}", "check --keep_columns")
+    others = [name for name in columns if ID_LIKE.fullmatch(name)]
+    if "id" not in columns and others and on_main_process():
+        named = preview_list(others)
+        log(f"warning: {path}: no column id; if one of {named} is the id, add --id_column {others[0]}")
 
 
 # ------------------------------------------------------------------------------- ids
-
-
-def _id_of(value: object, place: str) -> str | None:
-    """An id as text; None where it is missing. pandas writes the numbers of a column with gaps as 3.0."""
-    if isinstance(value, float) and math.isfinite(value):
-        if abs(value) >= 2**53:
-            raise InputError(f"{place}: the id has lost digits as a decimal number", "write ids as text")
-        value = int(value) if value.is_integer() else str(value)
-    if isinstance(value, bool) or not isinstance(value, str | int | None):
-        fix = "ids are texts or numbers; name another column with --id_column"
-        raise InputError(f"{place}: the id is neither a text nor a number", fix)
-    text = "" if value is None else clean_text(str(value))
-    return None if is_blank(text) else text
 
 
 def _checked_ids(notes: list[Note], path: Path) -> list[Note]:
