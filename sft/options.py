@@ -310,7 +310,7 @@ class InferenceConfig(MachineOptions):
     )
     input_file: list[str] | None = option(
         None,
-        "notes: .txt (see one_note), .csv (column clinical_note, optionally id), .jsonl (the same keys), or "
+        "notes: .txt (see one_note), a table with the column clinical_note and optionally id (.csv, .tsv, .json, .jsonl), or "
         "several .txt files or a folder of them, one note each",
         group=NOTES,
         metavar="FILE",
