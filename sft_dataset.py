@@ -23,7 +23,7 @@ from sft.data.dataset import (
 from sft.data.preferences import export_pairs, find_pairs
 from sft.data.prompt import PromptTemplate
 from sft.data.report import log_data_warnings
-from sft.data.rows import Row, shown_kinds
+from sft.data.rows import Row, drop_stray_citations, shown_kinds
 from sft.files import ROOT, check_new_file, sha256
 from sft.grounding.citations import has_citation
 from sft.options import ReportConfig, parse_options
@@ -134,7 +134,10 @@ def main() -> None:
     datasets = load_datasets(rows, tokenizer, config, template=template)
     encoder = datasets[0].encoder
     if config.export_preferences:
-        pairs = find_pairs(file_names(config)[0], rows[0], encoder, config.max_length)
+        # Neither side has citations that the prompt or the note does not support, as in training
+        version = encoder.template.sentence_version if encoder.template.number_sentences else None
+        supported, _ = drop_stray_citations(rows[0], version)
+        pairs = find_pairs(file_names(config)[0], supported, encoder, config.max_length)
     for path, part, dataset in zip(file_names(config), rows, datasets):
         if part:
             print(describe_rows(path, part, dataset) + "\n")

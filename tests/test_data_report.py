@@ -13,7 +13,7 @@ from sft.data.dataset import SFTDataset, load_datasets, read_data
 from sft.data.formats import describe_problem, find_language, main_language
 from sft.data.prompt import build_template
 from sft.data.report import log_data_warnings
-from sft.data.rows import leaked_rows, read_rows
+from sft.data.rows import drop_stray_citations, leaked_rows, read_rows
 from sft.data.similar import groups_of_similar, similar_notes
 from sft.data.text import clean_text
 from sft.options import DataOptions
@@ -154,3 +154,13 @@ def test_an_instruction_is_stripped_as_templates_do():
 def test_ids_with_spaces_are_found_by_number(tmp_path):
     path = write_csv(tmp_path / "a.csv", [("ward 3 0", "Fever.", "Fever.", "factual", "")])
     assert read_rows(path)[0].name == "row 2"
+
+
+def test_citations_that_cannot_be_read_are_dropped_too():
+    """Where the prompt numbers no sentences, no form of a citation is trained on."""
+    rows = rows_of(
+        [("Fever.", "Fever. [Evidence: see above]"), ("Cough.", "Cough. [Evidence: S1; Conf: 0.9]")]
+    )
+    kept, stray = drop_stray_citations(rows, None)
+    assert [row.model_summary for row in kept] == ["Fever.", "Cough."]
+    assert len(stray) == 2

@@ -345,3 +345,12 @@ def test_merge_to_and_prompt_from_on_the_command_line(folder, theirs, tmp_path):
     assert (merged / "Modelfile").is_file()
     recorded = json.loads((merged / "sft_config.json").read_text())
     assert recorded["sha256"]["adapter"] == sha256(theirs / "adapter_model.safetensors")
+
+
+def test_sums_cannot_be_removed_by_lowering_the_version(folder):
+    sft_config = json.loads((folder / "sft_config.json").read_text())
+    sft_config["format_version"] = 2
+    (folder / "sft_config.json").write_text(json.dumps(sft_config))
+    (folder / "SHA256SUMS").unlink()
+    with pytest.raises(InputError, match="SHA256SUMS"):
+        read_adapter_folder(folder)

@@ -18,7 +18,7 @@ from sft.cli import InputError, plural, preview_list, safe_id
 from sft.data.similar import groups_of_similar, similar_notes
 from sft.data.table import COLUMNS, OPTION_OF_COLUMN, REQUIRED_COLUMNS, TOO_MANY_FIELDS, plain, read_table
 from sft.data.text import Repair, clean_text, is_blank, log_repairs
-from sft.grounding.citations import has_citation, parse_citations, strip_citations
+from sft.grounding.citations import has_citation, parse_citations, strip_citations, unreadable_citations
 from sft.options import DataOptions
 
 if TYPE_CHECKING:
@@ -268,8 +268,11 @@ def drop_stray_citations(rows: Sequence[Row], sentence_version: int | None) -> t
     kept = []
     stray = []
     for row in rows:
-        is_stray = sentence_version is None or cites_missing_sentence(row, sentence_version)
-        if has_citation(row.model_summary) and is_stray:
+        if sentence_version is None:
+            is_stray = has_citation(row.model_summary) or bool(unreadable_citations(row.model_summary))
+        else:
+            is_stray = cites_missing_sentence(row, sentence_version)
+        if is_stray:
             stray.append(row.name)
             summary = strip_citations(row.model_summary)
             # Nothing but a citation: no row

@@ -106,7 +106,10 @@ def kinds_of(result: dict) -> Iterator[str]:
     yield "failed" if "error" in result else "done"
     if "error" in result:
         yield result["error"]
-    yield from {re.sub(r"\d[\d,]*", "N", warning.partition(":")[0]) for warning in result.get("warnings", [])}
+    yield from {
+        re.sub(r"(?<![\w.])\d[\d,]*(?!\w)", "N", warning.partition(":")[0])
+        for warning in result.get("warnings", [])
+    }
 
 
 def to_json(value, stream=None) -> str:

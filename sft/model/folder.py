@@ -4,6 +4,7 @@ model's, or an adapter that another tool (PEFT, TRL) saved, with the prompt of o
 import functools
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from sft.cli import InputError, log, on_main_process
@@ -97,7 +98,8 @@ def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
 
 def _changed_file(folder: Path, sft_config: dict, verify: bool) -> str | None:
     """Which file is not as it was written, and how; None if all are."""
-    has_sums = (folder / "SHA256SUMS").exists()
+    # Not by the version that the unverified file states alone: it could be lowered, and the sums removed
+    has_sums = os.path.lexists(folder / "SHA256SUMS") or "base_config" in sft_config
     if has_sums or sft_config.get("format_version", 1) >= 3:
         hash_file = functools.partial(remembered_sha256, again=verify)
         return checksum_problem(folder, _DECIDE_NOTHING, hash_file)
@@ -170,5 +172,5 @@ def log_origin(folder: Path, sft_config: dict, prompt_from: str | Path | None) -
         log(
             f"info: {folder} with the prompt and tokenizer of {prompt_from}; another tool's files: not verified"
         )
-    elif "base_config" not in sft_config:
+    elif "base_config" not in sft_config or not (folder / "SHA256SUMS").is_file():
         log(f"info: {folder} was written by an older version: not all that decides its summaries is verified")

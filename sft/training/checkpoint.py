@@ -59,6 +59,9 @@ def output_lock(config: TrainConfig) -> Iterator[None]:
     new = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     make_private_dir(output_dir)
     path = output_dir / ".lock"
+    # A link planted there is not followed
+    if path.is_symlink():
+        raise InputError(f"{path} is a symbolic link", "remove it, or choose another --output_dir")
     with open(path, "a") as file:
         problem = f"another training run is at work in {output_dir}"
         fix = "wait for it, or choose another --output_dir"
