@@ -1,6 +1,7 @@
 """Notes from files: ids, columns, what one note is."""
 
 import json
+import re
 
 import pytest
 from conftest import ROOT, SHARED_DATA
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 from tiny import NOTES, write_csv
 
 from sft.cli import InputError
-from sft.inference.notes import notes_digest, read_notes, split_text, suspicion
+from sft.inference.notes import notes_digest, read_notes, split_text
+from sft.inference.suspicion import suspicion
 from sft.options import InferenceConfig
 
 SHARED = ROOT.parent / "shared" / "cases"
@@ -136,6 +138,12 @@ LETTERS = {
     "list": "Medications on leaving.\n1. Aspirin\n2. Metformin\n3. Bisoprolol",
     "dialogue": "Doctor: How are you?\nPatient: Better.\nDoctor: Good.\nPatient: Thanks.",
     "sections": "AF clinic. 69F.\nPicked up at a pulse check.\nPMH: T2DM, HTN.\nO/E irreg 94/min.",
+    "greeting": "Dear Dr Patel,\nThank you for seeing this lady.\nHer cough has gone.\nYours sincerely,\nA. Brown",
+    "cut off": "The patient denies chest pain and has\nFever. Penicillin allergy: rash.",
+    "bullets": "- 44F, day 2 after appendectomy\n- Pain 3/10, eating\n- Home tomorrow",
+    "times": "08:30 Found on the floor by her carer.\n08:55 Ambulance arrived.\n09:40 Given morphine.",
+    "one subject": "Mr. Hill is 70 years old and fell.\nHe has pain in his hip.\nHe cannot stand.\nNo fever.",
+    "short lines": "72M chest pain 2h\nKnown HTN\nBP 150/90\nECG normal\nTrop pending\nAspirin given",
 }
 
 
@@ -171,15 +179,22 @@ def test_letters_that_were_taken_apart():
     assert [note.id for note in read_notes(SHARED / "float_ids.jsonl")] == ["3", "4", None]
 
 
+def as_sentences(note: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+(?=[A-Z0-9])", " ".join(note.split()))
+
+
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason=f"no {SHARED_DATA}")
-def test_real_notes_in_one_line_each():
+def test_real_notes_are_told_from_their_parts():
+    """Files of one note a line, of 3 to 100 notes, are read; whole notes are not taken apart."""
     for path in sorted(SHARED_DATA.glob("*/*.csv")):
-        notes = [note.text for note in read_notes(path)]
-        assert suspicion([" ".join(note.split()) for note in notes]) == ""
-        letters = [note.strip().split("\n") for note in notes if "\n" in note.strip()]
-        assert sum(
-            bool(suspicion([line for line in lines if line.strip()])) for lines in letters
-        ) >= 0.98 * len(letters)
+        notes = [note.text.strip() for note in read_notes(path)]
+        flat = [" ".join(note.split()) for note in notes]
+        for size in (3, 10, 100):
+            assert not any(suspicion(flat[start : start + size]) for start in range(0, len(flat), size))
+        letters = [[line for line in note.split("\n") if line.strip()] for note in notes if "\n" in note]
+        assert sum(bool(suspicion(lines)) for lines in letters) >= 0.98 * len(letters)
+    long = [as_sentences(note.text) for note in read_notes(SHARED_DATA / "aci_bench" / "notes.csv")]
+    assert sum(bool(suspicion(lines)) for lines in long) >= 0.9 * len(long)
 
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv", ".json", ".jsonl"])

@@ -10,7 +10,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from sft.cli import InputError, log, on_main_process, plural, preview_list, safe
 from sft.data.table import TOO_MANY_FIELDS, column_name, read_table
 from sft.data.text import clean_text, decode_text, is_blank
 from sft.inference.results import RESULT_COLUMNS
+from sft.inference.suspicion import suspicion
 from sft.options import InferenceConfig
 
 ID_LIKE = re.compile(
@@ -131,49 +131,6 @@ def _units(text: str, one_note: str) -> Iterator[tuple[int, str]]:
         elif unit:
             yield unit[0][0], "".join(line for _, line in unit)
             unit = []
-
-
-_HEADING = re.compile(r"[^\W\d_][^.!?:]{0,50}:|[^\Wa-z_][^a-z.!?]{4,50}")
-_ITEM = re.compile(r"\s*(\d{1,2}[.)]|[-*•·])\s+\S")
-_LATE_SECTION = re.compile(  # what no note begins with
-    r"\s*((plan|impression|assessment|obs|(on )?exam(ination)?|meds|medications?|allerg(y|ies)|labs|results"
-    r"|disposition|(social|family|past medical) history)\s*:|(imp|a/p|pmh|psh|o/e)\b)",
-    re.IGNORECASE,
-)
-_LABEL = re.compile(r"(?<!\S)([^\W\d_][\w/()-]{0,30}):\s")
-
-
-def _is_next(a: str, b: str) -> bool:
-    return a[:-1].isdigit() and b[:-1].isdigit() and int(b[:-1]) == int(a[:-1]) + 1
-
-
-def suspicion(units: Sequence[str]) -> str:
-    """Why these lines or paragraphs look like parts of notes; "" if each looks like a note of its own."""
-    firsts = [unit.strip().partition("\n")[0] for unit in units]
-    if len(units) < 2:
-        return ""
-    share = 1 / len(units)
-    is_open = [not re.search(r"[.!?:;\"')\]]\s*$", unit) for unit in units]
-    # Where the first begins in lower case too, that is somebody's style
-    lower = sum(firsts[i][:1].islower() and is_open[i - 1] for i in range(1, len(units))) * share
-    if lower >= 0.1 and not firsts[0][:1].islower():
-        return "sentences run on over their ends"
-    # Not where all are so: that is a file of single words
-    headings = sum(bool(_HEADING.fullmatch(unit.strip())) for unit in units) * share
-    if 0.02 <= headings <= 0.9:
-        return "headings stand alone"
-    sections = sum(bool(_LATE_SECTION.match(unit)) for unit in units[1:]) * share
-    if sections >= 0.03 and not _LATE_SECTION.match(units[0]):
-        return "sections of a note"
-    marks = [match[1] if len(unit) < 200 and (match := _ITEM.match(unit)) else "" for unit in units]
-    items = sum(bool(a and b) and (a == b or _is_next(a, b)) for a, b in pairwise(marks)) * share
-    if items >= 0.1 and not all(marks):
-        return "lists"
-    # A whole dialogue in one unit has several
-    found = [_LABEL.findall(unit) for unit in units]
-    labels = [names[0] if len(names) == 1 and _LABEL.match(unit) else "" for names, unit in zip(found, units)]
-    changes = sum(bool(a and b and a != b) for a, b in pairwise(labels)) / (len(units) - 1)
-    return "speakers or fields take turns" if changes >= 0.4 else ""
 
 
 # ------------------------------------------------------------------------------- tables
