@@ -194,7 +194,7 @@ def test_real_notes_are_told_from_their_parts():
         letters = [[line for line in note.split("\n") if line.strip()] for note in notes if "\n" in note]
         assert sum(bool(suspicion(lines)) for lines in letters) >= 0.98 * len(letters)
     long = [as_sentences(note.text) for note in read_notes(SHARED_DATA / "aci_bench" / "notes.csv")]
-    assert sum(bool(suspicion(lines)) for lines in long) >= 0.9 * len(long)
+    assert sum(bool(suspicion(lines)) for lines in long) >= 0.8 * len(long)
 
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv", ".json", ".jsonl"])
