@@ -39,6 +39,9 @@ OTHER_NAMES = {
     "label": "is_factual factuality verdict class".split(),
 }
 
+_MOST_NAMES = 12  # of columns that are shown
+_LONGEST_NAME = 30  # characters
+
 _CONTROL_CHARACTER = Repair("control character", "(NUL and the like) dropped")
 _BLANK_ROW = Repair("blank row", "skipped")
 _HEADER_ROW = Repair("repeated header row", "skipped")
@@ -48,6 +51,7 @@ class _Header(NamedTuple):
     delimiter: str
     fields: list[str]
     row_number: int
+    next_fields: list[str]
 
     @property
     def columns(self) -> list[str]:
@@ -102,8 +106,9 @@ def _read_csv(
     encoding = find_encoding(data, str(path), counts)
     # A note may be longer than the csv module's 128 KiB
     csv.field_size_limit(1 << 30)
-    header = _find_header(data, encoding, names)
-    columns = _checked_columns(path, header.columns, required, names, data.lstrip()[:1] in (b"[", b"{"))
+    header = _find_header(data, encoding, names, path.suffix.lower() == ".tsv")
+    is_json = data.lstrip()[:1] in (b"[", b"{")
+    columns = _checked_columns(path, header.columns, header.next_fields, required, names, is_json)
     reader = csv.reader(_lines(data, encoding, counts), delimiter=header.delimiter, strict=True)
     row_number = 0
     line_number = 0
@@ -134,20 +139,27 @@ def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
         yield line
 
 
-def _find_header(data: bytes, encoding: str, names: Mapping[str, str]) -> _Header:
+def _find_header(data: bytes, encoding: str, names: Mapping[str, str], has_tabs: bool) -> _Header:
     """The first row that is neither blank nor Excel's "sep=;", with the delimiter that gives it the most
-    known columns."""
+    known columns; if all are unknown, a tab if `has_tabs`, else that of the most columns, preferably as many
+    as in the next row."""
     candidates = []
     for delimiter in ",;\t":
         reader = csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter)
         for row_number, fields in enumerate(reader, 1):
             is_excels = "".join(fields).strip(",;\t").lower() == "sep="
             if any(field.strip() for field in fields) and not is_excels:
-                candidates.append(_Header(delimiter, fields, row_number))
+                candidates.append(_Header(delimiter, fields, row_number, next(reader, [])))
                 break
     known = {*COLUMNS, *names, *(name for others in OTHER_NAMES.values() for name in others)}
-    nothing = _Header(",", [], 0)
-    return max(candidates, key=lambda header: len(set(header.columns) & known), default=nothing)
+
+    def rank(header: _Header) -> tuple:
+        n = len(header.fields)
+        is_expected = has_tabs and header.delimiter == "\t" and n > 1
+        fits = n > 1 and n == len(header.next_fields)
+        return len(set(header.columns) & known), is_expected, fits, n
+
+    return max(candidates, key=rank, default=_Header(",", [], 0, []))
 
 
 # ------------------------------------------------------------------------------- JSON, DataFrame
@@ -204,7 +216,8 @@ def _records(
     names: Mapping[str, str],
 ) -> Iterator[tuple[int, dict[str, str], bool]]:
     """The rows of a DataFrame as text; a list or an object in a column that is not ours as JSON."""
-    columns = _checked_columns(name, [column_name(str(c)) for c in frame.columns], required, names)
+    columns = [column_name(str(c)) for c in frame.columns]
+    columns = _checked_columns(name, columns, [*frame.head(1).to_numpy().flat], required, names)
     missing = frame.isna().to_numpy()
     for number, values, is_missing in zip(numbers, frame.itertuples(index=False, name=None), missing):
         cells = {}
@@ -227,11 +240,13 @@ def _records(
 def _checked_columns(
     path: object,
     columns: Sequence[str],
+    first_row: Sequence,
     required: Sequence[str],
     names: Mapping[str, str],
     is_json: bool = False,
 ) -> list[str]:
-    """The columns under our names. A column that an option names takes the place of one that has our name."""
+    """The columns under our names. A column that an option names takes the place of one that has our name.
+    `first_row`: the values below the names."""
     absent = [OPTION_OF_COLUMN.get(ours, ours) for theirs, ours in names.items() if theirs not in columns]
     if absent:
         raise InputError(f"{path}: no column is called what {preview_list(absent)} says", "check its name")
@@ -243,7 +258,7 @@ def _checked_columns(
             f"{path}: this is JSON, not a CSV", "name it .json, or .jsonl with one object a line"
         )
     if missing:
-        raise InputError(*_missing_columns(path, renamed, missing, required))
+        raise InputError(*_missing_columns(path, renamed, first_row, missing, required))
     repeated = [name for name in COLUMNS if renamed.count(name) > 1]
     if repeated:
         words = ("column", "appears") if len(repeated) == 1 else ("columns", "appear")
@@ -253,21 +268,34 @@ def _checked_columns(
 
 
 def _missing_columns(
-    path: object, columns: Sequence[str], missing: Sequence[str], required: Sequence[str]
+    path: object, columns: Sequence[str], first_row: Sequence, missing: Sequence[str], required: Sequence[str]
 ) -> tuple[str, str]:
-    """(problem, fix). Unknown columns are not named: in a file without a header they are patients' text."""
+    """(problem, fix)."""
     found = {
         ours: next((name for name in others if name in columns), None) for ours, others in OTHER_NAMES.items()
     }
     found = {ours: name for ours, name in found.items() if name and ours in missing}
     known = [name for name in (*COLUMNS, *found.values()) if name in columns]
-    shown = f"{plural(len(columns), 'column')}, known: {preview_list(known) or 'none'}"
-    problem = f"{path}: no column {preview_list(missing)} in the header ({shown})"
+    there = plural(len(columns), "column")
+    there += (
+        f": {', '.join(columns)}"
+        if _are_names(columns, first_row)
+        else f", known: {preview_list(known) or 'none'}"
+    )
+    problem = f"{path}: no column {preview_list(missing)} in the header ({there})"
     options = [f"{OPTION_OF_COLUMN[ours]} {name}" for ours, name in found.items()]
     options += [f"{OPTION_OF_COLUMN[ours]} NAME" for ours in missing if ours not in found and ours != "label"]
     if "label" in missing and "label" not in found:
         options.append("--label factual (if all summaries are)")
     return problem, f"the header must name {_header_of(required)}; or use {' '.join(options)}"
+
+
+def _are_names(columns: Sequence[str], first_row: Sequence) -> bool:
+    """Whether a header may be shown: in a file without one, its first row is patients' text. Names are few,
+    short and different, and a row below them has a longer text."""
+    are_short = all(len(name) <= _LONGEST_NAME and re.fullmatch(r"[^\W\d][\w.]*", name) for name in columns)
+    has_text = any(len(str(value)) > _LONGEST_NAME for value in first_row)
+    return are_short and has_text and len(set(columns)) == len(columns) <= _MOST_NAMES
 
 
 def _header_of(required: Sequence[str]) -> str:

@@ -114,7 +114,7 @@ def _shortness(units: Sequence[str]) -> float:
 def _one_patient(units: Sequence[str]) -> float:
     names_patient = [bool(_PATIENT.search(unit)) for unit in units]
     is_first = any(names_patient[:2]) and sum(names_patient[2:]) <= 0.2 * (len(units) - 2)
-    return 0.5 if len(units) > 2 and is_first else 0
+    return 0.45 if len(units) > 2 and is_first else 0
 
 
 _SIGNS = {
