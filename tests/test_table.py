@@ -149,6 +149,40 @@ def test_the_fix_names_the_columns_options_and_works(name, fix):
     assert rows[0].label == "factual"
 
 
+NAMES = ("Fall-Nr", "Befund", "Kurzfassung")
+
+
+@pytest.mark.parametrize("kind, mark", [(".tsv", "\t"), (".csv", "\t"), (".csv", ";"), (".csv", ",")])
+def test_unknown_columns_are_named_whatever_parts_them(tmp_path, kind, mark):
+    path = tmp_path / f"a{kind}"
+    note = "SECRET, seen on Monday with fever. No cough; stable."
+    cells = ["7", f'"{note}"', "SECRET"]
+    path.write_text(f"{mark.join(NAMES)}\n{mark.join(cells)}\n")
+    with pytest.raises(InputError, match=r"\(3 columns: fall_nr, befund, kurzfassung\)") as error:
+        read_rows(path)
+    assert "--note_column NAME --summary_column NAME" in error.value.fix
+    assert "SECRET" not in str(error.value)
+    options = DataOptions(note_column="Befund", summary_column="Kurzfassung", label="factual")
+    assert read_rows(path, options)[0].clinical_note == note
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "SECRET,SECRET",
+        "7,SECRET",
+        f"SECRET,{'SECRET' * 6}",
+        "SECRET has a fever today,b",
+        ",".join("ABCDEFGHIJKLMN"),
+    ],
+)
+def test_a_first_row_that_may_be_a_patients_is_not_shown(tmp_path, header):
+    (tmp_path / "a.csv").write_text(f"{header}\nx,{'SECRET ' * 9}\n")
+    with pytest.raises(InputError, match="columns, known: none") as error:
+        read_rows(tmp_path / "a.csv")
+    assert "SECRET" not in str(error.value)
+
+
 def test_labels_of_other_names():
     with pytest.raises(InputError, match="no row has a known label; found 2 kinds: no, yes") as error:
         read_rows(case("06_labels.csv"))

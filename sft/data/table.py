@@ -41,6 +41,7 @@ OTHER_NAMES = {
 
 _MOST_NAMES = 12  # of columns that are shown
 _LONGEST_NAME = 30  # characters
+_NAME = re.compile(r"[^\W\d_][^\W_]*([_.][^\W_]+){0,3}")  # at most four words
 
 _CONTROL_CHARACTER = Repair("control character", "(NUL and the like) dropped")
 _BLANK_ROW = Repair("blank row", "skipped")
@@ -293,7 +294,7 @@ def _missing_columns(
 def _are_names(columns: Sequence[str], first_row: Sequence) -> bool:
     """Whether a header may be shown: in a file without one, its first row is patients' text. Names are few,
     short and different, and a row below them has a longer text."""
-    are_short = all(len(name) <= _LONGEST_NAME and re.fullmatch(r"[^\W\d][\w.]*", name) for name in columns)
+    are_short = all(len(name) <= _LONGEST_NAME and _NAME.fullmatch(name) for name in columns)
     has_text = any(len(str(value)) > _LONGEST_NAME for value in first_row)
     return are_short and has_text and len(set(columns)) == len(columns) <= _MOST_NAMES
 
