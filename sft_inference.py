@@ -21,7 +21,7 @@ from pathlib import Path
 from sft import __version__
 from sft.cli import InputError, RunError, as_input_error, is_terminal, log, run_script, visible
 from sft.data.prompt import PromptEncoder, PromptTemplate
-from sft.data.text import clean_text, decode_bytes
+from sft.data.text import decode_bytes
 from sft.grounding.sentences import sentence_spans
 from sft.inference.chat import converse, log_result, note_terminal, print_piece, read_piped
 from sft.inference.checks import check_files, fingerprint, is_conversation
@@ -33,7 +33,7 @@ from sft.inference.results import (
     failure,
     make_result,
     note_problem,
-    note_warnings,
+    read_note,
     text_stream,
     to_json,
 )
@@ -257,9 +257,9 @@ class SFTInference:
                 if problem:
                     yield number, failure(problem) | made_by
                 else:
-                    texts[number] = clean_text(note)
+                    texts[number], odd = read_note(note, self.sft_config.get("language"))
                     prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
-                    warnings[number] += note_warnings(texts[number], self.sft_config.get("language"))
+                    warnings[number] += odd
             sequences = decode_within_memory(
                 functools.partial(self.decoder, self._base, temperature=temperature, seed=seed),
                 prompts,

@@ -6,11 +6,13 @@ import time
 
 import pytest
 from conftest import ROOT, SHARED_DATA
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import NOTES, encoder_for, rows_of, tiny_tokenizer, write_csv
 
 from sft.cli import InputError
 from sft.data.dataset import SFTDataset, load_datasets, read_data
-from sft.data.formats import describe_problem, find_language, main_language
+from sft.data.formats import describe_problem, find_language, main_language, strip_markup
 from sft.data.prompt import build_template
 from sft.data.report import log_data_warnings
 from sft.data.rows import drop_stray_citations, leaked_rows, read_rows
@@ -80,6 +82,8 @@ def test_texts_are_compared_under_nfc():
         ("<div><p>Temp &gt; 38</p></div>", "HTML"),
         ('<?xml version="1.0"?><ClinicalDocument></ClinicalDocument>', "XML"),
         ("MSH|^~\\&|LAB|HOSP", "HL7"),
+        ("\x0bMSH|^~\\&|LAB|HOSP\r\x1c\r", "HL7"),
+        ("PID|1||000123||DOE^JANE\rOBX|1|TX|", "HL7"),
         ('{"resourceType": "Bundle"}', "FHIR"),
         ('[{"a": 1}]', "JSON"),
         ("Fever", "single word"),
@@ -100,13 +104,59 @@ def test_what_is_hardly_a_note(text, words):
     assert found == describe_problem(text) or "language" in found or words == "single word"
 
 
+@pytest.mark.parametrize(
+    "text, plain, kind",
+    [
+        ("<p>Fever &amp; cough.", "Fever & cough.", "HTML"),
+        ("Fever.<br/>Hb <8, Na<sup>+</sup> 131", "Fever.\nHb <8, Na+ 131", "HTML"),
+        ("<ul><li>Temp &gt; 38&nbsp;&deg;C</li><li>Cough</li></ul>", "Temp > 38 °C\nCough", "HTML"),
+        ("&lt;p&gt;SpO2 &amp;lt; 90&lt;/p&gt;", "SpO2 < 90", "HTML"),
+        ("SpO2 &lt; 90&#37;, plt &gt;100", "SpO2 < 90%, plt >100", "HTML"),
+        ("<style>p {<!-- x -->}</style><P class='a'>Fever<!-- > --></P>", "Fever", "HTML"),
+        ("<!DOCTYPE html><table><tr><td>Na</td><td>131</td></tr></table>", "Na 131", "HTML"),
+        ("<p>Fever<!-- never closed", "Fever<!-- never closed", "HTML"),
+        ('<?xml version="1.0"?><a><title>Plan</title><b>Rest</b><c>Tea</c></a>', "Plan\nRest Tea", "XML"),
+        ("<note><![CDATA[Fever]]></note>", "Fever", "XML"),
+        ("<ClinicalDocument id='1'/>", None, None),
+        ("{\\rtf1 <p>Fever</p>}", None, None),
+        ("WBC<5 and PLT>3, a <b> c, <a few and >b, R&D", None, None),
+    ],
+)
+def test_markup_is_removed_and_nothing_else(text, plain, kind):
+    assert strip_markup(text) == (plain or text, kind)
+    assert strip_markup(plain or text) == (plain or text, None)
+
+
+@pytest.mark.parametrize(
+    "piece", ["<a ", '<a b="', "<!--", "<![CDATA[", "<?", "<style>", "</", "&#", "<p>&lt;"]
+)
+def test_markup_takes_time_in_proportion(piece):
+    for start in ("", "<p>x</p>", "<?xml "):
+        strip_markup(start + piece * 100_000)  # a square would take minutes
+
+
+@given(st.text("<>/&;!-pbr xml?[]'\"=\n"))
+def test_any_markup_gives_text(text):
+    plain, kind = strip_markup(text)
+    assert plain or not text
+    assert kind or plain == text
+
+
+def test_rows_in_markup_are_counted(tmp_path, capfd):
+    rows = [(i, f"<p>{note}</p>", summary, "factual", "") for i, (note, summary) in enumerate(NOTES)]
+    assert read_rows(write_csv(tmp_path / "a.csv", rows))[0].clinical_note == NOTES[0][0]
+    assert f"{len(NOTES)} notes in HTML, read without tags" in capfd.readouterr().err
+
+
 def test_no_false_alarms_on_real_notes():
     notes = list(SAMPLE)
     if SHARED_DATA.is_dir():
         for file in sorted(SHARED_DATA.glob("*/*.csv")):
             notes += notes_of(file)
     assert main_language(notes) == "en"
-    assert [note for note in notes if describe_problem(note, "en")] == []
+    assert [
+        note for note in notes if describe_problem(note, "en") or strip_markup(note) != (note, None)
+    ] == []
     assert find_language("BP 120/80. Stable.") is None
 
 
@@ -149,6 +199,13 @@ def test_an_instruction_is_stripped_as_templates_do():
     assert build_template(tiny_tokenizer(), instruction=" Be brief. ") == build_template(
         tiny_tokenizer(), instruction="Be brief."
     )
+
+
+def test_one_summary_of_three_notes_in_five(capfd):
+    rows = rows_of([(note, "Stable." if i < 3 else summary) for i, (note, summary) in enumerate(NOTES[:5])])
+    dataset = SFTDataset(rows, encoder_for("none"), 512)
+    log_data_warnings((rows, []), (dataset, SFTDataset([], dataset.encoder, 512)), DataOptions("x", "y"))
+    assert "one summary stands under 3 of 5 different notes: ids r0, r1, r2" in capfd.readouterr().err
 
 
 def test_ids_with_spaces_are_found_by_number(tmp_path):

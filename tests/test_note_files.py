@@ -62,11 +62,12 @@ def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
 def test_spreadsheet_formulas_are_defused():
     cells = [
         "=1+1",
-        "+1",
+        "+1+1",
+        "-1e5x",
         "-1+2",
         "@x",
         "\uff1d1",
-        "\uff0b1",
+        "\uff0b1+1",
         "\uff0d1+1",
         "\uff20x",
         "\u200b=1",
@@ -74,7 +75,7 @@ def test_spreadsheet_formulas_are_defused():
         "\tx",
     ]
     assert [defuse(cell) for cell in cells] == [f"'{cell}" for cell in cells]
-    harmless = ["fine", "", -1.5, "-7", "-7.5", "a=b", None]
+    harmless = ["fine", "", -1.5, "-7", "-7.5", "+5", "-1e5", "+1,5E-3", "a=b", None]
     assert [defuse(cell) for cell in harmless] == harmless
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tiny import NOTES, write_csv
 
 from sft.cli import InputError
-from sft.inference.notes import notes_digest, read_notes, split_text
+from sft.data.table import column_name
+from sft.inference.notes import ID_LIKE, notes_digest, read_notes, split_text
 from sft.inference.suspicion import suspicion
 from sft.options import InferenceConfig
 
@@ -31,9 +32,10 @@ def json_lines(path, *rows):
     [
         ([3.0, 4.0, None], ["3", "4", None]),
         (["3.0", "4.0", ""], ["3", "4", None]),
-        (["3.0", "v1", ""], ["3.0", "v1", None]),
+        (["3.0", "A1", ""], ["3", "A1", None]),
+        (["1.0", "1.5", ""], ["1.0", "1.5", None]),
         ([float("nan"), 3.5, "\u200b"], [None, "3.5", None]),
-        ([-7, 0, "-7.0"], ["-7", "0", "-7.0"]),
+        ([-7, 0, "-8.0"], ["-7", "0", "-8"]),
     ],
 )
 def test_ids_given_and_missing_never_mix(tmp_path, capsys, ids, expected):
@@ -43,6 +45,22 @@ def test_ids_given_and_missing_never_mix(tmp_path, capsys, ids, expected):
     assert [note.row for note in notes] == [1, 2, 3]
     if None in expected:
         assert "without an id (row" in capsys.readouterr().err
+
+
+def test_ids_that_are_the_same_once_written_as_numbers(tmp_path, capsys):
+    path = json_lines(tmp_path / "a.jsonl", *({"id": i, "clinical_note": "x"} for i in ("3.0", "3", "A1")))
+    assert [note.id for note in read_notes(path)] == ["3", "3", "A1"]
+    logged = capsys.readouterr().err
+    assert "1 id like 3.0: written as 3" in logged
+    assert "1 id on more than one row (3)" in logged
+
+
+@pytest.mark.parametrize(
+    "name", ["case_no", "note_nr", "patientnumber", "Note Number", "accession", "HADM_ID", "Sample No."]
+)
+def test_columns_that_may_be_ids(name):
+    assert ID_LIKE.fullmatch(column_name(name))
+    assert not any(map(ID_LIKE.fullmatch, ("ward_number", "phone_no", "diagnosis", "casenote", "keyword")))
 
 
 @pytest.mark.parametrize("bad", [[1], {"a": 1}, True, 1e30])

@@ -70,5 +70,5 @@ def test_a_text_that_is_hardly_a_note_is_named(specialist):
     ]
     warnings = [" ".join(result["warnings"]) for result in specialist.generate_batch(texts, 3)]
     assert "looks like RTF" in warnings[0]
-    assert "looks like HTML" in warnings[1]
+    assert "the note was HTML: its tags are left out" in warnings[1]
     assert "looks like" not in warnings[2]

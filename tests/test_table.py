@@ -193,6 +193,26 @@ def test_labels_of_other_names():
         read_rows(case("06_labels.csv"), DataOptions(label_map="no=good"))
 
 
+@pytest.mark.parametrize("label_map", [None, "FACTUAL=factual,wrong=hallucinated"])
+def test_an_unknown_label_among_known_ones(tmp_path, label_map):
+    labels = ["factual"] * 5 + ["wrong" if label_map else "hallucinated"] * 2 + ["Unsure"]
+    rows = [(i, f"SECRET note {i}", "SECRET", label, "") for i, label in enumerate(labels)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    with pytest.raises(
+        InputError, match=r"1 problem: row 9 \(id 7\): label.*unknown labels: 1 unsure"
+    ) as error:
+        read_rows(path, DataOptions(label_map=label_map))
+    words = f"{label_map},unsure" if label_map else "unsure"
+    assert f"--label_map {words}=hallucinated" in error.value.fix
+    write_csv(path, [*rows, (9, "SECRET", "SECRET", " and SECRET", "factual")])
+    with pytest.raises(InputError, match="1 unsure") as error:
+        read_rows(path, DataOptions(label_map=label_map))
+    assert "row 10 (id 9): label is neither factual nor hallucinated (a comma outside quotes?)" in str(
+        error.value
+    )
+    assert "SECRET" not in str(error.value)
+
+
 def test_kinds_are_shown_only_if_they_can_be_no_texts():
     assert shown_kinds(["wrong number"] * 2 + ["b"] * 3) == ["b", "wrong number"]
     assert shown_kinds(["Fever.", "Cough."]) is None

@@ -1,20 +1,41 @@
-"""Texts that are no note in plain words: markup, messages between systems, one word, another language."""
+"""Texts that are no note in plain words: markup, which is removed; messages between systems, one word,
+another language.
 
+The patterns are linear in the text. html.parser is not (Python 3.11 takes minutes for 100,000 characters of
+unclosed tags), nor is striprtf, so RTF is only warned of.
+"""
+
+import html
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 
+_BLOCKS = (
+    "p|br|hr|div|h[1-6]|li|ul|ol|dl|dt|dd|tr|table|tbody|thead|caption|html|body|head|title|pre|blockquote"
+    "|section|component|text|paragraph|list|item"
+)
+# Nothing, or attributes: "<a few and >b" is no tag
+_END = r"(?:\s*/?>|\s[^<>=]*=[^<>]*>)"
+_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCKS}){_END}", re.IGNORECASE)
 _HTML_TAG = re.compile(
-    r"</?(?:html|body|div|p|br|span|table|tr|td|th|ul|ol|li|b|i|h[1-6])\b[^<>]{0,200}>", re.IGNORECASE
+    r"</?(?:p|br|hr|div|h[1-6]|li|ul|ol|dl|dt|dd|tr|td|th|table|tbody|thead|html|body|head|meta|title|pre"
+    rf"|blockquote|span|font|b|i|u|em|strong|sup|sub|small|center|a|img|style|script){_END}|<!doctype\b[^<>]*>",
+    re.IGNORECASE,
+)
+# One such tag is enough; <b> and <i> may be placeholders
+_SURE_TAG = re.compile(rf"<(?:/\w+|p|br|hr|div|span|html|body|table|h[1-6]|ul|ol|li){_END}", re.IGNORECASE)
+_ANY_TAG = re.compile(rf"</?[A-Za-z_][\w:.-]*{_END}|<[?!][^<>]*>")
+_ENTITY = re.compile(r"&(?:nbsp|amp|lt|gt|quot|apos|deg|#\d{2,6}|#x[\da-f]{2,5});", re.IGNORECASE)
+_HIDDEN = tuple(
+    (re.compile(start, re.IGNORECASE), re.compile(end, re.IGNORECASE))
+    for start, end in (("<!--", "-->"), (r"<style\b", r"</style\s*>"), (r"<script\b", r"</script\s*>"))
 )
 _STARTS = (
     ("{\\rtf", "RTF"),
-    ("MSH|", "an HL7 v2 message"),
-    ("<?xml", "XML (CDA?)"),
-    ("<ClinicalDocument", "XML (CDA?)"),
     ("%PDF-", "PDF"),
 )
+_HL7 = re.compile(r"(MSH|FHS|BHS|MSA|EVN|PID|PV1|ORC|OBR|OBX|NTE|TXA)\|[^|\n]*\|")
 _WORD = re.compile(r"[^\W\d_]+")
 _BEYOND_LATIN = re.compile(r"[\u0370-\u1dff\u2c00-\ud7ff\uf900-\uffef]")
 _MOST_CHARACTERS = 20_000  # of a text are looked at
@@ -38,24 +59,79 @@ _LANGUAGE_OF = {
 _MIN_FUNCTION_WORDS = 4  # different ones, or the language is unknown: telegraphic notes have few
 
 
+def strip_markup(text: str) -> tuple[str, str | None]:
+    """(the text of HTML or XML without tags, "HTML" or "XML"), or (`text`, None) if it is neither, or has
+    no text beside its tags. Tags that HTML does not have stay: "plt <a few and >b" is no tag."""
+    if not ("<" in text or "&" in text) or _other_format(text):
+        return text, None
+    kind = _find_markup(text)
+    plain = text
+    if kind is None:
+        if not _ENTITY.search(text):
+            return text, None
+        # "&lt;p&gt;" is HTML that was escaped once more; "&gt; 38&deg;C" has no tags
+        plain = html.unescape(text).replace("\xa0", " ")
+        kind = _find_markup(plain)
+    if kind:
+        for start, end in _HIDDEN:
+            plain = _without(plain, start, end)
+        plain = plain.replace("<![CDATA[", "").replace("]]>", "") if kind == "XML" else plain
+        plain = _BLOCK_TAG.sub("\n", plain)
+        plain = re.sub(rf"</?t[dh]{_END}", " ", plain, flags=re.IGNORECASE)
+        plain = _ANY_TAG.sub(" ", plain) if kind == "XML" else _HTML_TAG.sub("", plain)
+        plain = html.unescape(plain)
+        plain = "\n".join(filter(None, (" ".join(line.split()) for line in plain.split("\n"))))
+    return (plain, kind or "HTML") if plain.strip() else (text, None)
+
+
+def _find_markup(text: str) -> str | None:
+    start = text[:_MOST_CHARACTERS].lstrip("\ufeff \t\r\n")
+    if re.match(r"<\?xml\b(?!.{0,300}<html)|<(\w+:)?ClinicalDocument\b", start, re.IGNORECASE | re.DOTALL):
+        return "XML"
+    if _SURE_TAG.search(start) or len(_HTML_TAG.findall(start)) >= 2:
+        is_html = _HTML_TAG.search(start) or re.match(r"<!doctype html", start, re.IGNORECASE)
+        return "HTML" if is_html else "XML"
+    return None
+
+
+def _without(text: str, start: re.Pattern, end: re.Pattern) -> str:
+    """The text without what stands from each `start` to its `end`; all that follows one without an end
+    stays."""
+    kept = []
+    position = 0
+    while (begin := start.search(text, position)) and (close := end.search(text, begin.end())):
+        kept.append(text[position : begin.start()])
+        position = close.end()
+    return "".join(kept) + text[position:]
+
+
 def describe_problem(text: str, language: str | None = None) -> str | None:
     """Why a text is hardly a note, as in "looks like RTF"; None if nothing is wrong. Never words of the text.
 
     With `language`, that of the training notes (`find_language`), another one is a problem too.
     """
-    start = text[:_MOST_CHARACTERS].lstrip("\ufeff \t\r\n")
-    for mark, name in _STARTS:
-        if start.startswith(mark):
-            return f"looks like {name}"
-    if len(_HTML_TAG.findall(start)) >= 2:
-        return "looks like HTML"
-    if start[:1] in ("{", "[") and _is_json(text, start):
-        return "looks like JSON (FHIR?)" if '"resourceType"' in start else "looks like JSON"
+    kind = _other_format(text) or _find_markup(text)
+    if kind:
+        return f"looks like {kind}"
+    start = text[:_MOST_CHARACTERS].strip()
     # Chinese and others put no spaces between words
     if len(start.split(maxsplit=1)) == 1 and not _BEYOND_LATIN.search(start):
         return "is a single word"
     found = find_language(start) if language else None
     return "is in another language than the training notes" if found not in (None, language) else None
+
+
+def _other_format(text: str) -> str | None:
+    """What a text is that is neither a note nor markup."""
+    start = text[:_MOST_CHARACTERS].lstrip("\ufeff \t\r\n\x0b")
+    for mark, name in _STARTS:
+        if start.startswith(mark):
+            return name
+    if _HL7.match(start):
+        return "an HL7 v2 message"
+    if start[:1] in ("{", "[") and _is_json(text, start):
+        return "JSON (FHIR?)" if '"resourceType"' in start else "JSON"
+    return None
 
 
 def _is_json(text: str, start: str) -> bool:

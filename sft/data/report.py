@@ -11,7 +11,7 @@ from sft.data.rows import Row, factual_rows, leaked_rows, name_rows, repeated_ro
 from sft.grounding.citations import strip_citations, unreadable_citations
 from sft.options import DataOptions
 
-_FEW_NOTES = 5  # may have the same summary by chance
+_FEW_NOTES = 2  # may have the same summary by chance
 _NUMBERS_AND_WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]{5,}")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.cli import InputError, plural, preview_list, safe_id
+from sft.data.formats import strip_markup
 from sft.data.similar import groups_of_similar, similar_notes
 from sft.data.table import COLUMNS, OPTION_OF_COLUMN, REQUIRED_COLUMNS, TOO_MANY_FIELDS, plain, read_table
 from sft.data.text import Repair, clean_text, is_blank, log_repairs
@@ -105,37 +106,34 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
     repairs = Counter()
     empty = Counter()
     unknown = []
+    labels = []
     n_read = 0
     for row_number, fields, has_more in read_table(source, required, repairs, columns):
         # As a DataFrame ends in that was a spreadsheet; a CSV's blank rows are skipped by its reader
         if not any(fields.values()):
             continue
         n_read += 1
-        row = _make_row(row_number, fields, options.label, label_of)
+        row = _make_row(row_number, fields, options.label, label_of, repairs)
         missing = [cell for cell in ("clinical_note", "model_summary") if is_blank(getattr(row, cell))]
         empty.update(missing)
         if missing and options.skip_empty:
             continue
         rows.append(row)
-        if not row.label:
-            unknown.append(fields.get("label", "").strip())
-        elif not (options.label or options.label_map) and row.label != fields.get("label"):
+        labels.append(plain(fields.get("label", "")))
+        # Behind a comma outside quotes it is another column's text
+        is_shifted = has_more or plain(row.hallucination_type) in label_of
+        if not (row.label or is_shifted):
+            unknown.append(labels[-1])
+        elif row.label and not (options.label or options.label_map) and row.label != fields.get("label"):
             repairs[_LABEL_SPELLING] += 1
         shown_id = f" (id {'empty' if is_blank(row.id) else safe_id(row.id)})" if "id" in fields else ""
-        found = _problems(row, has_more, missing, "id" in fields)
+        found = _problems(row, has_more, is_shifted, missing, "id" in fields)
         problems += (f"row {row_number}{shown_id}: {problem}" for problem in found)
     counts = ", ".join(f"{n:,} with an empty {column}" for column, n in sorted(empty.items()))
     if unknown and len(unknown) == len(rows):
         raise InputError(*_unknown_labels(name, unknown))
     if problems:
-        n_more = len(problems) - _MOST_PROBLEMS
-        more = f"; and {n_more:,} more" if n_more > 0 else ""
-        shown = "; ".join(problems[:_MOST_PROBLEMS]) + more
-        fix = "fix or delete these rows"
-        if counts:
-            shown += f" (rows: {counts})"
-            fix += ", or leave out those with an empty cell: --skip_empty"
-        raise InputError(f"{name}: {plural(len(problems), 'problem')}: {shown}", fix)
+        raise InputError(*_refusal(name, problems, counts, unknown, labels, options.label_map))
     if not rows:
         why = f"no row is left of {plural(n_read, 'row')}: {counts}" if counts else "no rows below the header"
         raise InputError(f"{name}: {why}", "add rows, at least one of them labeled factual")
@@ -167,18 +165,49 @@ def _unknown_labels(name: str, labels: list[str]) -> tuple[str, str]:
     return f"{name}: no row has a known label; {found}", fix
 
 
-def _make_row(row_number: int, fields: dict[str, str], label: str | None, label_of: Mapping[str, str]) -> Row:
+def _refusal(
+    name: str,
+    problems: list[str],
+    empty: str,
+    unknown: list[str],
+    labels: list[str],
+    label_map: str | None,
+) -> tuple[str, str]:
+    """(problem, fix) for rows that cannot be used; `unknown` are those of all `labels` that no map knows."""
+    n_more = len(problems) - _MOST_PROBLEMS
+    shown = "; ".join(problems[:_MOST_PROBLEMS]) + (f"; and {n_more:,} more" if n_more > 0 else "")
+    fix = "fix or delete these rows"
+    if empty:
+        shown += f" (rows: {empty})"
+        fix += ", or leave out those with an empty cell: --skip_empty"
+    if unknown:
+        kinds = [kind for kind in shown_kinds(labels) or [] if kind and kind in unknown]
+        counts = ", ".join(f"{unknown.count(kind):,} {kind}" for kind in kinds) or f"{len(unknown):,}"
+        shown += f" (unknown labels: {counts})"
+        mapped = [f"{kind}=hallucinated" for kind in kinds] or ["A=factual", "B=hallucinated"]
+        fix += f", or map labels: --label_map {','.join([label_map] * bool(label_map) + mapped)} (or factual)"
+    return f"{name}: {plural(len(problems), 'problem')}: {shown}", fix
+
+
+def _make_row(
+    row_number: int, fields: dict[str, str], label: str | None, label_of: Mapping[str, str], repairs: Counter
+) -> Row:
+    note, markup = strip_markup(clean_text(fields.get("clinical_note", "")))
+    if markup:
+        repairs[Repair("note", f"in {markup}, read without tags")] += 1
     return Row(
         number=row_number,
         id=fields.get("id", "").strip(),
-        clinical_note=clean_text(fields.get("clinical_note", "")),
+        clinical_note=note,
         model_summary=clean_text(fields.get("model_summary", "")),
         label=label or label_of.get(plain(fields.get("label", "")), ""),
         hallucination_type=fields.get("hallucination_type", "").strip(),
     )
 
 
-def _problems(row: Row, has_more_fields: bool, empty: list[str], has_ids: bool) -> Iterator[str]:
+def _problems(
+    row: Row, has_more_fields: bool, is_shifted: bool, empty: list[str], has_ids: bool
+) -> Iterator[str]:
     if has_more_fields:
         yield TOO_MANY_FIELDS
     if has_ids and is_blank(row.id):
@@ -190,7 +219,7 @@ def _problems(row: Row, has_more_fields: bool, empty: list[str], has_ids: bool) 
         elif "\n" in text and _WHOLE_ROW.search(text):
             yield f"{name} contains other rows (an unclosed quote?)"
     if not row.label:
-        yield f"label is neither {' nor '.join(LABELS)} (a comma outside quotes?)"
+        yield f"label is neither {' nor '.join(LABELS)}{' (a comma outside quotes?)' if is_shifted else ''}"
 
 
 # ------------------------------------------------------------------------------- sets of rows

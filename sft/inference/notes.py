@@ -22,8 +22,9 @@ from sft.inference.suspicion import suspicion
 from sft.options import InferenceConfig
 
 ID_LIKE = re.compile(
-    r"(.*_)?(id|uuid|guid|mrn|idx|key)"
-    r"|(note|row|hadm|patient|subject|encounter|visit|case|record|stay|doc|document|report|study)id"
+    r"(.*_)?(id|uuid|guid|mrn|idx|key|accession)"
+    r"|(.*_)?(note|row|hadm|patient|subject|encounter|visit|case|record|stay|doc|document|report|study|sample"
+    r"|accession|specimen|lab)_?(id|no|nr|num|number)\.?"
 )
 WORDS_FOR_LINES = 'say what a note is with --one_note: "file" (all is one), "paragraph" or "line"'
 
@@ -181,12 +182,15 @@ def _check_columns(path: Path, columns: Sequence[str], keep: dict[str, str]) -> 
 
 
 def _checked_ids(notes: list[Note], path: Path) -> list[Note]:
-    """The notes with ids like 3.0, where all are so, as 3. Logs repeated and missing ones."""
+    """The notes with ids like 3.0 as 3, unless others have decimals. Logs repeated and missing ones."""
     given = [note.id for note in notes if note.id is not None]
     said = []
-    if given and all(re.fullmatch(r"-?\d+\.0", row_id) for row_id in given):
-        notes = [note._replace(id=note.id and note.id.removesuffix(".0")) for note in notes]
-        said.append("all ids are whole numbers like 3.0: written as 3")
+    whole = [row_id for row_id in given if re.fullmatch(r"-?\d+\.0", row_id)]
+    if whole and len(whole) == sum(bool(re.fullmatch(r"-?\d+\.\d+", row_id)) for row_id in given):
+        shorter = {row_id: row_id.removesuffix(".0") for row_id in whole}
+        notes = [note._replace(id=shorter.get(note.id, note.id)) for note in notes]
+        given = [shorter.get(row_id, row_id) for row_id in given]
+        said.append(f"{plural(len(whole), 'id')} like 3.0: written as 3")
     repeated = [row_id for row_id, n in Counter(given).items() if n > 1]
     if repeated:
         named = preview_list(map(safe_id, repeated))

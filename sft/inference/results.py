@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 
 from sft.cli import is_terminal, plural, preview_list, visible
-from sft.data.formats import describe_problem
+from sft.data.formats import describe_problem, strip_markup
 from sft.data.text import clean_text, is_blank
 from sft.grounding.citations import parse_citations, strip_citations, unreadable_citations
 from sft.grounding.numbers import unsupported_numbers
@@ -34,10 +34,13 @@ def note_problem(note: object) -> str:
     return "the note is empty" if is_blank(clean_text(note)) else ""
 
 
-def note_warnings(note: str, language: str | None) -> list[str]:
-    """What makes a text hardly a note, as in "the note looks like RTF"; `language`: of the training notes."""
-    problem = describe_problem(note, language)
-    return [f"the note {problem}"] if problem else []
+def read_note(note: str, language: str | None) -> tuple[str, list[str]]:
+    """(the note's text without control characters and markup, what makes it hardly a note, as in "the note
+    looks like RTF"); `language`: of the training notes."""
+    text, markup = strip_markup(clean_text(note))
+    warnings = [f"the note was {markup}: its tags are left out"] if markup else []
+    problem = describe_problem(text, language)
+    return text, warnings + ([f"the note {problem}"] if problem else [])
 
 
 def failure(reason: str) -> dict:
@@ -143,8 +146,8 @@ def csv_row(cells: Sequence) -> str:
 
 
 def defuse(cell):
-    """A cell that no spreadsheet takes for a formula. A negative number is none."""
-    if not isinstance(cell, str) or re.fullmatch(r"-\d+([.,]\d+)?", cell):
+    """A cell that no spreadsheet takes for a formula. A number with a sign is none."""
+    if not isinstance(cell, str) or re.fullmatch(r"[+-]\d+([.,]\d+)?(e[+-]?\d+)?", cell, re.IGNORECASE):
         return cell
     # Spreadsheets pass over what cannot be seen, and read full-width signs
     seen = (c for c in cell if c.isprintable() and not c.isspace() and unicodedata.category(c)[0] != "M")
