@@ -128,7 +128,7 @@ def main() -> None:
         "Checks training data and reports on it: counts, token lengths, what will be shortened or left out."
     )
     config = parse_options(ReportConfig, description)
-    check_new_file("--export_preferences", config.export_preferences)
+    check_new_file("--export_preferences", config.export_preferences, (".jsonl",))
     rows = read_data(config, validate=False)
     tokenizer, template = prompt_source(config, rows[0])
     datasets = load_datasets(rows, tokenizer, config, template=template)

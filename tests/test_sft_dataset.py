@@ -2,13 +2,15 @@
 
 import json
 import re
+import sys
 
 import pytest
-from conftest import ROOT, assert_input_error, run_python
+from conftest import ROOT, run_python
 from tiny import NOTES, encoder_for, rows_of
 
+from sft.cli import InputError
 from sft.data.dataset import SFTDataset
-from sft_dataset import describe_rows, is_bundled, show_spans
+from sft_dataset import describe_rows, is_bundled, main, show_spans
 
 
 @pytest.fixture
@@ -35,11 +37,13 @@ def test_report_holds_counts_and_no_text(arguments, tmp_path):
     assert pair["prompt"].endswith("<|im_start|>assistant\n")
 
 
-def test_preferences_overwrite_nothing(arguments, csv_files):
-    before = csv_files[0].read_bytes()
-    result = run_python("sft_dataset.py", *arguments, "--export_preferences", csv_files[0])
-    assert_input_error(result, "exists")
-    assert csv_files[0].read_bytes() == before
+@pytest.mark.parametrize("name, words", [("taken.jsonl", "exists"), ("pairs.csv", "use .jsonl")])
+def test_preferences_overwrite_nothing(tmp_path, monkeypatch, name, words):
+    (tmp_path / "taken.jsonl").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["sft_dataset.py", "--export_preferences", str(tmp_path / name)])
+    with pytest.raises(InputError, match=words):
+        main()
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize(

@@ -197,12 +197,16 @@ def test_what_a_run_records_of_itself(finished):
         assert not any(f'"{path}' in text for text in texts)
 
 
-def test_a_fraction_set_apart_is_written_down_and_kept_on_resume(configured):
+def test_a_fraction_set_apart_is_written_down_and_kept_on_resume(configured, capfd):
     import json
 
     options = {"val_csv": None, "val_fraction": 0.2}
     config = configured(num_epochs=1, **options)
     train(config)
+    assert "2 validation rows (their numbers: training_stats.json)" in capfd.readouterr().err
+    stats = json.loads((Path(config.output_dir) / "training_stats.json").read_text())
+    chosen = read_data(config)[1]
+    assert stats["validation_rows"] == {"train.csv": [row.number for row in chosen if row.label == "factual"]}
     recorded = json.loads((Path(config.output_dir) / "final_model" / "sft_config.json").read_text())
     assert recorded["training"]["val_fraction"] == 0.2
     assert [recorded["rows"][part]["used"] for part in ("train", "validation")] == [9, 2]

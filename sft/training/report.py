@@ -52,8 +52,9 @@ def log_plan(run: "Run") -> None:
         f"LoRA: r={config.lora_r}, alpha={config.lora_alpha:g}; "
         f"training {trainable:,} of {total:,} parameters ({trainable / total:.2%})"
     )
+    which = " (their numbers: training_stats.json)" if config.val_fraction is not None else ""
     run.log(
-        f"Data: {plural(len(run.train_set), 'training row')}, {plural(len(run.val_set), 'validation row')}; "
+        f"Data: {plural(len(run.train_set), 'training row')}, {plural(len(run.val_set), 'validation row')}{which}; "
         f"{plural(n_hallucinated, 'hallucinated row')} kept for Stage B"
     )
     run.log(

@@ -237,6 +237,9 @@ class Run:
     def stats(self) -> dict:
         """What training_stats.json holds."""
         trainable, total = self.model.get_nb_trainable_parameters()
+        set_apart = {}
+        for row in self.val_set.rows if self.config.val_fraction is not None else ():
+            set_apart.setdefault(row.source or Path(self.config.train_files[0]).name, []).append(row.number)
         return {
             "untrained_val_loss": self.progress.untrained_val_loss,
             "kept_epoch": self.progress.kept_epoch,
@@ -245,6 +248,7 @@ class Run:
             "total_parameters": total,
             "device": str(self.accelerator.device),
             "skipped_steps": self.progress.skipped_steps,
+            "validation_rows": set_apart,  # row numbers by file, of those that val_fraction chose
         }
 
     def close(self) -> None:
