@@ -311,7 +311,8 @@ def test_warnings_about_many_rows(capfd):
     assert capfd.readouterr().err.splitlines() == [
         "warning: x.csv: 9 notes shortened to fit --max_length 160, which cuts 69.4% of the text of all notes;"
         f" {whole}: ids r0, r1, r2, r3, r4 and 4 more",
-        "warning: x.csv: 2 rows left out: the summary and any sentences it cites do not fit in"
+        "warning: x.csv: 2 rows left out, with 0.4% of the text of all notes: the summary and any sentences"
+        " it cites do not fit in"
         f" --max_length 160; {whole}: ids r7, r8",
         "warning: x.csv: 2 rows repeat the id of another note, or the note and summary, of an earlier row:"
         " rows 11, 12",

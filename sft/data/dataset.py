@@ -261,8 +261,9 @@ def load_datasets(
         dataset = SFTDataset(part, encoder, options.max_length, cache)
         dataset.stray = stray
         if part and not dataset.examples:
-            fix = f"--max_length {dataset.whole_length} would hold them whole"
-            raise InputError(f"{path}: no row fits --max_length {options.max_length}", fix)
+            lost = f"all of the notes' text ({dataset.lengths[:, 0].sum():,} tokens in {plural(len(part), 'row')})"
+            problem = f"{path}: no row fits --max_length {options.max_length}, so {lost} is lost"
+            raise InputError(problem, f"--max_length {dataset.whole_length} would hold all rows whole")
         return dataset
 
     names = file_names(options)

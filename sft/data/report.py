@@ -45,12 +45,13 @@ def _length_warnings(dataset: SFTDataset) -> Iterator[str]:
     enough = f"--max_length {dataset.whole_length:,} would hold all rows whole".replace(",", "")
     if dataset.whole_length > takes > 0:
         enough += f", but the model takes {takes} tokens"
+    n_tokens = dataset.lengths[:, 0].sum()
     if dataset.shortened:
         n_kept = sum(e.n_prompt - dataset.encoder.n_template_tokens for e in dataset.examples if e.shortened)
         n_whole = sum(
             dataset.lengths[i, 0] for i, e in zip(dataset.row_indices, dataset.examples) if e.shortened
         )
-        share = (n_whole - n_kept) / dataset.lengths[:, 0].sum()
+        share = (n_whole - n_kept) / n_tokens
         n_notes = plural(len(dataset.shortened), "note")
         yield (
             f"{n_notes} shortened to fit {limit}, which cuts {share:.1%} of the text of all notes; {enough}:"
@@ -65,7 +66,11 @@ def _length_warnings(dataset: SFTDataset) -> Iterator[str]:
     if dataset.refused:
         n_rows = plural(len(dataset.refused), "row")
         names = name_rows(name for name, _ in dataset.refused)
-        yield f"{n_rows} left out: the summary and any sentences it cites do not fit in {limit}; {enough}: {names}"
+        share = 1 - dataset.lengths[dataset.row_indices, 0].sum() / n_tokens
+        yield (
+            f"{n_rows} left out, with {share:.1%} of the text of all notes: the summary and any sentences it"
+            f" cites do not fit in {limit}; {enough}: {names}"
+        )
 
 
 def _resting_on_what_was_cut(dataset: SFTDataset) -> Iterator[str]:
