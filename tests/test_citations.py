@@ -1,11 +1,9 @@
 """Citations in summaries: read against the note, removed, and harmless if malformed."""
 
 import pytest
-from conftest import SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sft.data.rows import read_rows
 from sft.grounding.citations import (
     cited_sentence_numbers,
     has_citation,
@@ -13,8 +11,6 @@ from sft.grounding.citations import (
     strip_citations,
     unreadable_citations,
 )
-
-SHARED_CASES = SHARED_DATA.parent / "cases"
 
 text = st.text(max_size=200) | st.text(st.sampled_from("aB1.?! \n\t-:;,()é[]S\u200f\U0001f600"), max_size=200)
 text_with_citations = text | st.lists(
@@ -136,13 +132,6 @@ def test_numbers_are_those_of_the_version():
     assert old["sentences"] == ["Cough."]
     (new,) = parse_citations("Cough. [Evidence: S2]", note, 2)
     assert new["sentences"] == ["Cough."]
-
-
-@pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="no ../shared/cases")
-def test_cases_of_other_forms():
-    summaries = {row.id: row.model_summary for row in read_rows(SHARED_CASES / "more" / "bad_cited.csv")}
-    assert all(has_citation(summary) for summary in summaries.values())
-    assert cited_sentence_numbers(summaries["t0"]) == [2, 1]
 
 
 @pytest.mark.parametrize(

@@ -394,23 +394,6 @@ def test_max_length_is_the_longest_prompt(adapters):
     assert f"--max_new_tokens {1024 - n_own - 20} (prompt and summary" in warnings[0]
 
 
-def test_json_is_json_in_any_encoding(adapters, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": "Müller µ1", "clinical_note": "fever"}\n', encoding="utf-8")
-    arguments = [
-        "--model_path",
-        adapters(),
-        "--input_file",
-        tmp_path / "a.jsonl",
-        "--json",
-        "--max_new_tokens",
-        3,
-    ]
-    result = run_inference(*arguments, PYTHONIOENCODING="ascii")
-    assert result.returncode == 0, result.stderr
-    assert "\\u00fc" in result.stdout
-    assert json.loads(result.stdout)["id"] == "Müller µ1"
-
-
 def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
     # Blocks of 1,024 bytes
     command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'

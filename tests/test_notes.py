@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, SHARED_DATA
+from conftest import SHARED_DATA
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import NOTES, write_csv
@@ -14,9 +14,6 @@ from sft.data.table import column_name
 from sft.inference.notes import ID_LIKE, notes_digest, read_notes, split_text
 from sft.inference.suspicion import suspicion
 from sft.options import InferenceConfig
-
-SHARED = ROOT.parent / "shared" / "cases"
-with_cases = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no {SHARED}")
 
 
 def json_lines(path, *rows):
@@ -186,15 +183,6 @@ def test_notes_of_one_line_raise_no_suspicion():
         ["Plan: rest.", "Plan: go."],
     ):
         assert suspicion(units) == ""
-
-
-@with_cases
-def test_letters_that_were_taken_apart():
-    for name in ("02_one_letter", "05_wrapped_72", "two_line_wrapped", "slow_paste_note"):
-        with pytest.raises(InputError, match="--one_note"):
-            read_notes(SHARED / f"{name}.txt")
-    assert len(read_notes(SHARED / "05_unwrapped.txt")) == 1
-    assert [note.id for note in read_notes(SHARED / "float_ids.jsonl")] == ["3", "4", None]
 
 
 def as_sentences(note: str) -> list[str]:

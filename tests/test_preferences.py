@@ -6,7 +6,6 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
 from tiny import CHAT_TEMPLATES, NOTES, encoder_for, tiny_tokenizer, write_csv
 
 import sft_dataset
@@ -14,9 +13,7 @@ from sft.cli import InputError
 from sft.data.dataset import SFTDataset
 from sft.data.preferences import differing_texts, end_of_turn, find_pairs, preference_pairs
 from sft.data.prompt import PromptEncoder, build_template
-from sft.data.rows import Row, factual_rows, read_rows
-
-CASES = ROOT.parent / "shared" / "cases" / "more"
+from sft.data.rows import Row, factual_rows
 
 
 def rows_of_labels(*texts) -> list[Row]:
@@ -121,15 +118,6 @@ def test_a_summary_with_both_labels_is_on_neither_side(capfd):
     assert "whose summary another row of the same note calls factual: r2" in capfd.readouterr().err
     with pytest.raises(InputError, match="no pair"):
         find_pairs("x.csv", rows[:1] + rows[2:3], encoder_for("chatml"), 256)
-
-
-@pytest.mark.parametrize("name, ids", [("pairs", ["2", "6"]), ("no_pairs", []), ("both_labels", ["4"])])
-def test_the_shared_cases(name, ids):
-    if not CASES.is_dir():
-        pytest.skip("the shared cases are not here")
-    pairs = preference_pairs(read_rows(CASES / f"{name}.csv"), encoder_for("llama3"), 256)
-    assert [pair["id"] for pair in pairs] == ids
-    assert all(pair["shortened"] == (pair["id"] == "6") for pair in pairs)
 
 
 # ------------------------------------------------------------------------------- the script

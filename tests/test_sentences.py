@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from sft.data.rows import read_rows
 from sft.grounding.sentences import number_sentences, sentence_spans, split_sentences
 
-SHARED_CASES = SHARED_DATA.parent / "cases"
 WIDTHS = (60, 65, 72, 80)
 VERSIONS = (1, 2)
 
@@ -170,19 +169,6 @@ def test_wrapped_lines_do_not_change_the_sentences(width):
     n_same = sum(split_sentences(wrap(note, width)) == split_sentences(note) for note in notes)
     # Where a line ends before a name, "HR 98" / "Mild oedema" may be two items
     assert n_same >= 0.8 * len(notes)
-
-
-@pytest.mark.skipif(not SHARED_CASES.is_dir(), reason="no ../shared/cases")
-def test_wrapped_cases():
-    wrapped, unwrapped = (
-        (SHARED_CASES / f"05_{name}.txt").read_text() for name in ("wrapped_72", "unwrapped")
-    )
-    assert split_sentences(wrapped) == split_sentences(unwrapped)
-    two_lines = (SHARED_CASES / "two_line_wrapped.txt").read_text()
-    assert split_sentences(two_lines) == [
-        "The patient denies chest pain and has no fever.",
-        "Penicillin allergy: rash.",
-    ]
 
 
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="no ../shared/data")

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import NOTES, tiny_tokenizer, write_csv
@@ -14,17 +13,10 @@ from sft.data.rows import read_rows, shown_kinds
 from sft.data.table import read_table
 from sft.options import DataOptions
 
-CASES = ROOT.parent / "shared" / "cases"
 RECORDS = [
     {"id": 3.0, "clinical_note": "NA 128", "model_summary": "nan", "label": "factual"},
     {"id": "007", "clinical_note": "None", "model_summary": "1.50", "label": "hallucinated"},
 ]
-
-
-def case(name: str):
-    if not CASES.is_dir():
-        pytest.skip("the folder shared/cases is missing")
-    return CASES / name
 
 
 def texts(rows) -> list[tuple]:
@@ -129,26 +121,6 @@ def test_an_option_names_a_column(tmp_path):
         list(read_table(path, ("clinical_note",), columns={"clinical_note": "x"}))
 
 
-@pytest.mark.parametrize(
-    "name, fix",
-    [
-        ("07_alpaca.json", "--note_column input --summary_column output --label factual"),
-        ("07_records.jsonl", "--note_column inputs --summary_column target --label factual"),
-        ("12_other_columns.csv", "--note_column transcription --summary_column description --label factual"),
-        ("12_no_id.csv", "or use --label factual"),
-    ],
-)
-def test_the_fix_names_the_columns_options_and_works(name, fix):
-    with pytest.raises(InputError) as error:
-        read_rows(case(name))
-    assert fix in error.value.fix
-    words = fix.removeprefix("or use ").split()
-    options = DataOptions(**dict(zip((word.removeprefix("--") for word in words[::2]), words[1::2])))
-    rows = read_rows(case(name), options)
-    assert rows[0].name in ("row 1", "row 2")
-    assert rows[0].label == "factual"
-
-
 NAMES = ("Fall-Nr", "Befund", "Kurzfassung")
 
 
@@ -183,16 +155,6 @@ def test_a_first_row_that_may_be_a_patients_is_not_shown(tmp_path, header):
     assert "SECRET" not in str(error.value)
 
 
-def test_labels_of_other_names():
-    with pytest.raises(InputError, match="no row has a known label; found 2 kinds: no, yes") as error:
-        read_rows(case("06_labels.csv"))
-    assert "--label_map no=factual,yes=hallucinated" in error.value.fix
-    rows = read_rows(case("06_labels.csv"), DataOptions(label_map="NO=factual, yes = hallucinated"))
-    assert [row.label for row in rows[:2]] == ["factual", "hallucinated"]
-    with pytest.raises(InputError, match="does not map"):
-        read_rows(case("06_labels.csv"), DataOptions(label_map="no=good"))
-
-
 @pytest.mark.parametrize("label_map", [None, "FACTUAL=factual,wrong=hallucinated"])
 def test_an_unknown_label_among_known_ones(tmp_path, label_map):
     labels = ["factual"] * 5 + ["wrong" if label_map else "hallucinated"] * 2 + ["Unsure"]
@@ -218,15 +180,6 @@ def test_kinds_are_shown_only_if_they_can_be_no_texts():
     assert shown_kinds(["Fever.", "Cough."]) is None
     assert shown_kinds(["x" * 31] * 9) is None
     assert shown_kinds([str(i) for i in range(9)] * 2) is None
-
-
-def test_empty_cells_are_counted_and_left_out(capfd):
-    counts = "8 with an empty clinical_note, 4 with an empty model_summary"
-    with pytest.raises(InputError, match=counts) as error:
-        read_rows(case("10_empty_cells.csv"))
-    assert "--skip_empty" in error.value.fix
-    assert len(read_rows(case("10_empty_cells.csv"), DataOptions(skip_empty=True))) == 14
-    assert f"10 rows left out: {counts}" in capfd.readouterr().err
 
 
 # ------------------------------------------------------------------------------- which rows validate

@@ -36,6 +36,7 @@ _STARTS = (
     ("%PDF-", "PDF"),
 )
 _HL7 = re.compile(r"(MSH|FHS|BHS|MSA|EVN|PID|PV1|ORC|OBR|OBX|NTE|TXA)\|[^|\n]*\|")
+_RULER = re.compile(r"^[-=]{20,}$", re.MULTILINE)
 _WORD = re.compile(r"[^\W\d_]+")
 _BEYOND_LATIN = re.compile(r"[\u0370-\u1dff\u2c00-\ud7ff\uf900-\uffef]")
 _MOST_CHARACTERS = 20_000  # of a text are looked at
@@ -114,6 +115,8 @@ def describe_problem(text: str, language: str | None = None) -> str | None:
     if kind:
         return f"looks like {kind}"
     start = text[:_MOST_CHARACTERS].strip()
+    if len(_RULER.findall(start)) > 2:
+        return "looks like a printed record (Synthea?)"
     # Chinese and others put no spaces between words
     if len(start.split(maxsplit=1)) == 1 and not _BEYOND_LATIN.search(start):
         return "is a single word"
