@@ -104,7 +104,7 @@ def _going_on(units: Sequence[str]) -> float:
     n_both = min(sum(bool(match[name]) for match in found) for name in ("he", "she"))
     # One alone may be chance
     n = max(0, len(found) - n_both - 1)
-    return 0 if _GOES_ON.match(units[0]) else n / (len(units) - 1) / 0.2
+    return 0 if _GOES_ON.match(units[0]) else n / (len(units) - 1) / 0.25
 
 
 def _shortness(units: Sequence[str]) -> float:
