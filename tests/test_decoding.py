@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import NOTES, tiny_model
 
 from sft.cli import RunError
-from sft.inference import decoding
+from sft.inference import decoding, endings
 from sft.inference.decoding import (
     GeneratedSequence,
     common_prefix_length,
@@ -98,6 +98,26 @@ def test_models_without_kv_cache_go_through_generate():
     for batch_size in (1, 3):
         written = decode_with_generate(model, prompts, 15, STOPS, batch_size=batch_size)
         assert {sequence.index: sequence.ids for sequence in written} == expected
+
+
+@pytest.mark.parametrize("write", [decode, decode_with_generate])
+def test_what_differs_in_numbers_alone_ends_in_the_same_place_in_any_batch(monkeypatch, write):
+    monkeypatch.setattr(endings, "REPEATED_NUMBERED_TOKENS", 1)
+    model = kv_cache_model("llama") if write is decode else tiny_model("llama")
+    prompts = random_prompts(3, 5, 20)
+    numbers = frozenset(range(0, 400, 2))
+    longer = {s.index: s.ids for s in write(model, prompts, 24, [1])}
+
+    def stopped(batch_size: int) -> dict:
+        sequences = list(write(model, prompts, 24, [1], numbers=numbers, batch_size=batch_size))
+        assert any(sequence.finish_reason == "loop" for sequence in sequences)
+        return {sequence.index: sequence.ids for sequence in sequences}
+
+    together = stopped(5)
+    assert stopped(1) == together
+    for index, ids in longer.items():
+        ends = (n for n in range(1, len(ids)) if repeated_from(ids[:n], numbers) is not None)
+        assert together[index] == ids[: next(ends, None)]
 
 
 def test_chunked_attention_and_wrong_windows_are_found_out():
