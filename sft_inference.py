@@ -40,7 +40,6 @@ from sft.inference.results import (
 from sft.model.folder import log_origin, read_adapter_folder
 from sft.options import (
     DEFAULT_GENERATION_BATCH_SIZE,
-    DEFAULT_MAX_NEW_TOKENS,
     InferenceConfig,
     parse_options,
     quantization_of,
@@ -152,10 +151,12 @@ class SFTInference:
     def _choose_decoder(self) -> None:
         """Sets `decoder` once and for all, before any thread uses the model."""
         from sft.inference.decoding import decode, enable_kv_cache
+        from sft.inference.endings import number_ids
         from sft.inference.generate import decode_with_generate
         from sft.model.adapter import unwrap
 
         self._base = unwrap(self.model)
+        self._numbers = number_ids(self.tokenizer)
         fits, reason = enable_kv_cache(self._base)
         self.decoder = decode if fits else decode_with_generate
         if not fits:
@@ -164,20 +165,22 @@ class SFTInference:
     def generate_summary(
         self,
         clinical_note: str,
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         *,
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> dict:
-        """The summary of one note. `temperature` 0 is greedy and always the same; `on_text` gets the text as
-        it is written.
+        """The summary of one note. `max_new_tokens` is by default what training summaries needed;
+        `temperature` 0 is greedy and always the same; `on_text` gets the text as it is written, also what is
+        then cut off.
 
         Returns a dict: `generated_summary`; `evidence` (its citations, see
         sft.grounding.citations.parse_citations); `confidence` (0 to 1: the geometric mean of the
         probabilities the model gave to the tokens it wrote; how sure it was of its words, not whether they
         are true); `warnings` (list of str); `n_prompt_tokens`; `n_new_tokens` (with the end token);
-        `finish_reason` ("stop", or "length" if max_new_tokens cut it); `made_by` (see `made_by`).
+        `finish_reason` ("stop", "length" if max_new_tokens cut it, or "loop" if it repeated itself);
+        `made_by` (see `made_by`).
 
         Raises InputError for an empty note, RunError if memory runs out or the model computes NaN, and what
         `on_text` raises.
@@ -197,7 +200,7 @@ class SFTInference:
     def generate_batch(
         self,
         clinical_notes: Iterable[str],
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         *,
         batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
@@ -220,7 +223,7 @@ class SFTInference:
     def summarize(
         self,
         notes: Mapping[int, object],
-        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         *,
         batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
@@ -239,11 +242,8 @@ class SFTInference:
         Until the generator is used up or closed, other calls wait; do not call from the thread that is
         iterating. Raises InputError for settings that fit no note, RunError if the model fails for another
         reason than memory."""
-        if batch_size < 1:
-            raise InputError(f"batch_size must be 1 or more, not {batch_size}")
-        if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-            problem = "max_new_tokens must be 1 or more; temperature must be a finite number, 0 or more"
-            raise InputError(problem)
+        max_new_tokens = self.sft_config["max_new_tokens"] if max_new_tokens is None else max_new_tokens
+        _check_settings(max_new_tokens, temperature, batch_size)
         from sft.inference.decoding import decode_within_memory
 
         made_by = {"made_by": self.made_by(max_new_tokens, temperature, seed)}
@@ -261,10 +261,13 @@ class SFTInference:
                     prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
                     warnings[number] += odd
             sequences = decode_within_memory(
-                functools.partial(self.decoder, self._base, temperature=temperature, seed=seed),
+                functools.partial(self.decoder, self._base),
                 prompts,
                 max_new_tokens,
                 self.stop_ids,
+                temperature=temperature,
+                seed=seed,
+                numbers=self._numbers,
                 batch_size=batch_size,
                 on_token=text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None,
                 should_stop=should_stop,
@@ -332,6 +335,13 @@ class SFTInference:
         return ids, warnings
 
 
+def _check_settings(max_new_tokens: int, temperature: float, batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more, not {batch_size}")
+    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
+        raise InputError("max_new_tokens must be 1 or more; temperature must be a finite number, 0 or more")
+
+
 # ------------------------------------------------------------------------------- command line
 
 
@@ -393,6 +403,7 @@ def main() -> None:
     config = parse_options(InferenceConfig, description)
     notes = check_files(config)
     sft_config = read_adapter_folder(config.model_path, config.prompt_from)[1]
+    config.max_new_tokens = config.max_new_tokens or sft_config["max_new_tokens"]
     if config.output_file:
         belongs_to = functools.partial(fingerprint, config, sft_config, notes)
         counts = check_output(config.output_file, config.resume, belongs_to)

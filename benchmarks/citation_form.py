@@ -30,7 +30,7 @@ def count_forms(row: Row, result: dict) -> Counter:
     reference_numbers = set(cited_sentence_numbers(row.model_summary))
     numbers = cited_sentence_numbers(summary)
     return Counter(
-        truncated=result["finish_reason"] == "length",
+        truncated=result["finish_reason"] != "stop",
         sentences=len(split_sentences(strip_citations(summary))),
         cited_sentences=sum(len(split_sentences(citation["claim"])) == 1 for citation in evidence),
         begun=len(evidence) + len(unreadable_citations(summary)),
@@ -57,7 +57,9 @@ def main() -> None:
     counts = Counter(summaries=len(rows))
     for row, result in zip(rows, results):
         counts.update(count_forms(row, result))
-    truncated = f"{counts['truncated']} of them truncated at --max_new_tokens {arguments.max_new_tokens}"
+    truncated = (
+        f"{counts['truncated']} of them stopped in a loop or at --max_new_tokens {arguments.max_new_tokens}"
+    )
     print(f"{'summaries':<45} {len(rows)}, {truncated}")
     for description, part, whole in (
         ("sentences that end in a citation", "cited_sentences", "sentences"),

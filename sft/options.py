@@ -29,7 +29,7 @@ BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
 BUNDLED_VALIDATION_FILE = "phase1_data/sft/validation_set_processed.csv"
 DEFAULT_MAX_LENGTH = 512
-DEFAULT_MAX_NEW_TOKENS = 150
+OLDER_MAX_NEW_TOKENS = 150  # of adapters that do not say what their training summaries needed
 DEFAULT_GENERATION_BATCH_SIZE = 32
 CPU_TOKENS_PER_PASS = 800  # a CPU's matrix products gain little from more, and memory grows with them
 
@@ -343,8 +343,12 @@ class InferenceConfig(MachineOptions):
         False, "print complete results as JSON, one per line (standard output only)", group=NOTES
     )
 
-    max_new_tokens: int = option(
-        DEFAULT_MAX_NEW_TOKENS, "longest summary, in tokens", type=number(int, 1), group=GENERATION
+    max_new_tokens: int | None = option(
+        None,
+        "longest summary, in tokens (default: from the adapter, what its training summaries needed; "
+        f"{OLDER_MAX_NEW_TOKENS} for older ones)",
+        type=number(int, 1),
+        group=GENERATION,
     )
     temperature: float = option(
         0.0, "0 = greedy; above 0 = sampling", type=number(float, 0), group=GENERATION

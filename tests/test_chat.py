@@ -31,8 +31,10 @@ def made_up(note, max_new_tokens, temperature, *, seed, on_text):
     """A result as SFTInference.generate_summary gives it; its text is what it was called with."""
     if note == "too long":
         raise RunError("out of memory on this note", "lower --max_length")
-    (on_text or str)(f"{note!r} {max_new_tokens} {temperature} {seed}")
+    text = f"{note!r} {max_new_tokens} {temperature} {seed}"
+    (on_text or str)(text)
     return {
+        "generated_summary": text,
         "evidence": [EVIDENCE] if "fever" in note else [],
         "confidence": 0.5,
         "warnings": ["made up"],
@@ -94,7 +96,7 @@ def test_conversation_through_a_pipe(adapters, specialist):
         for note, n in ((NOTES[1][0], 20), (NOTES[2][0], 5), (slashes, 5))
     ]
     assert result.returncode == 0, result.stderr
-    lines = [line.strip() for line in result.stdout.strip().split("\n")]
+    lines = result.stdout.removesuffix("\n").split("\n")
     assert lines == [one["generated_summary"] for one in expected]
     assert "/temperature takes a number from 0" in result.stderr
     assert "/evidence" in result.stderr
@@ -129,7 +131,7 @@ def test_a_piped_letter_is_not_taken_apart(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(repr(letter.strip()))
     piped(monkeypatch, "pain\n/tokens 5\n\nfever.\n")
     assert read_piped("auto") is None
-    converse(made_up, InferenceConfig())
+    converse(made_up, InferenceConfig(max_new_tokens=150))
     assert capsys.readouterr().out.splitlines() == ["'pain' 150 0.0 0", "'fever.' 5 0.0 0"]
 
 

@@ -299,6 +299,7 @@ def test_an_adapter_of_format_1_writes_what_it_wrote_then(monkeypatch):
 
     monkeypatch.chdir(ROOT)
     inference = SFTInference(FORMAT_1 / "run" / "final_model", device="cpu")
+    assert inference.sft_config["max_new_tokens"] == 150
     results = inference.generate_batch([note for note, _ in NOTES[:3]], 12)
     expected = json.loads((FORMAT_1 / "expected.json").read_text())["summaries"]
     assert [result["generated_summary"] for result in results] == expected

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sft.grounding.citations import (
+    citation_spans,
     cited_sentence_numbers,
     has_citation,
     parse_citations,
@@ -81,6 +82,18 @@ def test_cited_sentence_numbers(cited, numbers):
         ("(S1)", [1], None),
         ("[S1, S4]", [1, 4], None),
         ("Evidence: S1, S2", [1, 2], None),
+        ("Evidence: S1.", [1], None),
+        ("Source: S1.", [1], None),
+        ("[Evidence: S1].", [1], None),
+        ("【S1】", [1], None),
+        ("【Evidence: S1; Conf: 0.9】", [1], 0.9),
+        ("{Evidence: S1}", [1], None),
+        ("<Evidence: S1, S3; Conf: 0.9>", [1, 3], 0.9),
+        ("[Source: S1]", [1], None),
+        ("(Source: sentences 1 and 2)", [1, 2], None),
+        ("[see S1]", [1], None),
+        ("[Ev: S1, 2]", [1, 2], None),
+        ("[Ref S1-3]", [1, 2, 3], None),
     ],
 )
 def test_other_forms_are_read(citation, numbers, confidence):
@@ -92,9 +105,29 @@ def test_other_forms_are_read(citation, numbers, confidence):
 
 
 @pytest.mark.parametrize(
+    "summary, stripped",
+    [
+        ("Fever. [1] Cough. [2]", "Fever. Cough."),
+        ("Fever [1]. Cough [2].", "Fever. Cough."),
+        ("Fever and cough Evidence: S1, S2. Flu Source: S3.", "Fever and cough. Flu."),
+        ("Fever 【S1】. Cough (Source: S2).", "Fever. Cough."),
+        ("Fever.\nEvidence: S1.\nCough.\nEvidence: S2.", "Fever.\nCough."),
+    ],
+)
+def test_citations_inside_sentences_and_plain_numbers(summary, stripped):
+    assert cited_sentence_numbers(summary)[:2] == [1, 2]
+    assert strip_citations(summary) == stripped
+    spans = citation_spans(summary)
+    assert len(spans) == len(parse_citations(summary, "One. Two. Three."))
+
+
+@pytest.mark.parametrize(
     "citation",
     [
         "[Evidence: none]",
+        "【Evidence: see above】",
+        "{Evidence: S1, 2",
+        "[Source: S1 (vitals)]",
         "[Evidence]",
         "[Evidence: S1 (vitals)]",
         "[Conf: 0.9]",
@@ -118,6 +151,14 @@ def test_what_cannot_be_read_is_reported_and_removed(citation):
         "No evidence of pneumonia [evidence of edema] (no evidence of S1 compression).",
         "Odds ratio 2 (confidence interval 0.8-1.2) [confirmed] [1, 2].",
         "Stable (evidence: normal X-ray). No evidence: S1 is free.",
+        "Evidence: S1 is compressed. Pain (S1 root) [S1 dermatome].",
+        "Results [1]. As before.",
+        "Results [1].",
+        "[1] Diabetes. [2] Asthma.",
+        "Problems. [1] Diabetes. [2] Asthma.",
+        "Tumor grade [2] of 3. Pain [3/10]. Seen [2021].",
+        "tTG-IgA 96 (ref 0-7), TSH 9 [ref: 0.4-4], (reference: 4-11). [Source: patient] (see 2) [see S-line].",
+        "Pulse <90 and BP >60. {1} <2> 【1】",
     ],
 )
 def test_clinical_text_is_no_citation(summary):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import NOTES, tiny_model
 
 from sft.cli import RunError
-from sft.inference import decoding
+from sft.inference import decoding, endings
 from sft.inference.decoding import (
     GeneratedSequence,
     common_prefix_length,
@@ -22,6 +22,7 @@ from sft.inference.decoding import (
     make_sequences,
     sample,
 )
+from sft.inference.endings import repeated_from
 from sft.inference.generate import decode_with_generate
 from sft.model.attention import KVCache, group_by_length
 from sft.model.probes import enable_packing
@@ -33,7 +34,8 @@ ARCHITECTURES = ["llama", "llama-wide", "mistral", "qwen2", "gemma", "gemma2", "
 def alone(
     model, prompt: list[int], max_new_tokens: int, stops: list[int] = STOPS
 ) -> tuple[list[int], list[float]]:
-    """Greedy ids with the end token, and their log-probabilities, as transformers has them."""
+    """Greedy ids with the end token, or until they are a loop, and their log-probabilities, as transformers
+    has them."""
     with torch.no_grad():
         out = model.generate(
             torch.tensor([prompt]),
@@ -46,6 +48,8 @@ def alone(
             return_dict_in_generate=True,
         )
     ids = out.sequences[0, len(prompt) :].tolist()
+    loops = (n for n in range(1, len(ids)) if repeated_from(ids[:n]) is not None)
+    ids = ids[: next(loops, None)]
     return ids, [logits[0].log_softmax(-1)[token].item() for logits, token in zip(out.logits, ids)]
 
 
@@ -76,7 +80,8 @@ def test_greedy_equals_one_by_one_generate(architecture):
             for i, (ids, log_probs) in expected.items():
                 assert written[i].ids == ids
                 assert written[i].log_probs == pytest.approx(log_probs, abs=2e-3)
-                assert written[i].finish_reason == ("stop" if ids[-1] in STOPS else "length")
+                assert (written[i].finish_reason == "stop") == (ids[-1] in STOPS)
+                assert (written[i].finish_reason == "loop") == (repeated_from(ids) is not None)
 
 
 def test_models_without_kv_cache_go_through_generate():
@@ -93,6 +98,26 @@ def test_models_without_kv_cache_go_through_generate():
     for batch_size in (1, 3):
         written = decode_with_generate(model, prompts, 15, STOPS, batch_size=batch_size)
         assert {sequence.index: sequence.ids for sequence in written} == expected
+
+
+@pytest.mark.parametrize("write", [decode, decode_with_generate])
+def test_what_differs_in_numbers_alone_ends_in_the_same_place_in_any_batch(monkeypatch, write):
+    monkeypatch.setattr(endings, "REPEATED_NUMBERED_TOKENS", 1)
+    model = kv_cache_model("llama") if write is decode else tiny_model("llama")
+    prompts = random_prompts(3, 5, 20)
+    numbers = frozenset(range(0, 400, 2))
+    longer = {s.index: s.ids for s in write(model, prompts, 24, [1])}
+
+    def stopped(batch_size: int) -> dict:
+        sequences = list(write(model, prompts, 24, [1], numbers=numbers, batch_size=batch_size))
+        assert any(sequence.finish_reason == "loop" for sequence in sequences)
+        return {sequence.index: sequence.ids for sequence in sequences}
+
+    together = stopped(5)
+    assert stopped(1) == together
+    for index, ids in longer.items():
+        ends = (n for n in range(1, len(ids)) if repeated_from(ids[:n], numbers) is not None)
+        assert together[index] == ids[: next(ends, None)]
 
 
 def test_chunked_attention_and_wrong_windows_are_found_out():
@@ -139,7 +164,8 @@ def test_should_stop_is_asked_after_each_pass(write):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_copied_passages_take_fewer_passes_and_change_nothing(monkeypatch, architecture, temperature):
-    """A random model writes in circles sooner or later, which drafts foresee."""
+    """A random model writes in circles sooner or later, which drafts foresee; what they foresee beyond the
+    end of a loop is dropped."""
     reference = tiny_model(architecture)
     model = kv_cache_model(architecture)
     prompts = {i: prompt * 2 for i, prompt in random_prompts(4, 3).items()}

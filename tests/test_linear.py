@@ -15,6 +15,7 @@ from sft.grounding.citations import (
 )
 from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import number_sentences, sentence_spans
+from sft.inference.endings import without_fragment
 
 UNITS = (
     *(" ", "\n", "a", "A", "1", ".", ",", "[", "(", "]", "?)", "'", "\u00a0", "S1", "1.", "1,000", "a.", "-"),
@@ -29,6 +30,9 @@ UNITS = (
         "S1-",
         "; Conf: 0.",
         "conf",
+        "【{<",
+        "[1] ",
+        "Source: S1, ",
     ),
     *(
         "1. A, 2. B, ",
@@ -53,6 +57,7 @@ FUNCTIONS = {
     "number_sentences": number_sentences,
     "strip_citations": strip_citations,
     "citations": lambda text: (has_citation(text), cited_sentence_numbers(text), unreadable_citations(text)),
+    "without_fragment": without_fragment,
     "parse_citations": lambda text: parse_citations(text, "One."),
     "unsupported_numbers": lambda text: unsupported_numbers(text, text),
     "clean_text": lambda text: is_blank(clean_text(text)),

@@ -3,6 +3,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,11 +191,27 @@ def test_what_a_run_records_of_itself(finished):
     expected["stray_citations"] = 0
     assert recorded["language"] in ("en", None)
     assert recorded["rows"]["train"] == expected
+    assert 5 < recorded["max_new_tokens"] < 100
     hashed = {"train_csv", "val_csv", "base_weights", "adapter"}
     assert recorded["sha256"].keys() == hashed
     texts = [path.read_text() for path in out.rglob("*") if path.suffix in (".json", ".jsonl", ".md")]
     for path in (out, config.model_name):
         assert not any(f'"{path}' in text for text in texts)
+
+
+def test_summaries_may_be_as_long_as_those_of_training():
+    from sft.training.set_up import longest_summary
+
+    def longest(*lengths, window=math.inf):
+        return longest_summary(
+            SimpleNamespace(examples=[SimpleNamespace(n_target_tokens=n) for n in lengths]), window
+        )
+
+    assert longest(*range(1, 201)) == 248  # 198.01, and a quarter more
+    assert longest(*[40] * 999, 4000) == 50  # one that is not like the others
+    assert longest(200, window=400) == 200
+    assert longest(200, window=480) == 240
+    assert longest(1) == 1
 
 
 def test_a_fraction_set_apart_is_written_down_and_kept_on_resume(configured, capfd):

@@ -9,18 +9,26 @@ from typing import NamedTuple
 
 from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 
-# What may be a citation: text in brackets or parentheses; "[Evidence: S1, 2" that never ends, as far as it
-# looks like one; "Evidence: S1" at a sentence's or a line's beginning
+# What may be a citation: text in brackets of any kind; "[Evidence: S1, 2" that never ends, as far as it looks
+# like one; "Evidence: S1", "Source: S1" without brackets
 _CANDIDATE = re.compile(
-    r"\[(?P<square>[^\[\]]*+)\]|\((?P<round>[^()\[\]]*+)\)"
-    r"|\[\s*+(?:evidence|conf(?:idence)?)\b(?:[\s,;:&/=%.–—-]++|S?\d++|and\b|to\b|conf(?:idence)?\b)*+"
-    r"|(?:^|(?<=[.!?]\s))(?P<bare>evidence\s*+:?\s*+S\s?\d++"
+    r"\[(?P<square>[^\[\]]*+)\]|【(?P<lenticular>[^\[\]【】]*+)】|\((?P<round>[^()\[\]]*+)\)"
+    r"|\{(?P<curly>[^{}()\[\]]*+)\}|<(?P<angle>[^<>{}()\[\]]*+)>"
+    r"|[\[{<【]\s*+(?:evidence\b|conf(?:idence)?\b|(?:ev|sources?+|refs?+|see)\b\s*+:?+\s*+S\s?\d)"
+    r"(?:[\s,;:&/=%.–—-]++|S?\d++|and\b|to\b|conf(?:idence)?\b)*+"
+    r"|\b(?P<bare>(?:evidence\s*+:?+|sources?+\s*+:)\s*+S\s?\d++"
     r"(?:[ \t,;:&/=%–—-]++|\.(?=\d)|S?\d++|and\b|to\b|conf(?:idence)?\b)*+)",
-    re.IGNORECASE | re.MULTILINE,
+    re.IGNORECASE,
 )
+# "see", "source" and "ref" introduce much else: only before the name of a sentence
 _HEAD = re.compile(
-    r"\s*+(?:(evidence|conf(?:idence)?)\b\s*+[:=,;]?+)?\s*+(sentences?+\b\s*+:?+)?", re.IGNORECASE
+    r"\s*+(?:(?P<evidence>evidence|conf(?:idence)?)\b\s*+[:=,;]?+"
+    r"|(?P<source>(?:ev|sources?+|refs?+|see)\b\s*+[:=]?+\s*+(?=S\s?\d|sentence)))?"
+    r"\s*+(?P<sentence>sentences?+\b\s*+:?+)?",
+    re.IGNORECASE,
 )
+# [1] or [1, 2-3]; whether a sentence ends before it, and right after it
+_PLAIN_NUMBERS = re.compile(r"([.!?]\s?)?\[\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*+\](?=([.!?](?:\s|\Z))?)")
 _NUMBERS = re.compile(
     r"\s*+(?:(?P<range>[–—-]|to\b|through\b)|(?P<and>[,;&+/]|and\b)|(?:S\s*+|sentences?+\s++)?(?P<number>\d++))",
     re.IGNORECASE,
@@ -42,10 +50,18 @@ def strip_citations(summary: str) -> str:
     """The summary without its citations, also without those that cannot be read."""
     pieces = []
     position = 0
-    for citation in _citations(summary):
-        pieces.append(summary[position : citation.start].rstrip())
-        position = citation.end
+    for start, end in citation_spans(summary):
+        pieces.append(summary[position:start].rstrip())
+        position = end
+        # "Fever. Evidence: S1." has one period too many
+        if summary[:start].rstrip()[-1:] in ("", ".", "!", "?") and summary[end : end + 1] == ".":
+            position += 1
     return "".join([*pieces, summary[position:]]).strip()
+
+
+def citation_spans(summary: str) -> list[tuple[int, int]]:
+    """(start, end) of every citation, in order, also of those that cannot be read."""
+    return [(citation.start, citation.end) for citation in _citations(summary)]
 
 
 def has_citation(summary: str) -> bool:
@@ -91,34 +107,55 @@ def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) ->
 
 def _citations(summary: str) -> Iterator[_Citation]:
     """What is meant as a citation, in order; `numbers` is empty if it cannot be read."""
+    cites_plainly = _cites_plainly(summary)
     for match in _CANDIDATE.finditer(summary):
-        content = next((match[name] for name in ("square", "round", "bare") if match[name] is not None), None)
+        end = match.start() + len(match[0].rstrip())
         # "[Evidence: S1, 2" that never ends
-        if content is None:
-            yield _Citation(match.start(), match.start() + len(match[0].rstrip()), [], None)
+        if match.lastgroup is None:
+            yield _Citation(match.start(), end, [], None)
             continue
+        content = match[match.lastgroup]
         head = _HEAD.match(content)
         numbers, confidence = _read(content[head.end() :])
-        # "(S1)" is a nerve root or a heart sound, unless it follows a sentence
-        after_sentence = summary[max(0, match.start() - 3) : match.start()].rstrip()[-1:] in (".", "!", "?")
-        is_named = bool(head[1] or head[2]) or (
-            _SENTENCE_NAME.match(content.lstrip()) is not None
-            and (match["square"] is not None or after_sentence)
-        )
-        end = match.start() + len(match[0].rstrip())
-        if numbers and is_named:
+        is_plain = cites_plainly and _PLAIN_NUMBERS.fullmatch(match[0]) is not None
+        if numbers and (is_plain or _is_named(summary, match, head)):
             yield _Citation(match.start(), end, numbers, confidence)
         # "(evidence: normal X-ray)" is the summary's own
-        elif match["square"] is not None and _is_meant(content, head):
+        elif match.lastgroup not in ("round", "bare") and _is_meant(content, head):
             yield _Citation(match.start(), end, [], None)
+
+
+def _cites_plainly(summary: str) -> bool:
+    """Whether [1] is a citation in this summary: each ends a sentence, and the last one ends the text. Else
+    it numbers a list, or is a grade or a footnote: "Results [1]"."""
+    found = list(_PLAIN_NUMBERS.finditer(summary))
+    if not found or summary[found[-1].end() :].strip(".!? \n"):
+        return False
+    return all(match[1] or (match[2] and len(found) > 1) for match in found)
+
+
+def _is_named(summary: str, match: re.Match, head: re.Match) -> bool:
+    """Whether the numbers of a candidate are called the sentences that support a claim."""
+    before = summary[max(0, match.start() - 3) : match.start()]
+    after_sentence = before.rstrip()[-1:] in (".", "!", "?")
+    if match.lastgroup == "bare":
+        # "No evidence: S1 is free", but "Fever Evidence: S1."
+        begins = after_sentence or not before or before[-1] == "\n"
+        is_label = match[0][0] in "ES" and ":" in match[0]
+        return (begins or is_label) and not summary[match.end() : match.end() + 1].islower()
+    if any(head.groups()):
+        return True
+    # "(S1)" is a nerve root or a heart sound, unless it follows a sentence
+    has_name = _SENTENCE_NAME.match(match[match.lastgroup].lstrip()) is not None
+    return has_name and (match.lastgroup != "round" or after_sentence)
 
 
 def _is_meant(content: str, head: re.Match) -> bool:
     """Whether text in brackets is meant as a citation: "Evidence: none", not "evidence of pneumonia"."""
-    if not head[1]:
-        return False
+    if not head["evidence"]:
+        return head["source"] is not None
     return head[0].rstrip()[-1:] in (":", "=", ";", ",") or bool(
-        head[1] == content.strip() or _SENTENCE_NAME.search(content)
+        head["evidence"] == content.strip() or _SENTENCE_NAME.search(content)
     )
 
 

@@ -184,10 +184,11 @@ def _summarize_aloud(
     temperature: float,
     config: InferenceConfig,
 ) -> dict | None:
-    """Prints a summary as it is written, or its complete result as JSON; None if it was stopped or failed,
-    which does not end the conversation."""
+    """Prints a summary, on a terminal as it is written, or its complete result as JSON; None if it was
+    stopped or failed, which does not end the conversation."""
     started = time.perf_counter()
-    on_text = None if config.json else print_piece
+    streams = not config.json and is_terminal(sys.stdout)
+    on_text = print_piece if streams else None
     try:
         result = summarize(note, max_new_tokens, temperature, seed=config.seed, on_text=on_text)
     except KeyboardInterrupt:
@@ -200,7 +201,8 @@ def _summarize_aloud(
         if error.fix:
             log(f"fix:   {_as_command(error.fix)}")
     else:
-        print(to_json(result, sys.stdout) if config.json else "", flush=True)
+        text = "" if streams else visible(result["generated_summary"], sys.stdout)
+        print(to_json(result, sys.stdout) if config.json else text, flush=True)
         log_result(
             {**result, "warnings": map(_as_command, result["warnings"])}, time.perf_counter() - started
         )

@@ -11,7 +11,7 @@ import functools
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import NamedTuple
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 from sft.cli import RunError, is_out_of_memory
+from sft.inference.endings import repeated_from
 from sft.model.attention import KVCache
 from sft.model.probes import logits_problem, probe_failure, reference_attention
 from sft.options import DEFAULT_GENERATION_BATCH_SIZE
@@ -45,7 +46,10 @@ class GeneratedSequence:
     seed: int
     ids: list[int] = field(default_factory=list)  # with the end token, once it has come
     log_probs: list[float] = field(default_factory=list)  # of each token, at temperature 1
-    finish_reason: str = ""  # "stop", "length", "nan" (the model computed it), or "" while it is running
+    numbers: Set[int] = frozenset()  # the tokens that are digits
+    n_kept: int | None = None  # of a loop's ids: those before it is repeated
+    # "stop", "loop", "length", "nan" (the model computed it), or "" while it is running
+    finish_reason: str = ""
 
     @property
     def n_cached(self) -> int:
@@ -68,14 +72,19 @@ class GeneratedSequence:
         self.log_probs.append(log_prob)
         if token in stop_ids:
             self.finish_reason = "stop"
+        elif (n_kept := repeated_from(self.ids, self.numbers)) is not None:
+            self.finish_reason = "loop"
+            self.n_kept = n_kept
         elif len(self.ids) == max_new_tokens:
             self.finish_reason = "length"
 
 
-def make_sequences(prompts: dict[int, list[int]], seed: int) -> list[GeneratedSequence]:
+def make_sequences(
+    prompts: dict[int, list[int]], seed: int, numbers: Set[int] = frozenset()
+) -> list[GeneratedSequence]:
     """A sequence for each numbered prompt, the longest first, so that too little memory shows at the
     start."""
-    sequences = [GeneratedSequence(index, prompt, seed) for index, prompt in prompts.items()]
+    sequences = [GeneratedSequence(i, prompt, seed, numbers=numbers) for i, prompt in prompts.items()]
     return sorted(sequences, key=lambda sequence: -len(sequence.prompt))
 
 
@@ -175,18 +184,19 @@ def decode(
     temperature: float = 0.0,
     batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
     seed: int = 0,
+    numbers: Set[int] = frozenset(),
     on_token: Callable[[GeneratedSequence], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[GeneratedSequence]:
     """Continues each numbered prompt (one token or more) and yields the sequences as they end, at most
-    `batch_size` of them running at a time. `on_token` is called after each token; once `should_stop`, asked
-    after each forward pass, is true, the generator ends without the sequences that are still running.
+    `batch_size` of them running at a time. `numbers`: the tokens that are digits. `on_token` is called after
+    each token; once `should_stop`, asked after each forward pass, is true, the generator ends without the
+    sequences that are still running.
 
-    `model` is a base model (not a PeftModel) that `enable_kv_cache` accepted; raises ValueError if it is not.
-    """
+    `model` is a base model (not a PeftModel) that `enable_kv_cache` accepted, else ValueError is raised."""
     if model.config._attn_implementation != "kv_cache":
         raise ValueError("decode needs a model that enable_kv_cache has accepted")
-    waiting = deque(make_sequences(prompts, seed))
+    waiting = deque(make_sequences(prompts, seed, numbers))
     running: list[GeneratedSequence] = []
     n_slots = min(batch_size, len(waiting))
     capacity = max(map(len, prompts.values()), default=0) + max_new_tokens

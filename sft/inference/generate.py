@@ -1,7 +1,7 @@
 """Decoding through transformers' `generate`, for models that `sft.inference.decoding.enable_kv_cache`
 refuses."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import torch
 from transformers import (
@@ -26,6 +26,7 @@ def decode_with_generate(
     temperature: float = 0.0,
     batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
     seed: int = 0,
+    numbers: Set[int] = frozenset(),
     on_token: Callable[[GeneratedSequence], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Iterator[GeneratedSequence]:
@@ -47,7 +48,7 @@ def decode_with_generate(
         if on_token:
             on_token(sequence)
 
-    sequences = make_sequences(prompts, seed)
+    sequences = make_sequences(prompts, seed, numbers)
     for start in range(0, len(sequences), batch_size):
         batch = sequences[start : start + batch_size]
         longest = len(batch[0].prompt)

@@ -2,6 +2,7 @@
 text while it is written."""
 
 import csv
+import functools
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from sft.data.text import clean_text, is_blank
 from sft.grounding.citations import parse_citations, strip_citations, unreadable_citations
 from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
+from sft.inference.endings import ended_text
 
 RESULT_COLUMNS = (
     "generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings evidence made_by error"
@@ -64,13 +66,9 @@ def make_result(
     model computed NaN. `sentence_version`: of the note's sentence numbers."""
     if sequence.finish_reason == "nan":
         return failure(COMPUTED_NAN)
-    warnings = list(prompt_warnings)
     n_new_tokens = len(sequence.ids)
-    if sequence.finish_reason == "length":
-        warnings.append(f"summary cut after {n_new_tokens} tokens: raise max_new_tokens")
-    n_end_tokens = 1 if sequence.finish_reason == "stop" else 0
-    ids = sequence.ids[: n_new_tokens - n_end_tokens]
-    summary = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    summary, ending = ended_text(sequence, functools.partial(tokenizer.decode, skip_special_tokens=True))
+    warnings = prompt_warnings + ending
     evidence = parse_citations(summary, note, sentence_version)
     return {
         "generated_summary": summary,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sft.cli import InputError, log, on_main_process
 from sft.files import ROOT, check_format_version, checksum_problem, remembered_sha256, sha256
+from sft.options import OLDER_MAX_NEW_TOKENS
 
 _FIX = "restore it from a backup, or train again"
 # Files of these kinds decide nothing of what a summary says: model cards, the training state, file managers'
@@ -38,6 +39,7 @@ def read_sft_config(folder: Path) -> dict:
         raise InputError(problem, fix)
     sft_config = read_json_object(folder / "sft_config.json")
     check_format_version(folder, sft_config)
+    sft_config.setdefault("max_new_tokens", OLDER_MAX_NEW_TOKENS)
     return sft_config
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
@@ -74,6 +75,8 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     sft_config = describe_run(config, rows, (train_set, val_set), placement.dtype_name, hashes)
     sft_config["base_config"] = base_config(base_folder)
     sft_config["base_public_name"] = public_name(base_folder)
+    window = context_window(model.get_base_model()) or math.inf
+    sft_config["max_new_tokens"] = longest_summary(train_set, window)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -207,6 +210,13 @@ def sha256_of_files(files: list) -> str:
     """The SHA-256 of one file; of several, that of theirs."""
     first, *more = [sha256(Path(file)) for file in files]
     return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
+
+
+def longest_summary(dataset: SFTDataset, window: float) -> int:
+    """How many tokens inference lets a summary have: what 99 % of the training summaries need, with the end
+    token, and a quarter more, unless that leaves a note less than half of the model's `window`."""
+    needed = math.ceil(np.percentile([example.n_target_tokens for example in dataset.examples], 99))
+    return max(needed, int(min(1.25 * needed, window / 2)))
 
 
 def describe_run(
