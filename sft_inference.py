@@ -129,14 +129,18 @@ class SFTInference:
 
         from sft.model.adapter import merge_into_int8
         from sft.model.kernels import PackedLinear, has_onednn, replace_linear_layers
+        from sft.model.merged import merge
 
         if quantization == "int8":
             self.model = merge_into_int8(self.model, self.placement.dtype)
         # Merged into 16 bits or fewer, some of the adapter would be rounded away
         elif not quantization and self.placement.dtype is torch.float32:
+            problem = ""
             if "merged" not in self.sft_config:
-                self.model = self.model.merge_and_unload()
-            if self.placement.device.type == "cpu" and has_onednn():
+                self.model, problem = merge(self.model)
+            if problem:
+                log(f"info: the adapter stays beside the base weights: merged, {problem}")
+            elif self.placement.device.type == "cpu" and has_onednn():
                 replace_linear_layers(self.model, PackedLinear)
 
     def save_merged(self, folder: str | Path) -> None:

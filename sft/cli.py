@@ -149,6 +149,10 @@ def _run_main(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        missing = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+        if missing and missing != "sft":
+            fix = "run: pip install -r requirements_training.txt (with the python that runs this script)"
+            _exit_with(2, f"the Python package {missing} is not installed", fix)
         if is_out_of_memory(error):
             _exit_with(1, "out of memory", "use a smaller batch size or model, or close other programs")
         if not isinstance(error, OSError) or error.errno is None:
