@@ -42,6 +42,7 @@ from sft.options import (
     DEFAULT_GENERATION_BATCH_SIZE,
     DEFAULT_MAX_NEW_TOKENS,
     InferenceConfig,
+    check_config,
     parse_options,
     quantization_of,
 )
@@ -75,6 +76,8 @@ class SFTInference:
         verify: bool = False,
     ):
         quantization = quantization_of(use_8bit, use_4bit)
+        given = {"model_path": model_path, "base_model": base_model, "prompt_from": prompt_from}
+        check_config(InferenceConfig(**given, device=device, dtype=dtype, max_length=max_length))
         folder, self.sft_config, adapter_config = read_adapter_folder(model_path, prompt_from, verify=verify)
         log_origin(folder, self.sft_config, prompt_from)
         with as_input_error(f"{folder}: its configuration lacks the prompt", "train again"):
@@ -105,6 +108,7 @@ class SFTInference:
             self._merge(quantization)
         self._choose_decoder()
         self._turn = threading.Lock()
+        self._owner: int | None = None  # the thread whose turn it is
 
     def _read_limits(self, max_length: int | None) -> None:
         """Sets `window` (tokens of prompt and summary together), `longest_prompt` and `stop_ids`."""
@@ -208,7 +212,10 @@ class SFTInference:
         seed: int = 0,
     ) -> list[dict]:
         """The results of many notes, in their order: those of `summarize` for notes numbered from 0. Takes a
-        list, a column of a DataFrame, a generator ...: whatever gives the notes themselves, in an order."""
+        list, a generator ...: whatever gives the notes themselves, in an order; of a DataFrame its column
+        clinical_note."""
+        if "clinical_note" in getattr(clinical_notes, "columns", ()):
+            clinical_notes = clinical_notes["clinical_note"]
         if isinstance(clinical_notes, str | bytes):
             fix = "pass a list of notes, or call generate_summary"
             raise InputError("clinical_notes is a single string", fix)
@@ -240,46 +247,65 @@ class SFTInference:
         asked after each forward pass, is true, the generator ends without the summaries that are not
         finished.
 
-        Until the generator is used up or closed, other calls wait; do not call from the thread that is
-        iterating. Raises InputError for settings that fit no note, RunError if the model fails for another
-        reason than memory."""
-        if batch_size < 1:
-            raise InputError(f"batch_size must be 1 or more, not {batch_size}")
-        if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-            problem = "max_new_tokens must be 1 or more; temperature must be a finite number, 0 or more"
-            raise InputError(problem)
+        Until the generator is used up or closed, other threads' calls wait, and one from the thread that is
+        iterating is an InputError, as are settings that fit no note. Raises RunError if the model fails for
+        another reason than memory."""
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        check_config(InferenceConfig(**settings, batch_size=batch_size))
+        # It would wait for itself
+        if self._owner == threading.get_ident():
+            fix = "collect the results first: list(inference.summarize(...)); in on_text, only note the text"
+            raise InputError("a call from inside the loop or the on_text of another call", fix)
+        made_by = {"made_by": self.made_by(max_new_tokens, temperature, seed)}
+        with self._turn:
+            self._owner = threading.get_ident()
+            try:
+                for number, result in self._summarize(notes, batch_size, on_text, should_stop, **settings):
+                    yield number, result | made_by
+                    # Another thread may go on with the loop
+                    self._owner = threading.get_ident()
+            finally:
+                self._owner = None
+
+    def _summarize(
+        self,
+        notes: Mapping[int, object],
+        batch_size: int,
+        on_text: Callable[[int, str], None] | None,
+        should_stop: Callable[[], bool] | None,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> Iterator[tuple[int, dict]]:
         from sft.inference.decoding import decode_within_memory
 
-        made_by = {"made_by": self.made_by(max_new_tokens, temperature, seed)}
-        # The tokenizer cannot be shared between threads either
-        with self._turn:
-            texts = {}
-            prompts = {}
-            warnings = {}
-            for number, note in notes.items():
-                problem = note_problem(note)
-                if problem:
-                    yield number, failure(problem) | made_by
-                else:
-                    texts[number] = clean_text(note)
-                    prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
-                    warnings[number] += note_warnings(texts[number], self.sft_config.get("language"))
-            sequences = decode_within_memory(
-                functools.partial(self.decoder, self._base, temperature=temperature, seed=seed),
-                prompts,
-                max_new_tokens,
-                self.stop_ids,
-                batch_size=batch_size,
-                on_token=text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None,
-                should_stop=should_stop,
-            )
-            for number, sequence in sequences:
-                if sequence is None:
-                    yield number, failure(OUT_OF_MEMORY) | made_by
-                else:
-                    version = self.template.sentence_version
-                    result = make_result(texts[number], sequence, self.tokenizer, warnings[number], version)
-                    yield number, result | made_by
+        texts = {}
+        prompts = {}
+        warnings = {}
+        for number, note in notes.items():
+            problem = note_problem(note)
+            if problem:
+                yield number, failure(problem)
+            else:
+                texts[number] = clean_text(note)
+                prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
+                warnings[number] += note_warnings(texts[number], self.sft_config.get("language"))
+        sequences = decode_within_memory(
+            functools.partial(self.decoder, self._base, temperature=temperature, seed=seed),
+            prompts,
+            max_new_tokens,
+            self.stop_ids,
+            batch_size=batch_size,
+            on_token=text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None,
+            should_stop=should_stop,
+        )
+        version = self.template.sentence_version
+        for number, sequence in sequences:
+            if sequence is None:
+                yield number, failure(OUT_OF_MEMORY)
+            else:
+                yield number, make_result(texts[number], sequence, self.tokenizer, warnings[number], version)
 
     def made_by(self, max_new_tokens: int, temperature: float, seed: int) -> dict:
         """What a summary was made by: all that decides it, without paths or text. `adapter` is the beginning
@@ -410,7 +436,9 @@ def main() -> None:
     piped = None
     if is_conversation(config) and not is_terminal(sys.stdin):
         piped = read_piped(config.one_note)
-    with note_terminal(is_conversation(config)):
+    from sft.model.base import own_settings
+
+    with own_settings(), note_terminal(is_conversation(config)):
         inference = load_inference(config)
         if config.merge_to:
             inference.save_merged(config.merge_to)

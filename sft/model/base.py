@@ -56,7 +56,8 @@ def own_settings() -> Iterator[None]:
     with torch.random.fork_rng(devices), warnings.catch_warnings():
         library.set_verbosity_error()
         library.disable_progress_bar()
-        warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+        for message in ("MatMul8bitLt: inputs will be cast", "Model has `tie_word_embeddings=True`"):
+            warnings.filterwarnings("ignore", message=message)
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
         try:
             yield
