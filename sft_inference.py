@@ -10,6 +10,7 @@ result = SFTInference("models/sft_specialist/final_model").generate_summary("Pat
 torch is imported when a model is loaded, not before, so that `--help` and input errors are instant.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -77,7 +78,7 @@ class SFTInference:
     ):
         quantization = quantization_of(use_8bit, use_4bit)
         given = {"model_path": model_path, "base_model": base_model, "prompt_from": prompt_from}
-        check_config(InferenceConfig(**given, device=device, dtype=dtype, max_length=max_length))
+        check_config(InferenceConfig(**given, dtype=dtype, max_length=max_length))
         folder, self.sft_config, adapter_config = read_adapter_folder(model_path, prompt_from, verify=verify)
         log_origin(folder, self.sft_config, prompt_from)
         with as_input_error(f"{folder}: its configuration lacks the prompt", "train again"):
@@ -216,13 +217,12 @@ class SFTInference:
         clinical_note."""
         if "clinical_note" in getattr(clinical_notes, "columns", ()):
             clinical_notes = clinical_notes["clinical_note"]
-        if isinstance(clinical_notes, str | bytes):
-            fix = "pass a list of notes, or call generate_summary"
-            raise InputError("clinical_notes is a single string", fix)
-        # Their keys or column names would be taken for notes
-        has_names = isinstance(clinical_notes, Mapping) or hasattr(clinical_notes, "columns")
-        if has_names or isinstance(clinical_notes, Set) or not isinstance(clinical_notes, Iterable):
-            fix = 'pass the notes alone, in their order: df["clinical_note"], or list(notes.values())'
+        # Letters, keys or column names would be taken for notes
+        has_others = isinstance(clinical_notes, str | bytes | Mapping | Set) or hasattr(
+            clinical_notes, "columns"
+        )
+        if has_others or not isinstance(clinical_notes, Iterable):
+            fix = 'pass the notes in their order: [note], df["clinical_note"], or list(notes.values())'
             raise InputError(f"clinical_notes is a {type(clinical_notes).__name__}, not a list of notes", fix)
         notes = dict(enumerate(clinical_notes))
         results = dict(self.summarize(notes, max_new_tokens, temperature, batch_size=batch_size, seed=seed))
@@ -252,60 +252,51 @@ class SFTInference:
         another reason than memory."""
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         check_config(InferenceConfig(**settings, batch_size=batch_size))
-        # It would wait for itself
+        from sft.inference.decoding import decode_within_memory
+
+        made_by = {"made_by": self.made_by(**settings)}
+        with self._own_turn():
+            texts = {}
+            prompts = {}
+            warnings = {}
+            for number, note in notes.items():
+                problem = note_problem(note)
+                if problem:
+                    yield number, failure(problem) | made_by
+                else:
+                    texts[number] = clean_text(note)
+                    prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
+                    warnings[number] += note_warnings(texts[number], self.sft_config.get("language"))
+            sequences = decode_within_memory(
+                functools.partial(self.decoder, self._base, temperature=temperature, seed=seed),
+                prompts,
+                max_new_tokens,
+                self.stop_ids,
+                batch_size=batch_size,
+                on_token=text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None,
+                should_stop=should_stop,
+            )
+            version = self.template.sentence_version
+            for number, sequence in sequences:
+                if sequence is None:
+                    yield number, failure(OUT_OF_MEMORY) | made_by
+                else:
+                    result = make_result(texts[number], sequence, self.tokenizer, warnings[number], version)
+                    yield number, result | made_by
+
+    @contextlib.contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """Model and tokenizer for this thread alone, once others are done. Raises InputError where it would
+        wait for itself."""
         if self._owner == threading.get_ident():
             fix = "collect the results first: list(inference.summarize(...)); in on_text, only note the text"
             raise InputError("a call from inside the loop or the on_text of another call", fix)
-        made_by = {"made_by": self.made_by(max_new_tokens, temperature, seed)}
         with self._turn:
             self._owner = threading.get_ident()
             try:
-                for number, result in self._summarize(notes, batch_size, on_text, should_stop, **settings):
-                    yield number, result | made_by
-                    # Another thread may go on with the loop
-                    self._owner = threading.get_ident()
+                yield
             finally:
                 self._owner = None
-
-    def _summarize(
-        self,
-        notes: Mapping[int, object],
-        batch_size: int,
-        on_text: Callable[[int, str], None] | None,
-        should_stop: Callable[[], bool] | None,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-    ) -> Iterator[tuple[int, dict]]:
-        from sft.inference.decoding import decode_within_memory
-
-        texts = {}
-        prompts = {}
-        warnings = {}
-        for number, note in notes.items():
-            problem = note_problem(note)
-            if problem:
-                yield number, failure(problem)
-            else:
-                texts[number] = clean_text(note)
-                prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
-                warnings[number] += note_warnings(texts[number], self.sft_config.get("language"))
-        sequences = decode_within_memory(
-            functools.partial(self.decoder, self._base, temperature=temperature, seed=seed),
-            prompts,
-            max_new_tokens,
-            self.stop_ids,
-            batch_size=batch_size,
-            on_token=text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None,
-            should_stop=should_stop,
-        )
-        version = self.template.sentence_version
-        for number, sequence in sequences:
-            if sequence is None:
-                yield number, failure(OUT_OF_MEMORY)
-            else:
-                yield number, make_result(texts[number], sequence, self.tokenizer, warnings[number], version)
 
     def made_by(self, max_new_tokens: int, temperature: float, seed: int) -> dict:
         """What a summary was made by: all that decides it, without paths or text. `adapter` is the beginning
@@ -369,13 +360,8 @@ def write_file(inference: SFTInference, notes: Sequence[Note], config: Inference
     """Summarizes all notes of input_file. Raises what `summarize_file` does."""
     # Raises before a file is created if there is no room for any note
     inference.max_note_tokens(config.max_new_tokens)
-    summarize = functools.partial(
-        inference.summarize,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    settings = {name: getattr(config, name) for name in "max_new_tokens temperature batch_size seed".split()}
+    summarize = functools.partial(inference.summarize, **settings)
     summarize_file(notes, config, fingerprint(config, inference.sft_config, notes), summarize)
 
 
@@ -400,18 +386,11 @@ def write_summary(inference: SFTInference, config: InferenceConfig) -> None:
 def load_inference(config: InferenceConfig) -> SFTInference:
     from sft.model.base import device_of_process
 
-    config.device = device_of_process(config.device)
+    names = "model_path dtype base_model use_8bit use_4bit max_length prompt_from verify".split()
     return SFTInference(
-        config.model_path,
-        config.device,
-        config.dtype,
-        base_model=config.base_model,
-        use_8bit=config.use_8bit,
-        use_4bit=config.use_4bit,
-        max_length=config.max_length,
+        device=device_of_process(config.device),
         merge=not (config.no_merge or config.merge_to),
-        prompt_from=config.prompt_from,
-        verify=config.verify,
+        **{name: getattr(config, name) for name in names},
     )
 
 

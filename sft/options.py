@@ -21,12 +21,20 @@ from sft.option_fields import (
     TEXT,
     TRAINING,
     check_config,
+    check_words,
     number,
     option,
     parse_options,
+    typed_names,
 )
 
-__all__ = ["check_config", "number", "parse_options"]  # for those who read configurations
+__all__ = [
+    "check_config",
+    "check_words",
+    "number",
+    "parse_options",
+    "typed_names",
+]  # for those who read configurations
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
