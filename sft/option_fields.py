@@ -147,9 +147,10 @@ def check_words(name: str, value: str | Path | list[str], arguments: dict) -> No
 
 
 def _is_plain(path: str) -> bool:
-    """Whether a path or a model's name may be shown: it is there, or its folder is, or it is no text."""
-    folder = os.path.dirname(path)
-    is_there = os.path.exists(path) or (folder.strip("/") and os.path.isdir(folder))
+    """Whether a path or a model's name may be shown: it is there, a folder that it begins with is, or it is
+    no text."""
+    folders = [str(folder) for folder in Path(path).parents if str(folder) not in (".", "/")]
+    is_there = os.path.exists(path) or path.startswith("./") or any(map(os.path.isdir, folders))
     return bool(is_there or re.fullmatch(r"[\w.:/\\#~+=@%-]{1,255}", path))
 
 

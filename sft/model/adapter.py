@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import safe_open
 
-from sft.cli import InputError, as_input_error, log, on_main_process, plural, preview_list
+from sft.cli import InputError, as_input_error, log, on_main_process, plural, preview_list, safe_id
 from sft.files import ROOT, new_folder, sha256, write_atomic, write_checksums, write_json
 from sft.model.base import (
     BASE_FOLDER,
@@ -95,7 +95,7 @@ def _lora_targets(model, wanted: list[str]) -> list[str] | str:
     absent = [name for name in wanted if name not in linear]
     if absent:
         fix = f"choose from {preview_list(sorted(linear), 12)}, or all-linear"
-        raise InputError(f"--target_modules: the model has no {preview_list(absent)}", fix)
+        raise InputError(f"--target_modules: the model has no {preview_list(map(safe_id, absent))}", fix)
     return wanted
 
 
