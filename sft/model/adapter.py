@@ -44,6 +44,7 @@ def unwrap(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@own_settings()
 def add_lora(
     model, *, r: int, alpha: float, dropout: float, target_modules: list[str], seed: int
 ) -> PeftModel:
