@@ -8,7 +8,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
@@ -149,23 +149,22 @@ def check_words(name: str, value: str | Path | list[str], arguments: dict) -> No
 def _is_plain(path: str) -> bool:
     """Whether a path or a model's name may be shown: it is there, a folder that it begins with is, or it is
     no text."""
-    folders = [str(folder) for folder in Path(path).parents if str(folder) not in (".", "/")]
-    is_there = os.path.exists(path) or path.startswith("./") or any(map(os.path.isdir, folders))
-    return bool(is_there or re.fullmatch(r"[\w.:/\\#~+=@%-]{1,255}", path))
-
-
-def _idle_options(config) -> Iterator[tuple[dataclasses.Field, str]]:
-    """(option, the one it needs) for each that has no effect in `config`."""
-    for field in dataclasses.fields(config):
-        needed = field.metadata["needs"]
-        if needed and not getattr(config, needed) and getattr(config, field.name) != default_of(field):
-            yield field, needed
+    if re.fullmatch(r"[\w.:/\\#~+=@%-]{1,255}", path) or path.startswith("./"):
+        return True
+    # No path is longer
+    folders = [str(folder) for folder in Path(path[:4096]).parents]
+    return os.path.exists(path) or any(
+        os.path.isdir(folder) for folder in folders if folder not in (".", "/")
+    )
 
 
 def check_needs(config) -> None:
     """Raises InputError for an option without the one it needs. A setting of the model or the machine may
     stay in a command that has no use for it: that is said."""
-    for field, needed in _idle_options(config):
+    for field in dataclasses.fields(config):
+        needed = field.metadata["needs"]
+        if not needed or getattr(config, needed) or getattr(config, field.name) == default_of(field):
+            continue
         problem = f"--{field.name} has no effect without --{needed}"
         if field.metadata["group"] not in (GENERATION, MACHINE, TRAINING):
             raise InputError(problem, f"add --{needed}, or leave out --{field.name}")

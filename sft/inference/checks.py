@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from sft.cli import InputError, is_terminal, processes
+from sft.cli import InputError, is_terminal, log, processes
 from sft.files import check_new_file
 from sft.inference.notes import Note, notes_digest, read_notes
 from sft.options import InferenceConfig
@@ -23,6 +23,10 @@ def check_files(config: InferenceConfig) -> list[Note] | None:
     of_notes += ["one_note"] if config.one_note != "auto" else []
     if config.merge_to and of_notes:
         raise InputError(f"--merge_to cannot be combined with --{of_notes[0]}", "merge first, then summarize")
+    of_summaries = ("max_new_tokens", "temperature", "max_length", "no_merge")
+    idle = [f"--{name}" for name in of_summaries if getattr(config, name) != getattr(InferenceConfig, name)]
+    if config.merge_to and idle:
+        log(f"info: no effect with --merge_to: {', '.join(idle)}")
     if config.clinical_note is not None and config.one_note != "auto":
         raise InputError("--one_note has no effect with --clinical_note, which is one", "leave it out")
     if config.resume and not config.output_file:
