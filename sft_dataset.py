@@ -26,7 +26,7 @@ from sft.data.report import log_data_warnings
 from sft.data.rows import Row, drop_stray_citations, shown_kinds
 from sft.files import ROOT, check_new_file, sha256
 from sft.grounding.citations import has_citation
-from sft.options import ReportConfig, parse_options
+from sft.options import ReportConfig, parse_options, typed_names
 
 __all__ = ["SFTCollator", "SFTDataset", "create_sft_dataloaders"]
 
@@ -86,38 +86,44 @@ def is_bundled(path: str | Path) -> bool:
     return checksums.is_file() and sha256(Path(path)) in checksums.read_text().split()
 
 
-def prompt_source(config: ReportConfig, rows: Sequence[Row]) -> tuple[object, PromptTemplate | None]:
+def prompt_source(
+    config: ReportConfig, rows: Sequence[Row], typed: set[str]
+) -> tuple[object, PromptTemplate | None]:
     """(tokenizer, prompt) of the adapter at --model_path, whose --max_length `config` takes over; without
-    one, the base model's tokenizer and None. Raises InputError for an option, or citations in `rows`, that do
-    not fit the adapter."""
+    one, the base model's tokenizer and None. Raises InputError for a `typed` option, or citations in `rows`,
+    that do not fit the adapter."""
     from sft.model.base import load_tokenizer
 
     if config.model_path is None:
         return load_tokenizer(config.model_name), None
     from sft.model.folder import read_adapter_folder
 
+    if Path(config.model_path).is_dir() and not (Path(config.model_path) / "sft_config.json").is_file():
+        problem = f"{config.model_path}: no sft_config.json: not written by this toolkit"
+        raise InputError(problem, "pass the adapter folder of this toolkit that it was trained further from")
     folder, sft_config, _ = read_adapter_folder(config.model_path)
     template = PromptTemplate.from_dict(sft_config["prompt"])
-    numbering = "on" if template.number_sentences else "off"
+    numbering = "v1" if template.sentence_version == 1 else "on"
+    numbering = numbering if template.number_sentences else "off"
     trained = {
-        "model_name": config.model_name,
         "max_length": sft_config["max_length"],
         "sentence_numbering": numbering,
         "instruction": sft_config["training"].get("instruction"),
     }
     summaries = [row.model_summary for row in rows if row.label == "factual"]
     are_cited = sum(map(has_citation, summaries)) > len(summaries) / 2
-    if config.sentence_numbering == "auto" and are_cited != template.number_sentences:
+    asks = "sentence_numbering" not in typed or config.sentence_numbering == "auto"
+    if asks and are_cited != template.number_sentences:
         problem = f"most summaries {'cite' if are_cited else 'do not cite'} sentences, unlike the adapter's"
         fix = f"use the rows it was trained on, or pass --sentence_numbering {numbering}"
         raise InputError(f"{file_names(config)[0]}: {problem}", fix)
-    defaults = ReportConfig()
+    if "model_name" in typed:
+        raise InputError(
+            "--model_name cannot be combined with --model_path", "the adapter names its base model"
+        )
     for name, value in trained.items():
-        given = getattr(config, name)
-        if name == "model_name":
-            value = defaults.model_name  # the adapter says which
-        if given not in (getattr(defaults, name), value):
-            problem = f"--{name} {given} is not what the adapter at --model_path was trained with"
+        if name in typed and getattr(config, name) not in ("auto", value):
+            problem = f"--{name} is not what the adapter at --model_path was trained with"
             raise InputError(problem, f"leave out --{name} or --model_path")
         setattr(config, name, value)
     return load_tokenizer(folder), template
@@ -129,8 +135,20 @@ def main() -> None:
     )
     config = parse_options(ReportConfig, description)
     check_new_file("--export_preferences", config.export_preferences, (".jsonl",))
+    typed = typed_names()
+    if "seed" in typed and config.val_fraction is None:
+        log("info: --seed has no effect without --val_fraction")
     rows = read_data(config, validate=False)
-    tokenizer, template = prompt_source(config, rows[0])
+    from sft.model.base import own_settings
+
+    with own_settings():
+        report(config, rows, *prompt_source(config, rows[0], typed))
+
+
+def report(
+    config: ReportConfig, rows: tuple[list[Row], list[Row]], tokenizer, template: PromptTemplate | None
+) -> None:
+    """Prints the report on rows that have been read, and exports their pairs."""
     datasets = load_datasets(rows, tokenizer, config, template=template)
     encoder = datasets[0].encoder
     if config.export_preferences:

@@ -10,6 +10,7 @@ result = SFTInference("models/sft_specialist/final_model").generate_summary("Pat
 torch is imported when a model is loaded, not before, so that `--help` and input errors are instant.
 """
 
+import contextlib
 import functools
 import math
 import sys
@@ -41,6 +42,7 @@ from sft.model.folder import log_origin, read_adapter_folder
 from sft.options import (
     DEFAULT_GENERATION_BATCH_SIZE,
     InferenceConfig,
+    check_config,
     parse_options,
     quantization_of,
 )
@@ -74,6 +76,8 @@ class SFTInference:
         verify: bool = False,
     ):
         quantization = quantization_of(use_8bit, use_4bit)
+        given = {"model_path": model_path, "base_model": base_model, "prompt_from": prompt_from}
+        check_config(InferenceConfig(**given, dtype=dtype, max_length=max_length))
         folder, self.sft_config, adapter_config = read_adapter_folder(model_path, prompt_from, verify=verify)
         log_origin(folder, self.sft_config, prompt_from)
         with as_input_error(f"{folder}: its configuration lacks the prompt", "train again"):
@@ -104,6 +108,7 @@ class SFTInference:
             self._merge(quantization)
         self._choose_decoder()
         self._turn = threading.Lock()
+        self._owner: int | None = None  # the thread whose turn it is
 
     def _read_limits(self, max_length: int | None) -> None:
         """Sets `window` (tokens of prompt and summary together), `longest_prompt` and `stop_ids`."""
@@ -128,14 +133,18 @@ class SFTInference:
 
         from sft.model.adapter import merge_into_int8
         from sft.model.kernels import PackedLinear, has_onednn, replace_linear_layers
+        from sft.model.merged import merge
 
         if quantization == "int8":
             self.model = merge_into_int8(self.model, self.placement.dtype)
         # Merged into 16 bits or fewer, some of the adapter would be rounded away
         elif not quantization and self.placement.dtype is torch.float32:
+            problem = ""
             if "merged" not in self.sft_config:
-                self.model = self.model.merge_and_unload()
-            if self.placement.device.type == "cpu" and has_onednn():
+                self.model, problem = merge(self.model)
+            if problem:
+                log(f"info: the adapter stays beside the base weights: merged, {problem}")
+            elif self.placement.device.type == "cpu" and has_onednn():
                 replace_linear_layers(self.model, PackedLinear)
 
     def save_merged(self, folder: str | Path) -> None:
@@ -207,14 +216,16 @@ class SFTInference:
         seed: int = 0,
     ) -> list[dict]:
         """The results of many notes, in their order: those of `summarize` for notes numbered from 0. Takes a
-        list, a column of a DataFrame, a generator ...: whatever gives the notes themselves, in an order."""
-        if isinstance(clinical_notes, str | bytes):
-            fix = "pass a list of notes, or call generate_summary"
-            raise InputError("clinical_notes is a single string", fix)
-        # Their keys or column names would be taken for notes
-        has_names = isinstance(clinical_notes, Mapping) or hasattr(clinical_notes, "columns")
-        if has_names or isinstance(clinical_notes, Set) or not isinstance(clinical_notes, Iterable):
-            fix = 'pass the notes alone, in their order: df["clinical_note"], or list(notes.values())'
+        list, a generator ...: whatever gives the notes themselves, in an order; of a DataFrame its column
+        clinical_note."""
+        if "clinical_note" in getattr(clinical_notes, "columns", ()):
+            clinical_notes = clinical_notes["clinical_note"]
+        # Letters, keys or column names would be taken for notes
+        has_others = isinstance(clinical_notes, str | bytes | Mapping | Set) or hasattr(
+            clinical_notes, "columns"
+        )
+        if has_others or not isinstance(clinical_notes, Iterable):
+            fix = 'pass the notes in their order: [note], df["clinical_note"], or list(notes.values())'
             raise InputError(f"clinical_notes is a {type(clinical_notes).__name__}, not a list of notes", fix)
         notes = dict(enumerate(clinical_notes))
         results = dict(self.summarize(notes, max_new_tokens, temperature, batch_size=batch_size, seed=seed))
@@ -239,16 +250,16 @@ class SFTInference:
         asked after each forward pass, is true, the generator ends without the summaries that are not
         finished.
 
-        Until the generator is used up or closed, other calls wait; do not call from the thread that is
-        iterating. Raises InputError for settings that fit no note, RunError if the model fails for another
-        reason than memory."""
+        Until the generator is used up or closed, other threads' calls wait, and one from the thread that is
+        iterating is an InputError, as are settings that fit no note. Raises RunError if the model fails for
+        another reason than memory."""
         max_new_tokens = self.sft_config["max_new_tokens"] if max_new_tokens is None else max_new_tokens
-        _check_settings(max_new_tokens, temperature, batch_size)
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        check_config(InferenceConfig(**settings, batch_size=batch_size))
         from sft.inference.decoding import decode_within_memory
 
-        made_by = {"made_by": self.made_by(max_new_tokens, temperature, seed)}
-        # The tokenizer cannot be shared between threads either
-        with self._turn:
+        made_by = {"made_by": self.made_by(**settings)}
+        with self._own_turn():
             texts = {}
             prompts = {}
             warnings = {}
@@ -272,13 +283,27 @@ class SFTInference:
                 on_token=text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None,
                 should_stop=should_stop,
             )
+            version = self.template.sentence_version
             for number, sequence in sequences:
                 if sequence is None:
                     yield number, failure(OUT_OF_MEMORY) | made_by
                 else:
-                    version = self.template.sentence_version
                     result = make_result(texts[number], sequence, self.tokenizer, warnings[number], version)
                     yield number, result | made_by
+
+    @contextlib.contextmanager
+    def _own_turn(self) -> Iterator[None]:
+        """Model and tokenizer for this thread alone, once others are done. Raises InputError where it would
+        wait for itself."""
+        if self._owner == threading.get_ident():
+            fix = "collect the results first: list(inference.summarize(...)); in on_text, only note the text"
+            raise InputError("a call from inside the loop or the on_text of another call", fix)
+        with self._turn:
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
 
     def made_by(self, max_new_tokens: int, temperature: float, seed: int) -> dict:
         """What a summary was made by: all that decides it, without paths or text. `adapter` is the beginning
@@ -335,13 +360,6 @@ class SFTInference:
         return ids, warnings
 
 
-def _check_settings(max_new_tokens: int, temperature: float, batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size must be 1 or more, not {batch_size}")
-    if max_new_tokens < 1 or not 0 <= temperature < math.inf:
-        raise InputError("max_new_tokens must be 1 or more; temperature must be a finite number, 0 or more")
-
-
 # ------------------------------------------------------------------------------- command line
 
 
@@ -349,13 +367,8 @@ def write_file(inference: SFTInference, notes: Sequence[Note], config: Inference
     """Summarizes all notes of input_file. Raises what `summarize_file` does."""
     # Raises before a file is created if there is no room for any note
     inference.max_note_tokens(config.max_new_tokens)
-    summarize = functools.partial(
-        inference.summarize,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        batch_size=config.batch_size,
-        seed=config.seed,
-    )
+    settings = {name: getattr(config, name) for name in "max_new_tokens temperature batch_size seed".split()}
+    summarize = functools.partial(inference.summarize, **settings)
     summarize_file(notes, config, fingerprint(config, inference.sft_config, notes), summarize)
 
 
@@ -380,18 +393,11 @@ def write_summary(inference: SFTInference, config: InferenceConfig) -> None:
 def load_inference(config: InferenceConfig) -> SFTInference:
     from sft.model.base import device_of_process
 
-    config.device = device_of_process(config.device)
+    names = "model_path dtype base_model use_8bit use_4bit max_length prompt_from verify".split()
     return SFTInference(
-        config.model_path,
-        config.device,
-        config.dtype,
-        base_model=config.base_model,
-        use_8bit=config.use_8bit,
-        use_4bit=config.use_4bit,
-        max_length=config.max_length,
+        device=device_of_process(config.device),
         merge=not (config.no_merge or config.merge_to),
-        prompt_from=config.prompt_from,
-        verify=config.verify,
+        **{name: getattr(config, name) for name in names},
     )
 
 
@@ -417,7 +423,9 @@ def main() -> None:
     piped = None
     if is_conversation(config) and not is_terminal(sys.stdin):
         piped = read_piped(config.one_note)
-    with note_terminal(is_conversation(config)):
+    from sft.model.base import own_settings
+
+    with own_settings(), note_terminal(is_conversation(config)):
         inference = load_inference(config)
         if config.merge_to:
             inference.save_merged(config.merge_to)

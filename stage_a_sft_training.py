@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from sft.cli import Progress, RunError, noted_signals, plural, run_script
 from sft.data.dataset import Batch, Example
 from sft.files import write_atomic
-from sft.options import TrainConfig, parse_options
+from sft.options import TrainConfig, check_config, parse_options
 from sft.training.checkpoint import begin, is_finished, output_lock, promote_best_epoch, save_checkpoint
 from sft.training.checks import check_inputs
 from sft.training.faults import advice_for_faults, check_finite, retry_on_oom, stop_if_asked
@@ -172,24 +172,27 @@ def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = N
 
     `on_step(run, metrics)` is called after each step. Raises InputError for what the user can fix, RunError
     if the run cannot continue, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
+    check_config(config)
     with output_lock(config):
         # Checked before the slow imports: options, output folder, rows
         rows, checkpoint = check_inputs(config)
+        from sft.model.base import own_settings
         from sft.training.set_up import set_up
 
-        run = set_up(config, rows, checkpoint)
-        log_plan(run)
-        if config.dry_run:
-            return dry_run(run)
-        begin(run, checkpoint)
-        if checkpoint and is_finished(run):
-            run.log(f"Nothing is left to train: {why_it_ended(run)}")
-        else:
-            with noted_signals() as run.signals:
-                train_epochs(run, on_step)
-                finish(run)
-        run.close()
-        return run.stats()
+        with own_settings():
+            run = set_up(config, rows, checkpoint)
+            log_plan(run)
+            if config.dry_run:
+                return dry_run(run)
+            begin(run, checkpoint)
+            if checkpoint and is_finished(run):
+                run.log(f"Nothing is left to train: {why_it_ended(run)}")
+            else:
+                with noted_signals() as run.signals:
+                    train_epochs(run, on_step)
+                    finish(run)
+            run.close()
+            return run.stats()
 
 
 def train_epochs(run: "Run", on_step: Callable[["Run", dict], None] | None) -> None:

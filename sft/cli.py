@@ -63,6 +63,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
 
 
+def missing_package(error: BaseException | None) -> str:
+    """The package whose absence an import error comes from, which transformers wraps; "" for other errors."""
+    while isinstance(error, ImportError):
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            return error.name.partition(".")[0]
+        error = error.__cause__
+    return ""
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a disk or quota is full. Libraries raise types of their own for it: safetensors, torch, the
     tokenizer."""
@@ -89,7 +98,7 @@ def as_input_error(problem: str, fix: str) -> Iterator[None]:
     except BaseException as error:
         # The tokenizers library's own failures are no Exception
         is_failure = isinstance(error, Exception) or type(error).__name__ == "PanicException"
-        is_explained = isinstance(error, _Explained | Stopped)
+        is_explained = isinstance(error, _Explained | Stopped) or missing_package(error)
         if not is_failure or is_explained or is_out_of_memory(error) or is_disk_full(error):
             raise
         raise InputError(f"{problem}: {type(error).__name__}: {first_line(error)}", fix) from None
@@ -149,6 +158,10 @@ def _run_main(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
+        missing = missing_package(error)
+        if missing:
+            fix = "run: pip install -r requirements_training.txt (with the python that runs this script)"
+            _exit_with(2, f"the Python package {missing} is not installed", fix)
         if is_out_of_memory(error):
             _exit_with(1, "out of memory", "use a smaller batch size or model, or close other programs")
         if not isinstance(error, OSError) or error.errno is None:

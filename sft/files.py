@@ -43,9 +43,9 @@ def make_private_dir(path: Path) -> Path:
     return path
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Writes a file that appears whole or not at all: to a temporary file, fsync, rename. Only the user may
-    read it."""
+def write_atomic(path: Path, content: str | bytes, mode: int = 0o600) -> None:
+    """Writes a file that appears whole or not at all: to a temporary file, fsync, rename. By default only the
+    user may read it."""
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -53,6 +53,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -166,7 +167,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# Hashes of large files, and what they looked like. Beside the models, since each user may have many
+# The SHA-256 of large files by that of their path, after what they looked like. Beside the models, for all
+# users of an installation
 REMEMBERED = ROOT / "models" / ".sha256.json"
 LARGE = 2**26  # bytes
 _computed: dict[str, str] = {}  # in this process
@@ -178,27 +180,30 @@ def remembered_sha256(path: Path, *, again: bool = False) -> str:
     stat = path.stat()
     if stat.st_size < LARGE:
         return sha256(path)
-    name = str(path.resolve())
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     # ctime cannot be set back, as mtime can
-    key = f"{name}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
-    known = _read_remembered() | _computed
-    if again or not isinstance(known.get(key), str):
-        known = {other: digest for other, digest in known.items() if not other.startswith(f"{name}:")}
-        known[key] = _computed[key] = sha256(path)
-        # A read-only installation computes it in each process
+    look = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+    remembered = _read_remembered() | _computed
+    known, _, digest = remembered.get(name, "").partition(" ")
+    if again or known != look:
+        digest = sha256(path)
+        _computed[name] = f"{look} {digest}"
+        # Where it cannot be written, it is computed in each process
         with contextlib.suppress(OSError):
-            write_json(REMEMBERED, known)
-    return known[key]
+            write_atomic(REMEMBERED, json.dumps(remembered | _computed, indent=2), 0o644)
+    return digest
 
 
 def _read_remembered() -> dict:
     with contextlib.suppress(OSError, ValueError):
         stat = REMEMBERED.stat()
-        # What others could have written vouches for nothing
-        is_ours = not stat.st_mode & 0o022 and stat.st_uid in (0, getattr(os, "getuid", lambda: 0)())
+        # What others could have written vouches for nothing; who owns this code could do anything
+        trusted = (0, getattr(os, "getuid", lambda: 0)(), Path(__file__).stat().st_uid)
+        is_ours = not stat.st_mode & 0o022 and stat.st_uid in trusted
         known = json.loads(REMEMBERED.read_text(encoding="utf-8")) if is_ours or os.name == "nt" else None
         if isinstance(known, dict):
-            return known
+            # Names of 64 digits: earlier versions wrote paths
+            return {name: look for name, look in known.items() if len(name) == 64 and isinstance(look, str)}
     return {}
 
 

@@ -5,12 +5,13 @@ import argparse
 import dataclasses
 import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from sft.cli import InputError, plural, preview_list, safe_id
+from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
 
 # The groups of --help, in this order
 DATA = "data"
@@ -23,14 +24,28 @@ MACHINE = "machine"
 RUN = "run"
 _GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN)
 
+# The metavar of an option says what it takes: NAME a column, TEXT and MAP any text, else a path or a model
+NAME = "NAME"
+TEXT = "TEXT"
+MAP = "A=B,..."
 
-def option(default, help: str, *, group: str, may_change: bool = False, **argparse_arguments):
+
+def option(
+    default, help: str, *, group: str, may_change: bool = False, needs: str = "", **argparse_arguments
+):
     """A dataclass field that is also a command-line option.
 
     `may_change`: --resume accepts another value. Either the steps already done do not depend on it, or
     something else in the fingerprint stands for it: the SHA-256 of data and base weights, the dtype that is
-    used in the end. An option that older runs did not have counts as having had its default."""
-    metadata = {"help": help, "group": group, "may_change": may_change, "argparse": argparse_arguments}
+    used in the end. An option that older runs did not have counts as having had its default. `needs`: another
+    option, without which this one has no effect."""
+    metadata = {
+        "help": help,
+        "group": group,
+        "may_change": may_change,
+        "needs": needs,
+        "argparse": argparse_arguments,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -64,51 +79,110 @@ def kinds_of(hint) -> list:
     return [kind for kind in hints if kind is not types.NoneType]
 
 
+def default_of(field: dataclasses.Field):
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default
+
+
+def typed_names(argv: list[str] | None = None) -> set[str]:
+    """The options on the command line, also those with their default."""
+    words = sys.argv[1:] if argv is None else argv
+    return {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+
+
 def check_config(config) -> None:
     """Raises InputError unless every value of a configuration made in Python is one that its option takes."""
     hints = typing.get_type_hints(type(config))
     fields = {field.name: field for field in dataclasses.fields(config)}
     unknown = sorted(set(vars(config)) - set(fields))
     if unknown:
-        raise InputError(f"unknown options: {preview_list(unknown)}", "check the spelling")
+        raise InputError(f"unknown options: {preview_list(map(safe_id, unknown))}", "check the spelling")
     for name, field in fields.items():
-        value = getattr(config, name)
-        kinds = tuple(typing.get_origin(kind) or kind for kind in kinds_of(hints[name]))
-        # True is an int for Python; 1 is a float for everybody
-        is_path = str in kinds and isinstance(value, Path)
-        numeric = float in kinds and isinstance(value, int) and not isinstance(value, bool)
-        is_right = (
-            is_path
-            or numeric
-            or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
+        check_value(name, getattr(config, name), hints[name], field.metadata["argparse"])
+
+
+def check_value(name: str, value, hint, arguments: dict) -> None:
+    """Raises InputError unless `value` is of the type `hint` and what `arguments` allow."""
+    if value is None and type(None) in typing.get_args(hint):
+        return
+    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds_of(hint))
+    # True is an int for Python; 1 is a float for everybody
+    is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
+    is_path = str in kinds and isinstance(value, Path)
+    is_right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    is_list = isinstance(value, list)
+    if not (is_right or is_number or is_path) or (is_list and not all(isinstance(v, str) for v in value)):
+        expected = " or ".join("list of str" if kind is list else kind.__name__ for kind in kinds)
+        found = "list of other things" if is_list else type(value).__name__
+        raise InputError(f"{name} is of type {found}", f"pass a value of type {expected}")
+    if value not in arguments.get("choices", [value]):
+        raise InputError(
+            f"{name} is none of its choices", f"choose one of: {', '.join(arguments['choices'])}"
         )
-        if value is None and type(None) in typing.get_args(hints[name]):
+    if "type" in arguments:
+        try:
+            arguments["type"](str(value))
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{name}: {error}", "choose another value") from None
+    if str in kinds or is_list:
+        check_words(name, value, arguments)
+
+
+def check_words(name: str, value: str | Path | list[str], arguments: dict) -> None:
+    """Raises InputError for an empty value, for several names in one word, and for what looks like a text
+    where a path or a model is expected: it may be a note, so it is in no message."""
+    words = [str(word) for word in value] if isinstance(value, list) else [str(value)]
+    # An empty note has a message of its own
+    if not all(word.strip() for word in words or [""]) and not name.endswith("clinical_note"):
+        raise InputError(f"{name} is empty", "pass a value, or leave it out")
+    several = isinstance(value, list) and any("," in word and not os.path.exists(word) for word in words)
+    if several:
+        problem = f"{name}: names are separated by spaces, not by commas"
+        raise InputError(problem, 'write: a b (in Python: ["a", "b"])')
+    takes_any_text = arguments.get("metavar") in (NAME, TEXT, MAP) or "choices" in arguments
+    if not takes_any_text and not all(map(_is_plain, words)):
+        problem = f"{name}: no such file, folder or model (the words are not shown: they may be a note)"
+        raise InputError(
+            problem, "check the option; a new name with spaces needs its folder before it: ./NAME"
+        )
+
+
+def _is_plain(path: str) -> bool:
+    """Whether a path or a model's name may be shown: it is there, a folder that it begins with is, or it is
+    no text."""
+    if re.fullmatch(r"[\w.:/\\#~+=@%-]{1,255}", path) or path.startswith("./"):
+        return True
+    # No path is longer
+    folders = [str(folder) for folder in Path(path[:4096]).parents]
+    return os.path.exists(path) or any(
+        os.path.isdir(folder) for folder in folders if folder not in (".", "/")
+    )
+
+
+def check_needs(config) -> None:
+    """Raises InputError for an option without the one it needs. A setting of the model or the machine may
+    stay in a command that has no use for it: that is said."""
+    for field in dataclasses.fields(config):
+        needed = field.metadata["needs"]
+        if not needed or getattr(config, needed) or getattr(config, field.name) == default_of(field):
             continue
-        if isinstance(value, list) and not (value and all(isinstance(item, str) for item in value)):
-            is_right = False
-        if not is_right:
-            expected = " or ".join(kind.__name__ for kind in kinds)
-            raise InputError(f"{name} is of type {type(value).__name__}", f"pass a value of type {expected}")
-        arguments = field.metadata["argparse"]
-        if value not in arguments.get("choices", [value]):
-            choices = ", ".join(arguments["choices"])
-            raise InputError(f"{name} is none of its choices", f"choose one of: {choices}")
-        if "type" in arguments:
-            try:
-                arguments["type"](str(value))
-            except argparse.ArgumentTypeError as error:
-                raise InputError(f"{name}: {error}", "choose another value") from None
-
-
-# The groups of --help, in this order
+        problem = f"--{field.name} has no effect without --{needed}"
+        if field.metadata["group"] not in (GENERATION, MACHINE, TRAINING):
+            raise InputError(problem, f"add --{needed}, or leave out --{field.name}")
+        if on_main_process():
+            log(f"info: {problem}")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         fix = f"run python {self.prog} --help"
-        choice = re.search(r"invalid choice: '(.*)' \(choose", message, re.DOTALL)
-        if choice:
-            message = message.replace(f"'{choice[1]}'", safe_id(choice[1]), 1)
+        # What was typed may be a note; argparse shows it as Python writes a string
+        message = re.sub(
+            r"""(['"])(.*)\1(?= \(choose|$)""",
+            lambda typed: safe_id(typed[2]),
+            message,
+            count=1,
+            flags=re.DOTALL,
+        )
         if message.endswith("expected one argument"):
             name = message.split()[1].rstrip(":")
             fix = f'pass a value; one that starts with "-" needs "=": {name}=-VALUE'
@@ -154,9 +228,8 @@ def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
             arguments.setdefault("nargs", "+")
         else:
             arguments.setdefault("type", kind)
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
         help = field.metadata["help"].replace("%", "%%")
-        groups[title].add_argument(f"--{field.name}", default=default, help=help, **arguments)
+        groups[title].add_argument(f"--{field.name}", default=default_of(field), help=help, **arguments)
     return parser
 
 
@@ -171,17 +244,16 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
     if unknown:  # may be patients' text: not shown
         problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
         raise InputError(problem, "put quotes around a text with spaces")
-    for name, value in list(vars(values).items()):
-        # Names are separated by spaces, and often by commas
-        if name == "target_modules":
-            value = [word for text in value for word in text.split(",") if word] or ""
-            setattr(values, name, value)
-        # An empty note has a message of its own
-        words = value if isinstance(value, list) else [value]
-        if "" in [word.strip() for word in words if isinstance(word, str)] and name != "clinical_note":
-            raise InputError(f"--{name} is empty", "pass a value, or leave it out")
+    config = config_class(**vars(values))
+    for field in dataclasses.fields(config):
+        arguments = field.metadata["argparse"]
+        value = getattr(config, field.name)
         # Shells leave ~ alone in --name=~/folder and within quotes
-        if name not in ("clinical_note", "instruction"):
-            expanded = [os.path.expanduser(word) if isinstance(word, str) else word for word in words]
-            setattr(values, name, expanded if isinstance(value, list) else expanded[0])
-    return config_class(**vars(values))
+        if isinstance(value, str | list) and arguments.get("metavar") != TEXT:
+            words = [os.path.expanduser(word) for word in ([value] if isinstance(value, str) else value)]
+            value = words[0] if isinstance(value, str) else words
+            setattr(config, field.name, value)
+        if isinstance(value, str | list):
+            check_words(f"--{field.name}", value, arguments)
+    check_needs(config)
+    return config

@@ -13,17 +13,28 @@ from sft.option_fields import (
     GENERATION,
     LORA,
     MACHINE,
+    MAP,
     MODEL,
+    NAME,
     NOTES,
     RUN,
+    TEXT,
     TRAINING,
     check_config,
+    check_words,
     number,
     option,
     parse_options,
+    typed_names,
 )
 
-__all__ = ["check_config", "number", "parse_options"]  # for those who read configurations
+__all__ = [
+    "check_config",
+    "check_words",
+    "number",
+    "parse_options",
+    "typed_names",
+]  # for those who read configurations
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
@@ -59,19 +70,19 @@ class DataOptions:
         type=number(float, 0, 0.5, above_low=True),
         group=DATA,
     )
-    id_column: str | None = option(None, "the column of ids, if not id", group=DATA, metavar="NAME")
+    id_column: str | None = option(None, "the column of ids, if not id", group=DATA, metavar=NAME)
     note_column: str | None = option(
-        None, "the column of notes, if not clinical_note", group=DATA, metavar="NAME"
+        None, "the column of notes, if not clinical_note", group=DATA, metavar=NAME
     )
     summary_column: str | None = option(
-        None, "the column of summaries, if not model_summary", group=DATA, metavar="NAME"
+        None, "the column of summaries, if not model_summary", group=DATA, metavar=NAME
     )
-    label_column: str | None = option(None, "the column of labels, if not label", group=DATA, metavar="NAME")
+    label_column: str | None = option(None, "the column of labels, if not label", group=DATA, metavar=NAME)
     label: str | None = option(
         None, "the label of all rows, for files without one", choices=["factual", "hallucinated"], group=DATA
     )
     label_map: str | None = option(
-        None, "labels of other names: yes=factual,no=hallucinated", group=DATA, metavar="A=B,..."
+        None, "labels of other names: yes=factual,no=hallucinated", group=DATA, metavar=MAP
     )
     skip_empty: bool = option(False, "leave out rows with an empty note or summary", group=DATA)
     stray_citations: str = option(
@@ -94,7 +105,9 @@ class DataOptions:
         choices=["auto", "on", "off", "v1"],
         group=DATA,
     )
-    instruction: str | None = option(None, "instruction in the prompt (default: built in)", group=DATA)
+    instruction: str | None = option(
+        None, "instruction in the prompt (default: built in)", group=DATA, metavar=TEXT
+    )
     seed: int = option(
         42,
         "random seed (row order, dropout, LoRA initialization, val_fraction)",
@@ -216,7 +229,7 @@ class TrainConfig(MachineOptions, DataOptions):
         0.05, "dropout on the adapter's inputs during training", type=number(float, 0, 0.99), group=LORA
     )
     target_modules: list[str] = option(
-        ["q_proj", "v_proj"], "layers that get an adapter, or all-linear", group=LORA
+        ["q_proj", "v_proj"], "layers that get an adapter, or all-linear", group=LORA, metavar=NAME
     )
 
     max_tokens_per_batch: int | None = option(
@@ -306,7 +319,7 @@ class InferenceConfig(MachineOptions):
     )
 
     clinical_note: str | None = option(
-        None, "one note; - reads it from standard input", group=NOTES, metavar="TEXT"
+        None, "one note; - reads it from standard input", group=NOTES, metavar=TEXT
     )
     input_file: list[str] | None = option(
         None,
@@ -322,12 +335,14 @@ class InferenceConfig(MachineOptions):
         choices=["auto", "file", "line", "paragraph"],
         group=NOTES,
     )
-    id_column: str | None = option(None, "the column of ids, if not id", group=NOTES, metavar="NAME")
+    id_column: str | None = option(
+        None, "the column of ids, if not id", group=NOTES, metavar=NAME, needs="input_file"
+    )
     note_column: str | None = option(
-        None, "the column of notes, if not clinical_note", group=NOTES, metavar="NAME"
+        None, "the column of notes, if not clinical_note", group=NOTES, metavar=NAME, needs="input_file"
     )
     keep_columns: list[str] | None = option(
-        None, "columns to carry over to the output", group=NOTES, metavar="NAME"
+        None, "columns to carry over to the output", group=NOTES, metavar=NAME, needs="input_file"
     )
     output_file: str | None = option(
         None,
@@ -337,7 +352,10 @@ class InferenceConfig(MachineOptions):
     )
     resume: bool = option(False, "continue an interrupted run (same --output_file)", group=NOTES)
     fail_on_error: bool = option(
-        False, "exit with status 1 if any note failed (without it, if all failed)", group=NOTES
+        False,
+        "exit with status 1 if any note failed (without it, if all failed)",
+        group=NOTES,
+        needs="input_file",
     )
     json: bool = option(
         False, "print complete results as JSON, one per line (standard output only)", group=NOTES
@@ -353,7 +371,9 @@ class InferenceConfig(MachineOptions):
     temperature: float = option(
         0.0, "0 = greedy; above 0 = sampling", type=number(float, 0), group=GENERATION
     )
-    seed: int = option(0, "random seed for sampling", type=number(int, 0, 2**32 - 1), group=GENERATION)
+    seed: int = option(
+        0, "random seed for sampling", type=number(int, 0, 2**32 - 1), group=GENERATION, needs="temperature"
+    )
     max_length: int | None = option(
         None,
         "maximum tokens of the prompt; longer notes are shortened, with a warning (default: what the "
@@ -367,6 +387,7 @@ class InferenceConfig(MachineOptions):
         "summaries written at the same time",
         type=number(int, 1),
         group=MACHINE,
+        needs="input_file",
     )
     no_merge: bool = option(
         False, "keep the adapter beside the base weights instead of merging it: slower", group=MACHINE

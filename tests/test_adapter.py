@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import sft.model.adapter as adapter_module
 import sft.model.base as base_module
+import sft.model.merged as merged_module
 from sft.cli import InputError
 from sft.data.dataset import packed_batch
 from sft.data.prompt import build_template
@@ -39,6 +40,7 @@ from sft.model.base import (
 )
 from sft.model.folder import read_adapter_folder
 from sft.model.kernels import Int8Linear, has_int8
+from sft.model.merged import merge
 from sft.model.probes import enable_packing
 from stage_a_sft_training import summed_loss
 
@@ -302,3 +304,38 @@ def test_a_model_merged_into_8_bit_is_close_and_cannot_be_saved(adapter):
     assert (merged(IDS).logits - expected).norm() <= 0.05 * expected.norm()
     with pytest.raises(InputError, match=r"cannot be saved or copied\nwrite it with --merge_to"):
         merged.save_pretrained(folder.parent / "merged")
+
+
+def tied_model(architecture: str, targets):
+    """(a tiny model with tied embeddings and LoRA, its logits)."""
+    config = tiny_config(architecture)
+    config.tie_word_embeddings = True
+    base = AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
+    model = with_lora(base, targets=targets).eval()
+    with torch.no_grad():
+        return model, model(IDS).logits
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "qwen2", "gpt2"])
+def test_an_adapter_on_a_tied_output_layer_is_merged_into_that_layer_alone(architecture, tmp_path):
+    """Merged, written and loaded again, and in 8 bit."""
+    targets = ("lm_head", "c_attn" if architecture == "gpt2" else "q_proj")
+    model, expected = tied_model(architecture, targets)
+    merged, problem = merge(model)
+    assert problem == ""
+    merged.save_pretrained(tmp_path)
+    for found in (merged, AutoModelForCausalLM.from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(found(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    if has_int8() and architecture != "gpt2":
+        model, expected = tied_model(architecture, targets)
+        rounded = merge_into_int8(model, torch.float32)
+        assert (rounded(IDS).logits - expected).norm() <= 0.05 * expected.norm()
+
+
+def test_a_merge_that_changes_the_logits_is_undone(monkeypatch):
+    model, expected = tied_model("llama", ("lm_head", "q_proj"))
+    monkeypatch.setattr(merged_module, "untie", lambda model: None)
+    kept, problem = merge(model)
+    assert kept is model and "its logits differ" in problem
+    torch.testing.assert_close(kept(IDS).logits, expected, atol=1e-4, rtol=1e-4)

@@ -116,7 +116,11 @@ def test_the_bundled_model_is_for_every_user_of_an_installation(monkeypatch, tmp
     monkeypatch.setattr(base_module, "BASE_FOLDER", tmp_path / "models" / "base")
     monkeypatch.setattr(base_module.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.setattr(base_module, "sha256", lambda path: base_module.BUNDLED_SHA256)
-    monkeypatch.setattr(base_module, "_convert_gguf", lambda source, folder: (folder / "config.json").touch())
+    monkeypatch.setattr(
+        base_module, "_convert_gguf", lambda source, folder: (folder / "config.json").touch(0o600)
+    )
+    # As a run makes it for its own output
+    (tmp_path / "models").mkdir(0o700)
     umask = os.umask(0o077)
     try:
         folder = resolve_model(BUNDLED_MODEL)

@@ -111,7 +111,8 @@ def test_words_that_leave_and_help(typed, word):
 
 
 def test_piped_notes_as_json(typed):
-    out, _ = typed("too long", "", "pain /tokens", "", json=True)
+    out, said = typed("too long", "", "pain /tokens", "", json=True)
+    assert "Paste" not in said
     failed, done = [json.loads(line) for line in out.splitlines()]
     assert failed["error"] == "out of memory on this note"
     assert done["confidence"] == 0.5

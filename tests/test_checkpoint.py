@@ -358,6 +358,34 @@ def test_overwrite_removes_what_a_run_wrote_by_full_name(configured, copied, tmp
         assert (out / name / "SHA256SUMS").exists()
 
 
+@pytest.mark.parametrize("option", ["overwrite", "resume"])
+@pytest.mark.parametrize("folder", ["final_model", "checkpoint_epoch_1"])
+def test_a_users_own_file_in_a_folder_of_the_run_stops_it(configured, copied, option, folder):
+    file = copied(num_epochs=1) / folder / "results" / "my notes.xlsx"
+    file.parent.mkdir()
+    file.write_text("mine")
+    with pytest.raises(InputError, match=r"my notes\.xlsx was not written by a training run"):
+        train(configured(**{option: True}))
+    assert file.read_text() == "mine"
+
+
+def test_a_checkpoint_from_before_stray_citations_were_dropped_says_so(configured, csv_files, capfd):
+    text = csv_files[0].read_text().replace("Influenza A", "Influenza A [Evidence: S1]", 1)
+    for i in range(3):
+        text += f"c{i},Fever and cough {i}.,Fever. [Evidence: S1],factual,\n"
+    csv_files[0].write_text(text)
+    config = configured(num_epochs=1)
+    train(config)
+    folder = Path(config.output_dir) / "checkpoint_epoch_1"
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    del state["fingerprint"]["stray_citations"]
+    torch.save(state, folder / "training_state.pt")
+    write_checksums(folder)
+    capfd.readouterr()
+    train(configured(resume=True))
+    assert "trained on citations that the prompt does not support" in capfd.readouterr().err
+
+
 def test_a_link_in_place_of_final_model_is_replaced_not_followed(configured, copied, tmp_path):
     out = copied(num_epochs=1)
     elsewhere = tmp_path / "elsewhere"

@@ -62,6 +62,13 @@ from sft.cli import (
             "error: File too large: the output folder\nfix:   raise the limit",
         ),
         ("raise ValueError('a bug')", {}, 1, "", "Traceback"),
+        (
+            "raise ModuleNotFoundError('wrapped') from ModuleNotFoundError('x', name='torch.nn')",
+            {},
+            2,
+            "",
+            "error: the Python package torch is not installed\nfix:   run: pip install -r requirements_training.txt",
+        ),
     ],
 )
 def test_how_scripts_end(code, environment, status, stdout, stderr):

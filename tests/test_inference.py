@@ -128,8 +128,12 @@ def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
         specialist.generate_summary(" \n\x00 ")
     results = specialist.generate_batch(["\u200b", "Fever.", None, 5, "half \ud83d character"], 3)
     assert ["error" in result for result in results] == [True, False, True, True, False]
-    with pytest.raises(InputError, match="temperature must be a finite number"):
-        specialist.generate_summary("Fever.", 3, temperature=-1)
+    wrong = [{"temperature": -1}, {"temperature": None}, {"temperature": math.inf}, {"max_new_tokens": "5"}]
+    for values in [*wrong, {"max_new_tokens": 0}, {"seed": 1.5}]:
+        with pytest.raises(InputError, match=next(iter(values))):
+            specialist.generate_summary("Fever.", **values)
+    with pytest.raises(InputError, match="batch_size"):
+        specialist.generate_batch(["Fever."], batch_size=0)
     greedy = specialist.generate_summary("Fever.", 3)
     coldest = specialist.generate_summary("Fever.", 3, temperature=1e-300)
     assert coldest["generated_summary"] == greedy["generated_summary"]
@@ -183,6 +187,20 @@ def test_threads_that_share_a_model_get_the_texts_of_lone_calls(adapters, specia
         with ThreadPoolExecutor(4) as threads:
             results = list(threads.map(summarize, notes))
         assert without_confidence(results) == expected
+
+
+def test_a_call_from_inside_another_is_refused_and_does_not_wait(specialist):
+    expected = specialist.generate_summary("Fever.", 3)
+    running = specialist.summarize({0: "Fever.", 1: "Cough."}, 3, batch_size=1)
+    next(running)
+    with pytest.raises(InputError, match="from inside the loop"):
+        specialist.generate_summary("Fever.", 3)
+    running.close()
+    with pytest.raises(InputError, match="from inside the loop"):
+        specialist.generate_summary(
+            "Fever.", 3, on_text=lambda text: specialist.generate_summary("Cough.", 3)
+        )
+    assert specialist.generate_summary("Fever.", 3) == expected
 
 
 def test_evidence_is_read_against_the_notes_sentences(adapters):
@@ -345,9 +363,10 @@ def test_containers_of_notes(specialist):
     notes = ["Fever.", "Cough."]
     expected = specialist.generate_batch(notes, 3)
     frame = pd.DataFrame({"clinical_note": notes}, index=[7, 5])
-    for container in (tuple(notes), iter(notes), frame["clinical_note"], frame["clinical_note"].values):
+    column = frame["clinical_note"]
+    for container in (tuple(notes), iter(notes), frame, column, column.values):
         assert specialist.generate_batch(container, 3) == expected
-    for wrong in ("Fever.", b"Fever.", {"clinical_note": notes}, frame, set(notes), None, 5):
+    for wrong in ("Fever.", b"Fever.", {"clinical_note": notes}, column.to_frame("a"), set(notes), None, 5):
         with pytest.raises(InputError, match="clinical_notes is a"):
             specialist.generate_batch(wrong)
     results = specialist.generate_batch([None, float("nan"), "Fever."], 3)

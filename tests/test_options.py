@@ -14,6 +14,7 @@ from sft.options import (
     number,
     parse_options,
     quantization_of,
+    typed_names,
 )
 
 CONFIGS = [ReportConfig, TrainConfig, InferenceConfig]
@@ -138,7 +139,10 @@ def test_quantization():
         ({"learning_rate": float("nan")}, "learning_rate.*out of range"),
         ({"lr_scheduler": "steep"}, "lr_scheduler is none of its choices"),
         ({"target_modules": "q_proj"}, "target_modules is of type str"),
-        ({"target_modules": []}, "target_modules is of type list"),
+        ({"target_modules": []}, "target_modules is empty"),
+        ({"target_modules": ("q_proj",)}, "target_modules is of type tuple"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules is of type list of other things"),
+        ({"output_dir": None}, "output_dir is of type NoneType"),
         ({"val_csv": 3}, "val_csv is of type int"),
         ({"use_4bit": "yes"}, "use_4bit is of type str"),
     ],
@@ -158,8 +162,89 @@ def test_configurations_from_python_that_are_right():
         check_config(config)
 
 
-@pytest.mark.parametrize("typed", [["q_proj", "v_proj"], ["q_proj,v_proj"], ["q_proj,", "v_proj"]])
-def test_lists_are_separated_by_spaces_or_commas(typed):
-    assert parse("--target_modules", *typed).target_modules == ["q_proj", "v_proj"]
-    with pytest.raises(InputError, match="is empty"):
-        parse("--target_modules", ",")
+@pytest.mark.parametrize("typed", [["q_proj,v_proj"], ["q_proj,", "v_proj"], ["q_proj, v_proj"], [","]])
+def test_lists_are_separated_by_spaces(typed):
+    lists = [(TrainConfig, "target_modules"), (InferenceConfig, "keep_columns"), (ReportConfig, "train_csv")]
+    for config, name in lists:
+        with pytest.raises(InputError, match=f"--{name}: names are separated by spaces"):
+            parse(
+                f"--{name}",
+                *typed,
+                "--input_file=a.csv" if name == "keep_columns" else "--seed=1",
+                config=config,
+            )
+        values = {name: typed}
+        with pytest.raises(InputError, match=f"{name}: names are separated by spaces"):
+            check_config(config(**values))
+
+
+def test_a_file_with_a_comma_in_its_name_is_taken(tmp_path):
+    file = tmp_path / "notes, old.csv"
+    file.touch()
+    assert parse("--train_csv", str(file), config=ReportConfig).train_csv == [str(file)]
+
+
+NOTES = [
+    'Patient\'s Zebra fever, "denies" cough.',
+    "Zebra Smith",
+    "Zebra: BP 120/80\n- cough",
+    "Zebra 发热。",
+    "Zebra " * 999,
+]
+
+
+@pytest.mark.parametrize(
+    "config, name", [(config, field.name) for config in CONFIGS for field in dataclasses.fields(config)]
+)
+def test_a_note_in_the_wrong_option_is_refused_and_not_shown(config, name, monkeypatch, tmp_path, csv_files):
+    """From its declaration: options that come later too. Columns and texts may have spaces: there the whole
+    script runs, up to its first refusal."""
+    import sft_dataset
+    import sft_inference
+
+    monkeypatch.chdir(tmp_path)
+    (field,) = [field for field in dataclasses.fields(config) if field.name == name]
+    takes_words = field.metadata["argparse"].get("metavar") in ("NAME", "TEXT", "A=B,...")
+    for note in NOTES:
+        for typed in ([f"--{name}", note], [f"--{name}={note}"]):
+            if not takes_words:
+                with pytest.raises(InputError) as refused:
+                    parse(*typed, config=config)
+            elif name.endswith(("_column", "_columns", "_map")):
+                script = sft_inference if config is InferenceConfig else sft_dataset
+                files = ["--input_file" if config is InferenceConfig else "--train_csv", str(csv_files[0])]
+                monkeypatch.setattr("sys.argv", ["x.py", *files, *typed])
+                with pytest.raises(InputError) as refused:
+                    script.main()
+            else:
+                continue
+            assert "Zebra" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["./My run", "runs/My run", "{tmp}/My data/run 1", "{tmp}/ünï (1)", "C:\\runs\\out_1"]
+)
+def test_paths_with_spaces_are_paths(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    path = path.format(tmp=tmp_path)
+    assert parse("--output_dir", path).output_dir == path
+    (tmp_path / "A folder of models").mkdir()
+    assert parse("--model_name", "A folder of models").model_name == "A folder of models"
+
+
+def test_options_without_effect_are_refused_or_said(capsys):
+    for name in ("id_column", "note_column", "keep_columns"):
+        with pytest.raises(InputError, match=f"--{name} has no effect without --input_file"):
+            parse("--clinical_note=Fever.", f"--{name}=a", config=InferenceConfig)
+    with pytest.raises(InputError, match="--fail_on_error has no effect"):
+        parse("--clinical_note=Fever.", "--fail_on_error", config=InferenceConfig)
+    parse("--input_file=a.csv", "--note_column=a", "--batch_size=3", config=InferenceConfig)
+    assert capsys.readouterr().err == ""
+    parse("--clinical_note=Fever.", "--seed=3", "--batch_size=3", config=InferenceConfig)
+    said = capsys.readouterr().err
+    assert "--seed has no effect without --temperature" in said and "--batch_size has no effect" in said
+
+
+def test_what_was_typed():
+    assert typed_names(["--a", "1", "--b=--c", "-d", "e --f"]) == {"a", "b"}

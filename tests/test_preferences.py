@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from sft.data.dataset import SFTDataset
 from sft.data.preferences import differing_texts, end_of_turn, find_pairs, preference_pairs
 from sft.data.prompt import PromptEncoder, build_template
 from sft.data.rows import Row, factual_rows
+from sft.files import write_checksums
 
 
 def rows_of_labels(*texts) -> list[Row]:
@@ -140,10 +142,35 @@ def test_the_prompt_is_the_adapters_own(adapters, csv_files, tmp_path, monkeypat
     assert "<s>" + pair["prompt"] == prompt["prefix"] + NOTES[0][0] + prompt["suffix"]
     assert pair["chosen_ids"][-1] == prompt["end_token_id"]
 
-    # Nothing else than what the adapter was trained with
-    for wrong in (["--sentence_numbering", "on"], ["--max_length", "100"], ["--instruction", "Sum up."]):
-        with pytest.raises(InputError, match=rf"{wrong[0]}.*--model_path"):
+    # Nothing else than what the adapter was trained with; what is typed counts, also a default
+    wrongs = [["--sentence_numbering=on"], ["--max_length=512"], ["--instruction=Sum up."]]
+    for wrong in (*wrongs, ["--model_name=smollm2-135m-instruct"]):
+        with pytest.raises(InputError, match=rf"{wrong[0].partition('=')[0]} .*--model_path"):
             run_script(monkeypatch, *arguments, *wrong)
+    run_script(monkeypatch, *arguments, "--sentence_numbering=off", "--max_length=256")
+    (adapter / "sft_config.json").rename(tmp_path / "sft_config.json")
+    try:
+        with pytest.raises(InputError, match="folder of this toolkit that it was trained further from"):
+            run_script(monkeypatch, *arguments)
+    finally:
+        (tmp_path / "sft_config.json").rename(adapter / "sft_config.json")
+
+
+def test_numbering_by_the_rules_of_earlier_versions_is_v1(finished, tmp_path, monkeypatch):
+    run = finished(sentence_numbering="on", num_epochs=1)
+    folder = shutil.copytree(f"{run.output_dir}/final_model", tmp_path / "old")
+    sft_config = json.loads((folder / "sft_config.json").read_text())
+    sft_config["prompt"]["sentence_version"] = 1
+    (folder / "sft_config.json").write_text(json.dumps(sft_config))
+    write_checksums(folder)
+    rows = [
+        (f"r{i}", note, f"{summary} [Evidence: S1]", "factual", "") for i, (note, summary) in enumerate(NOTES)
+    ]
+    path = write_csv(tmp_path / "cited.csv", rows)
+    arguments = ["--train_csv", path, "--model_path", folder]
+    run_script(monkeypatch, *arguments, "--sentence_numbering=v1")
+    with pytest.raises(InputError, match="--sentence_numbering is not what"):
+        run_script(monkeypatch, *arguments, "--sentence_numbering=on")
 
 
 def test_rows_with_citations_are_not_for_an_adapter_without(adapters, tmp_path, monkeypatch):

@@ -51,12 +51,19 @@ def test_the_loss_curve_is_a_picture():
 def test_the_environments_drawing_settings_do_not_matter():
     """A notebook's: nothing of matplotlib that is global is used."""
     code = """
-import sys
+import os, sys
 sys.path.insert(0, 'tests')
 from test_report import epochs_of
-from sft.training.report import draw_losses
+from sft.training.report import draw_losses, load_figure
 assert draw_losses([{'step': 1, 'loss': 2.0}], 3.0, epochs_of((2.5, 2.4)), 1).startswith(b'\\x89PNG')
 assert 'matplotlib.pyplot' not in sys.modules
+# One that is installed stays what the program draws with
+for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:
+    del sys.modules[name]
+os.environ['MPLBACKEND'] = 'svg'
+load_figure()
+from matplotlib import rcParams
+assert rcParams['backend'] == 'svg'
 """
     result = run_python("-c", code, MPLBACKEND="module://matplotlib_inline.backend_inline")
     assert result.returncode == 0, result.stderr

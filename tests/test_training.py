@@ -383,3 +383,33 @@ def test_what_accelerate_hands_down_and_the_loop_does_not_take(monkeypatch, name
     monkeypatch.setenv(f"ACCELERATE_{name}", value)
     with pytest.raises(InputError, match=f"accelerate's .*ACCELERATE_{name}={value}"):
         check_options(TrainConfig())
+
+
+def test_what_belongs_to_the_whole_program_stays_as_it_was(configured):
+    """Settings of the libraries, random numbers, the environment: after training and after inference."""
+    import csv
+    import os
+    import random
+    import warnings
+
+    import numpy
+    from transformers.utils import logging
+
+    from sft_inference import SFTInference
+
+    def state() -> dict:
+        return {
+            "environment": dict(os.environ),
+            "warnings": list(warnings.filters),
+            "verbosity": (logging.get_verbosity(), logging.is_progress_bar_enabled()),
+            "torch": (torch.get_rng_state().tolist(), torch.get_default_dtype(), torch.get_num_threads()),
+            "random": (random.getstate(), numpy.random.get_state()[1].tolist(), csv.field_size_limit()),
+        }
+
+    before = state()
+    config = configured(num_epochs=1)
+    train(config)
+    assert state() == before
+    inference = SFTInference(f"{config.output_dir}/final_model", device="cpu")
+    inference.generate_summary("Fever.", 3, temperature=1.0)
+    assert state() == before

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sft.cli import InputError, plural, preview_list
+from sft.cli import InputError, plural
 from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
 from sft.data.rows import Row, drop_stray_citations, factual_rows, name_rows, read_rows, split_rows
 from sft.data.token_cache import cache_key, read_cache, write_cache
 from sft.grounding.citations import cited_sentence_numbers, has_citation
 from sft.grounding.sentences import SENTENCE_VERSION
-from sft.options import DataOptions, check_config
+from sft.options import DataOptions, TrainConfig, check_config
 
 if TYPE_CHECKING:
     import numpy as np
@@ -198,6 +198,8 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
     """
     if options.val_csv is not None and options.val_fraction is not None:
         raise InputError("--val_csv cannot be combined with --val_fraction", "choose one")
+    if options.label and (options.label_column or options.label_map):
+        raise InputError("--label cannot be combined with --label_column or --label_map", "choose one")
     files = options.train_files
     train = []
     for file in files:
@@ -393,13 +395,13 @@ def create_sft_dataloaders(
     import torch
     from torch.utils.data import DataLoader
 
-    unknown = sorted(set(options) - {field.name for field in dataclasses.fields(DataOptions)})
-    if unknown:
-        raise InputError(f"unknown options: {preview_list(unknown)}", "check the spelling")
-    config = DataOptions(**options)
+    tables = {"train_csv": train_csv, "val_csv": val_csv}
+    frames = {name: table for name, table in tables.items() if hasattr(table, "columns")}
+    config = DataOptions()
+    vars(config).update(options | {name: tables[name] for name in tables.keys() - frames.keys()})
     check_config(config)
-    config.train_csv = train_csv
-    config.val_csv = val_csv
+    check_config(TrainConfig(batch_size=batch_size))
+    vars(config).update(frames)
     train, validation = load_datasets(read_data(config), tokenizer, config)
     collator = SFTCollator(pad_token_id(tokenizer))
     generator = torch.Generator().manual_seed(config.seed)

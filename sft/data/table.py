@@ -106,7 +106,7 @@ def _read_csv(
         raise InputError(f"{path}: the file is empty", f"add a header row: {_header_of(required)}")
     encoding = find_encoding(data, str(path), counts)
     # A note may be longer than the csv module's 128 KiB
-    csv.field_size_limit(1 << 30)
+    field_size_limit = csv.field_size_limit(1 << 30)
     header = _find_header(data, encoding, names, path.suffix.lower() == ".tsv")
     is_json = data.lstrip()[:1] in (b"[", b"{")
     columns = _checked_columns(path, header.columns, header.next_fields, required, names, is_json)
@@ -130,6 +130,8 @@ def _read_csv(
         place = f"row {row_number + 1:,}, which begins on line {line_number + 1:,}"
         fix = "double every quote inside a cell, and quote the cell itself"
         raise InputError(f"{path}: {place}: unbalanced quotes ({error})", fix) from None
+    finally:
+        csv.field_size_limit(field_size_limit)
 
 
 def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:

@@ -142,7 +142,8 @@ def converse(
         for note in piped:
             _summarize_aloud(summarize, note.strip(), max_new_tokens, temperature, config)
         return
-    log("Paste a clinical note and press Enter. /help for help, /quit to leave.")
+    if is_terminal(sys.stdin):
+        log("Paste a clinical note and press Enter. /help for help, /quit to leave.")
     while True:
         try:
             block = read_block("note> ").strip()
@@ -211,6 +212,9 @@ def _summarize_aloud(
 
 
 def _as_command(words: str) -> str:
+    """Advice as it can be followed here: by a command on a terminal, by the option through a pipe."""
+    if not is_terminal(sys.stdin):
+        return words
     return re.sub("(--)?max_new_tokens", "/tokens", words)
 
 

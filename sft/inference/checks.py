@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from sft.cli import InputError, is_terminal, processes
+from sft.cli import InputError, is_terminal, log, processes
 from sft.files import check_new_file
 from sft.inference.notes import Note, notes_digest, read_notes
 from sft.options import InferenceConfig
@@ -17,9 +17,18 @@ def check_files(config: InferenceConfig) -> list[Note] | None:
     if config.output_file and not config.input_file:
         fix = "add --input_file with the notes; one note's summary goes to standard output"
         raise InputError("--output_file requires --input_file", fix)
-    if config.merge_to and (config.clinical_note is not None or config.input_file):
-        problem = "--merge_to cannot be combined with --clinical_note or --input_file"
-        raise InputError(problem, "merge first, then summarize")
+    of_notes = [
+        name for name in ("clinical_note", "input_file", "json") if getattr(config, name) not in (None, False)
+    ]
+    of_notes += ["one_note"] if config.one_note != "auto" else []
+    if config.merge_to and of_notes:
+        raise InputError(f"--merge_to cannot be combined with --{of_notes[0]}", "merge first, then summarize")
+    of_summaries = ("max_new_tokens", "temperature", "max_length", "no_merge")
+    idle = [f"--{name}" for name in of_summaries if getattr(config, name) != getattr(InferenceConfig, name)]
+    if config.merge_to and idle:
+        log(f"info: no effect with --merge_to: {', '.join(idle)}")
+    if config.clinical_note is not None and config.one_note != "auto":
+        raise InputError("--one_note has no effect with --clinical_note, which is one", "leave it out")
     if config.resume and not config.output_file:
         raise InputError("--resume requires --output_file", "specify the file to continue with --output_file")
     if config.json and config.output_file:

@@ -19,7 +19,7 @@ from sft.data.table import TOO_MANY_FIELDS, column_name, read_table
 from sft.data.text import clean_text, decode_text, is_blank
 from sft.inference.results import RESULT_COLUMNS
 from sft.inference.suspicion import suspicion
-from sft.options import InferenceConfig
+from sft.options import InferenceConfig, check_words
 
 ID_LIKE = re.compile(
     r"(.*_)?(id|uuid|guid|mrn|idx|key|accession)"
@@ -41,6 +41,7 @@ def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = No
     about their ids. Raises InputError if a file cannot be read."""
     config = config or InferenceConfig()
     paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    check_words("--input_file", list(map(str, paths)), {})
     is_one = len(paths) == 1 and not paths[0].is_dir()
     kind = paths[0].suffix.lower()
     if (not is_one or kind == ".txt") and (config.id_column or config.note_column or config.keep_columns):
@@ -62,13 +63,8 @@ def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = No
         notes = list(_read_table(paths[0], config))
     else:
         fix = "use .txt, .csv, .tsv, .json, .jsonl (one JSON object per line), or a folder of .txt files"
-        raise InputError(f"{shown_path(paths[0])}: unknown file extension", fix)
+        raise InputError(f"{paths[0]}: unknown file extension", fix)
     return _checked_ids(notes, paths[0])
-
-
-def shown_path(path: Path) -> str:
-    """A path for a message. Words with no such file may be a note in the wrong option and are not shown."""
-    return str(path) if len(str(path).split()) < 4 or path.exists() else "(the path is not shown)"
 
 
 def notes_digest(notes: Sequence[Note]) -> str:
@@ -91,7 +87,7 @@ def _read_letters(paths: Sequence[Path], one_note: str) -> list[Note]:
         files += [file for file in found if file.suffix.lower() == ".txt" and not file.name.startswith(".")]
         n_others = len(found) - sum(file in files for file in found)
         if not path.is_dir() and n_others:
-            raise InputError(f"{shown_path(path)}: not .txt", "of several files, each has to be a .txt")
+            raise InputError(f"{path}: not .txt", "of several files, each has to be a .txt")
         if n_others and on_main_process():
             log(f"warning: {path}: {plural(n_others, 'file')} without the extension .txt left out")
     return [Note(i, file.stem, decode_text(file)) for i, file in enumerate(files, 1)]

@@ -8,6 +8,7 @@ configuration, SHA-256s), a model card, SHA256SUMS over all of them and, in a ch
 import io
 import os
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import safe_open
 
-from sft.cli import InputError, as_input_error, log, on_main_process, plural, preview_list
+from sft.cli import InputError, as_input_error, log, on_main_process, plural, preview_list, safe_id
 from sft.files import ROOT, new_folder, sha256, write_atomic, write_checksums, write_json
 from sft.model.base import (
     BASE_FOLDER,
@@ -26,6 +27,7 @@ from sft.model.base import (
     bundled_model,
     load_base_model,
     load_tokenizer,
+    own_settings,
     resolve_model,
 )
 from sft.model.folder import read_sft_config
@@ -42,6 +44,7 @@ def unwrap(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
+@own_settings()
 def add_lora(
     model, *, r: int, alpha: float, dropout: float, target_modules: list[str], seed: int
 ) -> PeftModel:
@@ -93,7 +96,7 @@ def _lora_targets(model, wanted: list[str]) -> list[str] | str:
     absent = [name for name in wanted if name not in linear]
     if absent:
         fix = f"choose from {preview_list(sorted(linear), 12)}, or all-linear"
-        raise InputError(f"--target_modules: the model has no {preview_list(absent)}", fix)
+        raise InputError(f"--target_modules: the model has no {preview_list(map(safe_id, absent))}", fix)
     return wanted
 
 
@@ -210,6 +213,7 @@ def _check_weights(file: Path, saved: dict, expected: dict, may_be_zero: bool) -
         raise InputError(problem, f"{fix} with a lower --learning_rate")
 
 
+@own_settings()
 def load_specialist(
     folder: Path,
     sft_config: dict,
@@ -285,10 +289,29 @@ def _find_base_model(folder: Path, sft_config: dict, adapter_config: dict, base_
 # ------------------------------------------------------------------------------- merging
 
 
+def untie(model: PeftModel) -> None:
+    """Gives each layer with an adapter a weight of its own: merged into an output layer that shares the
+    embeddings' (tied), the adapter would change these too."""
+    base = unwrap(model)
+    owners = Counter(
+        id(weight)
+        for module in base.modules()
+        if not isinstance(module, LoraLayer)
+        for weight in module.parameters(recurse=False)
+    )
+    for layer in [module for module in base.modules() if isinstance(module, LoraLayer)]:
+        own = layer.get_base_layer()
+        if owners[id(getattr(own, "weight", None))] > 1:
+            own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
+            base.config.tie_word_embeddings = False
+            base.config.get_text_config().tie_word_embeddings = False
+
+
 def merge_into_int8(model: PeftModel, dtype: torch.dtype):
     """The base model with the adapter merged into its linear layers and these in 8 bit (Int8Linear), on a
     CPU; the rest in `dtype`. Layer by layer in float32, so that each weight is rounded once and memory holds
     one such copy."""
+    untie(model)
     base = unwrap(model)
     # Names alone are kept, so that the old weights are freed one by one
     names = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]

@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,15 +45,26 @@ _WRONG_IDS = {
 }
 
 
-def _quiet_libraries() -> None:
-    """Turns off the libraries' progress bars and the warnings that a user can do nothing about."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
-
-
-_quiet_libraries()
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Inside, the libraries show no progress bars and no warnings that a user can do nothing about. What is
+    the whole program's is afterwards as it was: their settings, torch's random numbers."""
+    library = transformers.utils.logging
+    verbosity = library.get_verbosity()
+    shows_bars = library.is_progress_bar_enabled()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+        for message in ("MatMul8bitLt: inputs will be cast", "Model has `tie_word_embeddings=True`"):
+            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|bitsandbytes")
+        try:
+            yield
+        finally:
+            library.set_verbosity(verbosity)
+            if shows_bars:
+                library.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------- device
@@ -229,12 +241,12 @@ def bundled_model() -> Path:
     # Not by new_folder: this model is for every user of the installation, and another process may be first
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     remove([temporary])
-    umask = os.umask(0o022)
     try:
         temporary.mkdir(parents=True)
         with disk_full_as_input_error(folder):
             _convert_gguf(source, temporary)
             sync_dir(temporary)
+        make_readable([BASE_FOLDER.parent, BASE_FOLDER, temporary, *temporary.iterdir()])
         try:
             temporary.rename(folder)
         except OSError:
@@ -242,11 +254,18 @@ def bundled_model() -> Path:
             if not another_was_first:
                 raise
     finally:
-        os.umask(umask)
         remove([temporary])
     return folder
 
 
+def make_readable(paths: list[Path]) -> None:
+    """Lets every user of the machine read files and folders, as far as they are this user's."""
+    for path in paths:
+        with contextlib.suppress(PermissionError):
+            path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
+
+
+@own_settings()
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Writes the model and tokenizer of a GGUF file to `folder`, in float32 safetensors."""
     # No setting turns this progress bar off
@@ -286,6 +305,7 @@ def public_name(folder: Path) -> str | None:
 # ------------------------------------------------------------------------------- loading
 
 
+@own_settings()
 def load_tokenizer(folder_or_name: str | Path):
     """The tokenizer of a model folder, Hub id or the bundled model. Raises InputError if it cannot be
     loaded."""
@@ -294,6 +314,7 @@ def load_tokenizer(folder_or_name: str | Path):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
+@own_settings()
 def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
     """The frozen base model on its device. `quantization`: None; "8bit" or "4bit" (NF4) through bitsandbytes;
     or "int8", which leaves the weights in the dtype of their file, mapped and not copied, for

@@ -69,7 +69,10 @@ def read_adapter_folder(
         raise InputError(problem, _FIX)
     problem = _changed_file(folder, sft_config, verify)
     if problem:
-        fix = f"{_FIX}; if you changed it on purpose, see section 7 of the guide"
+        fix = (
+            f"{_FIX}; if you changed it on purpose, see section 7 of the guide; if another tool trained it"
+            " further, name the folder as it was with --prompt_from"
+        )
         raise InputError(f"{folder}: {problem}", fix)
     sft_config["sha256"]["folder"] = _folder_hash(folder)
     return folder, sft_config, adapter_config

@@ -8,19 +8,38 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from transformers import GenerationConfig
 
 from sft.cli import InputError, as_input_error, log
 from sft.files import new_folder, write_atomic, write_checksums, write_json
-from sft.model.adapter import unwrap
-from sft.model.base import context_window
+from sft.model.adapter import untie, unwrap
+from sft.model.base import context_window, own_settings
+from sft.model.probes import logits_problem
 
 # Notes on which the chat template is tried
 PROBES = ("Fever of 38.5 and cough.", "BP 120/80\nHR 72\n\nNo pain", "(1) Rash; denies itching.")
 _MOST_CONTEXT = 8192  # tokens for which Ollama reserves memory; a model's window may be far larger
 
 
+@own_settings()
+@torch.no_grad()
+def merge(model: PeftModel) -> tuple:
+    """(the base model with the adapter in its weights, "") if its logits are those of the adapter as trained;
+    else (`model` as it was, how they differ)."""
+    untie(model)
+    ids = torch.arange(24, device=model.device)[None] * 7 % unwrap(model).config.get_text_config().vocab_size
+    expected = model(input_ids=ids, use_cache=False).logits
+    model.merge_adapter()
+    problem = logits_problem(model(input_ids=ids, use_cache=False).logits, expected, unwrap(model))
+    if problem:
+        model.unmerge_adapter()
+        return model, problem
+    return model.unload(), ""
+
+
+@own_settings()
 def save_merged(
     model: PeftModel,
     tokenizer,
@@ -46,7 +65,11 @@ def save_merged(
         log(f"warning: other programs will not give the merged model exactly the trained prompt: {problem}")
     with new_folder(folder) as temporary:
         window = context_window(unwrap(model))
-        merged = model.merge_and_unload(safe_merge=True)
+        merged, problem = merge(model)
+        if problem:
+            raise InputError(
+                f"merged, the model is another: {problem}", "use the adapter with its base model"
+            )
         merged.config.use_cache = True
         merged.generation_config = GenerationConfig(
             eos_token_id=stop_token_ids, pad_token_id=stop_token_ids[0]

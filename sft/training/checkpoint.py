@@ -16,7 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sft.cli import InputError, as_input_error, log, on_main_process
+from sft.cli import InputError, as_input_error, log, on_main_process, safe_id
+from sft.data.rows import name_rows
 from sft.files import (
     checksum_problem,
     lock,
@@ -39,6 +40,12 @@ if TYPE_CHECKING:
 
 # The names that a run gives, whole: checkpoint_backup is somebody's own
 _CHECKPOINT = re.compile(r"checkpoint_(epoch|step)_\d+")
+# Files of its folders where no SHA256SUMS lists them, of its tracker, and what file managers leave behind
+_WRITTEN = re.compile(
+    r"SHA256SUMS|README\.md|training_state\.pt|adapter_model\.safetensors|chat_template\.jinja|merges\.txt"
+    r"|(sft_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
+    r"|tokenizer\.model|events\.out\.tfevents\..*|hparams\.yml|\.DS_Store|Thumbs\.db|desktop\.ini"
+)
 _LEFTOVER = re.compile(
     r"\.(checkpoint_(epoch|step)_\d+|final_model)\.(\d+|old)"
     r"|\.(training_stats\.json|metrics\.jsonl|loss_curve\.png)\.\w{8}"
@@ -113,10 +120,9 @@ def check_output_dir(config: TrainConfig) -> Path | None:
     output_dir = Path(config.output_dir)
     if config.resume and config.overwrite:
         raise InputError("--resume cannot be combined with --overwrite", "choose one")
-    if config.resume:
-        return newest_checkpoint(config)
-    if config.overwrite:
-        return None
+    if config.resume or config.overwrite:
+        check_others_files(output_dir)
+        return newest_checkpoint(config) if config.resume else None
     if run_files(output_dir):
         fix = "use --resume to continue it, --overwrite to replace it, or choose another --output_dir"
         raise InputError(f"{output_dir} holds an earlier run", fix)
@@ -127,6 +133,23 @@ def check_output_dir(config: TrainConfig) -> Path | None:
         fix = "choose another --output_dir, or use --overwrite (files not written by a run are kept)"
         raise InputError(f"--output_dir {output_dir} is not empty", fix)
     return None
+
+
+def check_others_files(output_dir: Path) -> None:
+    """Raises InputError if a folder of the run's, which it may replace or remove, holds what no run wrote."""
+    for folder in run_files(output_dir):
+        if folder.is_symlink() or not folder.is_dir() or folder.name.startswith("."):
+            continue
+        names = set()
+        with contextlib.suppress(OSError):
+            lines = (folder / "SHA256SUMS").read_text(encoding="utf-8", errors="replace").splitlines()
+            names = {line.partition("  ")[2] for line in lines}
+        for path in sorted(folder.rglob("*")):
+            is_folder = path.is_dir() and not path.is_symlink()
+            is_ours = path.relative_to(folder).as_posix() in names or _WRITTEN.fullmatch(path.name)
+            if not (is_folder or is_ours):
+                fix = "move it elsewhere: the run may replace its folder"
+                raise InputError(f"{path} was not written by a training run", fix)
 
 
 def newest_checkpoint(config: TrainConfig) -> Path | None:
@@ -328,13 +351,23 @@ def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
     defaults = run.fingerprint | asdict(TrainConfig())
     was = {name: saved.get(name, defaults[name]) for name in run.fingerprint}
     changed = [name for name, value in run.fingerprint.items() if was[name] != value]
+    stray = run.train_set.stray + run.val_set.stray
+    if "stray_citations" not in saved and stray:
+        run.log(
+            f"warning: the version that wrote {folder} trained on citations that the prompt does not support;"
+            f" from here on they are dropped: {name_rows(stray)}"
+        )
     n_rows, n_rows_now = (math.prod(values[name] for name in LAYOUT) for values in (was, run.fingerprint))
     if changed and set(changed) <= set(LAYOUT) and n_rows == n_rows_now:
         if run.config.lora_dropout:
             run.log(f"info: the {n_rows} rows of a step are divided in another way: dropout will differ")
         return
     if changed:
-        differences = ", ".join(f"{name} was {was[name]}, is {run.fingerprint[name]}" for name in changed)
+        # An instruction or a column's name may hold words from a note
+        differences = ", ".join(
+            f"{name} was {safe_id(str(was[name]))}, is {safe_id(str(run.fingerprint[name]))}"
+            for name in changed
+        )
         fix = "use the same options, data and base model, or replace --resume with --overwrite to start over"
         raise InputError(f"--resume: {folder} was written with different options or data: {differences}", fix)
 

@@ -5,16 +5,15 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from sft.cli import InputError
+from sft.cli import InputError, log, on_main_process
 from sft.data.dataset import read_data
 from sft.data.rows import Row
-from sft.options import TrainConfig, check_config, quantization_of
+from sft.options import TrainConfig, quantization_of
 from sft.training.checkpoint import check_output_dir
 
 
 def check_inputs(config: TrainConfig) -> tuple[tuple[list[Row], list[Row]], Path | None]:
     """((training rows, validation rows), the checkpoint to resume from, if any). Raises InputError."""
-    check_config(config)
     checkpoint = None if config.dry_run else check_output_dir(config)
     check_options(config)
     return read_data(config), checkpoint
@@ -27,6 +26,8 @@ def check_options(config: TrainConfig) -> None:
         raise InputError(problem, "run: pip install tensorboardX")
     if quantization_of(config.use_8bit, config.use_4bit) and config.shard_base:
         raise InputError("--shard_base cannot be combined with --use_8bit or --use_4bit", "choose one")
+    if config.dry_run and config.resume and on_main_process():
+        log("info: --dry_run measures the whole run: --resume has no effect")
     check_accelerate()
 
 

@@ -4,10 +4,9 @@ absolute path."""
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-import yaml
 
 from sft.cli import log, on_main_process, plural
 from sft.options import TrainConfig, quantization_of
@@ -112,14 +111,20 @@ def advise(config: TrainConfig, progress: "TrainingProgress") -> list[str]:
 
 def load_figure() -> type:
     """matplotlib's Figure, which needs no pyplot and no backend: that is one for the whole process. The
-    environment may name one that is not installed here (a notebook's), of which the first import would fail.
-    """
+    environment may name one that is not installed here (a notebook's), of which the first import would fail;
+    one that is stays the program's."""
+    is_first = "matplotlib" not in sys.modules
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         from matplotlib.figure import Figure
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+    if backend and is_first:
+        from matplotlib import rcParams
+
+        with contextlib.suppress(ValueError):
+            rcParams["backend"] = backend
     return Figure
 
 
@@ -155,6 +160,8 @@ def model_card(
 ) -> str:
     """README.md of an adapter folder: where it comes from and what it is not for. No note text, no absolute
     path."""
+    import yaml
+
     config = sft_config["training"]
     counts = sft_config["rows"]["train"]
     lines = [
