@@ -235,7 +235,7 @@ def quotes_swallow(position: int) -> str:
     [
         (b"PK\x03\x04SECRET", ["Excel workbook", "CSV UTF-8"]),
         (b"\xd0\xcf\x11\xe0SECRET", ["Excel workbook"]),
-        (gzip.compress(b"SECRET"), ["gzip", "unpack"]),
+        (gzip.compress(b"SECRET", mtime=0), ["gzip", "unpack"]),
         (bytes(range(256)) * 9, ["binary"]),
         (b"\0" * 999, ["empty", "add a header row: clinical_note, model_summary, label (id, hall"]),
         (b" \n \n", ["empty"]),
