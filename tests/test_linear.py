@@ -13,7 +13,6 @@ from sft.grounding.citations import (
     strip_citations,
     unreadable_citations,
 )
-from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import number_sentences, sentence_spans
 
 UNITS = (
@@ -54,7 +53,6 @@ FUNCTIONS = {
     "strip_citations": strip_citations,
     "citations": lambda text: (has_citation(text), cited_sentence_numbers(text), unreadable_citations(text)),
     "parse_citations": lambda text: parse_citations(text, "One."),
-    "unsupported_numbers": lambda text: unsupported_numbers(text, text),
     "clean_text": lambda text: is_blank(clean_text(text)),
 }
 

@@ -31,7 +31,7 @@ _SENTENCE_NAME = re.compile(r"(?:\bS\s?|sentence)\d", re.IGNORECASE)
 _LONGEST_RANGE = 1000  # sentences; no note has more
 
 
-class _Citation(NamedTuple):
+class Citation(NamedTuple):
     start: int
     end: int
     numbers: list[int]  # [] if it cannot be read
@@ -42,25 +42,25 @@ def strip_citations(summary: str) -> str:
     """The summary without its citations, also without those that cannot be read."""
     pieces = []
     position = 0
-    for citation in _citations(summary):
+    for citation in find_citations(summary):
         pieces.append(summary[position : citation.start].rstrip())
         position = citation.end
     return "".join([*pieces, summary[position:]]).strip()
 
 
 def has_citation(summary: str) -> bool:
-    return any(citation.numbers for citation in _citations(summary))
+    return any(citation.numbers for citation in find_citations(summary))
 
 
 def cited_sentence_numbers(summary: str) -> list[int]:
     """Every sentence number that the summary cites."""
-    return [number for citation in _citations(summary) for number in citation.numbers]
+    return [number for citation in find_citations(summary) for number in citation.numbers]
 
 
 def unreadable_citations(summary: str) -> list[tuple[int, int]]:
     """(start, end) of what is meant as a citation, but names no sentences: "[Evidence: the note]", or
     "[Evidence: S1, 2" without an end."""
-    return [(citation.start, citation.end) for citation in _citations(summary) if not citation.numbers]
+    return [(citation.start, citation.end) for citation in find_citations(summary) if not citation.numbers]
 
 
 def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) -> list[dict]:
@@ -73,7 +73,7 @@ def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) ->
     sentences = split_sentences(note, version)
     citations = []
     claim_start = 0
-    for citation in _citations(summary):
+    for citation in find_citations(summary):
         existing = [n for n in citation.numbers if 1 <= n <= len(sentences)]
         if citation.numbers:
             citations.append(
@@ -89,13 +89,13 @@ def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) ->
     return citations
 
 
-def _citations(summary: str) -> Iterator[_Citation]:
+def find_citations(summary: str) -> Iterator[Citation]:
     """What is meant as a citation, in order; `numbers` is empty if it cannot be read."""
     for match in _CANDIDATE.finditer(summary):
         content = next((match[name] for name in ("square", "round", "bare") if match[name] is not None), None)
         # "[Evidence: S1, 2" that never ends
         if content is None:
-            yield _Citation(match.start(), match.start() + len(match[0].rstrip()), [], None)
+            yield Citation(match.start(), match.start() + len(match[0].rstrip()), [], None)
             continue
         head = _HEAD.match(content)
         numbers, confidence = _read(content[head.end() :])
@@ -107,10 +107,10 @@ def _citations(summary: str) -> Iterator[_Citation]:
         )
         end = match.start() + len(match[0].rstrip())
         if numbers and is_named:
-            yield _Citation(match.start(), end, numbers, confidence)
+            yield Citation(match.start(), end, numbers, confidence)
         # "(evidence: normal X-ray)" is the summary's own
         elif match["square"] is not None and _is_meant(content, head):
-            yield _Citation(match.start(), end, [], None)
+            yield Citation(match.start(), end, [], None)
 
 
 def _is_meant(content: str, head: re.Match) -> bool:
