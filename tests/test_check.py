@@ -43,6 +43,7 @@ WRONG = [
     ("side", "L knee pain. R hip replaced.", "The right knee hurts."),
     ("person", CLINIC, "Her brother has dementia."),
     ("person", CLINIC, "The patient has dementia."),
+    ("person", "Cousin on dialysis. Patient has hypertension.", "She has hypertension and is on dialysis."),
     ("person", CLINIC, "He has right knee pain."),
     ("time", CLINIC, "Right knee pain for two months, worse on stairs."),
     ("time", CLINIC, "MRI on Friday."),

@@ -170,7 +170,7 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
             lead = score - 1.2 * own
             if lead > 0.2:
                 kind = "time" if is_time else "misplaced"
-                yield sentence.finding(kind, *span, min(2.0, 2 * lead), (rival.index, rival.last))
+                yield sentence.finding(kind, *span, min(2.0, 3 * lead), (rival.index, rival.last))
 
 
 def _is_no_claim(text: Text, quantity: Quantity) -> bool:
