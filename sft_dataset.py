@@ -22,7 +22,7 @@ from sft.data.dataset import (
 )
 from sft.data.preferences import export_pairs, find_pairs
 from sft.data.prompt import PromptTemplate
-from sft.data.report import log_data_warnings
+from sft.data.report import log_data_warnings, log_unsupported_summaries
 from sft.data.rows import Row, drop_stray_citations, shown_kinds
 from sft.files import ROOT, check_new_file, sha256
 from sft.grounding.citations import has_citation
@@ -160,6 +160,7 @@ def report(
         if part:
             print(describe_rows(path, part, dataset) + "\n")
     log_data_warnings(rows, datasets, config)
+    log_unsupported_summaries(file_names(config)[0], rows[0])
     numbered = "numbered" if encoder.template.number_sentences else "not numbered"
     print(f"The note's sentences are {numbered} in the prompt.")
     if all(map(is_bundled, config.train_files)):

@@ -185,7 +185,8 @@ class SFTInference:
         then cut off.
 
         Returns a dict: `generated_summary`; `evidence` (its citations, see
-        sft.grounding.citations.parse_citations); `confidence` (0 to 1: the geometric mean of the
+        sft.grounding.citations.parse_citations); `check_score`, `check_risk`, `findings`, `n_findings` and
+        `support` (see sft.inference.results.check_result); `confidence` (0 to 1: the geometric mean of the
         probabilities the model gave to the tokens it wrote; how sure it was of its words, not whether they
         are true); `warnings` (list of str); `n_prompt_tokens`; `n_new_tokens` (with the end token);
         `finish_reason` ("stop", "length" if max_new_tokens cut it, or "loop" if it repeated itself);
@@ -412,10 +413,10 @@ def main() -> None:
     config.max_new_tokens = config.max_new_tokens or sft_config["max_new_tokens"]
     if config.output_file:
         belongs_to = functools.partial(fingerprint, config, sft_config, notes)
-        counts = check_output(config.output_file, config.resume, belongs_to)
+        counts = check_output(config.output_file, config.resume, belongs_to, config.review_file)
         if counts is not None:
             log(f"{config.output_file} exists and is complete: nothing to do")
-            return report(counts, "", Path(config.output_file), config.fail_on_error)
+            return report(counts, "", config)
     if config.clinical_note == "-":
         config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
     if config.clinical_note is not None and note_problem(config.clinical_note):

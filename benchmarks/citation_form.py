@@ -5,7 +5,7 @@
 Prints, over the factual rows: the share of summary sentences that end in a citation that parses; of all
 "[Evidence", the share that begin a citation that parses; of the parsed ones, the share whose every number is
 a sentence of the note; how many of the cited sentences are among those that the reference summary cites; and
-how many summaries state a number that the note does not hold.
+in how many summaries the check found a wrong number.
 """
 
 import argparse
@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sft.cli import log, plural
 from sft.data.rows import Row, factual_rows, read_rows
 from sft.grounding.citations import cited_sentence_numbers, strip_citations, unreadable_citations
-from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import split_sentences
 from sft_inference import SFTInference
 
@@ -38,7 +37,7 @@ def count_forms(row: Row, result: dict) -> Counter:
         existing=sum(not citation["missing"] for citation in evidence),
         numbers=len(numbers),
         agreeing=sum(n in reference_numbers for n in numbers),
-        with_unsupported=bool(unsupported_numbers(summary, row.clinical_note)),
+        with_unsupported="number" in result["n_findings"],
     )
 
 
@@ -66,7 +65,7 @@ def main() -> None:
         ("citations begun that parse", "parsed", "begun"),
         ("parsed citations of existing sentences alone", "existing", "parsed"),
         ("cited sentences that the reference cites too", "agreeing", "numbers"),
-        ("summaries with a number the note lacks", "with_unsupported", "summaries"),
+        ("summaries with a number the check doubts", "with_unsupported", "summaries"),
     ):
         share = counts[part] / max(1, counts[whole])
         print(f"{description:<45} {counts[part]}/{counts[whole]} ({share:.0%})")

@@ -198,11 +198,16 @@ def open_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def log(message: str = "") -> None:
-    """Prints to stderr; stdout is for results. A terminal that has gone stops nothing."""
+def log(message: str = "", is_colored: bool = False) -> None:
+    """Prints to stderr; stdout is for results. A terminal that has gone stops nothing. `is_colored`: yellow,
+    on a terminal that shows colors, unless NO_COLOR is set."""
+    text = visible(message, sys.stderr)
+    has_colors = os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+    if is_colored and has_colors and is_terminal(sys.stderr):
+        text = f"\x1b[33m{text}\x1b[0m"
     # RuntimeError: a signal handler's message in the middle of another print
     with contextlib.suppress(OSError, RuntimeError):
-        print(visible(message, sys.stderr), file=sys.stderr, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 def is_terminal(stream) -> bool:

@@ -350,6 +350,16 @@ class InferenceConfig(MachineOptions):
         group=NOTES,
         metavar="FILE",
     )
+    max_risk: float | None = option(
+        None,
+        "put summaries whose check_risk is higher, or which could not be checked, in review_file instead",
+        type=number(float, 0),
+        group=NOTES,
+        metavar="R",
+    )
+    review_file: str | None = option(
+        None, "file for the summaries that max_risk puts aside: .jsonl or .csv", group=NOTES, metavar="FILE"
+    )
     resume: bool = option(False, "continue an interrupted run (same --output_file)", group=NOTES)
     fail_on_error: bool = option(
         False,

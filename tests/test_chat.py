@@ -15,7 +15,7 @@ from tiny import NOTES
 
 from sft.cli import InputError, RunError, log
 from sft.inference.chat import converse, print_piece, read_piped, show_evidence
-from sft.inference.results import to_json
+from sft.inference.results import check_result, to_json
 from sft.options import InferenceConfig
 
 EVIDENCE = {
@@ -38,6 +38,7 @@ def made_up(note, max_new_tokens, temperature, *, seed, on_text):
         "evidence": [EVIDENCE] if "fever" in note else [],
         "confidence": 0.5,
         "warnings": ["made up"],
+        **check_result(note, "No fever."),
         "n_prompt_tokens": 1000,
         "n_new_tokens": 3,
     }
@@ -78,6 +79,11 @@ def test_evidence_of_the_last_summary(typed):
     )
     third = "the last summary cites nothing"
     assert err.index(first) < err.index(second) < err.index(third)
+
+
+def test_findings_in_plain_words(typed):
+    err = typed("Seen today. She has a fever and a cough.", "")[1]
+    assert "check: negation: says 'fever'; the note says 'has a fever' (S2)" in err
 
 
 def test_evidence_without_a_confidence():
@@ -141,12 +147,17 @@ def test_control_characters_never_reach_a_terminal(monkeypatch):
         def isatty(self):
             return True
 
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(f"sys.{name}", Screen())
     print_piece("\x1b]0;x\x07\x9b2J\u202e\rfine\n\tü")
     log("\x1b[31mred")
+    log("\x1b[0mfound", is_colored=True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    log("plain", is_colored=True)
     assert sys.stdout.getvalue() == "\ufffd]0;x\ufffd\ufffd2J\ufffd\ufffdfine\n\tü"
-    assert sys.stderr.getvalue() == "\ufffd[31mred\n"
+    assert sys.stderr.getvalue() == "\ufffd[31mred\n\x1b[33m\ufffd[0mfound\x1b[0m\nplain\n"
     assert json.loads(to_json("\x9b2J\u202e", sys.stdout)) == "\x9b2J\u202e"
     assert to_json("\x9b\u202e", sys.stdout).isascii()
 

@@ -7,14 +7,14 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, SHARED_DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sft.grounding import PreparedNote, check_summary
 from sft.grounding.check import TRAINING_THRESHOLD
 
-SHARED = ROOT.parent / "shared" / "cases"
+SHARED = SHARED_DATA.parent / "cases"
 KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
 
 CLINIC = (
@@ -32,8 +32,8 @@ WRONG = [
     ("number", CLINIC, "Hemoglobin is 12.1."),
     ("unit", CLINIC, "She takes metoprolol 50 mcg twice daily."),
     ("drug", CLINIC, "She takes metoprolol and lisinopril."),
-    ("unsupported", CLINIC, "Right knee pain with pancreatitis and jaundice."),
-    ("misplaced", CLINIC, "Hemoglobin 180, MRI on Tuesday."),
+    ("unsupported", CLINIC, "Pancreatitis, jaundice, gallstones, cirrhosis, melena and papilledema."),
+    ("misplaced", CLINIC, "Platelets are 50, hemoglobin is 68."),
     ("negation", CLINIC, "Right knee pain for two weeks, with fever."),
     ("negation", CLINIC, "There is no knee pain on stairs."),
     ("negation", DIALOGUE, "He has chest pain."),
@@ -43,6 +43,7 @@ WRONG = [
     ("side", "L knee pain. R hip replaced.", "The right knee hurts."),
     ("person", CLINIC, "Her brother has dementia."),
     ("person", CLINIC, "The patient has dementia."),
+    ("person", "Cousin on dialysis. Patient has hypertension.", "She has hypertension and is on dialysis."),
     ("person", CLINIC, "He has right knee pain."),
     ("time", CLINIC, "Right knee pain for two months, worse on stairs."),
     ("time", CLINIC, "MRI on Friday."),
@@ -64,6 +65,12 @@ TRUE = [
     ("Haloperidol .5 mg nocte", "haloperidol 0.5 mg"),
     ("Metformin 1 g daily for 3/52", "Metformin 1000 mg for three weeks"),
     ("Weight 70 kg. The patient is 5 months pregnant.", "1. Weight 70 kg. 2. Pregnant, 5 months."),
+    ("Doctor: Do you smoke? Or drink every week.\nPatient: Nope.", "Drinking: No drinking, not a smoker."),
+    (
+        "Doctor: When was your last vaccine?\nPatient: I don't remember the month.",
+        "Last vaccine: month not known.",
+    ),
+    ("Asked whether or not she would be a candidate for surgery.", "She may be a candidate for surgery."),
     ("Seen by Dr. May. No appetite for a week.", "No appetite for 7 days."),
 ]
 
@@ -88,8 +95,9 @@ def test_what_a_finding_says():
     summary = "Pain in the left knee, worse on stairs."
     check = check_summary(CLINIC, summary)
     side = next(finding for finding in check.findings if finding.kind == "side")
-    assert summary[side.start : side.end] == side.says == "left"
-    assert CLINIC[side.note_start : side.note_end] == side.note_says == "Right"
+    assert summary[side.start : side.end] == side.says == "left knee"
+    assert CLINIC[side.note_start : side.note_end] == side.note_says == "Right knee"
+    assert side.note_sentence == 3
     assert 0 < check.score < 1
     assert check.risk == sum(sentence.risk for sentence in check.sentences) > 0
     assert check.sentences[0].flagged
@@ -123,11 +131,12 @@ def test_other_languages_get_no_findings():
     assert check_summary(CLINIC, "68F, R knee pain 2/52, MRI Tues").language == "en"
 
 
-def test_a_drug_table_knows_other_names():
-    table = {"lopressor": "metoprolol", "metoprolol": "metoprolol", "zestril": "lisinopril"}
-    note = PreparedNote(CLINIC, table.get)
-    assert "drug" not in {finding.kind for finding in note.check("She takes Lopressor.").findings}
-    assert "drug" in {finding.kind for finding in note.check("She takes Zestril.").findings}
+def test_a_reader_is_shown_what_is_flagged_and_no_more():
+    summary = "A knee hurts for two weeks. She mentions dizziness. Left knee pain, worse on stairs."
+    check = check_summary(CLINIC, summary)
+    assert [sentence.flagged for sentence in check.sentences] == [False, False, True]
+    assert check.sentences[1].risk > 0
+    assert all(finding.start >= check.sentences[2].start for finding in check.findings)
 
 
 def test_the_threshold_for_training_summaries_is_stricter():

@@ -14,7 +14,7 @@ from sft.cli import InputError
 from sft.data.dataset import SFTDataset, load_datasets, read_data
 from sft.data.formats import describe_problem, find_language, main_language, strip_markup
 from sft.data.prompt import build_template
-from sft.data.report import log_data_warnings
+from sft.data.report import log_data_warnings, log_unsupported_summaries
 from sft.data.rows import drop_stray_citations, leaked_rows, read_rows
 from sft.data.similar import groups_of_similar, similar_notes
 from sft.data.text import clean_text
@@ -221,3 +221,18 @@ def test_citations_that_cannot_be_read_are_dropped_too():
     kept, stray = drop_stray_citations(rows, None)
     assert [row.model_summary for row in kept] == ["Fever.", "Cough."]
     assert len(stray) == 2
+
+
+def test_training_summaries_that_their_notes_do_not_support(capsys):
+    good = [("No fever. Right knee pain.", "Right knee pain, no fever.")] * 30
+    rows = rows_of([*good, ("Takes 5 mg. Right knee pain.", "Takes 7 mg, left knee hurts.")])
+    log_unsupported_summaries("a.csv", rows)
+    err = capsys.readouterr().err
+    assert "1 of 31 training rows have summaries that may state what the note does not support" in err
+    assert "(number 1, side 1)" in err or "(side 1, number 1)" in err
+    assert err.rstrip().endswith(rows[-1].name)
+    assert "knee" not in err
+    log_unsupported_summaries("a.csv", rows_of(good[:1]) * 2_001)
+    assert capsys.readouterr().err == (
+        "info: a.csv: checked a sample of 2,000 of 2,001 training summaries against their notes\n"
+    )

@@ -245,6 +245,19 @@ def test_one_note(adapters, specialist):
             "--clinical_note cannot be combined with --input_file",
         ),
         (["--clinical_note", "x", "--output_file", "a.jsonl"], "--output_file requires --input_file"),
+        (
+            ["--clinical_note", "x", "--max_risk", "2"],
+            "--max_risk, --review_file and --output_file belong together",
+        ),
+        (
+            [
+                "--input_file",
+                "x",
+                *["--max_risk", "2"],
+                *["--output_file", "a.csv", "--review_file", "./a.csv"],
+            ],
+            "is --output_file",
+        ),
         (["--clinical_note", " ", "--model_path", "ADAPTER"], "empty"),
         (["--clinical_note", "x", "--temperature", "-1"], "temperature"),
         (["--clinical_note", "x", "--merge_to", "m"], "--merge_to cannot be combined with"),

@@ -13,7 +13,6 @@ from sft.grounding.citations import (
     strip_citations,
     unreadable_citations,
 )
-from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import number_sentences, sentence_spans
 from sft.inference.endings import without_fragment
 
@@ -59,7 +58,6 @@ FUNCTIONS = {
     "citations": lambda text: (has_citation(text), cited_sentence_numbers(text), unreadable_citations(text)),
     "without_fragment": without_fragment,
     "parse_citations": lambda text: parse_citations(text, "One."),
-    "unsupported_numbers": lambda text: unsupported_numbers(text, text),
     "clean_text": lambda text: is_blank(clean_text(text)),
 }
 

@@ -179,7 +179,7 @@ def test_failures_and_warnings_are_summed_up(tmp_path, capsys):
     # Also where the complete file is found again
     counts = check_output(config.output_file, True, dict)
     with pytest.raises(RunError, match="1 note failed"):
-        report(counts, "", tmp_path / "b.jsonl", True)
+        report(counts, "", config)
     with pytest.raises(RunError, match="all 1 note failed"):
         summarize_file(notes[:1], options(tmp_path / "c.jsonl"), {}, warned)
 
@@ -352,6 +352,55 @@ def test_a_partial_file_killed_before_its_first_record(tmp_path, kind):
         summarize_file([Note(1, "1", "x")], options(target, resume=True), {}, made_up)
         assert target.stat().st_mode & 0o077 == 0
         target.unlink()
+
+
+def risky(window, should_stop):
+    """The first and the third are risky, the fourth is not English, the fifth fails."""
+    for number in window:
+        risk = None if number == 3 else 2.5 * (number % 2 == 0)
+        kinds = {"side": 2, "number": 1} if number == 0 else {}
+        result = {"generated_summary": f"{number}", "check_risk": risk, "n_findings": kinds, "warnings": []}
+        yield number, failure("the note is empty") if number == 4 else result
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_risky_summaries_are_put_aside(tmp_path, capsys, kind):
+    notes = made_notes(*"abcdef")
+    target, review = tmp_path / f"out{kind}", tmp_path / f"review{kind}"
+
+    def summarize_notes(resume=False):
+        config = InferenceConfig(
+            output_file=str(target), max_risk=2.4, review_file=str(review), resume=resume, batch_size=1
+        )
+        check_output(config.output_file, resume, dict, config.review_file)
+        summarize_file(notes, config, {}, risky)
+
+    def ids(path):
+        if kind == ".csv":
+            return "".join(row["id"][1:] for row in csv.DictReader(path.open(encoding="utf-8-sig")))
+        return "".join(json.loads(line)["id"][1:] for line in path.read_text().splitlines())
+
+    summarize_notes()
+    assert (ids(target), ids(review)) == ("145", "023")
+    err = capsys.readouterr().err
+    assert "3 of the summaries, with a check_risk above 2.4, or not checked, are in" in err
+    assert "The check flagged 1 of 5 summaries (20%)" in err
+    assert "1 note: the check found: side" in err
+    with pytest.raises(InputError, match="exists"):
+        summarize_notes()
+    # Killed between the two files: the review file stays if it is this run's
+    written = review.read_bytes()
+    target.unlink()
+    (tmp_path / f"{target.name}.partial").write_text("")
+    summarize_notes(resume=True)
+    assert (ids(target), review.read_bytes()) == ("145", written)
+    target.unlink()
+    review.write_text("precious")
+    (tmp_path / f"{target.name}.partial").write_text("")
+    with pytest.raises(InputError, match="has appeared"):
+        summarize_notes(resume=True)
+    assert review.read_text() == "precious"
+    assert not target.exists()
 
 
 def test_only_files_of_its_own_are_touched(tmp_path):

@@ -3,21 +3,31 @@
 from types import SimpleNamespace
 
 import pytest
-from tiny import tiny_tokenizer
+from tiny import NOTES, tiny_tokenizer
 
 from sft.grounding.citations import parse_citations
-from sft.inference.results import make_result, note_problem, summary_warnings, text_stream
+from sft.grounding.sentences import split_sentences
+from sft.inference.results import (
+    check_result,
+    describe_finding,
+    failure,
+    kinds_of,
+    make_result,
+    note_problem,
+    summary_warnings,
+    text_stream,
+)
+from sft.inference.support import sentence_support
 
 
 def test_warnings_name_what_is_wrong_with_a_summary():
     def warnings_of(summary, note):
-        return summary_warnings(summary, note, parse_citations(summary, note))
+        return summary_warnings(summary, parse_citations(summary, note))
 
     warnings = warnings_of("BP 120/80. BP 120/80. [Evidence: S7; Conf: 0.9]", "BP 110/70.")
     assert warnings == [
         "the summary repeats itself",
         "cites sentences that are not in the note: S7",
-        "states numbers that are not in the note: 120, 80",
     ]
     assert warnings_of("Fever. [Evidence: none]", "Fever.") == ["1 citation cannot be read"]
     assert warnings_of("", "BP 110/70.") == ["the model wrote nothing"]
@@ -26,13 +36,43 @@ def test_warnings_name_what_is_wrong_with_a_summary():
 
 def test_warnings_of_prompt_ending_and_text_come_in_this_order():
     tokenizer = tiny_tokenizer()
-    ids = tokenizer("BP 120/70.", add_special_tokens=False).input_ids
+    ids = tokenizer("BP 120/70. BP 120/70.", add_special_tokens=False).input_ids
     values = {"prompt": [1] * 5, "ids": ids, "log_probs": [-1.0] * len(ids), "finish_reason": "length"}
     result = make_result("BP 110/70.", SimpleNamespace(**values), tokenizer, ["note shortened: x"])
-    assert [warning.split()[0] for warning in result["warnings"]] == ["note", "summary", "states"]
+    assert [warning.split()[0] for warning in result["warnings"]] == ["note", "summary", "the"]
     assert f"cut after {len(ids)} tokens" in result["warnings"][1]
     assert result["confidence"] == pytest.approx(0.3679)
     assert result["n_prompt_tokens"] == 5
+
+
+def test_what_the_check_found():
+    note = "The left hip is fine. The right knee hurts on stairs."
+    found = check_result(note, "The left knee hurts on stairs.")
+    (finding,) = found["findings"]
+    assert describe_finding(finding) == "says 'left knee'; the note says 'right knee' (S2)"
+    assert (found["n_findings"], found["support"][0][0]) == ({"side": 1}, 2)
+    assert found["check_risk"] > 0
+    assert found["check_score"] < 1
+    assert list(kinds_of(found)) == ["done", "flagged", "the check found: side"]
+    (finding,) = check_result(note, "Hematuria, jaundice, cirrhosis, gallstones, melena, seizures.")[
+        "findings"
+    ]
+    assert describe_finding(finding).startswith("not in the note: 'Hematuria")
+    assert failure("x").keys() >= found.keys()
+
+
+def test_support_has_the_sentence_numbers_of_the_adapter():
+    note = "Seen today for pain that has been there for\nweeks. The left hip is fine. The right knee hurts."
+    numbers = [check_result(note, "The right knee hurts.", version)["support"][0][0] for version in (1, 2)]
+    sentences = [split_sentences(note, version)[number - 1] for version, number in zip((1, 2), numbers)]
+    assert numbers[0] != numbers[1]
+    assert all("right knee" in sentence for sentence in sentences)
+
+
+def test_in_another_language_nothing_is_checked():
+    note = "Der Patient klagt über Schmerzen in der linken Schulter und nimmt Ibuprofen. Er hat kein Fieber."
+    found = check_result(note, "Der Patient hat Schmerzen in der rechten Schulter.")
+    assert (found["check_score"], found["check_risk"], found["findings"]) == (None, None, [])
 
 
 @pytest.mark.parametrize(
@@ -72,3 +112,17 @@ def test_a_text_that_is_hardly_a_note_is_named(specialist):
     assert "looks like RTF" in warnings[0]
     assert "the note was HTML: its tags are left out" in warnings[1]
     assert "looks like" not in warnings[2]
+
+
+def test_how_far_a_sentence_rests_on_its_note(specialist):
+    """The likelihoods are those of the whole text, token by token, and the note's own words raise them."""
+    note, summary = NOTES[0]
+    with_note, without = zip(
+        *sentence_support(specialist._base, specialist.encoder, note, f"{summary} {summary}")
+    )
+    assert len(with_note) == len(split_sentences(f"{summary} {summary}"))
+    assert sum(with_note) > sum(without)
+    assert max(*with_note, *without) < 0
+    (alone, _), *_ = sentence_support(specialist._base, specialist.encoder, note, summary)
+    assert alone == pytest.approx(with_note[0], abs=1e-4)
+    assert sentence_support(specialist._base, specialist.encoder, note, "") == []

@@ -1,16 +1,19 @@
 """What looks wrong in the data: warnings by kind, with rows' ids or numbers, never their text."""
 
+import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
-from sft.cli import log, on_main_process, plural, preview_list
+from sft.cli import Progress, log, on_main_process, plural, preview_list
 from sft.data.dataset import SFTDataset, file_names
 from sft.data.formats import describe_problem, main_language
 from sft.data.rows import Row, factual_rows, leaked_rows, name_rows, repeated_rows
+from sft.grounding.check import TRAINING_THRESHOLD, PreparedNote
 from sft.grounding.citations import strip_citations, unreadable_citations
 from sft.options import DataOptions
 
+_MAX_CHECKED = 2_000  # training summaries
 _FEW_NOTES = 2  # may have the same summary by chance
 _NUMBERS_AND_WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]{5,}")
 
@@ -36,6 +39,41 @@ def log_data_warnings(
         log(
             f"warning: {plural(len(leaks), 'validation row')} {share} note, or nearly, with training rows, so"
             f" validation loss will look better than it is: {preview_list(leaks)}; remove them from one file"
+        )
+
+
+def log_unsupported_summaries(path: str, rows: Sequence[Row]) -> None:
+    """Checks the factual summaries of a training file against their notes, of many a sample that is always
+    the same. Logs which rows state what their notes do not support, the worst first."""
+    rows = factual_rows(rows)
+    n_rows = len(rows)
+    rows = random.Random(0).sample(rows, min(n_rows, _MAX_CHECKED))
+    progress = Progress(len(rows), "checked row")
+    risks = {}
+    kinds = Counter()
+    n_other = 0
+    for row in rows:
+        check = PreparedNote(row.clinical_note).check(row.model_summary, TRAINING_THRESHOLD)
+        n_other += check.language != "en"
+        if any(sentence.flagged for sentence in check.sentences):
+            risks[row.name] = check.risk
+            kinds.update({finding.kind for finding in check.findings})
+        progress.advance()
+    progress.close()
+    if len(rows) < n_rows:
+        log(
+            f"info: {path}: checked a sample of {len(rows):,} of {n_rows:,} training summaries against their notes"
+        )
+    if n_other:
+        log(
+            f"info: {path}: {plural(n_other, 'row')} not checked against the note: the check reads English only"
+        )
+    if risks:
+        worst = sorted(risks, key=lambda name: -risks[name])
+        found = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
+        log(
+            f"warning: {path}: {len(risks):,} of {plural(len(rows), 'training row')} have summaries that may state what the note does not"
+            f" support, which teaches a model to invent; read them ({found}): {name_rows(worst, 20)}"
         )
 
 

@@ -69,7 +69,7 @@ def _same_text_key(text: str) -> bytes:
     return hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
-def name_rows(names: Iterable[str]) -> str:
+def name_rows(names: Iterable[str], limit: int = 5) -> str:
     """ "id a", "ids a, b", "row 5": rows by their `name`."""
     names = list(names)
     have_ids = not any(" " in name for name in names)
@@ -78,7 +78,7 @@ def name_rows(names: Iterable[str]) -> str:
         names = [name.removeprefix("row ") for name in names]
     elif have_ids and len(names) != 1:
         word = "ids"
-    return f"{word} {preview_list(names)}".strip()
+    return f"{word} {preview_list(names, limit)}".strip()
 
 
 def shown_kinds(values: Iterable[str]) -> list[str] | None:

@@ -9,30 +9,28 @@ texts.
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sft.grounding.citations import Citation, find_citations
 from sft.grounding.places import NotePlaces, pairs
 from sft.grounding.reading import Text
-from sft.grounding.rules import RULES, Finding, Sentence, drug_findings
+from sft.grounding.rules import RULES, Finding, Sentence
+from sft.grounding.sentences import SENTENCE_VERSION
 from sft.grounding.words import detect_language, is_content, is_telling
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
-FLAG_THRESHOLD = 1.6
-TRAINING_THRESHOLD = 2.45
+FLAG_THRESHOLD = 1.65
+TRAINING_THRESHOLD = 2.6
 
 _MISSING = 0.3  # for a word that the note lacks
-_MISSING_REPORT = 0.02  # ... if it is one of those with which every summary reports
 _MISSING_VERB = 0.12  # ... if it looks like a verb
+_POLARITY = 0.1  # for a word that the note affirms where the summary denies it, or the other way round
 _GAP = 0.15  # for two words joined that the note keeps apart
-_BREAK = 0.008  # for two words that do not follow each other in the note
+_BREAK = 0.008  # for two words that do not follow each other in the note, or one that every summary uses
 _TELLING = 0.5  # the weight of a finding that says something of itself
 _NEAR = 6  # tokens
 _APART = 16
-_CITED_RANGE = re.compile(r"(\d{1,9})(?:\s?[–-]\s?S?(\d{1,9}))?", re.IGNORECASE)
-_CITED = re.compile(r"\[\s*evidence[^\[\]]{0,400}\]?", re.IGNORECASE)
 
 
 @dataclass
@@ -61,68 +59,55 @@ class Check:
         return math.exp(-self.risk / 4)
 
 
-def check_summary(
-    clinical_note: str,
-    model_summary: str,
-    *,
-    threshold: float = FLAG_THRESHOLD,
-    generic_name: Callable[[str], str | None] | None = None,
-) -> Check:
+def check_summary(clinical_note: str, model_summary: str, *, threshold: float = FLAG_THRESHOLD) -> Check:
     """Checks one summary against its note; for several summaries of one note, see PreparedNote."""
-    return PreparedNote(clinical_note, generic_name).check(model_summary, threshold)
+    return PreparedNote(clinical_note).check(model_summary, threshold)
 
 
 class PreparedNote:
-    """A note, read once.
+    """A note, read once. `sentence_version`: of the numbers of its sentences."""
 
-    `generic_name`: a function from a word in lower case to the generic name of this drug, None for any other
-    word; without it, drugs are known by their endings alone.
-    """
-
-    def __init__(self, clinical_note: str, generic_name: Callable[[str], str | None] | None = None):
-        self._note = NotePlaces(clinical_note)
+    def __init__(self, clinical_note: str, sentence_version: int = SENTENCE_VERSION):
+        self._note = NotePlaces(clinical_note, sentence_version)
         self._language = detect_language(clinical_note)
-        self._generic_name = generic_name
-        self._drugs = set(map(generic_name, self._note.words)) if generic_name else set()
 
     def check(self, model_summary: str, threshold: float = FLAG_THRESHOLD) -> Check:
-        """The findings and the risk of each sentence. Texts in another language than English get none."""
+        """The risk of each sentence, and what was found where it reaches `threshold`. Texts in another
+        language than English get neither."""
+        citations = list(find_citations(model_summary))
+        characters = list(model_summary)
         # Citations are not the summary's words; spaces keep the positions
-        text = _CITED.sub(lambda match: " " * len(match.group()), model_summary)
+        for start, end, *_ in citations:
+            characters[start:end] = " " * (end - start)
+        text = "".join(characters)
         language = self._language if self._language != "en" else detect_language(text)
         result = Check(language=language)
         summary = Text(text)
-        cited = self._citation_findings(model_summary, summary) if language == "en" else []
+        cited = self._citation_findings(model_summary, summary, citations) if language == "en" else []
         for first, last in summary.ranges:
             if first == last:
                 continue
             sentence = Sentence(self._note, summary, first, last)
             checked = self._support(sentence)
             if language == "en":
-                start, end = checked.start, checked.end
-                found = [finding for finding in cited if start <= finding.start < end]
+                found = [finding for finding in cited if checked.start <= finding.start < checked.end]
                 checked.risk = self._risk(sentence, found, threshold)
                 checked.flagged = checked.risk >= threshold
-                result.findings += sorted(found, key=lambda finding: finding.start)
+                result.findings += sorted(found, key=lambda one: one.start) if checked.flagged else []
             result.risk += checked.risk
             result.sentences.append(checked)
         return result
 
     def _risk(self, sentence: Sentence, found: list[Finding], threshold: float) -> float:
-        """The sum of a sentence; adds the findings that say something of themselves to `found`."""
+        """The sum of a sentence; adds the findings that a reader is shown if it is flagged to `found`."""
         for rule in RULES:
             found += rule(sentence)
-        drugs = list(drug_findings(sentence, self._generic_name, self._drugs))
-        found += drugs
         wording, risk = self._wording(sentence)
-        wording = [
-            one
-            for one in wording
-            if not any(one.start <= drug.start and drug.end <= one.end for drug in drugs)
-        ]
+        drugs = [finding for finding in found if finding.kind == "drug"]
+        wording = [one for one in wording if not any(one.start <= drug.start < one.end for drug in drugs)]
         risk += sum(finding.weight for finding in found + wording)
         # A single word that the note lacks is shown only where nothing else explains a flag
-        is_explained = risk < threshold or any(finding.weight >= _TELLING for finding in found)
+        is_explained = any(finding.weight >= _TELLING for finding in found)
         found += [one for one in wording if one.weight >= _TELLING or not is_explained]
         return risk
 
@@ -138,6 +123,7 @@ class PreparedNote:
             word = summary.words[index]
             if not is_content(word):
                 continue
+            risk += _POLARITY * note.is_all_denied(summary.stems[index], summary.denied[index])
             if index in spelled_out or note.has(summary, index):
                 findings += _missing(sentence, missing)
                 missing = []
@@ -152,7 +138,7 @@ class PreparedNote:
             elif is_telling(word):
                 missing.append(index)
             else:
-                risk += _MISSING_REPORT
+                risk += _BREAK
         findings += _missing(sentence, missing)
         risk += _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
         return findings, risk
@@ -173,33 +159,27 @@ class PreparedNote:
         ]
         return CheckedSentence(start, end, support, share, 0.0, False)
 
-    def _citation_findings(self, model_summary: str, summary: Text) -> list[Finding]:
+    def _citation_findings(
+        self, model_summary: str, summary: Text, citations: list[Citation]
+    ) -> list[Finding]:
         """Citations whose sentences hold few of the claim's words that the note has, or do not exist."""
+        note = self._note
         findings = []
         position = 0
-        for match in _CITED.finditer(model_summary):
-            numbers = _cited_numbers(match.group())
-            stems = set()
+        for citation in citations:
             first = position
-            while position < len(summary.spans) and summary.spans[position][0] < match.start():
-                stems.add(summary.stems[position])
+            while position < len(summary.spans) and summary.spans[position][0] < citation.start:
                 position += 1
-            known = [word_stem for word_stem in stems if word_stem in self._note.places]
-            cited = 0
-            for word_stem in known:
-                cited += any(self._note.text.sentence_of[at] in numbers for at in self._note.of(word_stem))
-            is_wrong = len(known) >= 2 and cited < 0.34 * len(known)
-            is_missing = any(not 0 <= number < len(self._note.text.sentences) for number in numbers)
+            numbers = {number - 1 for number in citation.numbers}
+            known = [stem for stem in set(summary.stems[first:position]) if stem in note.places]
+            n_cited = sum(any(note.text.sentence_of[at] in numbers for at in note.of(stem)) for stem in known)
+            is_wrong = len(known) >= 2 and n_cited < 0.34 * len(known)
+            is_missing = any(not 0 <= number < len(note.text.sentences) for number in numbers)
             if position > first and numbers and (is_wrong or is_missing):
                 start, end = summary.spans[first][0], summary.spans[position - 1][1]
-                findings.append(Finding("citation", start, end, match.group(), weight=1.0))
+                says = model_summary[citation.start : citation.end]
+                findings.append(Finding("citation", start, end, says, weight=2.0))
         return findings
-
-
-def _cited_numbers(citation: str) -> set[int]:
-    """ "[Evidence: S1,3-5; Conf: 0.9]" -> the sentences 0, 2, 3, 4."""
-    ends = _CITED_RANGE.findall(citation.partition(";")[0])
-    return {number - 1 for a, b in ends for number in range(int(a), min(int(b or a), int(a) + 1000) + 1)}
 
 
 def _missing(sentence: Sentence, indices: list[int]) -> list[Finding]:

@@ -39,7 +39,7 @@ _SENTENCE_NAME = re.compile(r"(?:\bS\s?|sentence)\d", re.IGNORECASE)
 _LONGEST_RANGE = 1000  # sentences; no note has more
 
 
-class _Citation(NamedTuple):
+class Citation(NamedTuple):
     start: int
     end: int
     numbers: list[int]  # [] if it cannot be read
@@ -61,22 +61,22 @@ def strip_citations(summary: str) -> str:
 
 def citation_spans(summary: str) -> list[tuple[int, int]]:
     """(start, end) of every citation, in order, also of those that cannot be read."""
-    return [(citation.start, citation.end) for citation in _citations(summary)]
+    return [(citation.start, citation.end) for citation in find_citations(summary)]
 
 
 def has_citation(summary: str) -> bool:
-    return any(citation.numbers for citation in _citations(summary))
+    return any(citation.numbers for citation in find_citations(summary))
 
 
 def cited_sentence_numbers(summary: str) -> list[int]:
     """Every sentence number that the summary cites."""
-    return [number for citation in _citations(summary) for number in citation.numbers]
+    return [number for citation in find_citations(summary) for number in citation.numbers]
 
 
 def unreadable_citations(summary: str) -> list[tuple[int, int]]:
     """(start, end) of what is meant as a citation, but names no sentences: "[Evidence: the note]", or
     "[Evidence: S1, 2" without an end."""
-    return [(citation.start, citation.end) for citation in _citations(summary) if not citation.numbers]
+    return [(citation.start, citation.end) for citation in find_citations(summary) if not citation.numbers]
 
 
 def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) -> list[dict]:
@@ -89,7 +89,7 @@ def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) ->
     sentences = split_sentences(note, version)
     citations = []
     claim_start = 0
-    for citation in _citations(summary):
+    for citation in find_citations(summary):
         existing = [n for n in citation.numbers if 1 <= n <= len(sentences)]
         if citation.numbers:
             citations.append(
@@ -105,24 +105,24 @@ def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) ->
     return citations
 
 
-def _citations(summary: str) -> Iterator[_Citation]:
+def find_citations(summary: str) -> Iterator[Citation]:
     """What is meant as a citation, in order; `numbers` is empty if it cannot be read."""
     cites_plainly = _cites_plainly(summary)
     for match in _CANDIDATE.finditer(summary):
         end = match.start() + len(match[0].rstrip())
         # "[Evidence: S1, 2" that never ends
         if match.lastgroup is None:
-            yield _Citation(match.start(), end, [], None)
+            yield Citation(match.start(), end, [], None)
             continue
         content = match[match.lastgroup]
         head = _HEAD.match(content)
         numbers, confidence = _read(content[head.end() :])
         is_plain = cites_plainly and _PLAIN_NUMBERS.fullmatch(match[0]) is not None
         if numbers and (is_plain or _is_named(summary, match, head)):
-            yield _Citation(match.start(), end, numbers, confidence)
+            yield Citation(match.start(), end, numbers, confidence)
         # "(evidence: normal X-ray)" is the summary's own
         elif match.lastgroup not in ("round", "bare") and _is_meant(content, head):
-            yield _Citation(match.start(), end, [], None)
+            yield Citation(match.start(), end, [], None)
 
 
 def _cites_plainly(summary: str) -> bool:

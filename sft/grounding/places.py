@@ -6,6 +6,7 @@ from itertools import pairwise
 
 from sft.grounding.quantities import QuantityIndex
 from sft.grounding.reading import KIN, Text
+from sft.grounding.sentences import SENTENCE_VERSION
 
 _MOST_PLACES = 24  # of one word, so that time grows with the length of the texts alone
 _REACH = 10  # tokens
@@ -24,8 +25,8 @@ _GENDERS = (
 class NotePlaces:
     """A note's words by stem, its word pairs, abbreviations, markers and quantities."""
 
-    def __init__(self, note: str):
-        self.text = Text(note)
+    def __init__(self, note: str, sentence_version: int = SENTENCE_VERSION):
+        self.text = Text(note, sentence_version)
         self.places: dict[str, list[int]] = {}
         for index, word_stem in enumerate(self.text.stems):
             if word_stem:
@@ -46,6 +47,11 @@ class NotePlaces:
         """At most _MOST_PLACES token numbers where a stem stands, spread over the note."""
         found = self.places.get(word_stem, [])
         return found[:: len(found) // _MOST_PLACES + 1]
+
+    def is_all_denied(self, word_stem: str, denied: bool | None) -> bool:
+        """Whether a stem stands in the note, and nowhere as in the summary: denied there, or not."""
+        found = self.of(word_stem)
+        return bool(found) and all(self.text.denied[place] == (not denied) for place in found)
 
     def has(self, summary: Text, index: int) -> bool:
         """Whether the note holds a word of the summary, or an abbreviation of it."""

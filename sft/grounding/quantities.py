@@ -7,55 +7,25 @@ from itertools import pairwise
 
 from sft.grounding.words import LEXICON
 
-_NAMES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
-)
-_WORDS = {word: float(n) for n, word in enumerate(f"{_NAMES} seventeen eighteen nineteen".split())}
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORDS |= {word: 10.0 * n for n, word in enumerate(_TENS.split(), 2)}
-_WORDS |= {word[:-1] + "ies": value for word, value in _WORDS.items() if word.endswith("ty")}
-_WORDS |= {
-    "hundred": 100.0,
-    "hundreds": 100.0,
-    "thousand": 1000.0,
-    "half": 0.5,
-    "o": 0.0,
-    "oh": 0.0,
-    "dozen": 12.0,
-    "couple": 2.0,
-}
-_FIRST = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
-_ORDINALS = {word: float(n) for n, word in enumerate(_FIRST.split(), 1)} | {
-    "thirtieth": 30.0,
-    "twentieth": 20.0,
-}
-_ORDINALS |= {f"{word}th": value for word, value in _WORDS.items() if word.endswith("teen")}
-# What a note may say for a number; a summary's own use of these is not a claim to check
-_IMPLIED = {word: float(value) for word, value in (pair.split("=") for pair in LEXICON["implied"].split())}
-_IMPLIED |= _ORDINALS
 
-# dimension: sizes of its units; only units of one dimension can be converted
-_UNITS = {
-    "mass": "1e-6=mcg ug µg μg microgram micrograms|1e-3=mg mgs milligram milligrams|1=g gm gms gram grams|"
-    "1e3=kg kgs kilo kilos kilogram kilograms|453.6=lb lbs pound pounds",
-    "volume": "1e-3=ml mls cc milliliter milliliters millilitre millilitres|1=l liter liters litre litres",
-    "length": "1e-3=mm millimeter millimeters millimetre millimetres|1e-2=cm centimeter centimeters centimetre "
-    "centimetres|0.0254=inch inches|0.3048=feet foot ft",
-    "time": "0.000278=second seconds sec secs|0.01667=minute minutes min mins|1=hour hours hr hrs h hourly|"
-    "24=day days night nights d|168=week weeks wk wks weekly|730.5=month months mo mos monthly|"
-    "8766=year years yr yrs annually",
-    "share": "1=% percent",
-    "amount": "1e-3=mmol|1e-6=umol µmol μmol micromol",
-}
-# {name: (dimension, size)}
+def _numbers(name: str) -> dict[str, float]:
+    """{word: number} of a section of the lexicon."""
+    pairs = (pair.split("=") for pair in LEXICON[name].split())
+    return {word: float(value) for word, value in pairs}
+
+
+_WORDS = _numbers("numbers")
+_ORDINALS = _numbers("ordinals")
+_IMPLIED = _numbers("implied") | _ORDINALS
+# {name: (dimension, size)}; only units of one dimension can be converted
 UNITS = {
-    name: (dimension, float(unit.partition("=")[0]))
-    for dimension, text in _UNITS.items()
-    for unit in text.split("|")
-    for name in unit.partition("=")[2].split()
+    name: (section.removeprefix("unit "), float(group.split("=")[0]))
+    for section in LEXICON
+    if section.startswith("unit ")
+    for group in LEXICON[section].split("|")
+    for name in group.split("=")[1].split()
 }
 _SHORTHAND = {7: UNITS["day"], 52: UNITS["week"], 12: UNITS["month"]}
-_SPAN = frozenset("ago later earlier history for about within over".split())
 _MOST = 24  # quantities of one value that are looked at, so that time grows with length alone
 
 
@@ -86,8 +56,7 @@ def find_quantities(words: list[str], gaps: list[bool]) -> list[Quantity]:
         elif (word in _WORDS and word not in ("o", "oh")) or word == "point":
             quantity = _read_words(words, index)
         if quantity is None and word in _IMPLIED:
-            is_implied = not _is_span(words, index)
-            quantity = Quantity(index, index, frozenset([_IMPLIED[word]]), is_implied=is_implied)
+            quantity = Quantity(index, index, frozenset([_IMPLIED[word]]), is_implied=True)
         index += 1
         if quantity is None:
             continue
@@ -210,13 +179,6 @@ def _unit_after(words: list[str], index: int) -> tuple | None:
     return (UNITS.get("".join(following)) if len(following[0]) == 1 else None) or UNITS.get(following[0])
 
 
-def _is_span(words: list[str], index: int) -> bool:
-    """Whether this "a" is the number of "a week ago", "for a month"."""
-    unit = UNITS.get(words[index + 1]) if words[index] in ("a", "an") and index + 1 < len(words) else None
-    beside = {words[index - 1] if index else "", *words[index + 2 : index + 3]}
-    return unit is not None and unit[0] == "time" and bool(beside & _SPAN)
-
-
 def _join(words: list[str], quantities: list[Quantity]) -> list[Quantity]:
     """ "130 over 80" is a ratio; in "5 to 7 days" the 5 has the unit of the 7."""
     for first, second in pairwise(quantities):
@@ -240,8 +202,7 @@ class QuantityIndex:
         self.indices = [quantity.index for quantity in quantities]
         self._found: dict[object, list[Quantity]] = {}
         for quantity in quantities:
-            values = {near for value in quantity.values for near in _roundings(value)}
-            keys = [*values, quantity.whole, *(_size(quantity, value) for value in quantity.values)]
+            keys = [*quantity.values, quantity.whole, *(_size(quantity, value) for value in quantity.values)]
             for key in keys:
                 found = self._found.setdefault(key, [])
                 if len(found) < _MOST:
@@ -269,10 +230,6 @@ class QuantityIndex:
         """The note's quantities of the same size: 1000 mg is 1 g, two weeks are 14 days."""
         sizes = [_size(quantity, value) for value in quantity.values if quantity.unit]
         return self._get(*((dimension, size + near) for dimension, size in sizes for near in (-1, 0, 1)))
-
-
-def _roundings(value: float) -> set[float]:
-    return {value, float(round(value)), round(value, 1)} if value >= 10 else {value}
 
 
 def _size(quantity: Quantity, value: float) -> tuple:

@@ -4,7 +4,7 @@ import re
 from itertools import accumulate
 
 from sft.grounding.quantities import UNITS, find_quantities
-from sft.grounding.sentences import sentence_spans
+from sft.grounding.sentences import SENTENCE_VERSION, sentence_spans
 from sft.grounding.words import LEXICON, TOKEN, groups, is_content, stem, word_set
 
 NEGATIONS = word_set("negations") | {word + "n't" for word in "could should".split()}
@@ -32,19 +32,18 @@ MARKERS = {
 }
 _SELF = frozenset("he she his her i my patient".split())
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
-_TURNS = frozenset("but however although though except which who".split())
 _OPENINGS = frozenset("a an the her his their she he they then now".split()) | HEDGES
 _OR = frozenset(("or", "nor"))
+_UNKNOWN = frozenset("know remember recall".split())
+_NAYS = [["no"], ["nope"], ["nah"]]
 _SEPARATORS = frozenset(", or and nor /".split())
 _QUESTIONS = [[verb, subject] for verb in "do have are did has does is".split() for subject in ("you", "any")]
-_AFTER_NOUN, _END, _PREPOSITIONS = (
-    word_set("after noun"),
-    word_set("end of negation"),
-    word_set("prepositions"),
+_END, _PREPOSITIONS, _FINITE = map(word_set, ("end of negation", "prepositions", "finite"))
+_TROUBLES, _HOLDS, _NO, _YES = map(word_set, ("troubles", "holds", "no", "yes"))
+# "All right", "right now", "left the hospital" name no side
+_NO_SIDE = re.compile(
+    r"(?:all|that's|you're|yeah|\.|,|:) right [^\w]|. right (?:now|away)|\S+ left (?:the|her|his|him|over|home)"
 )
-_FINITE, _TROUBLES, _HOLDS, _PERIODS = (word_set(name) for name in ("finite", "troubles", "holds", "periods"))
-_NO, _YES, _NOT_AT_ALL = word_set("no"), word_set("yes"), word_set("not at all")
-_NO_SIDE_AFTER, _NO_SIDE_BEFORE = word_set("no side after"), word_set("no side before")
 
 
 class Text:
@@ -55,14 +54,14 @@ class Text:
     `markers`: {class: [(token, value)]} for sides, times, relatives.
     """
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, sentence_version: int = SENTENCE_VERSION):
         lower = text.lower() if len(text.lower()) == len(text) else text
         matches = list(TOKEN.finditer(lower))
         self.text = text
         self.spans = [match.span() for match in matches]
         self.words = [match.group().replace("’", "'").removesuffix("'s") for match in matches]
         self.stems = [stem(word) if is_content(word) else "" for word in self.words]
-        self.sentences = sentence_spans(text)
+        self.sentences = sentence_spans(text, sentence_version)
         self.sentence_of = self._number_sentences()
         gaps = [i > 0 and self.spans[i - 1][1] < start for i, (start, _) in enumerate(self.spans)]
         self.quantities = find_quantities(self.words, gaps)
@@ -107,11 +106,12 @@ class Text:
         for index in range(first, last):
             word = self.words[index]
             following = self.words[index + 1] if index + 1 < last else ""
-            if (word in NEGATIONS or word.endswith("n't")) and following not in ("by", "pressure"):
+            # "Whether or not", "with or without"
+            is_or = word in ("not", "without") and self.words[max(0, index - 1)] == "or"
+            is_idiom = is_or or following in ("by", "pressure")
+            if (word in NEGATIONS or word.endswith("n't")) and not is_idiom:
                 reach = 0 if following == "," else 2 if word in ("non", "free") else 14
                 denied_until, trigger, n_denied = index + reach, index, 0
-                if word in _AFTER_NOUN and following != "for":
-                    self._mark_back(first, index)
             elif index <= denied_until and self._ends_denial(index, last, trigger, n_denied):
                 denied_until = index
             if word in KIN:
@@ -123,14 +123,14 @@ class Text:
             else:
                 n_denied = 0
                 denied_until = max(denied_until, index + 8) if index < denied_until else denied_until
-            self.denied[index] = self.denied[index] or index <= denied_until
+            self.denied[index] = index <= denied_until
             self.kin[index] = holder
 
     def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:
         """Whether what was denied from `trigger` on ends here, after `n_denied` words of this item."""
         word = self.words[index]
         # Of each item of a list, three words and no more
-        if word in ".;:!?()" or word in _TURNS or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
+        if word in ".;:!?()" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
             return True
         if word in _END or (n_denied and word in _FINITE):
             return any(self.stems[trigger + 1 : index]) and self.words[index - 1] not in _TROUBLES
@@ -157,13 +157,6 @@ class Text:
                 return True
         return False
 
-    def _mark_back(self, first: int, index: int) -> None:
-        """Denies what stands before "negative" or "absent", in the same clause."""
-        for before in range(index - 1, max(first, index - 6) - 1, -1):
-            if self.words[before] in ";.:,":
-                break
-            self.denied[before] = True
-
     def _answer_questions(self) -> None:
         """The words of a question, or of several, are denied or affirmed by the turn that follows."""
         answer = None
@@ -172,7 +165,11 @@ class Text:
             start, end = self.ranges[number + 1]
             if not self._is_question(start, end):
                 answer = self._read_answer(start, end)
-            if last > first and self._is_question(first, last):
+            # "Or ever used drugs. Patient: No."
+            is_denied = (
+                self.words[start + 1 : start + 2] == [":"] and self.words[start + 2 : start + 3] in _NAYS
+            )
+            if last > first and (is_denied or self._is_question(first, last)):
                 self.denied[first:last] = [answer] * (last - first)
 
     def _is_question(self, first: int, last: int) -> bool:
@@ -186,7 +183,9 @@ class Text:
         words = words[words.index(":") + 1 :] if ":" in words[:4] else words
         for index, word in enumerate(words[:4]):
             following = words[index + 1] if index + 1 < len(words) else "."
-            if word in _NO or (word == "not" and following in _NOT_AT_ALL):
+            if word in _NO and following in _UNKNOWN:
+                return None
+            if word in _NO or (word == "not" and not is_content(following)):
                 return None if is_content(following) and word == "no" else True
             if word in _YES:
                 return False
@@ -195,41 +194,28 @@ class Text:
     def _find_markers(self) -> None:
         for index, word in enumerate(self.words):
             before = self.words[index - 1] if index else "."
+            following = self.words[index + 1] if index + 1 < len(self.words) else "."
             kind, value = MARKERS.get(word, ("", ""))
             if word in KIN:
                 kind, value = "kin", KIN[word]
-            elif before in ("last", "next", "past", "this") and word in _PERIODS:
-                kind, value = "period", word
-            if kind == "side" and not self._is_side(index, before):
-                continue
-            if kind == "month":
-                if word in ("may", "march") and not self._is_month(index):
-                    continue
+            if kind == "side":
+                # R and L, but not "5 L"
+                is_name = self.text[self.spans[index][0]].isupper() and re.match(r"[a-z]|\d+[a-z]", following)
+                is_unit = before == "/" or before[-1].isdigit() or following in UNITS
+                is_none = len(word) == 1 and (is_unit or not is_name)
+                is_none = is_none or _NO_SIDE.match(f"{before} {word} {following}")
+                kind = "" if is_none or (word == "both" and not following.endswith("s")) else kind
+            elif kind == "month":
+                around = [*self.words[max(0, index - 2) : index], following]
+                is_verb = word in ("may", "march") and not any(
+                    re.fullmatch(r"\d+|of|in|last|next|since", w) for w in around
+                )
                 # So that the month is not taken for the verb
-                self.words[index] = word.title()
+                self.words[index] = word if is_verb else word.title()
+                kind = "" if is_verb else kind
             if kind:
                 self.markers.setdefault(kind, []).append((index, value))
 
-    def _is_side(self, index: int, before: str) -> bool:
-        """Not "all right", "left the hospital", "5 L", "both"."""
-        word = self.words[index]
-        following, *rest = [*self.words[index + 1 : index + 3], "."]
-        if len(word) == 1:
-            is_noun = following.isalpha() or "".join(rest[:1]) in ("nd", "rd", "th", "st")
-            is_unit = before == "/" or before[-1].isdigit() or following in UNITS
-            return self.text[self.spans[index][0]].isupper() and is_noun and not is_unit
-        if word == "right":
-            is_talk = following in _NO_SIDE_AFTER and before in _NO_SIDE_BEFORE
-            return not (is_talk or following in ("now", "away") or before == "all")
-        if word == "left":
-            is_verb = (
-                before in _NO_SIDE_BEFORE
-                and before not in ":.,?"
-                and following in "over hospital home to .".split()
-            )
-            return not is_verb and following not in ("the", "her", "his", "him")
-        return word != "both" or following.endswith("s")
-
-    def _is_month(self, index: int) -> bool:
-        around = self.words[max(0, index - 2) : index] + self.words[index + 1 : index + 2]
-        return any(re.fullmatch(r"\d+|of|in|last|next|since", word) for word in around)
+    def with_noun(self, index: int) -> tuple[int, int]:
+        """(a token, the word after it if that carries meaning): "left", "knee"."""
+        return index, index + (index + 1 < len(self.stems) and self.stems[index + 1] != "")

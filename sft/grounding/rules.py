@@ -3,8 +3,8 @@
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 from sft.grounding.places import NotePlaces
 from sft.grounding.quantities import Quantity
@@ -14,10 +14,9 @@ from sft.grounding.words import is_telling, word_set
 # {kind of marker: (kind of finding, weight)}
 _MARKERS = {
     **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.0)),
-    **dict.fromkeys(("when", "period", "shift"), ("time", 0.7)),
+    **dict.fromkeys(("when", "shift"), ("time", 0.7)),
     **{"side": ("side", 2.2), "kin": ("person", 2.2), "weekday": ("time", 2.2), "month": ("time", 1.5)},
-    **{"order": ("time", 1.0), "result": ("negation", 0.7), "change": ("misplaced", 0.7)},
-    "course": ("misplaced", 0.7),
+    **{"order": ("time", 1.0), "result": ("negation", 0.7), "course": ("misplaced", 0.7)},
 }
 _DRUG = re.compile(
     r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
@@ -43,6 +42,7 @@ class Finding:
     note_says: str | None = None
     note_start: int | None = None
     note_end: int | None = None
+    note_sentence: int | None = None  # 1-based
     weight: float = 1.0
 
 
@@ -54,28 +54,23 @@ class Sentence:
     summary: Text
     first: int
     last: int
-    phrases: list[list[int]] = field(
-        default_factory=list
-    )  # content words, cut at other words and changed polarity
 
-    def __post_init__(self) -> None:
+    def heads(self, excluded: frozenset | dict) -> Iterator[tuple[int, int]]:
+        """(first word, last telling word) of each phrase: content words, cut where a denial begins."""
         text = self.summary
-        phrase: list[int] = []
-        for index in range(self.first, self.last):
-            is_cut = text.words[index] not in _LINKS if not text.stems[index] else False
-            if is_cut or (phrase and text.denied[phrase[-1]] != text.denied[index]):
-                phrase = []
-            if text.stems[index]:
-                self.phrases += [] if phrase else [phrase]
-                phrase.append(index)
-
-    def heads(self, excluded) -> Iterator[tuple[int, int]]:
-        """(first word, last telling word) of each phrase that has one."""
-        words = self.summary.words
-        for phrase in self.phrases:
-            telling = [i for i in phrase if is_telling(words[i]) and words[i] not in excluded]
-            if telling:
-                yield phrase[0], telling[-1]
+        first = head = None
+        for index in range(self.first, self.last + 1):
+            word = text.words[index] if index < self.last else "."
+            is_content = index < self.last and text.stems[index] != ""
+            if first is not None and (
+                text.denied[first] != text.denied[index] if is_content else word not in _LINKS
+            ):
+                if head is not None:
+                    yield first, head
+                first = head = None
+            if is_content:
+                first = index if first is None else first
+                head = index if is_telling(word) and word not in excluded else head
 
     def finding(
         self, kind: str, first: int, last: int, weight: float, place: tuple[int, int] | None = None
@@ -87,6 +82,7 @@ class Sentence:
             text = self.note.text
             finding.note_start, finding.note_end = text.spans[place[0]][0], text.spans[place[1]][1]
             finding.note_says = text.text[finding.note_start : finding.note_end]
+            finding.note_sentence = text.sentence_of[place[0]] + 1
         return finding
 
 
@@ -104,17 +100,18 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
             same = max((score for n, score in scores.items() if values[n] == value), default=0.0)
             others = [(score, n) for n, score in scores.items() if values[n] not in (value, "bilateral")]
             lead, number = max(others, default=(0.0, -1))
-            place = (places[number], places[number]) if others else None
+            place = note.text.with_noun(places[number]) if others else None
+            span = sentence.summary.with_noun(index)
             if (marker, value) in note.values:
                 factor, margin = (1.0, 0.05) if marker == "side" else (1.3, 0.1)
                 if lead > factor * same + margin:
-                    yield sentence.finding(kind, index, index, 0.8 * weight, place)
+                    yield sentence.finding(kind, *span, 0.8 * weight, place)
             elif marker == "kin" and _may_be_said_otherwise(note, value, lead):
                 continue
             elif lead > 0.15:
-                yield sentence.finding(kind, index, index, weight, place)
+                yield sentence.finding(kind, *span, weight, place)
             elif _would_be_there(note, marker):
-                yield sentence.finding(kind, index, index, 0.7 * weight)
+                yield sentence.finding(kind, *span, 0.7 * weight)
 
 
 def _may_be_said_otherwise(note: NotePlaces, relative: str, lead: float) -> bool:
@@ -151,7 +148,7 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
             yield sentence.finding("time" if is_time else "number", *span, 2.0, place)
             continue
         # The same value with another unit does not count
-        agreeing = {id(other) for other in found if not (quantity.unit and other.unit)}
+        agreeing = {id(other) for other in found if not (quantity.unit and (other.unit or other.is_implied))}
         agreeing |= {id(other) for other in note.quantities.converted(quantity)}
         if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
@@ -173,7 +170,7 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
             lead = score - 1.2 * own
             if lead > 0.2:
                 kind = "time" if is_time else "misplaced"
-                yield sentence.finding(kind, *span, min(2.0, 0.4 + lead), (rival.index, rival.last))
+                yield sentence.finding(kind, *span, min(2.0, 3 * lead), (rival.index, rival.last))
 
 
 def _is_no_claim(text: Text, quantity: Quantity) -> bool:
@@ -203,32 +200,37 @@ def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
     for first, head in sentence.heads(NEGATIONS):
         place, weight = _other_polarity(sentence, head)
-        if weight:
-            yield sentence.finding("negation", first, head, weight, (max(0, place - 2), place))
+        is_heading = sentence.summary.words[head + 1 : head + 2] == [":"]
+        if weight and not is_heading:
+            note = sentence.note.text
+            beginning = note.ranges[note.sentence_of[place]][0]
+            yield sentence.finding("negation", first, head, weight, (max(beginning, place - 2), place))
 
 
 def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float]:
     """(place in the note, weight > 0) if the note denies what the summary affirms, or the other way round."""
     note, text = sentence.note, sentence.summary
+    denied = text.denied[head]
     places = note.of(text.stems[head])
     scores = note.affinities(text, head, places) if places else {}
-    number = max(range(len(places)), key=lambda n: scores.get(n, 0.0), default=None)
-    if number is None:
+    # The best place of each polarity; None is a question without an answer
+    best = {True: (-1.0, -1), False: (-1.0, -1), None: (-1.0, -1)}
+    for number, place in enumerate(places):
+        polarity = note.text.denied[place]
+        best[polarity] = max(best[polarity], (scores.get(number, 0.0), place))
+    (own, _), (score, place) = best[denied], best[not denied]
+    if place < 0 or best[None][0] > score or (own >= 0 and score <= 1.5 * own + 0.3):
         return 0, 0.0
-    denied, best, score = text.denied[head], places[number], scores.get(number, 0.0)
-    agreeing = [n for n, place in enumerate(places) if note.text.denied[place] in (None, denied)]
-    own = max((scores.get(n, 0.0) for n in agreeing), default=0.0)
     # The word alone is not enough where it is affirmed, or denied by the answer to a question
-    is_question = note.text.words[note.text.ranges[note.text.sentence_of[best]][1] - 1] == "?"
-    is_alone = score < 0.1 and (denied or is_question) and sentence.last - sentence.first > 8
-    if number in agreeing or (agreeing and own * 1.5 + 0.3 > score) or is_alone:
-        return best, 0.0
+    is_question = note.text.words[note.text.ranges[note.text.sentence_of[place]][1] - 1] == "?"
+    if score < 0.1 and (denied or is_question) and sentence.last - sentence.first > 8:
+        return 0, 0.0
     # What negates without a scope of its own: "unable to", "no" farther away
-    negated = _near(note.text, best, NEGATIONS, 10) if denied else _near(text, head, NEGATIONS, 10)
-    negating = [_near(note.text, best, SELF_NEGATING, 8), _near(text, head, SELF_NEGATING, 8)]
+    negated = _near(note.text, place, NEGATIONS, 10) if denied else _near(text, head, NEGATIONS, 10)
+    negating = [_near(note.text, place, SELF_NEGATING, 8), _near(text, head, SELF_NEGATING, 8)]
     if any(at is not None for at in (negated, *negating)):
-        return best, 0.0
-    return best, 0.6 if agreeing else 1.2 if score > 0.2 else 0.8
+        return 0, 0.0
+    return place, 0.6 if own >= 0 else 1.8
 
 
 def _near(text: Text, index: int, words: frozenset, reach: int) -> int | None:
@@ -274,7 +276,7 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
         beside = text.words[max(sentence.first, head - 10) : head + 4]
         is_family = any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in beside)
         if 0 < len(places) <= 3 and not is_family and all(note.text.kin[place] for place in places):
-            yield sentence.finding("person", first, head, 1.4, (places[0], places[0]))
+            yield sentence.finding("person", first, head, 1.7, (places[0], places[0]))
     if note.is_male is None or text.named_relative < sentence.last:
         return
     wrong = _FEMALE if note.is_male else _MALE
@@ -284,18 +286,16 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
             return
 
 
-def drug_findings(
-    sentence: Sentence, generic_name: Callable[[str], str | None] | None, note_drugs: set
-) -> Iterator[Finding]:
-    """Drugs that the note does not name, under this or (with `generic_name`) another name."""
-    text = sentence.summary
+def drug_findings(sentence: Sentence) -> Iterator[Finding]:
+    """Drugs, known by their endings, that the note does not name."""
+    words = sentence.summary.words
     for index in range(sentence.first, sentence.last):
-        word = text.words[index]
-        if not is_telling(word) or word in _NO_DRUGS or len(word) < 5 or sentence.note.has(text, index):
-            continue
-        name = generic_name(word) if generic_name else word if _DRUG.fullmatch(word) else None
-        if name and name not in note_drugs:
+        is_drug = _DRUG.fullmatch(words[index]) and is_telling(words[index]) and words[index] not in _NO_DRUGS
+        if is_drug and not sentence.note.has(sentence.summary, index):
             yield sentence.finding("drug", index, index, 2.0)
 
 
-RULES = (marker_findings, quantity_findings, polarity_findings, certainty_findings, person_findings)
+RULES = (
+    *(marker_findings, quantity_findings, polarity_findings),
+    *(certainty_findings, person_findings, drug_findings),
+)

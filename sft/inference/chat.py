@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from sft.cli import InputError, RunError, is_terminal, log, visible
 from sft.data.text import decode_bytes
 from sft.inference.notes import split_text
-from sft.inference.results import failure, to_json
+from sft.inference.results import describe_finding, failure, to_json
 from sft.options import InferenceConfig, number
 
 HELP = """\
@@ -233,9 +233,11 @@ def show_evidence(result: dict) -> str:
 
 
 def log_result(result: dict, seconds: float) -> None:
-    """Logs timing and warnings of one summary."""
+    """Logs timing, warnings and findings of one summary."""
     prompt = f"{result['n_prompt_tokens']:,} prompt tokens"
     new = f"{result['n_new_tokens']} new in {seconds:.1f} s, {result['n_new_tokens'] / seconds:.0f}/s"
     log(f"({prompt}, {new}; confidence {result['confidence']:.2f})")
     for warning in result["warnings"]:
         log(f"warning: {warning}")
+    for finding in result.get("findings", ()):
+        log(f"check: {finding['kind']}: {describe_finding(finding)}", is_colored=True)

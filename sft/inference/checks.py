@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sft.cli import InputError, is_terminal, log, processes
 from sft.files import check_new_file
@@ -31,6 +32,13 @@ def check_files(config: InferenceConfig) -> list[Note] | None:
         raise InputError("--one_note has no effect with --clinical_note, which is one", "leave it out")
     if config.resume and not config.output_file:
         raise InputError("--resume requires --output_file", "specify the file to continue with --output_file")
+    if (config.max_risk is None) != (config.review_file is None) or (
+        config.review_file and not config.output_file
+    ):
+        fix = "give all three: summaries with a higher risk go to --review_file, the others to --output_file"
+        raise InputError("--max_risk, --review_file and --output_file belong together", fix)
+    if config.review_file and Path(config.review_file).resolve() == Path(config.output_file).resolve():
+        raise InputError("--review_file is --output_file", "name another file")
     if config.json and config.output_file:
         raise InputError("--json is for standard output", "leave it out: a .jsonl file has complete results")
     if config.json and is_conversation(config) and is_terminal(sys.stdin):
@@ -60,7 +68,7 @@ def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note]
     """What two runs must share for their files of summaries to be the same: hashes and settings, no text."""
     from sft.model.base import pick_device
 
-    names = "max_new_tokens temperature max_length no_merge use_8bit use_4bit".split()
+    names = "max_new_tokens temperature max_length no_merge use_8bit use_4bit max_risk review_file".split()
     dtype = str(pick_device(config.device, config.dtype).dtype)
     # In fewer bits other batches now and then give other words; greedy summaries do not depend on a seed
     names += ["batch_size"] if dtype != "torch.float32" or config.use_8bit or config.use_4bit else []

@@ -8,6 +8,7 @@ confidence now and then: a window that was interrupted is therefore computed aga
 changed, and its finished summaries stay as they are, so that a resumed file is identical to the byte."""
 
 import contextlib
+import filecmp
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import IO
 
 from sft.cli import (
     InputError,
@@ -30,7 +32,7 @@ from sft.cli import (
 )
 from sft.files import check_new_file, lock, sync_dir, write_json
 from sft.inference.notes import Note
-from sft.inference.results import csv_columns, csv_row, format_result, kinds_of, to_json
+from sft.inference.results import csv_columns, csv_row, format_result, kinds_of, needs_review, to_json
 from sft.options import InferenceConfig
 
 # Batches between two windows: their ends, when the batch is no longer full, cost little
@@ -192,18 +194,24 @@ def existing_partials(target: Path) -> list[Path]:
     return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
 
 
-def check_output(output_file: str, resume: bool, fingerprint: Callable[[], dict]) -> Counter | None:
-    """The counts of the output file if it is complete already. Raises InputError if it cannot be written, or
-    is another run's."""
+def check_output(
+    output_file: str, resume: bool, fingerprint: Callable[[], dict], review_file: str | None = None
+) -> Counter | None:
+    """The counts of the output file if it is complete already. Raises InputError if it, or `review_file`,
+    cannot be written, or is another run's."""
     target = Path(output_file)
     if target.is_symlink():
         raise InputError(f"--output_file {target} is a symbolic link", "name the file that it points to")
     if resume and target.is_file():
         return _check_complete(target, fingerprint())
     check_new_file("--output_file", output_file, (".jsonl", ".csv"))
+    # One that a killed run left is compared at the end with what this run would write
+    if not (resume and existing_partials(target)):
+        check_new_file("--review_file", review_file, (".jsonl", ".csv"))
     # The names of the partial files and their records must fit too
-    if len(os.fsencode(target.name)) > 200:
-        raise InputError("--output_file: the name is too long", "choose one of at most 200 bytes")
+    for option_name, path in (("--output_file", target), ("--review_file", Path(review_file or ""))):
+        if len(os.fsencode(path.name)) > 200:
+            raise InputError(f"{option_name}: the name is too long", "choose one of at most 200 bytes")
     rank, n_processes = processes()
     expected = {partial_path(target, i, n_processes) for i in range(n_processes)}
     others = [path for path in existing_partials(target) if path not in expected]
@@ -234,36 +242,58 @@ def _check_complete(target: Path, fingerprint: dict) -> Counter:
     return counts
 
 
-def join_partials(partials: list[Path], target: Path, fingerprint: dict) -> Counter:
-    """Writes the results of complete partial files, in the order of the notes, to `target`, which appears
-    whole or not at all, after its record; returns their counts. Raises InputError if another file has
-    appeared there."""
-    if target.exists():
-        fix = "rename or move it, then run the same command with --resume to continue"
-        raise InputError(f"{target} has appeared while its summaries were written", fix)
+def join_partials(partials: list[Path], config: InferenceConfig, fingerprint: dict) -> Counter:
+    """Writes the results of complete partial files, in the order of the notes, to config.output_file, and
+    those that a person should review to config.review_file. Both appear whole or not at all, the output last,
+    after its record; returns the counts. Raises InputError if another file has appeared there."""
+    targets = [Path(name) for name in (config.output_file, config.review_file) if name]
+    joined = [target.with_name(f".{target.name}.joined") for target in targets]
     counts = Counter()
-    joined = target.with_name(f".{target.name}.joined")
-    joined.unlink(missing_ok=True)
-    descriptor = os.open(joined, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    kind = target.suffix.lower()
     try:
-        with open(descriptor, "w", encoding="utf-8", errors="replace", newline="") as out:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(_new_private_file(path)) for path in joined]
             for result in _in_order(partials):
-                if kind == ".csv" and not counts:
-                    # Excel takes a file for UTF-8 only with the mark
-                    out.write("\ufeff" + csv_row(csv_columns(result)))
-                out.write(format_result(result, kind))
-                counts.update(kinds_of(result))
-            out.flush()
-            os.fsync(out.fileno())
-        write_json(done_path(target), {**fingerprint, "counts": counts})
-        os.replace(joined, target)
+                is_first = not counts
+                is_for_review = needs_review(result, config.max_risk)
+                counts.update([*kinds_of(result), *["for review"] * is_for_review])
+                for file, target, is_here in zip(files, targets, (not is_for_review, is_for_review)):
+                    kind = target.suffix.lower()
+                    if kind == ".csv" and is_first:
+                        # Excel takes a file for UTF-8 only with the mark
+                        file.write("\ufeff" + csv_row(csv_columns(result)))
+                    if is_here:
+                        file.write(format_result(result, kind))
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        _put_in_place(joined, targets, {**fingerprint, "counts": counts})
     finally:
-        joined.unlink(missing_ok=True)
-    sync_dir(target.parent, with_files=False)
+        for path in joined:
+            path.unlink(missing_ok=True)
+    for target in targets:
+        sync_dir(target.parent, with_files=False)
     for partial in partials:
         partial.unlink()
     return counts
+
+
+def _new_private_file(path: Path) -> IO[str]:
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    return open(descriptor, "w", encoding="utf-8", errors="replace", newline="")
+
+
+def _put_in_place(joined: list[Path], targets: list[Path], record: dict) -> None:
+    """Gives complete files their names, the output's last. A review file with the same content is what an
+    interrupted run left. Raises InputError, before anything is changed, for any other file there."""
+    output = targets[0]
+    for new, target in zip(joined, targets):
+        if target.exists() and (target == output or not filecmp.cmp(new, target, shallow=False)):
+            fix = "rename or move it, then run the same command with --resume to continue"
+            raise InputError(f"{target} has appeared while its summaries were written", fix)
+    write_json(done_path(output), record)
+    for new, target in reversed(list(zip(joined, targets))):
+        os.replace(new, target)
 
 
 def _in_order(partials: list[Path]) -> Iterator[dict]:
@@ -320,9 +350,9 @@ def summarize_file(
     finally:
         out.close()
     rate = f"; {(len(numbers) - n_before) / (time.perf_counter() - started):.2f} notes/s"
-    counts = out.counts if not target else _join(target, fingerprint)
+    counts = out.counts if not target else _join(config, fingerprint)
     if rank == 0:
-        report(counts, rate if n_processes == 1 else "", target, config.fail_on_error)
+        report(counts, rate if n_processes == 1 else "", config)
 
 
 def _write_windows(
@@ -358,30 +388,38 @@ def _write_windows(
         progress.close()
 
 
-def report(counts: Counter, rate: str, target: Path | None, fail_on_error: bool) -> None:
+def report(counts: Counter, rate: str, config: InferenceConfig) -> None:
     """Logs what came of the notes, by kind. Raises RunError as `summarize_file` says."""
     n_failed = counts["failed"]
     shortened = f"{counts['note shortened']:,} of the notes shortened"
     done = f"{plural(counts['done'], 'note')} summarized ({shortened})"
-    why = ' (see "error")' if target and n_failed else ""
-    written = f"; written to {target}" if target else ""
-    for kind in sorted(counts.keys() - {"done", "failed"}):
+    why = ' (see "error")' if config.output_file and n_failed else ""
+    written = f"; written to {config.output_file}" if config.output_file else ""
+    for kind in sorted(counts.keys() - {"done", "failed", "flagged", "for review"}):
         log(f"warning: {plural(counts[kind], 'note')}: {kind}")
+    if counts["flagged"]:
+        share = counts["flagged"] / counts["done"]
+        log(f"The check flagged {counts['flagged']:,} of {counts['done']:,} summaries ({share:.0%})")
+    if config.review_file:
+        why_there = (
+            f"with a check_risk above {config.max_risk:g}, or not checked, are in {config.review_file}"
+        )
+        log(f"{counts['for review']:,} of the summaries, {why_there}")
     log(f"{done}, {n_failed:,} failed{why}{rate}{written}")
-    if n_failed and (fail_on_error or not counts["done"]):
+    if n_failed and (config.fail_on_error or not counts["done"]):
         n = f"all {plural(n_failed, 'note')}" if not counts["done"] else plural(n_failed, "note")
         raise RunError(f"{n} failed", 'see "error" in the output for the reasons')
 
 
-def _join(target: Path, fingerprint: dict) -> Counter:
+def _join(config: InferenceConfig, fingerprint: dict) -> Counter:
     """Joins the partial files of all processes, on the first of them."""
     rank, n_processes = processes()
     if n_processes > 1:
         _wait_for_all()
     if rank > 0:
         return Counter()
-    partials = [partial_path(target, i, n_processes) for i in range(n_processes)]
-    return join_partials(partials, target, fingerprint)
+    partials = [partial_path(Path(config.output_file), i, n_processes) for i in range(n_processes)]
+    return join_partials(partials, config, fingerprint)
 
 
 def _wait_for_all() -> None:

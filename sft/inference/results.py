@@ -8,19 +8,23 @@ import json
 import math
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
 from sft.cli import is_terminal, plural, preview_list, visible
 from sft.data.formats import describe_problem, strip_markup
 from sft.data.text import clean_text, is_blank
+from sft.grounding.check import PreparedNote
 from sft.grounding.citations import parse_citations, strip_citations, unreadable_citations
-from sft.grounding.numbers import unsupported_numbers
 from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 from sft.inference.endings import ended_text
 
 RESULT_COLUMNS = (
-    "generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings evidence made_by error"
+    "generated_summary check_score check_risk n_findings confidence finish_reason n_prompt_tokens n_new_tokens "
+    "warnings findings support evidence made_by error"
 ).split()
+_LONGEST_NOTE = 1_000_000  # characters that are checked: a second, 100 MB, and far more than a prompt holds
 OUT_OF_MEMORY = "out of memory on this note"
 COMPUTED_NAN = "the model computed NaN (not a number)"
 FIXES = {
@@ -50,6 +54,11 @@ def failure(reason: str) -> dict:
     return {
         "generated_summary": "",
         "evidence": [],
+        "check_score": None,
+        "check_risk": None,
+        "findings": [],
+        "n_findings": {},
+        "support": [],
         "confidence": None,
         "warnings": [],
         "n_prompt_tokens": None,
@@ -70,20 +79,53 @@ def make_result(
     summary, ending = ended_text(sequence, functools.partial(tokenizer.decode, skip_special_tokens=True))
     warnings = prompt_warnings + ending
     evidence = parse_citations(summary, note, sentence_version)
+    checked = check_result(note, summary, sentence_version)
+    warnings += summary_warnings(summary, evidence)
+    if summary and checked["check_score"] is None:
+        warnings.append("not checked against the note: the check reads English only")
     return {
         "generated_summary": summary,
         "evidence": evidence,
+        **checked,
         "confidence": round(math.exp(sum(sequence.log_probs) / n_new_tokens), 4),
-        "warnings": warnings + summary_warnings(summary, note, evidence),
+        "warnings": warnings,
         "n_prompt_tokens": len(sequence.prompt),
         "n_new_tokens": n_new_tokens,
         "finish_reason": sequence.finish_reason,
     }
 
 
-def summary_warnings(summary: str, note: str, evidence: Sequence[dict]) -> list[str]:
-    """What is wrong with a summary, as far as its text, its citations and the note's text show. A warning is
-    a kind, or "KIND: details"."""
+def check_result(note: str, summary: str, sentence_version: int = SENTENCE_VERSION) -> dict:
+    """What the check of a summary found (see sft.grounding): its keys of a result. In another language than
+    English, nothing is checked, and score and risk are None."""
+    check = PreparedNote(note[:_LONGEST_NOTE], sentence_version).check(summary)
+    is_checked = check.language == "en"
+    return {
+        "check_score": round(check.score, 4) if is_checked else None,
+        "check_risk": round(check.risk, 4) if is_checked else None,
+        "findings": [asdict(finding) for finding in check.findings],
+        "n_findings": dict(Counter(finding.kind for finding in check.findings)),
+        "support": [sentence.support for sentence in check.sentences],
+    }
+
+
+def describe_finding(finding: dict) -> str:
+    """ "says 'left knee'; the note says 'right' (S4)": a finding in plain words, with the texts' own."""
+    says = f"'{' '.join(finding['says'].split())}'"
+    if finding["kind"] == "citation":
+        return f"cites {says}, which does not support the words before it"
+    if finding["note_says"] is not None:
+        note_says = " ".join(finding["note_says"].split())
+        return f"says {says}; the note says '{note_says}' (S{finding['note_sentence']})"
+    return (
+        f"joins {says}, which the note keeps apart"
+        if finding["kind"] == "misplaced"
+        else f"not in the note: {says}"
+    )
+
+
+def summary_warnings(summary: str, evidence: Sequence[dict]) -> list[str]:
+    """What is wrong with a summary's form and citations. A warning is a kind, or "KIND: details"."""
     warnings = []
     if not summary:
         warnings.append("the model wrote nothing")
@@ -96,21 +138,30 @@ def summary_warnings(summary: str, note: str, evidence: Sequence[dict]) -> list[
     n_unreadable = len(unreadable_citations(summary))
     if n_unreadable:
         warnings.append(f"{plural(n_unreadable, 'citation')} cannot be read")
-    numbers = unsupported_numbers(summary, note)
-    if numbers:
-        warnings.append(f"states numbers that are not in the note: {preview_list(numbers)}")
     return warnings
 
 
 def kinds_of(result: dict) -> Iterator[str]:
-    """What is counted of a result: "done" or "failed", its error, and each kind of its warnings once."""
+    """What is counted of a result: "done" or "failed", "flagged", its error, and each kind of its warnings
+    and of its findings once."""
     yield "failed" if "error" in result else "done"
+    if result.get("n_findings"):
+        yield "flagged"
+    yield from (f"the check found: {kind}" for kind in result.get("n_findings", ()))
     if "error" in result:
         yield result["error"]
     yield from {
         re.sub(r"(?<![\w.])\d[\d,]*(?!\w)", "N", warning.partition(":")[0])
         for warning in result.get("warnings", [])
     }
+
+
+def needs_review(result: dict, max_risk: float | None) -> bool:
+    """Whether a person should review a summary: its risk is above `max_risk`, or it could not be checked."""
+    if max_risk is None or "error" in result:
+        return False
+    risk = result.get("check_risk")
+    return risk is None or risk > max_risk
 
 
 def to_json(value, stream=None) -> str:
