@@ -5,11 +5,23 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from sft.grounding.citations import strip_citations
 from sft.grounding.selector import Quoted
 from sft.grounding.sentences import split_sentences
-from sft.grounding.structure import content_stems, read_units
+from sft.grounding.shorthand import key, spell_out
+from sft.grounding.structure import Unit, read_units, shown_label
+from sft.grounding.words import TOKEN, is_telling, stem
 
-_COVERED = 0.65
+# Share of a summary sentence's telling words that its part must hold; a number must always stand there
+_COVERED = 0.7
+_MOST_SENTENCES = 3
+# Where a summary sentence may be cut in two, and what makes a sentence of a piece
+_IS = r"(?=(?:[\w’'-]+\s+){1,4}?(?:is|are|was|were|has|have|had|will)\b)"
+_CUT = re.compile(rf";\s+|,\s+(?:and|but|so)\s+{_IS}|\s+(?:and|but)\s+(?=(?:she|he|the|her|his)\s){_IS}")
+_TAIL = re.compile(r",\s|\s+(?:with|and|after|for|because|so)\s")
+_VERB = re.compile(
+    r"\b(?:is|are|was|were|has|have|had|will|shows?|takes?|starts?|started|continues?|reports?|admitted|came|remains?|needs?|\w{3,}ed)\b"
+)
 
 
 @dataclass(frozen=True)
@@ -23,46 +35,148 @@ class Part:
 
 
 def patient_line(note: str) -> str:
-    """The sentence that says who the patient is, cut to its opening words; "" if the note names no patient."""
+    """The clause that says who the patient is; "" if the note names no patient."""
     unit = next((unit for unit in read_units(note) if unit.names_patient), None)
-    return f"Patient: {re.split(r'[,;.]', unit.text, maxsplit=1)[0]}." if unit else ""
+    if unit is None:
+        return ""
+    clauses = re.split(r"[,;:.](?=\s|$)", unit.text)
+    named = next(
+        (clause for clause in clauses if re.search(r"yearold|\b(?:wo)?man\b", spell_out(clause))), clauses[0]
+    )
+    return f"Patient: {' '.join(named.split()[:14])}."
 
 
 def make_parts(note: str, quoted: Sequence[Quoted]) -> list[Part]:
-    """One part for each quoted sentence, with what it needs."""
+    """One part for each quoted sentence, with those that refer back to it or to which it refers."""
     line = patient_line(note)
+    units = read_units(note)
+    groups: list[list[Quoted]] = []
+    for one in quoted:
+        needs = units[one.note_sentences[-1] - 1].needs
+        is_needed = groups and needs in groups[-1][-1].note_sentences
+        if is_needed:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
     return [
-        Part(f"{line}\n{one.text}" if line else one.text, one.text, one.text, one.note_sentences)
-        for one in quoted
+        _part(line, " ".join(one.text for one in group), {n for one in group for n in one.note_sentences})
+        for group in groups
     ]
 
 
+def _part(line: str, source: str, numbers: Iterable[int]) -> Part:
+    is_named = not line or line[9:-1] in source
+    return Part(source if is_named else f"{line}\n{source}", source, source, tuple(sorted(numbers)))
+
+
+def _telling(text: str) -> set[str]:
+    """The words and numbers that a part must hold."""
+    words = TOKEN.findall(spell_out(text).lower())
+    return {
+        key(word) if word[0].isdigit() else stem(key(word))
+        for word in words
+        if word[0].isdigit() or is_telling(word)
+    }
+
+
 def training_pairs(note: str, summary: str) -> tuple[list[tuple[Part, str]], Counter]:
-    """Pairs of a part and the summary sentence that its words cover; what was left out, by reason."""
-    units = [unit for unit in read_units(note) if unit.kind == "sentence"]
-    stems = {unit.number: set(content_stems(f"{unit.label} {unit.text}")) for unit in units}
-    texts = {unit.number: unit.text for unit in units}
+    """Pairs of a part and the summary sentence that it covers; what was trimmed or left out, by reason."""
+    units = {unit.number: unit for unit in read_units(note) if unit.kind == "sentence"}
+    words = {number: _telling(f"{unit.label} {unit.text}") for number, unit in units.items()}
     line = patient_line(note)
-    pairs, left_out = [], Counter()
-    for sentence in split_sentences(summary):
-        words = set(content_stems(sentence))
-        left = set(words)
-        numbers = []
-        for _ in range(3):
-            best = max(stems, key=lambda number: len(stems[number] & left), default=None)
-            if best is None or not stems[best] & left:
-                break
-            numbers.append(best)
-            left -= stems[best]
-        if not words or len(left) > (1 - _COVERED) * len(words):
-            left_out["not covered"] += 1
-            continue
-        source = " ".join(texts[number] for number in sorted(numbers))
-        part = Part(f"{line}\n{source}" if line else source, source, source, tuple(sorted(numbers)))
-        pairs.append((part, sentence))
-    return pairs, left_out
+    known = _telling(line)
+    pairs, reasons = [], Counter()
+    for sentence in split_sentences(strip_citations(summary)):
+        pieces = _pieces(sentence)
+        for piece in pieces:
+            kept, numbers = _keep(piece, words, known)
+            if not kept:
+                reasons["left out: the note's sentences do not hold it"] += 1
+                continue
+            reasons["trimmed"] += kept != piece
+            sources = [_labeled(units[number]) for number in numbers]
+            pairs.append((_part(line, " ".join(sources), numbers), kept))
+    return pairs, +reasons
+
+
+def _pieces(sentence: str) -> list[str]:
+    """A sentence cut where its pieces are sentences too."""
+    pieces = [""]
+    end = 0
+    for cut in [*_CUT.finditer(sentence), None]:
+        piece = sentence[end : cut.start() if cut else len(sentence)]
+        pieces[-1] += piece
+        if cut and _VERB.search(pieces[-1]) and _VERB.search(sentence, cut.end()):
+            pieces.append("")
+        elif cut:
+            pieces[-1] += cut.group()
+        end = cut.end() if cut else end
+    return [piece[0].upper() + piece[1:].rstrip(" .,;") + "." for piece in pieces if piece.strip()]
+
+
+def _keep(piece: str, words: dict[int, set[str]], known: set[str]) -> tuple[str, list[int]]:
+    """The piece, or as much of its beginning as note sentences hold, and these; ("", []) if they do not."""
+    ends = [match.start() for match in _TAIL.finditer(piece)]
+    for end in [len(piece), *reversed(ends[-12:])]:
+        text = piece[:end].rstrip(" .,;") + "."
+        wanted = _telling(text) - known
+        numbers, left = _cover(wanted, words)
+        is_held = len(left) <= (1 - _COVERED) * len(wanted) and not any(word[0].isdigit() for word in left)
+        if numbers and is_held and (end == len(piece) or (_VERB.search(text[:-4]) and len(wanted) > 2)):
+            return text, numbers
+    return "", []
+
+
+def _cover(wanted: set[str], words: dict[int, set[str]]) -> tuple[list[int], set[str]]:
+    """Up to three note sentences that hold most of the words, and the words that none of them holds."""
+    left = wanted
+    numbers = []
+    for _ in range(_MOST_SENTENCES):
+        best = max(words, key=lambda number: (len(words[number] & left), -len(words[number])), default=0)
+        # One word more is no reason for one sentence more
+        if not best or len(words[best] & left) < (2 if numbers else 1):
+            break
+        numbers.append(best)
+        left = left - words[best]
+    return sorted(numbers), left
+
+
+def _labeled(unit: Unit) -> str:
+    label = shown_label(unit.label)
+    text = f"{label}: {unit.text}" if label else unit.text[:1].upper() + unit.text[1:]
+    return text if re.search(r"[.!?][\"”)]?$", text) else text.rstrip(" ,;:") + "."
 
 
 def learn_shorthand(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """The words that summaries use for a note's short forms, counted in (note, summary) rows."""
-    return {}
+    """What summaries write for a note's short forms, counted in (note, summary) rows.
+
+    A short form counts if its letters begin the words that stand for it (BP, blood pressure) or begin the word
+    (creat, creatinine), in two rows at least and in half of the rows where the note has it and the summary not.
+    """
+    seen, found = Counter(), {}
+    for note, summary in rows:
+        written = re.findall(r"[a-z]+", summary.lower())
+        lacking = {word.lower() for word in re.findall(r"\b[A-Za-z]{2,5}\b", note)} - set(written)
+        known = set(re.findall(r"[a-z]+", note.lower()))
+        phrases = set()
+        for i, word in enumerate(written):
+            phrases |= {
+                (word[:size], word) for size in range(2, 6) if len(word) > size + 1 and word not in known
+            }
+            for size in (2, 3):
+                phrase = written[i : i + size]
+                if len(phrase) == size and not known.issuperset(phrase):
+                    phrases.add(("".join(one[0] for one in phrase), " ".join(phrase)))
+        seen.update(lacking)
+        for short, long in phrases:
+            if short in lacking:
+                found.setdefault(short, Counter())[long] += 1
+    table = {
+        short: [
+            long
+            for long, n in sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+            if n > 1 and n >= seen[short] / 2
+        ]
+        for short, counts in sorted(found.items())
+    }
+    return {short: longs for short, longs in table.items() if longs}
