@@ -33,6 +33,7 @@ scopes: no not never neither cannot
 negations: none nor neg absent negative unlikely
 undone: stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead except until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned
 sides: left right both bilaterally family
+changes: ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse yesterday
 future: will plan planned tomorrow tonight due await awaiting awaited pending book booked to should would may might if once when aim target next request requested consider considered repeat
 commands: start stop continue increase reduce refer review return recheck order follow hold avoid switch arrange obtain perform proceed schedule give take check monitor keep remove send ring call discuss restart discharge admit add change commence complete wean transfer use for
 prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times
@@ -49,7 +50,9 @@ _WORDS["undone"] |= CONDITIONS | _WORDS["turns"]
 _OTHERS = _WORDS["others"] | frozenset(KIN) | frozenset(GENERAL_KIN)
 # A denial, doubt or condition reaches over what follows; without any of the guards, what stays would say more
 _SCOPES = _WORDS["scopes"] | HEDGES | CONDITIONS
-_GUARDS = frozenset().union(_SCOPES, _OTHERS, *(_WORDS[name] for name in ("negations", "undone", "sides")))
+_GUARDS = frozenset().union(
+    _SCOPES, _OTHERS, *(_WORDS[name] for name in ("negations", "undone", "sides", "changes"))
+)
 _GUARDS |= set(map(key, _GUARDS))
 _BREAKS = frozenset(", ; : . ( ) - – — / ! ? \n".split(" "))
 _AUXILIARY = _WORDS["be"] | _WORDS["have"]
@@ -193,25 +196,26 @@ def _clauses(part: str, source: _Read) -> list[_Clause]:
         clauses.append(_Clause(index, index + 1, sentence, leans))
     lines = re.split(r"(?<=[.;?!])\s+|\n", part)
     labels = [match[1] for line in lines if (match := _LABEL.match(line))]
-    before = None
+    before, is_plan = None, False
     for clause in clauses:
         content = source.content[clause.first : clause.last]
         clause.words = frozenset(content) | frozenset(source.gaps[clause.first])
         is_first = before is None or before.sentence != clause.sentence
         if is_first and labels and ":" in source.gaps[clause.last]:
             clause.label = labels.pop(0)
-        clause.leans = clause.leans or not (is_first or _stands_alone(content, before))
-        is_plan = before is not None and before.is_plan and (not is_first or "plan" in topic_of(before.label))
-        clause.is_plan = "plan" in topic_of(clause.label) or is_plan or _says_plan(source, clause, content)
+        clause.leans = clause.leans or (before is not None and not _stands_alone(content, before, is_first))
+        is_plan = "plan" in topic_of(clause.label) if clause.label else is_plan
+        clause.is_plan = is_plan or _says_plan(source, clause, content)
         before = clause
     _spread_plans(clauses)
     return clauses
 
 
-def _stands_alone(content: list[str], before: _Clause) -> bool:
-    """Whether a clause after a comma says something without the one before it."""
-    if before.label or "yearold" in before.words:
-        return True
+def _stands_alone(content: list[str], before: _Clause, is_first: bool) -> bool:
+    """Whether a clause says something without the one before it, which ends with a comma, or its sentence."""
+    is_done = bool(_PARTICIPLE.fullmatch(content[0])) and content[0] not in _WORDS["own verbs"]
+    if is_first or before.label or "yearold" in before.words:
+        return not is_done or bool(before.label)
     leaning = _WORDS["prepositions"] | _WORDS["adverbs"] | _WORDS["turns"]
     if content[0][0].isdigit() or content[0] in leaning or _PARTICIPLE.fullmatch(content[0]):
         return False
@@ -295,11 +299,20 @@ def clauses_keep_their_heads(traced: _Traced) -> str:
 def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
     """What is left out may not limit what stays: a denial, a doubt, a side, a person, an end."""
     sentences = {traced.clauses[number].sentence for number in traced.kept}
+    kept = set(traced.kept)
     for number in traced.dropped():
         clause = traced.clauses[number]
         guards = clause.words & (_GUARDS if clause.sentence in sentences else _WORDS["undone"])
         if guards:
             return f"leaves out '{min(guards)}'"
+        if clause.sentence not in sentences or clause.label:
+            continue
+        # "In pregnancy, BP 160/90" and "warfarin 5 mg Monday, 3 mg Tuesday"
+        first, gap = traced.source.content[clause.first], set(traced.source.gaps[clause.first])
+        is_setting = number + 1 in kept and (gap & {"in", "on", "at"} or first in _WORDS["prepositions"])
+        is_value = number - 1 in kept and first[0].isdigit() and gap.isdisjoint(("of", "("))
+        if is_setting or is_value or any(re.fullmatch(r"(?:19|20)\d\d", word) for word in clause.words):
+            return f"leaves out '{first}', which belongs to what stays"
     return ""
 
 
@@ -344,7 +357,11 @@ def clauses_stay_apart(traced: _Traced) -> str:
             continue
         is_next = before is not None and before == step.clause - 1
         is_same = is_next and traced.clauses[before].sentence == traced.clauses[step.clause].sentence
-        needed = _PARTING | {"of"} | _WORDS["be"] if is_same else _BREAKS | {"and", "but", "while"}
+        needed = _PARTING if is_same else _BREAKS | {"and", "but", "while"}
+        if is_same and traced.clauses[before].label:
+            needed = needed | _WORDS["be"]
+        elif is_same and step.word[0].isdigit():
+            needed = needed | {"of"}
         if before is not None and not needed & step.new:
             return "runs two clauses together"
         before = step.clause
@@ -376,7 +393,7 @@ def verbs_keep_their_time(traced: _Traced) -> str:
     present, past = _WORDS["present"], _WORDS["past"]
     for step in traced.steps:
         was, now = step.old & (present | past), step.new & (present | past)
-        is_turned = (was and now and not was & now and bool(was & past) != bool(now & past)) or False
+        is_turned = was and now and bool(was & past) != bool(now & past)
         is_lost = (
             was & past and not now & past and not (step.word[0].isdigit() or _PARTICIPLE.fullmatch(step.word))
         )
