@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sft.grounding.citations import strip_citations
@@ -16,7 +16,7 @@ from sft.grounding.words import TOKEN, is_telling, stem
 _COVERED = 0.7
 _MOST_SENTENCES = 3
 # Where a summary sentence may be cut in two, and what makes a sentence of a piece
-_IS = r"(?=(?:[\w’'-]+\s+){1,4}?(?:is|are|was|were|has|have|had|will)\b)"
+_IS = r"(?=(?:[\w’'-]+\s+){1,6}?(?:is|are|was|were|has|have|had|will)\b)"
 _CUT = re.compile(rf";\s+|,\s+(?:and|but|so)\s+{_IS}|\s+(?:and|but)\s+(?=(?:she|he|the|her|his)\s){_IS}")
 _TAIL = re.compile(r",\s|\s+(?:with|and|after|for|because|so)\s")
 _VERB = re.compile(
@@ -122,7 +122,7 @@ def _keep(piece: str, words: dict[int, set[str]], known: set[str]) -> tuple[str,
         wanted = _telling(text) - known
         numbers, left = _cover(wanted, words)
         is_held = len(left) <= (1 - _COVERED) * len(wanted) and not any(word[0].isdigit() for word in left)
-        if numbers and is_held and (end == len(piece) or (_VERB.search(text[:-4]) and len(wanted) > 2)):
+        if numbers and is_held and (end == len(piece) or (_VERB.search(text[:-4]) and len(text.split()) > 4)):
             return text, numbers
     return "", []
 
@@ -148,35 +148,34 @@ def _labeled(unit: Unit) -> str:
 
 
 def learn_shorthand(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """What summaries write for a note's short forms, counted in (note, summary) rows.
+    """The words that summaries use for a note's short forms, counted in (note, summary) rows.
 
-    A short form counts if its letters begin the words that stand for it (BP, blood pressure) or begin the word
-    (creat, creatinine), in two rows at least and in half of the rows where the note has it and the summary not.
+    A short form is the first letters of two or three words (BP, blood pressure) or begins a word (creat,
+    creatinine). It counts in two rows at least, and in half of those where the note has it and the summary
+    does not.
     """
     seen, found = Counter(), {}
     for note, summary in rows:
         written = re.findall(r"[a-z]+", summary.lower())
-        lacking = {word.lower() for word in re.findall(r"\b[A-Za-z]{2,5}\b", note)} - set(written)
         known = set(re.findall(r"[a-z]+", note.lower()))
-        phrases = set()
-        for i, word in enumerate(written):
-            phrases |= {
-                (word[:size], word) for size in range(2, 6) if len(word) > size + 1 and word not in known
-            }
-            for size in (2, 3):
-                phrase = written[i : i + size]
-                if len(phrase) == size and not known.issuperset(phrase):
-                    phrases.add(("".join(one[0] for one in phrase), " ".join(phrase)))
+        lacking = {word for word in known if 2 <= len(word) <= 5}.difference(written)
         seen.update(lacking)
-        for short, long in phrases:
+        for short, long in {pair for i in range(len(written)) for pair in _short_forms(written, i, known)}:
             if short in lacking:
                 found.setdefault(short, Counter())[long] += 1
-    table = {
-        short: [
-            long
-            for long, n in sorted(counts.items(), key=lambda one: (-one[1], one[0]))
-            if n > 1 and n >= seen[short] / 2
-        ]
-        for short, counts in sorted(found.items())
-    }
-    return {short: longs for short, longs in table.items() if longs}
+    table = {}
+    for short, counts in sorted(found.items()):
+        longs = [long for long, n in sorted(counts.items()) if n > 1 and n >= seen[short] / 2]
+        table |= {short: longs} if longs else {}
+    return table
+
+
+def _short_forms(words: list[str], i: int, known: set[str]) -> Iterator[tuple[str, str]]:
+    """(short form, what it stands for) for the words that begin at i and that the note lacks."""
+    for size in (2, 3):
+        phrase = words[i : i + size]
+        if len(phrase) == size and not known.issuperset(phrase):
+            yield "".join(word[0] for word in phrase), " ".join(phrase)
+    # "Stopped" is not what "stop" is short for
+    if words[i] not in known and not re.search("(?:ed|ing|al|ion|s)$", words[i]):
+        yield from ((words[i][:size], words[i]) for size in range(2, 6) if len(words[i]) > size + 2)

@@ -1,32 +1,19 @@
-"""A note's shorthand and what it is spelled out as, so that "29F, 3/52" and "29-year-old, three weeks" compare equal."""
+"""Shorthand and what it stands for, so that "29F, 3/52" and "29-year-old, three weeks" compare equal."""
 
 import re
 from collections.abc import Mapping, Sequence
 
 # Short forms of any note, and what a summary may say for each; what has two meanings is not here
+_TABLE = """
+pt=patient|hx=history|dx=diagnosis|bp=blood pressure|hr=heart rate|rr=respiratory rate|temp=temperature|htn=hypertension
+c/o=complains of,complaining of,reports|sob=shortness of breath|cxr=chest x-ray,chest radiograph|abx=antibiotics
+bd bid=twice daily,twice a day|tds tid=three times daily,three times a day|qds qid=four times daily,four times a day
+prn=as needed|iv=intravenous,intravenously|po=by mouth,orally,oral|f/u=follow-up
+"""
 SHORTHAND = {
-    "pt": ["patient"],
-    "c/o": ["complains of", "complaining of", "reports"],
-    "hx": ["history"],
-    "dx": ["diagnosis"],
-    "bp": ["blood pressure"],
-    "hr": ["heart rate"],
-    "rr": ["respiratory rate"],
-    "sob": ["shortness of breath"],
-    "temp": ["temperature"],
-    "cxr": ["chest x-ray", "chest radiograph"],
-    "abx": ["antibiotics"],
-    "bd": ["twice daily", "twice a day"],
-    "bid": ["twice daily", "twice a day"],
-    "tds": ["three times daily", "three times a day"],
-    "tid": ["three times daily", "three times a day"],
-    "qds": ["four times daily", "four times a day"],
-    "qid": ["four times daily", "four times a day"],
-    "prn": ["as needed"],
-    "iv": ["intravenous", "intravenously"],
-    "po": ["by mouth", "orally", "oral"],
-    "f/u": ["follow-up"],
-    "htn": ["hypertension"],
+    short: words.split(",")
+    for shorts, words in (row.split("=") for row in re.split(r"[|\n]", _TABLE.strip()))
+    for short in shorts.split()
 }
 _SPELLED_OUT = [
     (re.compile(pattern), to)
@@ -56,13 +43,13 @@ _SAME = {word: str(n) for n, word in enumerate(_NUMBERS)} | {
     word: group.split()[0]
     for group in "woman lady female|man gentleman male|no without nil denies denied deny|hour hr hrs|minute min mins|"
     "week wk wks|month mo|year yr yrs|mcg micrograms microgram ug|ml mls|g gram grams|mg milligrams|% percent|"
-    "possible query suspected possibly|daily od|both bilateral|anymore longer".split("|")
+    "possible query suspected possibly|both bilateral|anymore longer".split("|")
     for word in group.split()
-    if word != "od"
 }
 
 
 def spell_out(text: str) -> str:
+    """The text with ages, sexes, sides, times and marks of shorthand in one form."""
     for pattern, to in _SPELLED_OUT:
         text = pattern.sub(to, text)
     return text
