@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import re
 import time
 
@@ -289,7 +290,7 @@ def test_exchanged_numbers_are_refused():
     n_tried = 0
     for quoted, note in quoted_parts():
         numbers = list(re.finditer(r"(?<![\w./,:-])\d+(?:\.\d+)?(?![\w./,:-]*\d)", quoted))
-        for first, second in zip(numbers, numbers[1:], strict=False):
+        for first, second in itertools.pairwise(numbers):
             if float(first[0]) != float(second[0]):
                 start, end = quoted[: first.start()], quoted[second.end() :]
                 swapped = start + second[0] + quoted[first.end() : second.start()] + first[0] + end
