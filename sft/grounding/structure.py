@@ -7,7 +7,7 @@ that it refers back to. `read_units` finds these, so that a sentence can be quot
 import functools
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sft.grounding.sentences import sentence_spans
 
@@ -95,7 +95,7 @@ class Unit:
     asked: int  # the question that it answers; 0: none
     needs: int  # the sentence that it refers back to; 0: none
     kind: str  # "sentence", "heading", "question" or "salutation"
-    topic: str  # of its label or heading: plan, diagnosis, reason, operation, family, review, or ""
+    topic: str  # of its label or heading: plan, diagnosis, reason, operation, family, review, end, or ""
     names_patient: bool
 
 
@@ -180,7 +180,20 @@ def read_units(note: str) -> list[Unit]:
         question = number if kind == "question" else 0
         for word in content_stems(body):
             last_with[word] = number
-    return units
+    return _mark_the_end(units, lines)
+
+
+def _mark_the_end(units: list[Unit], lines: list) -> list[Unit]:
+    """Last bullets without a heading, in the second half of a note, get the topic "end": they may be the plan."""
+    first = len(units)
+    for i in range(len(units) - 1, len(units) // 2 - 1, -1):
+        if units[i].kind == "heading" or units[i].topic:
+            break
+        if lines[i][1] > 0 or i == 0:
+            if not _BULLET.match(lines[i][0]):
+                break
+            first = i
+    return units[:first] + [replace(unit, topic="end") for unit in units[first:]]
 
 
 def _take_label(body: str, starts_line: bool) -> tuple[str, str]:
