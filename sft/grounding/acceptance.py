@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 from sft.grounding.citations import strip_citations
 from sft.grounding.parts import patient_line
-from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN
+from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, MARKERS
 from sft.grounding.shorthand import key, spell_out, use_short_forms
 from sft.grounding.structure import shown_label, topic_of
 from sft.grounding.words import TOKEN
 
 _LISTS = """
-articles: a an the this these
+articles: a an the
 present: is are has have
 past: was were had
 be: is are was were be been being
 have: has have had
 subject: he she they patient patients pt
 report: report reports reported complains presents presented presenting states stated
-joiners: and but with who which while although though however that
-turns: but although though however except
+joiners: and but with who which while although though however
+turns: but although though however except while when once
 light: his her their of in on at there also still currently " “ ” ‘ ’ *
 others: i me my mine we us our you your donor donors recipient relative relatives please kindly dr doctor doctors gp gps nurse nurses surgeon surgeons consultant team teams midwife physio therapist paramedic paramedics baby twin staff pharmacist dietitian radiologist oncologist cardiologist neurologist colleague
 scopes: no not never neither cannot
@@ -37,8 +37,8 @@ changes: ago last previous previously childhood after then later rising rose fel
 future: will plan planned tomorrow tonight due await awaiting awaited pending book booked to should would may might if once when aim target next request requested consider considered repeat
 commands: start stop continue increase reduce refer review return recheck order follow hold avoid switch arrange obtain perform proceed schedule give take check monitor keep remove send ring call discuss restart discharge admit add change commence complete wean transfer use for
 prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times
-adverbs: not now then later previously recently never subsequently again
-own verbs: tested developed collapsed vomited complained improved remained recovered noticed responded fainted tripped tolerated settled deteriorated survived slipped
+adverbs: last largest maximum not now then later previously recently never subsequently again
+own verbs: fell took drank woke tested developed collapsed vomited complained improved remained recovered noticed responded fainted tripped tolerated settled deteriorated survived slipped
 ahead: in at after every within
 times: minute hour day week fortnight month year
 male: he him his man boy mr
@@ -57,6 +57,7 @@ _GUARDS |= set(map(key, _GUARDS))
 _BREAKS = frozenset(", ; : . ( ) - – — / ! ? \n".split(" "))
 _AUXILIARY = _WORDS["be"] | _WORDS["have"]
 _PARTING = _WORDS["joiners"] | _WORDS["have"] | _BREAKS
+_PLACES = frozenset("of in on at".split())
 _ANEW = frozenset((";", ".", "but")) | _WORDS["subject"] | _AUXILIARY
 _FREE = _AUXILIARY.union(*(_WORDS[name] for name in ("articles", "subject", "report", "joiners", "light")))
 _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
@@ -214,12 +215,13 @@ def _clauses(part: str, source: _Read) -> list[_Clause]:
 def _stands_alone(content: list[str], before: _Clause, is_first: bool) -> bool:
     """Whether a clause says something without the one before it, which ends with a comma, or its sentence."""
     is_done = bool(_PARTICIPLE.fullmatch(content[0])) and content[0] not in _WORDS["own verbs"]
-    if is_first or before.label or "yearold" in before.words:
+    if is_first or before.label or ("yearold" in before.words and not before.leans):
         return not is_done or bool(before.label)
     leaning = _WORDS["prepositions"] | _WORDS["adverbs"] | _WORDS["turns"]
     if content[0][0].isdigit() or content[0] in leaning or _PARTICIPLE.fullmatch(content[0]):
         return False
-    return any(word[0].isdigit() or _PARTICIPLE.fullmatch(word) for word in content[1:])
+    # "BP 120/80, pulse 76", but not "HIV negative, hepatitis C positive, RNA awaited"
+    return all(any(word[0].isdigit() for word in words) for words in (content[1:], before.words))
 
 
 def _says_plan(source: _Read, clause: _Clause, content: list[str]) -> bool:
@@ -310,6 +312,10 @@ def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
         # "In pregnancy, BP 160/90" and "warfarin 5 mg Monday, 3 mg Tuesday"
         first, gap = traced.source.content[clause.first], set(traced.source.gaps[clause.first])
         is_setting = number + 1 in kept and (gap & {"in", "on", "at"} or first in _WORDS["prepositions"])
+        # "If febrile and neutropenic", "no rash with fever"
+        scopes = traced.clauses[number - 1].words & _SCOPES if number - 1 in kept else frozenset()
+        if clause.leans and scopes and (scopes & CONDITIONS or "," not in gap):
+            return f"leaves out what belongs to '{min(scopes)}'"
         is_value = number - 1 in kept and first[0].isdigit() and gap.isdisjoint(("of", "("))
         if is_setting or is_value or any(re.fullmatch(r"(?:19|20)\d\d", word) for word in clause.words):
             return f"leaves out '{first}', which belongs to what stays"
@@ -318,22 +324,25 @@ def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
 
 def labels_stay_labels(traced: _Traced) -> str:
     """A label is no fact: it stands before its colon, or goes if it only names a part of the note."""
-    kept = set(traced.kept)
+    place = {number: position for position, number in enumerate(traced.kept)}
     for number, clause in enumerate(traced.clauses):
+        if not clause.label:
+            continue
+        labeled = [n for n in traced.kept if n > number and traced.clauses[n].sentence == clause.sentence]
         topic = topic_of(clause.label)
         names_part = (
             topic in ("diagnosis", "reason", "result", "plan", "exam") and "question" not in clause.words
         )
-        is_silent = names_part or not shown_label(clause.label) or clause.label[:1].isdigit()
-        if clause.label and number not in kept and number + 1 in kept and not is_silent:
+        is_silent = names_part or not shown_label(clause.label) or re.match(r"\d+[:.]", clause.label)
+        if labeled and number not in place and not is_silent:
             return f"leaves out the label '{clause.label}'"
-    for step, following in zip(traced.steps, [*traced.steps[1:], None], strict=True):
-        label = traced.clauses[step.clause].label
-        if not label or (following and following.clause == step.clause):
-            continue
-        is_next = following and following.clause == step.clause + 1
-        is_said = ":" in step.after or (topic_of(label) == "diagnosis" and step.after & _WORDS["be"])
-        if not is_next or not is_said:
+        is_moved = any(place[n] < place.get(number, -1) for n in labeled)
+        if is_moved or (number in place and traced.kept[place[number] + 1 :][:1] != [number + 1]):
+            return f"parts the label '{clause.label}' from what it stands before"
+    for step in traced.steps:
+        label = traced.clauses[step.clause - 1].label if step.begins and step.clause else ""
+        is_said = ":" in step.new or (topic_of(label) == "diagnosis" and step.new & _WORDS["be"])
+        if label and step.clause - 1 in place and not is_said:
             return f"tells the label '{label}' as a fact"
     return ""
 
@@ -347,10 +356,34 @@ def questions_stay_questions(traced: _Traced) -> str:
     return "asks what the note tells" if "?" in traced.written.words else ""
 
 
+def it_reads_as_a_sentence(traced: _Traced) -> str:
+    """Nothing dangles at its ends; the small words that show what belongs together stay."""
+    first, last = traced.steps[0], traced.written.gaps[-1]
+    starts = _WORDS["articles"] | _WORDS["subject"] | first.old | set('there his her their ( " “'.split())
+    if not starts.issuperset(traced.written.gaps[0][:1]) or any(
+        word in _FREE or word in ",;:" for word in last
+    ):
+        return "begins or ends in the middle"
+    for step in traced.steps:
+        gone, added = (step.old - step.new) & _PLACES, (step.new - step.old) & (_PLACES | _WORDS["subject"])
+        is_date = step.word[0].isdigit() or MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
+        if step is not first and not is_date and (gone or (added - {"of"} and not step.begins)):
+            return "small words changed inside a clause"
+    return ""
+
+
 def clauses_stay_apart(traced: _Traced) -> str:
     """Where a clause ended, the sentence has a mark or a joining word; inside a clause it adds none."""
     before = None
+    is_of_patient = bool(_WORDS["subject"] & set(traced.written.gaps[0]))
     for step in traced.steps:
+        named = before is not None and "yearold" in traced.clauses[before].words
+        is_of_patient = is_of_patient or named
+        added = step.new - step.old
+        can_have = step.new & _WORDS["subject"] or step.old & (_WORDS["report"] | _WORDS["have"]) or named
+        can_have = can_have or before is None or (is_of_patient and added & {"and", ","})
+        if (added & _WORDS["have"] and not can_have) or (added & {"who", "which"} and not named):
+            return "has one thing have or be another"
         if not step.begins:
             if step.new & _PARTING - {"\n"} and not step.old & (_PARTING | _WORDS["report"]):
                 return "joins or parts words inside a clause"
@@ -395,7 +428,10 @@ def verbs_keep_their_time(traced: _Traced) -> str:
         was, now = step.old & (present | past), step.new & (present | past)
         is_turned = was and now and bool(was & past) != bool(now & past)
         is_lost = (
-            was & past and not now & past and not (step.word[0].isdigit() or _PARTICIPLE.fullmatch(step.word))
+            was
+            and not now
+            and not (step.begins and was <= present)
+            and not (step.word[0].isdigit() or _PARTICIPLE.fullmatch(step.word))
         )
         if is_turned or is_lost:
             return "another tense than in the note"
@@ -412,6 +448,9 @@ def who_does_and_who_is_done_to_stay(traced: _Traced) -> str:
     subject, be, content = _WORDS["subject"], _WORDS["be"], traced.source.content
     for step in traced.steps:
         old, new = step.old, step.new
+        is_said = new & (_AUXILIARY | _WORDS["report"]) or step.word in _WORDS["own verbs"]
+        if new & subject and not old & subject and not is_said:
+            return "the patient for somebody else"
         if not _PARTICIPLE.fullmatch(step.word):
             continue
         is_last = step.index + 1 == traced.clauses[step.clause].last
@@ -420,13 +459,6 @@ def who_does_and_who_is_done_to_stay(traced: _Traced) -> str:
             old & be and not new & be and new & subject
         ):
             return "active for passive, or the other way round"
-        if (
-            new & subject
-            and not old & subject
-            and not new & _AUXILIARY
-            and step.word not in _WORDS["own verbs"]
-        ):
-            return "the patient for somebody else"
     return ""
 
 
@@ -442,6 +474,7 @@ RULES = (
     nothing_that_changes_it_is_dropped,
     labels_stay_labels,
     questions_stay_questions,
+    it_reads_as_a_sentence,
     clauses_stay_apart,
     denials_and_doubts_keep_their_reach,
     verbs_keep_their_time,

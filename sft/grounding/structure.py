@@ -184,7 +184,7 @@ def read_units(note: str) -> list[Unit]:
 
 
 def _mark_the_end(units: list[Unit], lines: list) -> list[Unit]:
-    """Last bullets without a heading, in the second half of a note, get the topic "end": they may be the plan."""
+    """Bullets without heading that end a note, in its second half, get the topic "end": perhaps its plan."""
     first = len(units)
     for i in range(len(units) - 1, len(units) // 2 - 1, -1):
         if units[i].kind == "heading" or units[i].topic:
