@@ -156,6 +156,8 @@ def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
     for number in traced.dropped():
         clause = traced.clauses[number]
         guards = clause.words & (GUARDS if clause.sentence in sentences else WORDS["undone"])
+        # After another person, "he" may be that one
+        guards |= clause.words & OTHERS if number < max(traced.kept) else frozenset()
         if guards:
             return f"leaves out '{min(guards)}'"
         if clause.sentence not in sentences or clause.label:
@@ -186,12 +188,7 @@ def labels_stay_labels(traced: _Traced) -> str:
         if not clause.label:
             continue
         labeled = [n for n in traced.kept if n > number and traced.clauses[n].sentence == clause.sentence]
-        topic = topic_of(clause.label)
-        names_part = (
-            topic in ("diagnosis", "reason", "result", "plan", "exam") and "question" not in clause.words
-        )
-        is_silent = names_part or not shown_label(clause.label) or re.match(r"\d+[:.]", clause.label)
-        if labeled and number not in place and not is_silent:
+        if labeled and number not in place and not _is_silent(traced, clause):
             return f"leaves out the label '{clause.label}'"
         is_moved = any(place[n] < place.get(number, -1) for n in labeled)
         if is_moved or (number in place and traced.kept[place[number] + 1 :][:1] != [number + 1]):
@@ -204,6 +201,18 @@ def labels_stay_labels(traced: _Traced) -> str:
         if label and step.clause - 1 in place and not is_said:
             return f"tells the label '{label}' as a fact"
     return ""
+
+
+def _is_silent(traced: _Traced, clause: Clause) -> bool:
+    """Whether a label may go: it only names a part of the note, or it is a time."""
+    topic = topic_of(clause.label)
+    if "plan" in topic:
+        # "Plan: insulin" is a plan by its label alone
+        return traced.source.content[clause.last] in WORDS["commands"]
+    if clause.words & {"question", "differential", "ddx"}:
+        return False
+    names_part = topic in ("diagnosis", "reason", "result", "exam")
+    return names_part or not shown_label(clause.label) or bool(re.match(r"\d+[:.]", clause.label))
 
 
 def questions_stay_questions(traced: _Traced) -> str:
