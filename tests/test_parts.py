@@ -30,8 +30,13 @@ def rows() -> list[tuple[str, str]]:
         (NOTE, "Patient: 71F."),
         (
             "Seen today. This is a 44-year-old man with gout, well.",
-            "Patient: This is a 44-year-old man with gout.",
+            "Patient: 44-year-old man.",
         ),
+        (
+            "8-year-old boy, mother in the room. Her sister is a 30-year-old nurse.",
+            "Patient: 8-year-old boy.",
+        ),
+        ("Her sister is a 30-year-old nurse. Cough.", ""),
         ("Cough. Fever.", ""),
         ("", ""),
     ],

@@ -9,6 +9,7 @@ that a needless refusal costs style and nothing else. Time is linear in the leng
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sft.grounding.citations import strip_citations
 from sft.grounding.clauses import (
@@ -232,6 +233,8 @@ def it_reads_as_a_sentence(traced: _Traced) -> str:
         word in FREE or word in ",;:" for word in last
     ):
         return "begins or ends in the middle"
+    if any(one == two and one.isalpha() for gap in traced.written.gaps for one, two in pairwise(gap)):
+        return "says a word twice"
     for step in traced.steps:
         gone, added = (step.old - step.new) & PLACES, (step.new - step.old) & (PLACES | WORDS["subject"])
         is_date = step.word[0].isdigit() or MARKERS.get(step.word, ("",))[0] in ("weekday", "month")

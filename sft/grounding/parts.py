@@ -18,6 +18,10 @@ _MOST_SENTENCES = 3
 # Where a summary sentence may be cut in two, and what makes a sentence of a piece
 _IS = r"(?=(?:[\w’'-]+\s+){1,6}?(?:is|are|was|were|has|have|had|will)\b)"
 _CUT = re.compile(rf";\s+|,\s+(?:and|but|so)\s+{_IS}|\s+(?:and|but)\s+(?=(?:she|he|the|her|his)\s){_IS}")
+_WHO = re.compile(
+    r"\b\d{1,3}(?:[\s-](?:year|yr|month|week|day)s?[\s-]old|\s?y/?o\b|\s?y\b|\s?[FM]\b)(?:[\s/]*\b(?:F|M|(?!(?:with|who|whose|in|"
+    r"on|of|for|after|came|has|had|is|was|from|and|to|at|by|under|presents|presenting|seen)\b|\w+ed\b)[a-z-]+)\b){0,3}"
+)
 _TAIL = re.compile(r",\s|\s+(?:with|and|after|for|because|so)\s")
 _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|had|will|shows?|takes?|starts?|started|continues?|reports?|admitted|came|remains?|needs?|\w{3,}ed)\b"
@@ -35,15 +39,11 @@ class Part:
 
 
 def patient_line(note: str) -> str:
-    """The clause that says who the patient is; "" if the note names no patient."""
-    unit = next((unit for unit in read_units(note) if unit.names_patient), None)
-    if unit is None:
-        return ""
-    clauses = re.split(r"[,;:.](?=\s|$)", unit.text)
-    named = next(
-        (clause for clause in clauses if re.search(r"yearold|\b(?:wo)?man\b", spell_out(clause))), clauses[0]
-    )
-    return f"Patient: {' '.join(named.split()[:14])}."
+    """Who the patient is as the note has it, "Patient: 44-year-old teacher."; "" if it names no patient."""
+    text = next((unit.text for unit in read_units(note) if unit.names_patient), "")
+    named = _WHO.search(text)
+    who = named[0] if named else " ".join(re.split(r"[,;:.](?=\s|$)", text, maxsplit=1)[0].split()[:8])
+    return f"Patient: {who}." if who else ""
 
 
 def make_parts(note: str, quoted: Sequence[Quoted]) -> list[Part]:

@@ -45,7 +45,7 @@ _SAME = {word: str(n) for n, word in enumerate(_NUMBERS)} | {
     word: group.split()[0]
     for group in "woman lady female|man gentleman male|no without nil denies denied deny|hour hr hrs|minute min mins|"
     "week wk wks|month mo|year yr yrs|mcg micrograms microgram ug|ml mls|g gram grams|mg milligrams|% percent|"
-    "possible query suspected possibly|both bilateral|anymore longer".split("|")
+    "possible query suspected possibly|both bilateral|anymore longer|show showed".split("|")
     for word in group.split()
 }
 

@@ -166,7 +166,9 @@ def read_units(note: str) -> list[Unit]:
         heading = problem or section
         topic = topic_of(label) or topic_of(names.get(problem, "")) or topic_of(names.get(section, ""))
         kind = _kind(body, topic)
-        names_patient = bool(_NAMES_PATIENT.search(text)) and not _KIN.search(text[:25])
+        named = _NAMES_PATIENT.search(text)
+        # "8-year-old boy, mother in the room", but not "Her sister is a 30-year-old nurse"
+        names_patient = bool(named) and not _KIN.search(text[max(0, named.start() - 15) : named.start()])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
         needs = 0 if starts_line and bullet else _refers_to(body, units, last_with)
         # "My sister had one. Me, never." and "X-ray of the knee is unremarkable. No fractures."
