@@ -13,7 +13,7 @@ from sft.grounding.structure import Unit, read_units, shown_label
 from sft.grounding.words import TOKEN, is_telling, stem
 
 # Share of a summary sentence's telling words that its part must hold; a number must always stand there
-_COVERED = 0.7
+_COVERED = 0.85
 _MOST_SENTENCES = 3
 # Where a summary sentence may be cut in two, and what makes a sentence of a piece
 _IS = r"(?=(?:[\w’'-]+\s+){1,6}?(?:is|are|was|were|has|have|had|will)\b)"

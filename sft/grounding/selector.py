@@ -141,7 +141,6 @@ class _Note:
                 "very short": float(len(stems) < 3),
                 "number": float(any(word[0].isdigit() for word in stems)),
                 "recurs": sum(self.count[word] > 1 for word in stems) / max(len(stems), 1),
-                "sentences": min(n, 30) / 20,
             }
             row |= {f"cue {name}": float(name in self.cues[unit.number]) for name in _CUES}
             row |= {f"topic {name}": float(name in unit.topic) for name in _TOPICS}

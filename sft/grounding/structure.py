@@ -45,15 +45,8 @@ _SILENT = re.compile(
     r"assessment (and|&) plan|a/p|results?|instructions?|vitals.*|physical exam.*|exam(ination)?|findings?",
     re.IGNORECASE,
 )
-SPELLED_OUT = {
-    "p": "Plan",
-    "a": "Assessment",
-    "imp": "Impression",
-    "rx": "Treatment",
-    "dx": "Diagnosis",
-    "cc": "Chief complaint",
-    "pc": "Presenting complaint",
-}
+SPELLED_OUT = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis"}
+SPELLED_OUT |= {"cc": "Chief complaint", "pc": "Presenting complaint"}
 _FIRST_AGAIN = re.compile(
     r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|thereafter|"
     r"otherwise|however|but|(?:a )?similar|which|instead|again|nothing|none|another|later|not|never|afterward|afterwards|meanwhile|"
