@@ -209,6 +209,17 @@ def test_what_is_said_twice_is_quoted_once():
     assert quoted(note).count("66M") == 1
 
 
+def test_last_bullets_are_the_plan_where_something_is_to_be_done():
+    note = (
+        "67M, fall from a ladder this morning.\nCT head: small right subdural, no shift. GCS 15 throughout.\n"
+        "On apixaban for AF. He was a carpenter and likes football. Platelets 210.\nNo pain.\nSleeps well.\n"
+        "- neuro obs hourly\n- likes tea\n- repeat CT head at 24 h\n- wife to call if drowsy"
+    )
+    assert [unit.topic for unit in read_units(note)[-4:]] == ["end"] * 4
+    assert "Repeat CT head at 24 h." in quoted(note)
+    assert {m.kind for m in not_mentioned(note, ["67M fell."]) if "repeat CT" in m.text} == {"plan"}
+
+
 def test_a_time_goes_with_its_line():
     note = "10:50 Arrived, 4-year-old boy. Calm.\n10:58 Laryngospasm, silent chest. SpO2 81%.\n11:00 Propofol 10 mg IV."
     assert "10:58: Laryngospasm" in quoted(note)

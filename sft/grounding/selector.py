@@ -118,6 +118,11 @@ class _Note:
         self.cues = {unit.number: _cues(unit) for unit in self.sentences}
         self.count = Counter(word for words in self.stems.values() for word in words)
 
+    def is_plan(self, unit: Unit) -> bool:
+        """By its label or heading, or as one of the last bullets, if something is to be done."""
+        is_last_bullet = unit.topic == "end" and self.cues[unit.number] & {"action", "plan"}
+        return "plan" in unit.topic or bool(is_last_bullet and "past" not in self.cues[unit.number])
+
     def heading(self, unit: Unit) -> Unit | None:
         return self.units[unit.heading - 1] if unit.heading else None
 
@@ -136,7 +141,6 @@ class _Note:
                 "very short": float(len(stems) < 3),
                 "number": float(any(word[0].isdigit() for word in stems)),
                 "recurs": sum(self.count[word] > 1 for word in stems) / max(len(stems), 1),
-                "sentences": min(n, 30) / 20,
             }
             row |= {f"cue {name}": float(name in self.cues[unit.number]) for name in _CUES}
             row |= {f"topic {name}": float(name in unit.topic) for name in _TOPICS}
@@ -199,7 +203,7 @@ def not_mentioned(note: str, summary_sentences: Iterable[str]) -> list[NotMentio
             continue
         if any(not set(content_stems(drug)) & said for drug in _DOSE.findall(unit.text)):
             kind = "drug"
-        elif is_new and "plan" in unit.topic and "action" in cues:
+        elif is_new and read.is_plan(unit) and "action" in cues:
             kind = "plan"
         elif is_new and "finding" in cues and any(word[0].isdigit() for word in stems - said):
             kind = "abnormal"
@@ -288,7 +292,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     def speaking(units: list[Unit], *cues: str) -> list[Unit]:
         return [u for u in units if note.cues[u.number] & set(cues)]
 
-    plans = [u for u in sentences if "plan" in u.topic]
+    plans = [u for u in sentences if note.is_plan(u)]
     essential = [u.number for u in sentences[:1]]
     essential += [u.number for u in sentences if u.names_patient][:1]
     essential += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]

@@ -7,7 +7,7 @@ that it refers back to. `read_units` finds these, so that a sentence can be quot
 import functools
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sft.grounding.sentences import sentence_spans
 
@@ -45,15 +45,8 @@ _SILENT = re.compile(
     r"assessment (and|&) plan|a/p|results?|instructions?|vitals.*|physical exam.*|exam(ination)?|findings?",
     re.IGNORECASE,
 )
-SPELLED_OUT = {
-    "p": "Plan",
-    "a": "Assessment",
-    "imp": "Impression",
-    "rx": "Treatment",
-    "dx": "Diagnosis",
-    "cc": "Chief complaint",
-    "pc": "Presenting complaint",
-}
+SPELLED_OUT = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis"}
+SPELLED_OUT |= {"cc": "Chief complaint", "pc": "Presenting complaint"}
 _FIRST_AGAIN = re.compile(
     r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|thereafter|"
     r"otherwise|however|but|(?:a )?similar|which|instead|again|nothing|none|another|later|not|never|afterward|afterwards|meanwhile|"
@@ -95,7 +88,7 @@ class Unit:
     asked: int  # the question that it answers; 0: none
     needs: int  # the sentence that it refers back to; 0: none
     kind: str  # "sentence", "heading", "question" or "salutation"
-    topic: str  # of its label or heading: plan, diagnosis, reason, operation, family, review, or ""
+    topic: str  # of its label or heading: plan, diagnosis, reason, operation, family, review, end, or ""
     names_patient: bool
 
 
@@ -166,7 +159,9 @@ def read_units(note: str) -> list[Unit]:
         heading = problem or section
         topic = topic_of(label) or topic_of(names.get(problem, "")) or topic_of(names.get(section, ""))
         kind = _kind(body, topic)
-        names_patient = bool(_NAMES_PATIENT.search(text)) and not _KIN.search(text[:25])
+        named = _NAMES_PATIENT.search(text)
+        # "8-year-old boy, mother in the room", but not "Her sister is a 30-year-old nurse"
+        names_patient = bool(named) and not _KIN.search(text[max(0, named.start() - 15) : named.start()])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
         needs = 0 if starts_line and bullet else _refers_to(body, units, last_with)
         # "My sister had one. Me, never." and "X-ray of the knee is unremarkable. No fractures."
@@ -180,7 +175,20 @@ def read_units(note: str) -> list[Unit]:
         question = number if kind == "question" else 0
         for word in content_stems(body):
             last_with[word] = number
-    return units
+    return _mark_the_end(units, lines)
+
+
+def _mark_the_end(units: list[Unit], lines: list) -> list[Unit]:
+    """Bullets without heading that end a note, in its second half, get the topic "end": perhaps its plan."""
+    first = len(units)
+    for i in range(len(units) - 1, len(units) // 2 - 1, -1):
+        if units[i].kind == "heading" or units[i].topic:
+            break
+        if lines[i][1] > 0 or i == 0:
+            if not _BULLET.match(lines[i][0]):
+                break
+            first = i
+    return units[:first] + [replace(unit, topic="end") for unit in units[first:]]
 
 
 def _take_label(body: str, starts_line: bool) -> tuple[str, str]:

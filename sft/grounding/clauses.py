@@ -1,0 +1,183 @@
+"""The clauses of a part of a note, and which of them make up a sentence.
+
+A clause is what may be left out or moved as a whole. Each is marked with what it leans on: some clauses say
+something only after the one before them.
+"""
+
+import re
+from dataclasses import dataclass
+
+from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN
+from sft.grounding.shorthand import key, spell_out
+from sft.grounding.structure import topic_of
+from sft.grounding.words import TOKEN
+
+_LISTS = """
+articles: a an the
+present: is are has have
+past: was were had
+be: is are was were be been being
+have: has have had
+subject: he she they patient patients pt
+report: report reports reported complains presents presented presenting states stated
+joiners: and but with who which while although though however
+turns: but although though however except while when once
+light: his her their of in on at there also still currently " “ ” ‘ ’ *
+others: i me my mine we us our you your donor donors recipient relative relatives please kindly dr doctor doctors gp gps nurse nurses surgeon surgeons consultant team teams midwife physio therapist paramedic paramedics baby twin staff pharmacist dietitian radiologist oncologist cardiologist neurologist colleague
+scopes: no not never neither cannot
+negations: none nor neg absent negative unlikely
+undone: stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead except until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned
+sides: left right both bilaterally family
+changes: ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse yesterday
+future: will plan planned tomorrow tonight due await awaiting awaited pending book booked to should would may might if once when aim target next request requested consider considered repeat
+commands: start stop continue increase reduce refer review return recheck order follow hold avoid switch arrange obtain perform proceed schedule give take check monitor keep remove send ring call discuss restart discharge admit add change commence complete wean transfer use for
+prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times
+adverbs: last largest maximum not now then later previously recently never subsequently again
+own verbs: fell took drank woke tested developed collapsed vomited complained improved remained recovered noticed responded fainted tripped tolerated settled deteriorated survived slipped
+ahead: in at after every within
+times: minute hour day week fortnight month year
+male: he him his man boy mr
+female: she her hers woman girl mrs ms
+"""
+WORDS = {name: frozenset(words.split()) for name, words in re.findall("(.+): (.+)", _LISTS)}
+WORDS["undone"] |= CONDITIONS | WORDS["turns"]
+# What is said of or to anybody but the patient keeps every word
+OTHERS = WORDS["others"] | frozenset(KIN) | frozenset(GENERAL_KIN)
+# A denial, doubt or condition reaches over what follows; without any of the guards, what stays would say more
+SCOPES = WORDS["scopes"] | HEDGES | CONDITIONS
+GUARDS = frozenset().union(
+    SCOPES, OTHERS, *(WORDS[name] for name in ("negations", "undone", "sides", "changes"))
+)
+GUARDS |= set(map(key, GUARDS))
+BREAKS = frozenset(", ; : . ( ) - – — / ! ? \n".split(" "))
+AUXILIARY = WORDS["be"] | WORDS["have"]
+PARTING = WORDS["joiners"] | WORDS["have"] | BREAKS
+PLACES = frozenset("of in on at".split())
+FREE = AUXILIARY.union(*(WORDS[name] for name in ("articles", "subject", "report", "joiners", "light")))
+_LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
+PARTICIPLE = re.compile(
+    r"\w+ed|given|taken|seen|done|sent|held|told|found|shown|known|put|kept|begun|driven|drawn"
+)
+_MOST_CANDIDATES = 8
+
+
+class Reading:
+    """The content words of a text as keys, and the light words and marks before each and after the last."""
+
+    def __init__(self, text: str, free: frozenset[str]):
+        self.words: list[str] = []
+        self.content: list[str] = []
+        self.gaps: list[list[str]] = [[]]
+        for match in re.finditer(rf"\n|{TOKEN.pattern}", spell_out(text).lower()):
+            word = match.group()
+            self.words.append(key(word))
+            # "LMA in," ends with what it says
+            if word in BREAKS and self.gaps[-1] and self.gaps[-1][-1] in PLACES:
+                self.content.append(self.gaps[-1].pop())
+                self.gaps.append([])
+            if word in free or word in BREAKS:
+                self.gaps[-1].append(word)
+            else:
+                self.content.append(key(word))
+                self.gaps.append([])
+
+
+@dataclass
+class Clause:
+    """Some content words of the part that stand or fall together."""
+
+    first: int  # of its content words, in the part
+    last: int  # one past the last
+    sentence: int  # of the part, up to a full stop or semicolon
+    leans: bool  # it says nothing without the clause before it
+    words: frozenset[str] = frozenset()
+    label: str = ""  # the label that it is, as it stands
+    is_plan: bool = False
+
+
+def read_clauses(part: str, source: Reading) -> list[Clause]:
+    """The clauses of the part: cut at marks, at joining words and before "of 38.5"."""
+    clauses: list[Clause] = []
+    sentence = 0
+    for index, word in enumerate(source.content):
+        gap = set(source.gaps[index])
+        is_anew = index > 0 and not gap.isdisjoint(".;\n?!")
+        sentence += is_anew
+        if clauses and not gap & (BREAKS | WORDS["joiners"]) and not (word[0].isdigit() and "of" in gap):
+            clauses[-1].last = index + 1
+            continue
+        leans = index > 0 and not is_anew and (not gap & BREAKS or bool(gap & WORDS["joiners"] - {"and"}))
+        clauses.append(Clause(index, index + 1, sentence, leans))
+    lines = re.split(r"(?<=[.;?!])\s+|\n", part)
+    labels = [match[1] for line in lines if (match := _LABEL.match(line))]
+    before, is_plan = None, False
+    for clause in clauses:
+        content = source.content[clause.first : clause.last]
+        clause.words = frozenset(content) | frozenset(source.gaps[clause.first])
+        is_first = before is None or before.sentence != clause.sentence
+        if is_first and labels and ":" in source.gaps[clause.last]:
+            clause.label = labels.pop(0)
+        clause.leans = clause.leans or (before is not None and not _stands_alone(content, before, is_first))
+        is_plan = "plan" in topic_of(clause.label) if clause.label else is_plan
+        clause.is_plan = is_plan or _says_plan(source, clause, content)
+        before = clause
+    _spread_plans(clauses)
+    return clauses
+
+
+def _stands_alone(content: list[str], before: Clause, is_first: bool) -> bool:
+    """Whether a clause says something without the one before it, which ends with a comma, or its sentence."""
+    is_done = bool(PARTICIPLE.fullmatch(content[0])) and content[0] not in WORDS["own verbs"]
+    if is_first or before.label or ("yearold" in before.words and not before.leans):
+        return not is_done or bool(before.label)
+    leaning = WORDS["prepositions"] | WORDS["adverbs"] | WORDS["turns"]
+    if content[0][0].isdigit() or content[0] in leaning or PARTICIPLE.fullmatch(content[0]):
+        return False
+    # "BP 120/80, pulse 76", but not "HIV negative, hepatitis C positive, RNA awaited"
+    return all(any(word[0].isdigit() for word in words) for words in (content[1:], before.words))
+
+
+def _says_plan(source: Reading, clause: Clause, content: list[str]) -> bool:
+    """A command, a word for what is to come, or "at 2 and 4 weeks"."""
+    if content[0] in WORDS["commands"] or WORDS["future"] & set(content):
+        return True
+    for index in range(clause.first, clause.last):
+        after = set(source.content[index + 1 : index + 4])
+        before = {*source.gaps[index], *source.content[max(0, index - 1) : index]}
+        is_time = source.content[index][0].isdigit() and after & WORDS["times"] and "ago" not in after
+        if is_time and before & WORDS["ahead"]:
+            return True
+    return False
+
+
+def _spread_plans(clauses: list[Clause]) -> None:
+    """What one clause of a sentence plans, the whole sentence may."""
+    planned = {clause.sentence for clause in clauses if clause.is_plan}
+    for clause in clauses:
+        clause.is_plan = clause.sentence in planned
+
+
+def match_clauses(clauses: list[Clause], part: list[str], words: list[str]) -> list[int] | None:
+    """The clauses that make up the sentence, whole and each once; None if they do not."""
+    waiting: dict[str, list[int]] = {}
+    for number in range(len(clauses) - 1, -1, -1):
+        waiting.setdefault(part[clauses[number].first], []).append(number)
+    kept, used, position = [], set(), 0
+    while position < len(words):
+        following = kept[-1] + 1 if kept else 0
+        stack = waiting.get(words[position], [])
+        while stack and stack[-1] in used:
+            stack.pop()
+        # The next clause first, then the longest of a few
+        candidates = sorted(stack[-_MOST_CANDIDATES:], key=lambda n: clauses[n].first - clauses[n].last)
+        for number in [*range(following, min(following + 1, len(clauses))), *candidates]:
+            clause = clauses[number]
+            end = position + clause.last - clause.first
+            if number not in used and words[position:end] == part[clause.first : clause.last]:
+                break
+        else:
+            return None
+        kept.append(number)
+        used.add(number)
+        position = end
+    return kept
