@@ -17,7 +17,6 @@ import json
 import math
 import re
 import sys
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -84,50 +83,54 @@ def write_again(records: list[dict], notes: dict, models: dict[str, str], output
                 continue
             numbered = {notes[record["note"]][1]: record for record in group}
             texts = {number: notes[record["note"]][2] for number, record in numbered.items()}
-            for number, result in summarize(models[system], texts, temperature, seed):
-                record = numbered[number] | {"summary": result["generated_summary"]}
+            for number, summary in summarize(models[system], texts, temperature, seed):
                 n_written += 1
-                if fingerprint({"summary": record["summary"]}) == fingerprint(numbered[number]):
+                if fingerprint({"summary": summary}) == fingerprint(numbered[number]):
                     n_kept += 1
+                    record = numbered[number] | {"summary": summary}
                     file.write(json.dumps(record, ensure_ascii=False) + "\n")
     print(f"{n_written} summaries written, {n_kept} of them the ones that were read: kept")
 
 
-def summarize(model: str, texts: dict[int, str], temperature: float, seed: int) -> Iterator[tuple[int, dict]]:
-    """(number, result) of each note, by an adapter or by a base model with the toolkit's prompt."""
+def summarize(model: str, texts: dict[int, str], temperature: float, seed: int) -> Iterator[tuple[int, str]]:
+    """(number, summary) of each note, by an adapter or by a base model with the toolkit's prompt."""
+    if not (Path(model) / "adapter_config.json").is_file():
+        yield from summarize_untrained(model, texts, temperature, seed)
+        return
     from sft_inference import SFTInference
 
-    is_adapter = (Path(model) / "adapter_config.json").is_file()
-    specialist = SFTInference(model) if is_adapter else untrained(model)
-    yield from specialist.summarize(texts, MAX_NEW_TOKENS, temperature, batch_size=8, seed=seed)
+    results = SFTInference(model).summarize(texts, MAX_NEW_TOKENS, temperature, batch_size=8, seed=seed)
+    for number, result in results:
+        yield number, result["generated_summary"]
 
 
-def untrained(model: str):
-    """A base model with the toolkit's prompt and no adapter, as an SFTInference."""
-    import torch
-
+def summarize_untrained(
+    model: str, texts: dict[int, str], temperature: float, seed: int
+) -> Iterator[tuple[int, str]]:
+    """The same by a base model as it is, in the dtype of its file."""
     from sft.data.prompt import PromptEncoder, build_template
+    from sft.data.text import clean_text
+    from sft.inference.decoding import decode, enable_kv_cache
     from sft.model.base import load_base_model, load_tokenizer, pick_device, resolve_model
-    from sft_inference import SFTInference
+    from sft.model.kernels import PackedLinear, has_onednn, replace_linear_layers
 
-    class Untrained(SFTInference):
-        def __init__(self):
-            folder = resolve_model(model)
-            self.tokenizer = load_tokenizer(folder)
-            self.template = build_template(self.tokenizer)
-            self.encoder = PromptEncoder(self.tokenizer, self.template)
-            dtype = json.loads((folder / "config.json").read_text())["dtype"]
-            self.placement = pick_device("auto", dtype)
-            self.sft_config = {"merged": {}, "max_length": 10**9, "sha256": {"folder": folder.name}}
-            self.model = load_base_model(folder, self.placement.device, self.placement.dtype).eval()
-            self._quantization = None
-            self._read_limits(None)
-            self._merge(None)
-            self._choose_decoder()
-            self._turn = threading.Lock()
-
-    with torch.inference_mode():
-        return Untrained()
+    folder = resolve_model(model)
+    tokenizer = load_tokenizer(folder)
+    encoder = PromptEncoder(tokenizer, build_template(tokenizer))
+    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
+    placement = pick_device("auto", dtype)
+    base = load_base_model(folder, placement.device, placement.dtype).eval()
+    # As inference does with float32, so that both round alike
+    if dtype == "float32" and placement.device.type == "cpu" and has_onednn():
+        replace_linear_layers(base, PackedLinear)
+    enable_kv_cache(base)
+    stop_ids = encoder.template.stop_token_ids
+    prompts = {
+        number: encoder.prompt(encoder.encode_texts([clean_text(text)])[0]) for number, text in texts.items()
+    }
+    options = {"temperature": temperature, "batch_size": 8, "seed": seed}
+    for sequence in decode(base, prompts, MAX_NEW_TOKENS, stop_ids, **options):
+        yield sequence.index, tokenizer.decode(sequence.ids, skip_special_tokens=True).strip()
 
 
 # ------------------------------------------------------------------------------- figures
