@@ -36,6 +36,8 @@ def made_up(note, max_new_tokens, temperature, *, seed, on_text):
         "evidence": [EVIDENCE] if "fever" in note else [],
         "confidence": 0.5,
         "warnings": ["made up"],
+        "sentences": [],
+        "not_mentioned": [],
         "n_prompt_tokens": 1000,
         "n_new_tokens": 3,
     }
@@ -156,6 +158,7 @@ def summarize(note, max_new_tokens, temperature, *, seed, on_text):
     on_text(f"<{len(note)} characters, {note.count(chr(10))} line ends>")
     time.sleep(1.0 if note == "wait" else 0)
     result = {"confidence": 1, "warnings": [], "n_prompt_tokens": 1, "n_new_tokens": 1, "evidence": []}
+    result |= {"sentences": [], "not_mentioned": []}
     print(" done")
     return result
 with note_terminal(True):

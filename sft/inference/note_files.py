@@ -365,8 +365,11 @@ def report(counts: Counter, rate: str, target: Path | None, fail_on_error: bool)
     done = f"{plural(counts['done'], 'note')} summarized ({shortened})"
     why = ' (see "error")' if target and n_failed else ""
     written = f"; written to {target}" if target else ""
-    for kind in sorted(counts.keys() - {"done", "failed"}):
+    n_quoted, n_written = counts["sentence quoted"], counts["sentence written"]
+    for kind in sorted(counts.keys() - {"done", "failed", "sentence quoted", "sentence written"}):
         log(f"warning: {plural(counts[kind], 'note')}: {kind}")
+    if n_quoted or n_written:
+        log(f"{n_quoted:,} of {plural(n_quoted + n_written, 'sentence')} are the notes' own words")
     log(f"{done}, {n_failed:,} failed{why}{rate}{written}")
     if n_failed and (fail_on_error or not counts["done"]):
         n = f"all {plural(n_failed, 'note')}" if not counts["done"] else plural(n_failed, "note")

@@ -8,16 +8,19 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 
 from sft.cli import is_terminal, plural, preview_list, visible
 from sft.data.formats import describe_problem
 from sft.data.text import clean_text, is_blank
 from sft.grounding.citations import parse_citations, strip_citations, unreadable_citations
 from sft.grounding.numbers import unsupported_numbers
+from sft.grounding.selector import not_mentioned
 from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 
 RESULT_COLUMNS = (
-    "generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings evidence made_by error"
+    "generated_summary confidence finish_reason n_prompt_tokens n_new_tokens warnings sentences not_mentioned "
+    "evidence made_by error"
 ).split()
 OUT_OF_MEMORY = "out of memory on this note"
 COMPUTED_NAN = "the model computed NaN (not a number)"
@@ -44,6 +47,8 @@ def failure(reason: str) -> dict:
     """The result of a note that could not be summarized: the keys of make_result, and `error`."""
     return {
         "generated_summary": "",
+        "sentences": [],
+        "not_mentioned": [],
         "evidence": [],
         "confidence": None,
         "warnings": [],
@@ -71,6 +76,8 @@ def make_result(
     evidence = parse_citations(summary, note, sentence_version)
     return {
         "generated_summary": summary,
+        "sentences": [],
+        "not_mentioned": missing_facts(note, [strip_citations(summary)]),
         "evidence": evidence,
         "confidence": round(math.exp(sum(sequence.log_probs) / n_new_tokens), 4),
         "warnings": warnings + summary_warnings(summary, note, evidence),
@@ -78,6 +85,12 @@ def make_result(
         "n_new_tokens": n_new_tokens,
         "finish_reason": sequence.finish_reason,
     }
+
+
+def missing_facts(note: str, sentences: Sequence[str]) -> list[dict]:
+    """What the note holds and a summary of these sentences lacks: its `kind` (plan, drug, abnormal or
+    problem), `text`, `note_sentence`."""
+    return [asdict(missing) for missing in not_mentioned(note, sentences)]
 
 
 def summary_warnings(summary: str, note: str, evidence: Sequence[dict]) -> list[str]:
@@ -102,10 +115,13 @@ def summary_warnings(summary: str, note: str, evidence: Sequence[dict]) -> list[
 
 
 def kinds_of(result: dict) -> Iterator[str]:
-    """What is counted of a result: "done" or "failed", its error, and each kind of its warnings once."""
+    """What is counted of a result: "done" or "failed", its error, each kind of its warnings and of what it
+    does not mention once, and each sentence as "sentence quoted" or "sentence written"."""
     yield "failed" if "error" in result else "done"
     if "error" in result:
         yield result["error"]
+    yield from sorted({f"not mentioned: {missing['kind']}" for missing in result.get("not_mentioned", [])})
+    yield from (f"sentence {sentence['source']}" for sentence in result.get("sentences", []))
     yield from {
         re.sub(r"(?<![\w.])\d[\d,]*(?!\w)", "N", warning.partition(":")[0])
         for warning in result.get("warnings", [])
