@@ -337,6 +337,7 @@ class SFTInference:
             "prompt_from": self.sft_config.get("prompt_from"),
             "toolkit": __version__,
             "writing": writing,
+            "citations": self.citations,
             **of_model,
         }
 
