@@ -29,7 +29,7 @@ def way_of_writing(asked: str | None, sft_config: dict, citations: bool = False)
     is free. Raises InputError for an adapter that can write freely only, and for citations of free text."""
     way = asked or sft_config.get("writing", "free")
     if way not in ("verified", "quote", "free"):
-        raise InputError(f"writing is {way!r}", "choose verified, quote or free")
+        raise InputError("writing is none of its choices", "choose verified, quote or free")
     if citations and way == "free":
         raise InputError("--citations needs --writing quote or verified", "add it, or leave out --citations")
     if way != "free":

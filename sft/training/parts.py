@@ -13,13 +13,13 @@ from sft.cli import log, on_main_process, plural
 from sft.data.rows import Row
 from sft.grounding.citations import strip_citations
 from sft.grounding.parts import learn_shorthand, training_pairs
-from sft.grounding.selector import fit_selector
+from sft.grounding.selector import ENOUGH_KIN, fit_selector
 from sft.options import TrainConfig
 
 WRITING = "quote"  # the default of an adapter whose training summaries are made of their notes' sentences
 _FEWEST_NOTES = 20  # of which a selector is fitted that decides by default
-_MOST_ROWS = 2000  # more make no better selector, and would take minutes
-_ENOUGH_KINSHIP = 0.55  # as in sft.grounding.selector, for the message
+_MOST_FITTED = 500  # rows; a few dozen fit as good a selector
+_MOST_ROWS = 2000  # that parts are made of: more would take minutes at each start
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ def learn_writing(
 ) -> Learned:
     """Fits the selector on the training rows and makes the rows of parts, if the run has them. `is_numbered`:
     whether the prompt numbers the note's sentences. Says what came of it, in figures."""
-    rows = rows[:: -(-len(rows) // _MOST_ROWS) or 1]
+    rows = _every(rows, _MOST_ROWS)
     pairs = [(row.clinical_note, strip_citations(row.model_summary)) for row in rows]
-    selector = fit_selector(pairs)
+    selector = fit_selector(_every(pairs, _MOST_FITTED))
     n_notes = len({row.note_key for row in rows})
     supported = selector.supported and n_notes >= _FEWEST_NOTES
     settings = {
@@ -57,7 +57,7 @@ def learn_writing(
     part_rows, left_out = ([], Counter()) if why_not else make_part_rows(rows)
     counts = {"used": len(part_rows), "of_rows": len(rows), "left_out": dict(left_out)}
     if on_main_process():
-        figure = f"kinship {selector.kinship:.2f}, needs {_ENOUGH_KINSHIP}; {plural(n_notes, 'note')}, needs {_FEWEST_NOTES}"
+        figure = f"kinship {selector.kinship:.2f}, needs {ENOUGH_KIN}; {plural(n_notes, 'note')}, needs {_FEWEST_NOTES}"
         log(f"Writing: {settings['writing']} by default (of summaries to their notes' sentences: {figure})")
         if why_not:
             log(f"Parts: none: {why_not}")
@@ -66,6 +66,11 @@ def learn_writing(
             more = f"; {reasons}" if reasons else ""
             log(f"Parts: {plural(len(part_rows), 'sentence')} of {plural(len(rows), 'row')}{more}")
     return Learned(settings, part_rows, counts)
+
+
+def _every(items: Sequence, most: int) -> Sequence:
+    """Every n-th of them, at most `most`."""
+    return items[:: -(-len(items) // most) or 1]
 
 
 def _why_no_parts(config: TrainConfig, supported: bool, is_numbered: bool, checkpoint: Path | None) -> str:
