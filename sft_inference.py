@@ -85,12 +85,15 @@ class SFTInference:
             "tokenizer_folder": None if prompt_from is None else Path(prompt_from),
             "verify": verify,
         }
-        load = functools.partial(
-            self._load, folder, adapter_config, device, dtype, max_length, merge, options
-        )
-        self.load = functools.cache(load)
+        self._to_load = (folder, adapter_config, device, dtype, max_length, merge, options)
         if self.writing != "quote":
             self.load()
+
+    def load(self) -> None:
+        """Loads the model, if that is still to be done."""
+        if self._to_load:
+            self._load(*self._to_load)
+            self._to_load = None
 
     def _load(
         self,

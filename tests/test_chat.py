@@ -81,7 +81,7 @@ def test_evidence_of_the_last_summary(typed):
 
 
 def test_evidence_without_a_confidence():
-    text = show_evidence({"evidence": [EVIDENCE | {"confidence": None}]})
+    text = show_evidence({"evidence": [EVIDENCE | {"confidence": None}], "sentences": []})
     assert text.startswith("Fever.  (confidence the model wrote: none)\n")
 
 

@@ -22,7 +22,7 @@ from sft.grounding.citations import parse_citations, strip_citations
 from sft.grounding.parts import make_parts
 from sft.grounding.selector import quote
 from sft.grounding.sentences import split_sentences
-from sft.inference.chat import left_out, own_words, print_piece
+from sft.inference.chat import left_out, own_words, print_piece, show_evidence
 from sft.inference.checks import fingerprint
 from sft.inference.note_files import check_fingerprint, summarize_file
 from sft.inference.notes import Note
@@ -404,6 +404,8 @@ def test_what_stands_under_a_summary(learned):
     n = len(result["sentences"])
     assert own_words(result) == f"1 of {n} sentences is the note's own words (--writing free writes freely)"
     assert own_words({"sentences": []}) == ""
+    assert show_evidence(result).startswith(f"{PEOPLE[0]}  (quoted: S1)\n")
+    assert show_evidence(result).count("(written: S") == n - 1
     missing = {"not_mentioned": [{"kind": "drug", "text": "Stop warfarin 5 mg.", "note_sentence": 5}] * 7}
     assert left_out(missing, True).startswith("not mentioned: Stop warfarin 5 mg. (S5); Stop")
     assert left_out(missing, True).endswith("; 2 more")

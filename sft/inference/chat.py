@@ -25,7 +25,7 @@ Type or paste a note and press Enter. A pasted note may span several lines.
 When typing, end every line except the last with \\.
   /temperature T   0 = greedy, above 0 = sampling (now {temperature:g})
   /tokens N        longest summary, in tokens (now {max_new_tokens})
-  /evidence        the sentences that the last summary cites
+  /evidence        the note's sentences that the last summary cites or is made of
   /help            this help
   /quit            leave (also Ctrl-D). Ctrl-C stops a summary that is being written."""
 
@@ -253,6 +253,10 @@ def show_evidence(result: dict) -> str:
         lines.append(f"{citation['claim']}  (confidence the model wrote: {confidence})")
         known = [n for n in citation["sentence_numbers"] if n not in citation["missing"]]
         lines += [f"    S{n}: {text}" for n, text in zip(known, citation["sentences"])]
+    if not lines:
+        for sentence in result["sentences"]:
+            numbers = ", ".join(f"S{n}" for n in sentence["note_sentences"])
+            lines.append(f"{sentence['text']}  ({sentence['source']}: {numbers})")
     return "\n".join(lines or ["the last summary cites nothing"])
 
 
