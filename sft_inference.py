@@ -15,29 +15,20 @@ import functools
 import math
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from sft import __version__
-from sft.cli import InputError, RunError, as_input_error, is_terminal, log, run_script, visible
+from sft.cli import InputError, RunError, as_input_error, is_terminal, log, run_script
 from sft.data.prompt import PromptEncoder, PromptTemplate
 from sft.data.text import decode_bytes
-from sft.grounding.sentences import sentence_spans
-from sft.inference.chat import converse, log_result, note_terminal, print_piece, read_piped
-from sft.inference.checks import check_files, fingerprint, is_conversation
+from sft.inference.chat import converse, note_terminal, read_piped, write_summary
+from sft.inference.checks import check_files, fingerprint, is_conversation, log_idle_options
 from sft.inference.note_files import check_output, report, summarize_file
 from sft.inference.notes import Note
-from sft.inference.results import (
-    FIXES,
-    OUT_OF_MEMORY,
-    failure,
-    make_result,
-    note_problem,
-    read_note,
-    text_stream,
-    to_json,
-)
+from sft.inference.prompts import NotePrompts
+from sft.inference.results import FIXES, failure, note_problem, read_note, text_stream
+from sft.inference.writing import ask_specialist, way_of_writing, write_by_sentence, write_freely
 from sft.model.folder import log_origin, read_adapter_folder
 from sft.options import (
     DEFAULT_GENERATION_BATCH_SIZE,
@@ -59,7 +50,11 @@ class SFTInference:
     PeftModel as it was loaded. `max_length` limits the tokens of the prompt (None: the model's context window
     alone does, which holds prompt and summary). With `prompt_from`, a folder of ours, the adapter may be one
     that another tool trained further. All that decides a summary is verified; `verify` reads weights again
-    that look unchanged. Raises InputError if the folder, the base model or the device cannot be used."""
+    that look unchanged. Raises InputError if the folder, the base model or the device cannot be used.
+
+    `writing` is "verified", "quote" or "free" (None: the adapter's default); for "quote" no model is loaded
+    until a call asks for another way, or `load()`. With `citations`, and always for adapters trained on
+    them, quoted and verified sentences cite the note's."""
 
     def __init__(
         self,
@@ -74,6 +69,8 @@ class SFTInference:
         merge: bool = True,
         prompt_from: str | Path | None = None,
         verify: bool = False,
+        writing: str | None = None,
+        citations: bool = False,
     ):
         quantization = quantization_of(use_8bit, use_4bit)
         given = {"model_path": model_path, "base_model": base_model, "prompt_from": prompt_from}
@@ -82,44 +79,66 @@ class SFTInference:
         log_origin(folder, self.sft_config, prompt_from)
         with as_input_error(f"{folder}: its configuration lacks the prompt", "train again"):
             self.template = PromptTemplate.from_dict(self.sft_config["prompt"])
+        self.writing = way_of_writing(writing, self.sft_config, citations)
+        self.citations = citations or self.template.number_sentences
+        self._turn = threading.Lock()
+        self._owner: int | None = None  # the thread whose turn it is
+        options = {
+            "quantization": quantization,
+            "base_model": base_model,
+            "tokenizer_folder": None if prompt_from is None else Path(prompt_from),
+            "verify": verify,
+        }
+        self._to_load = (folder, adapter_config, device, dtype, max_length, merge, options)
+        if self.writing != "quote":
+            self.load()
 
+    def load(self) -> None:
+        """Loads the model, if that is still to be done."""
+        if self._to_load:
+            self._load(*self._to_load)
+            self._to_load = None
+
+    def _load(
+        self,
+        folder: Path,
+        adapter_config: dict,
+        device: str,
+        dtype: str,
+        max_length: int | None,
+        merge: bool,
+        options: dict,
+    ) -> None:
+        """Sets all that belongs to the model; `options` are load_specialist's."""
         from sft.model.adapter import load_specialist
         from sft.model.base import pick_device
         from sft.model.kernels import has_int8
 
         self.placement = pick_device(device, dtype)
         # Faster and more exact than bitsandbytes on a CPU, but the adapter has to be merged
-        if quantization == "8bit" and merge and self.placement.device.type == "cpu" and has_int8():
-            quantization = "int8"
+        if options["quantization"] == "8bit" and merge and self.placement.device.type == "cpu" and has_int8():
+            options = options | {"quantization": "int8"}
         self.model, self.tokenizer = load_specialist(
-            folder,
-            self.sft_config,
-            adapter_config,
-            self.placement,
-            quantization=quantization,
-            base_model=base_model,
-            tokenizer_folder=None if prompt_from is None else Path(prompt_from),
-            verify=verify,
+            folder, self.sft_config, adapter_config, self.placement, **options
         )
-        self._quantization = quantization
-        self.encoder = PromptEncoder(self.tokenizer, self.template)
+        self._quantization = options["quantization"]
         self._read_limits(max_length)
         if merge:
-            self._merge(quantization)
+            self._merge(self._quantization)
         self._choose_decoder()
-        self._turn = threading.Lock()
-        self._owner: int | None = None  # the thread whose turn it is
 
     def _read_limits(self, max_length: int | None) -> None:
-        """Sets `window` (tokens of prompt and summary together), `longest_prompt` and `stop_ids`."""
+        """Sets `prompts`, with what limits them, and `stop_ids`."""
         from transformers import GenerationConfig
 
         from sft.model.adapter import unwrap
         from sft.model.base import context_window
 
         base = unwrap(self.model)
-        self.window = context_window(base) or math.inf
-        self.longest_prompt = max_length or math.inf
+        self.encoder = PromptEncoder(self.tokenizer, self.template)
+        window = context_window(base) or math.inf
+        trained_length = self.sft_config["max_length"]
+        self.prompts = NotePrompts(self.encoder, window, max_length or math.inf, trained_length)
         own_stops = base.generation_config.eos_token_id
         if not isinstance(own_stops, list):
             own_stops = [] if own_stops is None else [own_stops]
@@ -152,6 +171,8 @@ class SFTInference:
         loaded with `merge=False`; it is used up."""
         from sft.model.merged import save_merged
 
+        self.load()
+
         def encode(note: str) -> list[int]:
             return self.encoder.prompt(self.encoder.encode_texts([note])[0])
 
@@ -177,20 +198,24 @@ class SFTInference:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         *,
+        writing: str | None = None,
         seed: int = 0,
         on_text: Callable[[str], None] | None = None,
     ) -> dict:
         """The summary of one note. `max_new_tokens` is by default what training summaries needed;
         `temperature` 0 is greedy and always the same; `on_text` gets the text as it is written, also what is
-        then cut off.
+        then cut off, or sentence by sentence: as NoteWords, a str, what is the note's own.
 
-        Returns a dict: `generated_summary`; `evidence` (its citations, see
-        sft.grounding.citations.parse_citations); `check_score`, `check_risk`, `findings`, `n_findings` and
-        `support` (see sft.inference.results.check_result); `confidence` (0 to 1: the geometric mean of the
-        probabilities the model gave to the tokens it wrote; how sure it was of its words, not whether they
-        are true); `warnings` (list of str); `n_prompt_tokens`; `n_new_tokens` (with the end token);
-        `finish_reason` ("stop", "length" if max_new_tokens cut it, or "loop" if it repeated itself);
-        `made_by` (see `made_by`).
+        Returns a dict: `generated_summary`; `sentences` (of quoted and verified ones: `text`, `source`
+        "written" or "quoted", `note_sentences`, `confidence`, `refused`: why the model's own was not taken);
+        `not_mentioned` (what the note holds and the summary lacks: `kind`, `text`, `note_sentence`);
+        `evidence` (its citations, see sft.grounding.citations.parse_citations); `check_score`, `check_risk`,
+        `findings`, `n_findings` and `support` (see sft.inference.results.check_result); `confidence` (0 to
+        1: the geometric mean of the probabilities the model gave to the tokens it wrote; how sure it was of
+        its words, not whether they are true; None if it wrote none); `warnings` (list of str);
+        `n_prompt_tokens`; `n_new_tokens` (with the end tokens); `finish_reason` ("stop", "length" if
+        max_new_tokens cut it, or "loop" if it repeated itself; a verified sentence that does not end by
+        itself is quoted); `made_by` (see `made_by`).
 
         Raises InputError for an empty note, RunError if memory runs out or the model computes NaN, and what
         `on_text` raises.
@@ -198,9 +223,14 @@ class SFTInference:
         problem = note_problem(clinical_note)
         if problem:
             raise InputError(problem, "pass a note with text")
-        on_text_of = (lambda _, text: on_text(text)) if on_text else None
         results = self.summarize(
-            {0: clinical_note}, max_new_tokens, temperature, batch_size=1, seed=seed, on_text=on_text_of
+            {0: clinical_note},
+            max_new_tokens,
+            temperature,
+            writing=writing,
+            batch_size=DEFAULT_GENERATION_BATCH_SIZE,
+            seed=seed,
+            on_text=(lambda _, text: on_text(text)) if on_text else None,
         )
         result = dict(results)[0]
         if "error" in result:
@@ -213,6 +243,7 @@ class SFTInference:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         *,
+        writing: str | None = None,
         batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
         seed: int = 0,
     ) -> list[dict]:
@@ -229,7 +260,10 @@ class SFTInference:
             fix = 'pass the notes in their order: [note], df["clinical_note"], or list(notes.values())'
             raise InputError(f"clinical_notes is a {type(clinical_notes).__name__}, not a list of notes", fix)
         notes = dict(enumerate(clinical_notes))
-        results = dict(self.summarize(notes, max_new_tokens, temperature, batch_size=batch_size, seed=seed))
+        results = self.summarize(
+            notes, max_new_tokens, temperature, writing=writing, batch_size=batch_size, seed=seed
+        )
+        results = dict(results)
         return [results[number] for number in notes]
 
     def summarize(
@@ -238,6 +272,7 @@ class SFTInference:
         max_new_tokens: int | None = None,
         temperature: float = 0.0,
         *,
+        writing: str | None = None,
         batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
         seed: int = 0,
         on_text: Callable[[int, str], None] | None = None,
@@ -248,8 +283,8 @@ class SFTInference:
         Greedy summaries are the same as one by one; sampled ones depend on the seed and the note's number,
         not on its neighbors. A note that cannot be summarized gets a dict with `error` and an empty
         `generated_summary`. `on_text` gets (number, text) as summaries are written. Once `should_stop()`,
-        asked after each forward pass, is true, the generator ends without the summaries that are not
-        finished.
+        asked after each forward pass or quoted note, is true, the generator ends without the summaries that
+        are not finished.
 
         Until the generator is used up or closed, other threads' calls wait, and one from the thread that is
         iterating is an InputError, as are settings that fit no note. Raises RunError if the model fails for
@@ -257,40 +292,23 @@ class SFTInference:
         max_new_tokens = self.sft_config["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         check_config(InferenceConfig(**settings, batch_size=batch_size))
-        from sft.inference.decoding import decode_within_memory
-
-        made_by = {"made_by": self.made_by(**settings)}
+        way = way_of_writing(writing, self.sft_config) if writing else self.writing
         with self._own_turn():
+            if way != "quote":
+                self.load()
+            made_by = {"made_by": self.made_by(way, **settings)}
             texts = {}
-            prompts = {}
             warnings = {}
             for number, note in notes.items():
                 problem = note_problem(note)
                 if problem:
                     yield number, failure(problem) | made_by
                 else:
-                    texts[number], odd = read_note(note, self.sft_config.get("language"))
-                    prompts[number], warnings[number] = self.prompt_ids(texts[number], max_new_tokens)
-                    warnings[number] += odd
-            sequences = decode_within_memory(
-                functools.partial(self.decoder, self._base),
-                prompts,
-                max_new_tokens,
-                self.stop_ids,
-                temperature=temperature,
-                seed=seed,
-                numbers=self._numbers,
-                batch_size=batch_size,
-                on_token=text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None,
-                should_stop=should_stop,
-            )
-            version = self.template.sentence_version
-            for number, sequence in sequences:
-                if sequence is None:
-                    yield number, failure(OUT_OF_MEMORY) | made_by
-                else:
-                    result = make_result(texts[number], sequence, self.tokenizer, warnings[number], version)
-                    yield number, result | made_by
+                    texts[number], warnings[number] = read_note(note, self.sft_config.get("language"))
+            settings = {"temperature": temperature, "seed": seed, "batch_size": batch_size}
+            settings["should_stop"] = should_stop
+            for number, result in self._write(way, texts, max_new_tokens, on_text, settings):
+                yield number, result | made_by | {"warnings": warnings[number] + result["warnings"]}
 
     @contextlib.contextmanager
     def _own_turn(self) -> Iterator[None]:
@@ -306,59 +324,57 @@ class SFTInference:
             finally:
                 self._owner = None
 
-    def made_by(self, max_new_tokens: int, temperature: float, seed: int) -> dict:
+    def _write(
+        self,
+        way: str,
+        texts: Mapping[int, str],
+        max_new_tokens: int,
+        on_text: Callable[[int, str], None] | None,
+        settings: dict,
+    ) -> Iterator[tuple[int, dict]]:
+        """Yields (number, result) of each text; `settings` are decode_within_memory's."""
+        by_sentence = functools.partial(
+            write_by_sentence, texts, self.sft_config, self.citations, on_text, settings["should_stop"]
+        )
+        if way == "quote":
+            return by_sentence()
+        from sft.inference.decoding import decode_within_memory
+
+        decode = functools.partial(
+            decode_within_memory,
+            functools.partial(self.decoder, self._base),
+            stop_ids=self.stop_ids,
+            numbers=self._numbers,
+            **settings,
+        )
+        if way == "verified":
+            ask = functools.partial(ask_specialist, self.prompts, self.tokenizer, decode, max_new_tokens)
+            return by_sentence(ask)
+        stream = text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None
+        decode = functools.partial(decode, on_token=stream)
+        return write_freely(texts, self.prompts, self.tokenizer, decode, max_new_tokens)
+
+    def made_by(self, writing: str, max_new_tokens: int, temperature: float, seed: int) -> dict:
         """What a summary was made by: all that decides it, without paths or text. `adapter` is the beginning
-        of one hash over the adapter folder's files."""
+        of one hash over the adapter folder's files; what belongs to the model is None where none wrote."""
+        of_model = {"dtype": None, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        if writing == "quote":
+            of_model = dict.fromkeys(of_model)
+        else:
+            of_model["dtype"] = self._quantization or self.placement.dtype_name
         return {
             "adapter": self.sft_config["sha256"]["folder"][:12],
             "prompt_from": self.sft_config.get("prompt_from"),
             "toolkit": __version__,
-            "dtype": self._quantization or self.placement.dtype_name,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "seed": seed,
+            "writing": writing,
+            "citations": self.citations,
+            **of_model,
         }
 
-    def max_note_tokens(self, max_new_tokens: int) -> float:
-        """How many tokens a note may have. Raises InputError if none."""
-        limit = min(self.window - max_new_tokens, self.longest_prompt) - self.encoder.n_template_tokens
-        if limit < 1:
-            option, why, fix = self._reason_for_limit(max_new_tokens)
-            raise InputError(f"{option} leaves no room for a note: {why}", fix)
-        return limit
-
-    def _reason_for_limit(self, max_new_tokens: int) -> tuple[str, str, str]:
-        """The option that limits a prompt, with its value; why; what to do."""
-        if self.longest_prompt <= self.window - max_new_tokens:
-            own = f"{self.encoder.n_template_tokens} of them for the instruction"
-            return f"--max_length {self.longest_prompt}", f"tokens of the prompt, {own}", "raise --max_length"
-        why = f"prompt and summary together may have at most {self.window} tokens"
-        return f"--max_new_tokens {max_new_tokens}", why, "lower --max_new_tokens"
-
     def prompt_ids(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
-        """(token ids of the prompt, warnings). A note too long for the model is shortened at a sentence
-        boundary. Raises InputError if there is no room for a note."""
-        limit = self.max_note_tokens(max_new_tokens)
-        warnings = []
-        note_ids = None
-        # A token of text rarely has 100 characters: of an enormous note only the beginning is tokenized
-        if len(note) <= limit * 100:
-            note_ids = self.encoder.encode_texts([self.template.render_note(note)])[0]
-        if note_ids is None or len(note_ids) > limit:
-            note_ids, n_kept = self.encoder.shorten(note, limit)
-            n_sentences = len(sentence_spans(note, self.template.sentence_version))
-            kept = f"its first {n_kept} of {n_sentences} sentences"
-            if n_kept == 0:
-                kept = "the beginning of its first sentence"
-            option, why, _ = self._reason_for_limit(max_new_tokens)
-            warnings.append(f"note shortened: only {kept} fit with {option} ({why})")
-        ids = self.encoder.prompt(note_ids)
-        trained = self.sft_config["max_length"]
-        if trained and len(ids) > trained:
-            warnings.append(
-                f"prompt longer than any in training: {len(ids)} tokens, trained on up to {trained}"
-            )
-        return ids, warnings
+        """(token ids of the note's prompt, warnings), as `NotePrompts.ids`."""
+        self.load()
+        return self.prompts.ids(note, max_new_tokens)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -367,38 +383,24 @@ class SFTInference:
 def write_file(inference: SFTInference, notes: Sequence[Note], config: InferenceConfig) -> None:
     """Summarizes all notes of input_file. Raises what `summarize_file` does."""
     # Raises before a file is created if there is no room for any note
-    inference.max_note_tokens(config.max_new_tokens)
+    if config.writing != "quote":
+        inference.prompts.max_note_tokens(config.max_new_tokens)
     settings = {name: getattr(config, name) for name in "max_new_tokens temperature batch_size seed".split()}
     summarize = functools.partial(inference.summarize, **settings)
     summarize_file(notes, config, fingerprint(config, inference.sft_config, notes), summarize)
 
 
-def write_summary(inference: SFTInference, config: InferenceConfig) -> None:
-    """Summarizes clinical_note to standard output, as it is written if that is a terminal."""
-    started = time.perf_counter()
-    streams = not config.json and sys.stdout.isatty()
-    result = inference.generate_summary(
-        config.clinical_note,
-        config.max_new_tokens,
-        config.temperature,
-        seed=config.seed,
-        on_text=print_piece if streams else None,
-    )
-    if config.json:
-        print(to_json(result, sys.stdout), flush=True)
-    else:
-        print("" if streams else visible(result["generated_summary"], sys.stdout), flush=True)
-    log_result(result, time.perf_counter() - started)
-
-
 def load_inference(config: InferenceConfig) -> SFTInference:
-    from sft.model.base import device_of_process
+    if config.writing != "quote":
+        from sft.model.base import device_of_process
 
-    names = "model_path dtype base_model use_8bit use_4bit max_length prompt_from verify".split()
+        config.device = device_of_process(config.device)
+    names = (
+        "model_path device dtype base_model use_8bit use_4bit max_length prompt_from verify writing citations"
+    )
     return SFTInference(
-        device=device_of_process(config.device),
         merge=not (config.no_merge or config.merge_to),
-        **{name: getattr(config, name) for name in names},
+        **{name: getattr(config, name) for name in names.split()},
     )
 
 
@@ -410,6 +412,9 @@ def main() -> None:
     config = parse_options(InferenceConfig, description)
     notes = check_files(config)
     sft_config = read_adapter_folder(config.model_path, config.prompt_from)[1]
+    way = "free" if config.merge_to else config.writing
+    config.writing = way_of_writing(way, sft_config, config.citations)
+    log_idle_options(config)
     config.max_new_tokens = config.max_new_tokens or sft_config["max_new_tokens"]
     if config.output_file:
         belongs_to = functools.partial(fingerprint, config, sft_config, notes)
@@ -424,9 +429,12 @@ def main() -> None:
     piped = None
     if is_conversation(config) and not is_terminal(sys.stdin):
         piped = read_piped(config.one_note)
-    from sft.model.base import own_settings
+    with contextlib.ExitStack() as stack:
+        if config.writing != "quote":
+            from sft.model.base import own_settings
 
-    with own_settings(), note_terminal(is_conversation(config)):
+            stack.enter_context(own_settings())
+        stack.enter_context(note_terminal(is_conversation(config)))
         inference = load_inference(config)
         if config.merge_to:
             inference.save_merged(config.merge_to)
@@ -434,7 +442,7 @@ def main() -> None:
         elif notes is not None:
             write_file(inference, notes, config)
         elif config.clinical_note is not None:
-            write_summary(inference, config)
+            write_summary(inference.generate_summary, config)
         else:
             converse(inference.generate_summary, config, piped)
 

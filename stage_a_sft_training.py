@@ -106,7 +106,7 @@ def train_step(run: "Run", step: int) -> dict:
         group["lr"] = learning_rate
 
     # Forward and backward; the loss is divided by the target tokens of all processes
-    examples = [run.train_set.examples[i] for i in run.plan.rows(step)]
+    examples = [run.examples[i] for i in run.plan.rows(step)]
     n_target_tokens = sum(example.n_target_tokens for example in examples)
     loss_sum = retry_on_oom(run, lambda: gradients(run, step, examples, n_target_tokens))
     if any(parameter.grad is None for parameter in run.parameters):
@@ -292,7 +292,7 @@ def dry_run(run: "Run") -> dict:
     whole run would take. The weights it changes are thrown away; nothing is written. Returns the numbers it
     says."""
     config = run.config
-    train_examples = run.train_set.examples
+    train_examples = run.examples
     val_examples = run.val_set.examples
 
     def largest_pass(step: int) -> int:

@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, default=250)
     arguments = parser.parse_args()
     rows = factual_rows(read_rows(arguments.test_csv))
-    inference = SFTInference(arguments.model_path)
+    inference = SFTInference(arguments.model_path, writing="free")
     log(f"Summarizing {plural(len(rows), 'note')}")
     results = inference.generate_batch([row.clinical_note for row in rows], arguments.max_new_tokens)
     counts = Counter(summaries=len(rows))

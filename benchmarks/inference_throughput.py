@@ -103,7 +103,7 @@ def run_peer(peer: str, work: dict, model_path: str, merged: str) -> dict:
     if peer in TOOLKIT:
         from sft_inference import SFTInference
 
-        inference = SFTInference(model_path, device="cpu", **TOOLKIT[peer])
+        inference = SFTInference(model_path, device="cpu", writing="free", **TOOLKIT[peer])
         result["loss"] = loss(inference.model, work["held_out"])
         run = functools.partial(toolkit, inference)
     else:
@@ -172,7 +172,7 @@ def prepare(arguments, folder: Path) -> dict:
     notes = [str(note) for note in mts[: arguments.mts] + aci[: arguments.aci]]
     inference = SFTInference(arguments.model_path, device="cpu", merge=False)
     inference.save_merged(folder / "merged")
-    inference = SFTInference(arguments.model_path, device="cpu")
+    inference = SFTInference(arguments.model_path, device="cpu", writing="free")
     prompts = [inference.prompt_ids(note.strip(), arguments.max_new_tokens)[0] for note in notes]
     write_loops()
     results = inference.generate_batch(notes, arguments.max_new_tokens)

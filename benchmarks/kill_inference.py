@@ -76,7 +76,7 @@ def main() -> None:
         write_notes(folder / "notes.csv", arguments.notes, arguments.seed)
         command = [sys.executable, "sft_inference.py", "--device", "cpu", "--model_path", model_path]
         command += ["--input_file", folder / "notes.csv", "--batch_size", arguments.batch_size]
-        command += ["--max_new_tokens", arguments.max_new_tokens, "--temperature", 0.7]
+        command += ["--max_new_tokens", arguments.max_new_tokens, "--temperature", 0.7, "--writing", "free"]
         n_csv = arguments.kills // 2
         for kind, n_kills in ((".jsonl", arguments.kills - n_csv), (".csv", n_csv)):
             whole = folder / f"whole{kind}"

@@ -21,7 +21,8 @@ ROOT = (
 #   1  as written by 18a780b
 #   2  training_state.pt: "fingerprint", before "identity"; "skipped_steps", before "skipped_updates"
 #   3  SHA256SUMS must be there; sft_config.json: "base_config" (before: not verified), the prompt's
-#      "sentence_version" (before: 1), "language" (before: unknown)
+#      "sentence_version" (before: 1), "language" (before: unknown), "writing" with "selector" and "shorthand"
+#      (before: free, without these)
 FORMAT_VERSION = 3
 
 

@@ -221,6 +221,14 @@ class TrainConfig(MachineOptions, DataOptions):
         may_change=True,
     )
 
+    part_rows: str = option(
+        "auto",
+        "also train on single summary sentences, each with the part of its note that holds its words, for "
+        "--writing verified; auto = if most summary sentences have one",
+        choices=["auto", "on", "off"],
+        group=TRAINING,
+    )
+
     lora_r: int = option(16, "LoRA rank", type=number(int, 1), group=LORA)
     lora_alpha: float = option(
         32, "LoRA alpha: the update is scaled by alpha / r", type=number(float, 0, above_low=True), group=LORA
@@ -376,6 +384,19 @@ class InferenceConfig(MachineOptions):
         "longest summary, in tokens (default: from the adapter, what its training summaries needed; "
         f"{OLDER_MAX_NEW_TOKENS} for older ones)",
         type=number(int, 1),
+        group=GENERATION,
+    )
+    writing: str | None = option(
+        None,
+        "quote = sentences of the note, chosen; verified = the same, each in the model's words where these can be "
+        "traced to it; free = a text of the model's own (default: the adapter's)",
+        choices=["verified", "quote", "free"],
+        group=GENERATION,
+    )
+    citations: bool = option(
+        False,
+        "cite the note's sentences after each sentence (verified and quote; always for adapters that were "
+        "trained on citations)",
         group=GENERATION,
     )
     temperature: float = option(

@@ -39,6 +39,8 @@ def made_up(note, max_new_tokens, temperature, *, seed, on_text):
         "confidence": 0.5,
         "warnings": ["made up"],
         **check_result(note, "No fever."),
+        "sentences": [],
+        "not_mentioned": [],
         "n_prompt_tokens": 1000,
         "n_new_tokens": 3,
     }
@@ -87,7 +89,7 @@ def test_findings_in_plain_words(typed):
 
 
 def test_evidence_without_a_confidence():
-    text = show_evidence({"evidence": [EVIDENCE | {"confidence": None}]})
+    text = show_evidence({"evidence": [EVIDENCE | {"confidence": None}], "sentences": []})
     assert text.startswith("Fever.  (confidence the model wrote: none)\n")
 
 
@@ -170,6 +172,7 @@ def summarize(note, max_new_tokens, temperature, *, seed, on_text):
     on_text(f"<{len(note)} characters, {note.count(chr(10))} line ends>")
     time.sleep(1.0 if note == "wait" else 0)
     result = {"confidence": 1, "warnings": [], "n_prompt_tokens": 1, "n_new_tokens": 1, "evidence": []}
+    result |= {"sentences": [], "not_mentioned": []}
     print(" done")
     return result
 with note_terminal(True):

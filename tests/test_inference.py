@@ -423,12 +423,12 @@ def test_max_length_is_the_longest_prompt(adapters):
     n_own = inference.encoder.n_template_tokens
     fits = "x " * 10
     n_fits = len(inference.prompt_ids(fits, 900)[0])
-    inference.longest_prompt = n_fits
+    inference.prompts.longest_prompt = n_fits
     assert inference.prompt_ids(fits, 900) == (inference.prompt_ids(fits, 10)[0], [])
     ids, warnings = inference.prompt_ids("Fever. Cough. Pain. " * 20, 10)
     assert len(ids) <= n_fits
     assert f"--max_length {n_fits} (tokens of the prompt" in warnings[0]
-    inference.longest_prompt = math.inf
+    inference.prompts.longest_prompt = math.inf
     _, warnings = inference.prompt_ids("Fever. Cough. Pain. " * 20, 1024 - n_own - 20)
     assert f"--max_new_tokens {1024 - n_own - 20} (prompt and summary" in warnings[0]
 

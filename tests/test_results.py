@@ -36,7 +36,7 @@ def test_warnings_name_what_is_wrong_with_a_summary():
 
 def test_warnings_of_prompt_ending_and_text_come_in_this_order():
     tokenizer = tiny_tokenizer()
-    ids = tokenizer("BP 120/70. BP 120/70.", add_special_tokens=False).input_ids
+    ids = tokenizer("BP 120/70. BP 120/70. Pulse", add_special_tokens=False).input_ids
     values = {"prompt": [1] * 5, "ids": ids, "log_probs": [-1.0] * len(ids), "finish_reason": "length"}
     result = make_result("BP 110/70.", SimpleNamespace(**values), tokenizer, ["note shortened: x"])
     assert [warning.split()[0] for warning in result["warnings"]] == ["note", "summary", "the"]

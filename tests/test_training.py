@@ -111,7 +111,7 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(configured):
     """The first step against torch's own, from the gradient of F.cross_entropy's mean."""
     config = configured(num_epochs=1, lora_dropout=0.0, weight_decay=0.1, max_grad_norm=0.5)
     run = set_up(config, read_data(config))
-    batch = packed_batch([run.train_set.examples[i] for i in run.plan.rows(0)])
+    batch = packed_batch([run.examples[i] for i in run.plan.rows(0)])
     F.cross_entropy(run.model(**batch.inputs).logits[0], batch.targets).backward()
     theirs = [parameter.detach().clone().requires_grad_() for parameter in run.parameters]
     for copy, parameter in zip(theirs, run.parameters):

@@ -55,7 +55,7 @@ _DOSE = re.compile(
     r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
 )
 _TOPICS = ("plan", "diagnosis", "reason", "result", "operation")
-_ENOUGH_KIN = 0.55  # of a training set's summary sentences: .72 on phase1_data, .41 on MTS-Dialog's dialogues
+ENOUGH_KIN = 0.55  # of a training set's summary sentences: .72 on phase1_data, .41 on MTS-Dialog's dialogues
 _COVERED = 0.65
 
 
@@ -180,7 +180,7 @@ def fit_selector(pairs: Iterable[tuple[str, str]]) -> Selector:
         words_per_note_word=round(slope, 4),
         most_words=round(float(numpy.percentile(n_summary, 98)), 1),
         kinship=round(kinship, 3),
-        supported=kinship >= _ENOUGH_KIN,
+        supported=kinship >= ENOUGH_KIN,
         n_pairs=len(lengths),
     )
 

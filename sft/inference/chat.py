@@ -6,14 +6,18 @@ import io
 import os
 import re
 import sys
+import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import islice
 
-from sft.cli import InputError, RunError, is_terminal, log, visible
+from sft.cli import InputError, RunError, is_terminal, log, plural, visible
 from sft.data.text import decode_bytes
 from sft.inference.notes import split_text
 from sft.inference.results import describe_finding, failure, to_json
+from sft.inference.writing import NoteWords
 from sft.options import InferenceConfig, number
 
 HELP = """\
@@ -21,7 +25,7 @@ Type or paste a note and press Enter. A pasted note may span several lines.
 When typing, end every line except the last with \\.
   /temperature T   0 = greedy, above 0 = sampling (now {temperature:g})
   /tokens N        longest summary, in tokens (now {max_new_tokens})
-  /evidence        the sentences that the last summary cites
+  /evidence        the note's sentences that the last summary cites or is made of
   /help            this help
   /quit            leave (also Ctrl-D). Ctrl-C stops a summary that is being written."""
 
@@ -211,6 +215,25 @@ def _summarize_aloud(
     return None
 
 
+def write_summary(summarize: Callable[..., dict], config: InferenceConfig) -> None:
+    """Summarizes clinical_note to standard output, as it is written if that is a terminal; `summarize` as in
+    `converse`, whose errors end this."""
+    started = time.perf_counter()
+    streams = not config.json and is_terminal(sys.stdout)
+    result = summarize(
+        config.clinical_note,
+        config.max_new_tokens,
+        config.temperature,
+        seed=config.seed,
+        on_text=print_piece if streams else None,
+    )
+    if config.json:
+        print(to_json(result, sys.stdout), flush=True)
+    else:
+        print("" if streams else result["generated_summary"], flush=True)
+    log_result(result, time.perf_counter() - started)
+
+
 def _as_command(words: str) -> str:
     """Advice as it can be followed here: by a command on a terminal, by the option through a pipe."""
     if not is_terminal(sys.stdin):
@@ -219,7 +242,14 @@ def _as_command(words: str) -> str:
 
 
 def print_piece(text: str) -> None:
-    print(visible(text, sys.stdout), end="", flush=True)
+    """On a terminal the note's own words are in italics, or in quotation marks where there are no styles."""
+    shown = visible(text, sys.stdout)
+    if isinstance(text, NoteWords) and is_terminal(sys.stdout):
+        words = shown.lstrip()
+        space = shown[: len(shown) - len(words)]
+        has_styles = os.environ.get("TERM", "dumb") != "dumb" and not os.environ.get("NO_COLOR")
+        shown = f"{space}\x1b[3m{words}\x1b[23m" if has_styles else f"{space}“{words}”"
+    print(shown, end="", flush=True)
 
 
 def show_evidence(result: dict) -> str:
@@ -229,14 +259,47 @@ def show_evidence(result: dict) -> str:
         lines.append(f"{citation['claim']}  (confidence the model wrote: {confidence})")
         known = [n for n in citation["sentence_numbers"] if n not in citation["missing"]]
         lines += [f"    S{n}: {text}" for n, text in zip(known, citation["sentences"])]
+    if not lines:
+        for sentence in result["sentences"]:
+            numbers = ", ".join(f"S{n}" for n in sentence["note_sentences"])
+            lines.append(f"{sentence['text']}  ({sentence['source']}: {numbers})")
     return "\n".join(lines or ["the last summary cites nothing"])
 
 
+def own_words(result: dict) -> str:
+    """How many of a summary's sentences are the note's own words; "" for one that was written freely."""
+    sources = [sentence["source"] for sentence in result["sentences"]]
+    if not sources:
+        return ""
+    n_quoted = sources.count("quoted")
+    which = f"{n_quoted} of {plural(len(sources), 'sentence')}"
+    return f"{which} {'is' if n_quoted == 1 else 'are'} the note's own words (--writing free writes freely)"
+
+
+def left_out(result: dict, with_text: bool) -> str:
+    """What a summary does not mention, by sentence; without text, which is the patient's, by kind."""
+    items = result["not_mentioned"]
+    if not items:
+        return ""
+    if not with_text:
+        kinds = Counter(item["kind"] for item in items)
+        return f"not mentioned: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}"
+    texts = (
+        f"{textwrap.shorten(item['text'], 80, placeholder=' …')} (S{item['note_sentence']})" for item in items
+    )
+    return f"not mentioned: {'; '.join(islice(texts, 5))}" + (f"; {len(items) - 5} more" * (len(items) > 5))
+
+
 def log_result(result: dict, seconds: float) -> None:
-    """Logs timing, warnings and findings of one summary."""
-    prompt = f"{result['n_prompt_tokens']:,} prompt tokens"
-    new = f"{result['n_new_tokens']} new in {seconds:.1f} s, {result['n_new_tokens'] / seconds:.0f}/s"
-    log(f"({prompt}, {new}; confidence {result['confidence']:.2f})")
+    """Logs timing, warnings, findings, whose words a summary is in, and what it does not mention."""
+    if result["n_new_tokens"]:
+        prompt = f"{result['n_prompt_tokens']:,} prompt tokens"
+        new = f"{result['n_new_tokens']} new in {seconds:.1f} s, {result['n_new_tokens'] / seconds:.0f}/s"
+        sure = "" if result["confidence"] is None else f"; confidence {result['confidence']:.2f}"
+        log(f"({prompt}, {new}{sure})")
+    for line in (own_words(result), left_out(result, is_terminal(sys.stderr))):
+        if line:
+            log(line)
     for warning in result["warnings"]:
         log(f"warning: {warning}")
     for finding in result.get("findings", ()):

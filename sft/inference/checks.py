@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from sft.cli import InputError, is_terminal, log, processes
+from sft.cli import InputError, is_terminal, log, preview_list, processes
 from sft.files import check_new_file
 from sft.inference.notes import Note, notes_digest, read_notes
 from sft.options import InferenceConfig
@@ -64,18 +64,37 @@ def is_conversation(config: InferenceConfig) -> bool:
     return config.clinical_note is None and not config.input_file and not config.merge_to
 
 
+def log_idle_options(config: InferenceConfig) -> None:
+    """Names the options that have no effect, since no model is loaded."""
+    names = "base_model dtype use_8bit use_4bit no_merge max_length max_new_tokens temperature seed".split()
+    defaults = InferenceConfig()
+    idle = [f"--{name}" for name in names if getattr(config, name) != getattr(defaults, name)]
+    if config.writing == "quote" and idle:
+        log(f"info: --writing quote loads no model, so {preview_list(idle, len(idle))} changes nothing")
+
+
 def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note]) -> dict:
     """What two runs must share for their files of summaries to be the same: hashes and settings, no text."""
+    of_all = {
+        "input_file or columns": notes_digest(notes),
+        "adapter": sft_config["sha256"]["folder"],
+        # As older records lack them
+        "writing": None if config.writing == "free" else config.writing,
+        "citations": config.citations or None,
+        "max_risk": config.max_risk,
+        "review_file": config.review_file,
+    }
+    if config.writing == "quote":
+        return of_all
     from sft.model.base import pick_device
 
-    names = "max_new_tokens temperature max_length no_merge use_8bit use_4bit max_risk review_file".split()
+    names = "max_new_tokens temperature max_length no_merge use_8bit use_4bit".split()
     dtype = str(pick_device(config.device, config.dtype).dtype)
     # In fewer bits other batches now and then give other words; greedy summaries do not depend on a seed
     names += ["batch_size"] if dtype != "torch.float32" or config.use_8bit or config.use_4bit else []
     names += ["seed"] if config.temperature else []
     return {
-        "input_file or columns": notes_digest(notes),
-        "adapter": sft_config["sha256"]["folder"],
+        **of_all,
         "base model": sft_config["sha256"]["base_weights"],
         "typed base model": config.base_model if config.prompt_from else None,
         "dtype": dtype,

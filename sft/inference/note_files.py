@@ -395,8 +395,12 @@ def report(counts: Counter, rate: str, config: InferenceConfig) -> None:
     done = f"{plural(counts['done'], 'note')} summarized ({shortened})"
     why = ' (see "error")' if config.output_file and n_failed else ""
     written = f"; written to {config.output_file}" if config.output_file else ""
-    for kind in sorted(counts.keys() - {"done", "failed", "flagged", "for review"}):
+    n_quoted, n_written = counts["sentence quoted"], counts["sentence written"]
+    apart = {"done", "failed", "flagged", "for review", "sentence quoted", "sentence written"}
+    for kind in sorted(counts.keys() - apart):
         log(f"warning: {plural(counts[kind], 'note')}: {kind}")
+    if n_quoted or n_written:
+        log(f"{n_quoted:,} of {plural(n_quoted + n_written, 'sentence')} are the notes' own words")
     if counts["flagged"]:
         share = counts["flagged"] / counts["done"]
         log(f"The check flagged {counts['flagged']:,} of {counts['done']:,} summaries ({share:.0%})")

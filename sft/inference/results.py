@@ -17,12 +17,13 @@ from sft.data.formats import describe_problem, strip_markup
 from sft.data.text import clean_text, is_blank
 from sft.grounding.check import PreparedNote
 from sft.grounding.citations import parse_citations, strip_citations, unreadable_citations
+from sft.grounding.selector import not_mentioned
 from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 from sft.inference.endings import ended_text
 
 RESULT_COLUMNS = (
     "generated_summary check_score check_risk n_findings confidence finish_reason n_prompt_tokens n_new_tokens "
-    "warnings findings support evidence made_by error"
+    "warnings sentences not_mentioned findings support evidence made_by error"
 ).split()
 _LONGEST_NOTE = 1_000_000  # characters that are checked: a second, 100 MB, and far more than a prompt holds
 OUT_OF_MEMORY = "out of memory on this note"
@@ -53,6 +54,8 @@ def failure(reason: str) -> dict:
     """The result of a note that could not be summarized: the keys of make_result, and `error`."""
     return {
         "generated_summary": "",
+        "sentences": [],
+        "not_mentioned": [],
         "evidence": [],
         "check_score": None,
         "check_risk": None,
@@ -85,6 +88,8 @@ def make_result(
         warnings.append("not checked against the note: the check reads English only")
     return {
         "generated_summary": summary,
+        "sentences": [],
+        "not_mentioned": missing_facts(note, [strip_citations(summary)]),
         "evidence": evidence,
         **checked,
         "confidence": round(math.exp(sum(sequence.log_probs) / n_new_tokens), 4),
@@ -93,6 +98,12 @@ def make_result(
         "n_new_tokens": n_new_tokens,
         "finish_reason": sequence.finish_reason,
     }
+
+
+def missing_facts(note: str, sentences: Sequence[str]) -> list[dict]:
+    """What the note holds and a summary of these sentences lacks: its `kind` (plan, drug, abnormal or
+    problem), `text`, `note_sentence`."""
+    return [asdict(missing) for missing in not_mentioned(note, sentences)]
 
 
 def check_result(note: str, summary: str, sentence_version: int = SENTENCE_VERSION) -> dict:
@@ -142,14 +153,17 @@ def summary_warnings(summary: str, evidence: Sequence[dict]) -> list[str]:
 
 
 def kinds_of(result: dict) -> Iterator[str]:
-    """What is counted of a result: "done" or "failed", "flagged", its error, and each kind of its warnings
-    and of its findings once."""
+    """What is counted of a result: "done" or "failed", "flagged", its error, each kind of its warnings, of
+    its findings and of what it does not mention once, and each sentence as "sentence quoted" or "sentence
+    written"."""
     yield "failed" if "error" in result else "done"
     if result.get("n_findings"):
         yield "flagged"
     yield from (f"the check found: {kind}" for kind in result.get("n_findings", ()))
     if "error" in result:
         yield result["error"]
+    yield from sorted({f"not mentioned: {missing['kind']}" for missing in result.get("not_mentioned", [])})
+    yield from (f"sentence {sentence['source']}" for sentence in result.get("sentences", []))
     yield from {
         re.sub(r"(?<![\w.])\d[\d,]*(?!\w)", "N", warning.partition(":")[0])
         for warning in result.get("warnings", [])

@@ -164,6 +164,8 @@ def model_card(
 
     config = sft_config["training"]
     counts = sft_config["rows"]["train"]
+    n_parts = sft_config["rows"].get("parts", {}).get("used", 0)
+    parts = f", and on {n_parts:,} of their sentences with parts of the notes" if n_parts else ""
     lines = [
         f"| {epoch['epoch']} | {epoch['train_loss']:.4f} | {epoch['val_loss']:.4f} |" for epoch in epochs
     ]
@@ -177,7 +179,7 @@ def model_card(
 # Clinical summary adapter (Stage A, supervised fine-tuning)
 
 A LoRA adapter (r={config["lora_r"]}, alpha={config["lora_alpha"]:g}, on {", ".join(target_modules)}) that makes
-`{" ".join(base_name.split())}`{known_as} summarize clinical notes. Trained on {counts["used"]:,} factual pairs of note and summary;
+`{" ".join(base_name.split())}`{known_as} summarize clinical notes. Trained on {counts["used"]:,} factual pairs of note and summary{parts};
 {counts["hallucinated"]:,} hallucinated pairs were left out.
 
 | epoch | train loss | validation loss |

@@ -173,6 +173,7 @@ class Run:
     tokenizer: object  # transformers' PreTrainedTokenizerBase
     train_set: SFTDataset
     val_set: SFTDataset
+    examples: list[Example]  # what the steps train on: those of train_set, then parts of them
     packed: bool  # else padded batches
     plan: Plan
     parameters: list[torch.nn.Parameter]  # the trainable ones

@@ -17,7 +17,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 
 from sft.cli import InputError, log
-from sft.data.dataset import SFTDataset, load_datasets
+from sft.data.dataset import Example, SFTDataset, load_datasets
 from sft.data.formats import main_language
 from sft.data.prompt import PromptTemplate, build_template
 from sft.data.report import log_data_warnings
@@ -40,6 +40,7 @@ from sft.model.base import (
 from sft.model.kernels import use_frozen_kernels
 from sft.model.probes import enable_packing
 from sft.options import TrainConfig, quantization_of
+from sft.training.parts import Learned, learn_writing
 from sft.training.run import Plan, Run, TrainingProgress
 
 
@@ -56,12 +57,11 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     model, packed = build_model(config, placement, accelerator, base_folder)
     optimizer = make_optimizer(config, model)
     train_set, val_set = load_data(config, accelerator, tokenizer, rows, checkpoint)
+    learned, part_examples = load_parts(config, accelerator, train_set, checkpoint)
+    examples = train_set.examples + part_examples
 
     is_sharded = config.shard_base and accelerator.num_processes > 1
-    hashes = {
-        "train_csv": sha256_of_files(config.train_files),
-        "base_weights": base_weights,
-    }
+    hashes = {"train_csv": sha256_of_files(config.train_files), "base_weights": base_weights}
     if config.val_file:
         hashes["val_csv"] = sha256(Path(config.val_file))
     may_change = {field.name for field in fields(config) if field.metadata["may_change"]}
@@ -70,9 +70,10 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         "n_processes": accelerator.num_processes,
         "base_dtype": str(placement.dtype),
         "packed": packed,
+        "parts": learned.digest,
         "base_config": hashlib.sha256(json.dumps(base_config(base_folder)).encode()).hexdigest(),
     }
-    sft_config = describe_run(config, rows, (train_set, val_set), placement.dtype_name, hashes)
+    sft_config = describe_run(config, rows, (train_set, val_set), learned, placement.dtype_name, hashes)
     sft_config["base_config"] = base_config(base_folder)
     sft_config["base_public_name"] = public_name(base_folder)
     window = context_window(model.get_base_model()) or math.inf
@@ -85,9 +86,10 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         tokenizer=tokenizer,
         train_set=train_set,
         val_set=val_set,
+        examples=examples,
         packed=packed,
         plan=Plan(
-            len(train_set),
+            len(examples),
             config.batch_size,
             config.gradient_accumulation_steps,
             accelerator.num_processes,
@@ -206,6 +208,18 @@ def load_data(
     return datasets
 
 
+def load_parts(
+    config: TrainConfig, accelerator: Accelerator, train_set: SFTDataset, checkpoint: Path | None
+) -> tuple[Learned, list[Example]]:
+    """What the run learns of writing by sentences; the rows of parts as tokens, in the training rows' prompt,
+    without those that do not fit."""
+    is_numbered = train_set.encoder.template.number_sentences
+    learned = learn_writing(train_set.rows, config, is_numbered, checkpoint)
+    cache = None if config.dry_run else config.token_cache / "parts.tokens"
+    with accelerator.main_process_first():
+        return learned, SFTDataset(learned.rows, train_set.encoder, config.max_length, cache).examples
+
+
 def sha256_of_files(files: list) -> str:
     """The SHA-256 of one file; of several, that of theirs."""
     first, *more = [sha256(Path(file)) for file in files]
@@ -223,6 +237,7 @@ def describe_run(
     config: TrainConfig,
     rows: tuple[list[Row], list[Row]],
     datasets: tuple[SFTDataset, SFTDataset],
+    learned: Learned,
     dtype: str,
     hashes: dict[str, str],
 ) -> dict:
@@ -256,7 +271,8 @@ def describe_run(
         "prompt": asdict(datasets[0].encoder.template),
         "max_length": config.max_length,
         "training": training | {"dtype": dtype},
-        "rows": counts,
+        "rows": counts | {"parts": learned.counts},
+        **learned.settings,
         "language": main_language(notes),  # of the training notes; inference warns about another one
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "sha256": hashes,

@@ -1,0 +1,102 @@
+"""What training learns of writing by sentences: which of a note's sentences its summaries use (the selector),
+what they write for its short forms, and single sentences to train on. Needs no torch."""
+
+import dataclasses
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sft.cli import log, on_main_process, plural
+from sft.data.rows import Row
+from sft.grounding.citations import strip_citations
+from sft.grounding.parts import learn_shorthand, training_pairs
+from sft.grounding.selector import ENOUGH_KIN, fit_selector
+from sft.options import TrainConfig
+
+WRITING = "quote"  # the default of an adapter whose training summaries are made of their notes' sentences
+_FEWEST_NOTES = 20  # of which a selector is fitted that decides by default
+_MOST_FITTED = 500  # rows; a few dozen fit as good a selector
+_MOST_ROWS = 2000  # that parts are made of: more would take minutes at each start
+
+
+@dataclass(frozen=True)
+class Learned:
+    """`settings`: what sft_config.json keeps of it; `rows`: parts of notes with a sentence for each;
+    `counts`: of these rows, for sft_config.json."""
+
+    settings: dict
+    rows: list[Row]
+    counts: dict
+
+    @property
+    def digest(self) -> str:
+        """Equal for equal rows; "" for none."""
+        texts = json.dumps([(row.clinical_note, row.model_summary) for row in self.rows])
+        return hashlib.sha256(texts.encode()).hexdigest() if self.rows else ""
+
+
+def learn_writing(
+    rows: Sequence[Row], config: TrainConfig, is_numbered: bool, checkpoint: Path | None
+) -> Learned:
+    """Fits the selector on the training rows and makes the rows of parts, if the run has them. `is_numbered`:
+    whether the prompt numbers the note's sentences. Says what came of it, in figures."""
+    rows = _every(rows, _MOST_ROWS)
+    pairs = [(row.clinical_note, strip_citations(row.model_summary)) for row in rows]
+    selector = fit_selector(_every(pairs, _MOST_FITTED))
+    n_notes = len({row.note_key for row in rows})
+    supported = selector.supported and n_notes >= _FEWEST_NOTES
+    settings = {
+        "writing": WRITING if supported else "free",
+        "selector": json.loads(selector.to_json()),
+        "shorthand": learn_shorthand(pairs),
+    }
+    why_not = _why_no_parts(config, supported, is_numbered, checkpoint)
+    part_rows, left_out = ([], Counter()) if why_not else make_part_rows(rows)
+    counts = {"used": len(part_rows), "of_rows": len(rows), "left_out": dict(left_out)}
+    if on_main_process():
+        figure = f"kinship {selector.kinship:.2f}, needs {ENOUGH_KIN}; {plural(n_notes, 'note')}, needs {_FEWEST_NOTES}"
+        log(f"Writing: {settings['writing']} by default (of summaries to their notes' sentences: {figure})")
+        if why_not:
+            log(f"Parts: none: {why_not}")
+        else:
+            reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.most_common())
+            more = f"; {reasons}" if reasons else ""
+            log(f"Parts: {plural(len(part_rows), 'sentence')} of {plural(len(rows), 'row')}{more}")
+    return Learned(settings, part_rows, counts)
+
+
+def _every(items: Sequence, most: int) -> Sequence:
+    """Every n-th of them, at most `most`."""
+    return items[:: -(-len(items) // most) or 1]
+
+
+def _why_no_parts(config: TrainConfig, supported: bool, is_numbered: bool, checkpoint: Path | None) -> str:
+    """Why a run trains on whole rows alone; "" if it does not."""
+    if config.part_rows == "off":
+        return "--part_rows off"
+    if checkpoint:
+        saved = json.loads((checkpoint / "sft_config.json").read_text(encoding="utf-8"))
+        if "part_rows" not in saved.get("training", {}):
+            return "the run was begun by a version without them"
+    # A part's sentence has no citations, which the instruction asks for
+    if is_numbered:
+        return "the summaries cite numbered sentences"
+    if config.part_rows == "auto" and not supported:
+        return "too few notes, or summaries that are not made of their sentences (--part_rows on tries it)"
+    return ""
+
+
+def make_part_rows(rows: Sequence[Row]) -> tuple[list[Row], Counter]:
+    """A row for each summary sentence and the part of its note that holds its words; the number of sentences
+    that were left out or trimmed, by reason."""
+    part_rows = []
+    left_out = Counter()
+    for row in rows:
+        pairs, reasons = training_pairs(row.clinical_note, strip_citations(row.model_summary))
+        left_out += reasons
+        for part, sentence in pairs:
+            part_rows.append(dataclasses.replace(row, clinical_note=part.text, model_summary=sentence))
+    return part_rows, left_out
