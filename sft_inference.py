@@ -396,12 +396,10 @@ def load_inference(config: InferenceConfig) -> SFTInference:
 
         config.device = device_of_process(config.device)
     names = (
-        "model_path device dtype base_model use_8bit use_4bit max_length prompt_from verify writing citations"
+        "device dtype base_model use_8bit use_4bit max_length prompt_from verify writing citations".split()
     )
-    return SFTInference(
-        merge=not (config.no_merge or config.merge_to),
-        **{name: getattr(config, name) for name in names.split()},
-    )
+    options = {name: getattr(config, name) for name in names}
+    return SFTInference(config.model_path, merge=not (config.no_merge or config.merge_to), **options)
 
 
 def main() -> None:
