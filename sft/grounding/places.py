@@ -15,8 +15,8 @@ _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
 # Nouns and titles first, pronouns where there are none
 _GENDERS = (
     (
-        r"\b(?:man|male|boy|gentleman|sir|mr|\d{1,3} ?m)\b",
-        r"\b(?:woman|female|girl|lady|ma'am|miss|m(?:r)?s|\d{1,3} ?f)\b",
+        r"\b(?:man|male|boy|gentleman|sir|mr|\d\dm)\b",
+        r"\b(?:woman|female|girl|lady|ma'am|miss|m(?:r)?s|\d\df)\b",
     ),
     (r"\b(?:he|his|him)\b", r"\b(?:she|her|hers)\b"),
 )
