@@ -102,6 +102,7 @@ class Text:
         """Marks what a sentence denies, and what it says of a relative."""
         denied_until = trigger = -1
         n_denied = 0
+        is_open = False
         holder = ""
         for index in range(first, last):
             word = self.words[index]
@@ -111,11 +112,12 @@ class Text:
             is_idiom = is_or or following in ("by", "pressure")
             if (word in NEGATIONS or word.endswith("n't")) and not is_idiom:
                 reach = 0 if following == "," else 2 if word in ("non", "free") else 14
-                denied_until, trigger, n_denied = index + reach, index, 0
+                denied_until, trigger, n_denied, is_open = index + reach, index, 0, False
             elif index <= denied_until and self._ends_denial(index, last, trigger, n_denied):
                 denied_until = index
             if word in KIN:
-                holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
+                is_source = index > first and self.words[index - 1] in ("per", "by", "to")
+                holder = KIN[word] if not is_source and _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
             elif word in _SELF or word in ";:.!/-":
                 holder = ""
             if word not in _SEPARATORS:
@@ -123,7 +125,10 @@ class Text:
             else:
                 n_denied = 0
                 denied_until = max(denied_until, index + 8) if index < denied_until else denied_until
-            self.denied[index] = index <= denied_until
+            self.denied[index] = None if index <= denied_until and is_open else index <= denied_until
+            # "No cola, toilet before sleep": without "or" nobody knows
+            if word == "," and index < denied_until and not _OR & set(self.words[index:last]):
+                is_open = True
             self.kin[index] = holder
 
     def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:

@@ -28,6 +28,7 @@ _FAMILY = frozenset("family families familial paternal maternal side".split())
 _MALE = frozenset("he his him man male boy gentleman".split())
 _FEMALE = frozenset("she her hers woman female girl lady".split())
 _GASES = frozenset("o co spo sao po pco fio hco".split())
+_CONDITIONAL = frozenset("for should on".split())
 _LINKS = frozenset("of the a in - her his".split())
 
 
@@ -240,7 +241,7 @@ def _near(text: Text, index: int, words: frozenset, reach: int) -> int | None:
         at
         for at in range(max(first, index - reach), min(last, index + reach + 1))
         if text.words[at] in words
-        and (text.clauses[at] == text.clauses[index] or (words is SOFT and abs(at - index) < 4))
+        and (text.clauses[at] == text.clauses[index] or (words >= SOFT and abs(at - index) < 4))
     ]
     return min(found, key=lambda at: abs(at - index), default=None)
 
@@ -264,7 +265,8 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         if hedge is not None:
             hedged.setdefault(hedge, []).append(index)
     for hedge, indices in hedged.items():
-        if all(_near(text, index, SOFT, 8) is None for index in indices):
+        soft = SOFT | _CONDITIONAL if note.text.words[hedge] in CONDITIONS else SOFT
+        if all(_near(text, index, soft, 8) is None for index in indices):
             yield sentence.finding("certainty", indices[0], indices[-1], 1.7, (hedge, hedge))
 
 
