@@ -51,7 +51,8 @@ class NotePlaces:
     def is_all_denied(self, word_stem: str, denied: bool | None) -> bool:
         """Whether a stem stands in the note, and nowhere as in the summary: denied there, or not."""
         found = self.of(word_stem)
-        return bool(found) and all(self.text.denied[place] == (not denied) for place in found)
+        is_known = denied is not None and bool(found)
+        return is_known and all(self.text.denied[place] is (not denied) for place in found)
 
     def has(self, summary: Text, index: int) -> bool:
         """Whether the note holds a word of the summary, or an abbreviation of it."""

@@ -192,7 +192,7 @@ class Text:
                 return None
             if word in _NO or (word == "not" and not is_content(following)):
                 return None if is_content(following) and word == "no" else True
-            if word in _YES:
+            if word in _YES and following != "not":
                 return False
         return None
 
