@@ -37,7 +37,8 @@ class NotePlaces:
         self.quantities = QuantityIndex(self.text.quantities)
         self.markers = {kind: tuple(zip(*found)) for kind, found in self.text.markers.items()}
         self.values = {(kind, value) for kind, found in self.text.markers.items() for _, value in found}
-        self.is_male = _is_male(note.lower())
+        self.is_dialogue = bool(re.search(r"\b[Yy]ou\b", note))
+        self.is_male = _is_male(note.lower(), self.is_dialogue)
         # "My mother" is the patient where her daughter speaks
         self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
         # Right iliac fossa, left eye: abbreviations that may hold a side
@@ -103,10 +104,10 @@ class NotePlaces:
         return 0 if first == second else nearest
 
 
-def _is_male(note: str) -> bool | None:
+def _is_male(note: str, is_dialogue: bool) -> bool | None:
     """Whether the patient is male, by the note's words in lower case; None if they do not tell."""
     # In a dialogue, "he" is somebody else
-    for male, female in _GENDERS[: 1 if re.search(r"\byou\b", note) else 2]:
+    for male, female in _GENDERS[: 1 if is_dialogue else 2]:
         is_male, is_female = (bool(re.search(pattern, note)) for pattern in (male, female))
         if is_male or is_female:
             return is_male if is_male != is_female else None

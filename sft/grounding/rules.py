@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sft.grounding.places import NotePlaces
-from sft.grounding.quantities import Quantity
+from sft.grounding.quantities import UNITS, Quantity
 from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
 from sft.grounding.words import is_telling, word_set
 
@@ -29,6 +29,7 @@ _MALE = frozenset("he his him man male boy gentleman".split())
 _FEMALE = frozenset("she her hers woman female girl lady".split())
 _GASES = frozenset("o co spo sao po pco fio hco".split())
 _CONDITIONAL = frozenset("for should on".split())
+_EQUALS = frozenset("is was are were of : =".split())
 _LINKS = frozenset("of the a in - her his".split())
 
 
@@ -168,10 +169,22 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
                 and not any(stated[key] > (key in quantity.readings()) for key in other.readings())
             ]
             score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
-            lead = score - 1.2 * own
+            name = _name(text, quantity.index)
+            named = [(score, other) for score, other in scores if name and id(other) not in agreeing and _name(note.text, other.index)==name]
+            mine = [_name(note.text, other.index) for other in found if id(other) in agreeing]
+            lead = score - 1.5 * own
+            if named and all(n not in ("", name) for n in mine):
+                (score, rival), lead = max(named, key=lambda pair: pair[0]), 1.0
             if lead > 0.2:
                 kind = "time" if is_time else "misplaced"
                 yield sentence.finding(kind, *span, min(2.0, 3 * lead), (rival.index, rival.last))
+
+
+def _name(text: Text, index: int) -> str:
+    """The stem of the word right before a number, or before "is", "of" or ":"; "" if there is none."""
+    first = text.ranges[text.sentence_of[index]][0]
+    at = index - 1 - (text.words[index - 1] in _EQUALS)
+    return text.stems[at] if at >= first and text.words[at] not in UNITS else ""
 
 
 def _is_no_claim(text: Text, quantity: Quantity) -> bool:
