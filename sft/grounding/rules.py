@@ -13,10 +13,10 @@ from sft.grounding.words import is_telling, word_set
 
 # {kind of marker: (kind of finding, weight)}
 _MARKERS = {
-    **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.0)),
-    **dict.fromkeys(("when", "shift"), ("time", 0.7)),
-    **{"side": ("side", 2.2), "kin": ("person", 2.2), "weekday": ("time", 2.2), "month": ("time", 1.5)},
-    **{"order": ("time", 1.0), "result": ("negation", 0.7), "course": ("misplaced", 0.7)},
+    **{"side": ("side", 2.0), "kin": ("person", 2.0), "weekday": ("time", 2.0), "order": ("time", 2.0)},
+    **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.2)),
+    **dict.fromkeys(("when", "shift", "month"), ("time", 1.2)),
+    **{"result": ("negation", 1.2), "course": ("misplaced", 1.2)},
 }
 _DRUG = re.compile(
     r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
