@@ -138,7 +138,7 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     quantities = text.quantities[begin:end]
     stated = Counter(key for quantity in quantities for key in quantity.readings())
     for quantity in quantities:
-        if quantity.is_implied or _is_no_claim(text, quantity):
+        if quantity.is_implied or _is_no_claim(text, quantity) or _is_cut_off(sentence, quantity):
             continue
         found = note.quantities.matches(quantity)
         is_time = quantity.unit is not None and quantity.unit[0] == "time"
@@ -185,6 +185,17 @@ def _name(text: Text, index: int) -> str:
     first = text.ranges[text.sentence_of[index]][0]
     at = index - 1 - (text.words[index - 1] in _EQUALS)
     return text.stems[at] if at >= first and text.words[at] not in UNITS else ""
+
+
+def _is_cut_off(sentence: Sentence, quantity: Quantity) -> bool:
+    """Whether the summary ends within a number that the note has after the same word."""
+    note, text = sentence.note.text, sentence.summary
+    last = len(text.words) - 1
+    return 0 < quantity.index == last and any(
+        note.words[other.index].startswith(text.words[last]) and note.words[other.index - 1] == text.words[last - 1]
+        for other in note.quantities
+        if other.index
+    )
 
 
 def _is_no_claim(text: Text, quantity: Quantity) -> bool:
