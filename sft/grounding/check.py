@@ -9,7 +9,6 @@ texts.
 """
 
 import math
-from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -27,7 +26,7 @@ TRAINING_THRESHOLD = 2.6
 # What a sentence's wording adds, fitted by hand to the judged set and to phase1's true and changed sentences.
 # Clinicians' long sentences join many facts in words of their own: the more content words a sentence has, the
 # less each of these counts, by _LENGTH
-_MISSING = 0.35 # for a word that the note lacks
+_MISSING = 0.35  # for a word that the note lacks
 _MISSING_IN_DIALOGUE = 0.2  # ... of a dialogue, whose everyday words become clinical ones
 _REPEATED = 0.7  # for a word or number said more often than in the note: small models fall into loops
 _POLARITY = 0.2  # for a word that the note affirms where the summary denies it, or the other way round
@@ -214,8 +213,7 @@ def _repeated(sentence: Sentence) -> list[Finding]:
         said[word_stem] += word_stem != ""
         if said[word_stem] > max(1, len(note.of(word_stem))):
             findings.append(sentence.finding("unsupported", index, index, _REPEATED))
-    begin, end = (bisect_left(summary.quantities, i, key=lambda q: q.index) for i in (sentence.first, sentence.last))
-    for quantity in summary.quantities[begin:end]:
+    for quantity in sentence.quantities():
         said[quantity.values] += not quantity.is_implied
         if said[quantity.values] > max(1, len(note.quantities.matches(quantity))):
             findings.append(sentence.finding("unsupported", quantity.index, quantity.last, _REPEATED))

@@ -23,7 +23,7 @@ _GENDERS = (
 
 
 class NotePlaces:
-    """A note's words by stem, its word pairs, abbreviations, markers and quantities."""
+    """A note's words by stem, its word pairs, markers and quantities."""
 
     def __init__(self, note: str, sentence_version: int = SENTENCE_VERSION):
         self.text = Text(note, sentence_version)
@@ -33,7 +33,6 @@ class NotePlaces:
                 self.places.setdefault(word_stem, []).append(index)
         self.words = set(self.text.words)
         self.pairs = set(pairs(self.text, 0, len(self.text.words)))
-        self.initials = set(_initials(self.text, 0, len(self.text.words)))
         self.quantities = QuantityIndex(self.text.quantities)
         self.markers = {kind: tuple(zip(*found)) for kind, found in self.text.markers.items()}
         self.values = {(kind, value) for kind, found in self.text.markers.items() for _, value in found}
@@ -56,9 +55,9 @@ class NotePlaces:
         return is_known and all(self.text.denied[place] is (not denied) for place in found)
 
     def has(self, summary: Text, index: int) -> bool:
-        """Whether the note holds a word of the summary, or an abbreviation of it."""
+        """Whether the note holds a word of the summary, or a short form of it."""
         word = summary.words[index]
-        if summary.stems[index] in self.places or word in self.words or word in self.initials:
+        if summary.stems[index] in self.places or word in self.words:
             return True
         # "pred" for prednisolone, "gent" for gentamicin; "abdominal" for abdo
         return any(word[:n] in self.words for n in range(3 if len(word) > 6 else 4, min(len(word), 20)))

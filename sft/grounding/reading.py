@@ -117,7 +117,11 @@ class Text:
                 denied_until = index
             if word in KIN:
                 is_source = index > first and self.words[index - 1] in ("per", "by", "to")
-                holder = KIN[word] if not is_source and _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
+                holder = (
+                    KIN[word]
+                    if not is_source and _HOLDS & set(self.words[index + 1 : min(last, index + 6)])
+                    else ""
+                )
             elif word in _SELF or word in ";:.!/-":
                 holder = ""
             if word not in _SEPARATORS:

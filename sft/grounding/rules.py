@@ -2,7 +2,6 @@
 
 import re
 from bisect import bisect_left
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -23,7 +22,7 @@ _DRUG = re.compile(
     r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
-_DISTANT_KIN, _NO_DRUGS = word_set("distant kin"), word_set("no drugs")
+_NO_DRUGS = word_set("no drugs")
 _FAMILY = frozenset("family families familial paternal maternal side".split())
 _MALE = frozenset("he his him man male boy gentleman".split())
 _FEMALE = frozenset("she her hers woman female girl lady".split())
@@ -56,6 +55,12 @@ class Sentence:
     summary: Text
     first: int
     last: int
+
+    def quantities(self) -> list[Quantity]:
+        """Those that begin in this sentence."""
+        found = self.summary.quantities
+        begin, end = (bisect_left(found, at, key=lambda one: one.index) for at in (self.first, self.last))
+        return found[begin:end]
 
     def heads(self, excluded: frozenset | dict) -> Iterator[tuple[int, int]]:
         """(first word, last telling word) of each phrase: content words, cut where a denial begins."""
@@ -108,18 +113,10 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
                 factor, margin = (1.0, 0.05) if marker == "side" else (1.3, 0.1)
                 if lead > factor * same + margin:
                     yield sentence.finding(kind, *span, 0.8 * weight, place)
-            elif marker == "kin" and _may_be_said_otherwise(note, value, lead):
-                continue
             elif lead > 0.15:
                 yield sentence.finding(kind, *span, weight, place)
             elif _would_be_there(note, marker):
                 yield sentence.finding(kind, *span, 0.7 * weight)
-
-
-def _may_be_said_otherwise(note: NotePlaces, relative: str, lead: float) -> bool:
-    """ "My parents", "my dad's brother"."""
-    is_general = any(relative in GENERAL_KIN[word] for word in GENERAL_KIN.keys() & note.words)
-    return (is_general and lead < 0.5) or relative in _DISTANT_KIN
 
 
 def _would_be_there(note: NotePlaces, marker: str) -> bool:
@@ -132,16 +129,11 @@ def _would_be_there(note: NotePlaces, marker: str) -> bool:
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Numbers that the note lacks, has with another unit, or has elsewhere."""
     note, text = sentence.note, sentence.summary
-    begin, end = (
-        bisect_left(text.quantities, i, key=lambda q: q.index) for i in (sentence.first, sentence.last)
-    )
-    quantities = text.quantities[begin:end]
-    stated = Counter(key for quantity in quantities for key in quantity.readings())
-    for quantity in quantities:
+    for quantity in sentence.quantities():
         if quantity.is_implied or _is_no_claim(text, quantity) or _is_cut_off(sentence, quantity):
             continue
         found = note.quantities.matches(quantity)
-        is_time = quantity.unit is not None and quantity.unit[0] == "time"
+        is_time = _is_time(quantity)
         span = (quantity.index, quantity.last)
         scores = _rivals(sentence, quantity)
         if not found:
@@ -150,41 +142,60 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
             yield sentence.finding("time" if is_time else "number", *span, 2.0, place)
             continue
         # The same value with another unit does not count
-        agreeing = {id(other) for other in found if not (quantity.unit and (other.unit or other.is_implied))}
-        agreeing |= {id(other) for other in note.quantities.converted(quantity)}
+        agreeing = [other for other in found if not (quantity.unit and (other.unit or other.is_implied))]
+        agreeing += note.quantities.converted(quantity)
         if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
             yield sentence.finding("time" if is_time else "unit", *span, 2.0, place)
-        elif quantity.is_age or any(
+        elif not quantity.is_age and not any(
             other.is_implied and (other.unit or not quantity.unit) for other in found
         ):
-            continue
-        else:
-            own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
-            # A rival that the sentence states as well, as in "5 to 10 days", is no rival
-            free = [
-                (score, other)
-                for score, other in scores
-                if id(other) not in agreeing
-                and not any(stated[key] > (key in quantity.readings()) for key in other.readings())
-            ]
-            score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
-            name = _name(text, quantity.index)
-            named = [(score, other) for score, other in scores if name and id(other) not in agreeing and _name(note.text, other.index)==name]
-            mine = [_name(note.text, other.index) for other in found if id(other) in agreeing]
-            lead = score - 1.5 * own
-            if named and all(n not in ("", name) for n in mine):
-                (score, rival), lead = max(named, key=lambda pair: pair[0]), 1.0
-            if lead > 0.2:
-                kind = "time" if is_time else "misplaced"
-                yield sentence.finding(kind, *span, min(2.0, 3 * lead), (rival.index, rival.last))
+            yield from _misplaced(sentence, quantity, scores, agreeing)
 
 
-def _name(text: Text, index: int) -> str:
-    """The stem of the word right before a number, or before "is", "of" or ":"; "" if there is none."""
-    first = text.ranges[text.sentence_of[index]][0]
-    at = index - 1 - (text.words[index - 1] in _EQUALS)
-    return text.stems[at] if at >= first and text.words[at] not in UNITS else ""
+def _misplaced(
+    sentence: Sentence, quantity: Quantity, scores: list[tuple[float, Quantity]], agreeing: list[Quantity]
+) -> Iterator[Finding]:
+    """A number that the note has elsewhere: another one stands at this place, or after the same name."""
+    note, text = sentence.note.text, sentence.summary
+    mine = {id(other) for other in agreeing}
+    rivals = [(score, other) for score, other in scores if id(other) not in mine]
+    name = _name(text, quantity)
+    named = [(score, other) for score, other in rivals if name and name == _name(note, other)]
+    if named and all(_name(note, other) not in ("", name) for other in agreeing):
+        lead, (_, rival) = 1.0, max(named, key=lambda pair: pair[0])
+    else:
+        # One that the sentence states as well, as in "5 to 10 days", is no rival
+        free = [(score, other) for score, other in rivals if not _states(sentence, other, quantity)]
+        score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
+        lead = score - 1.5 * max((score for score, other in scores if id(other) in mine), default=0.0)
+    if lead > 0.2:
+        kind = "time" if _is_time(quantity) else "misplaced"
+        yield sentence.finding(
+            kind, quantity.index, quantity.last, min(2.0, 3 * lead), (rival.index, rival.last)
+        )
+
+
+def _states(sentence: Sentence, rival: Quantity, quantity: Quantity) -> bool:
+    """Whether the sentence states a rival besides this quantity."""
+    return any(
+        key in other.readings()
+        for other in sentence.quantities()
+        if other is not quantity
+        for key in rival.readings()
+    )
+
+
+def _is_time(quantity: Quantity) -> bool:
+    return quantity.unit is not None and quantity.unit[0] == "time"
+
+
+def _name(text: Text, quantity: Quantity) -> str:
+    """The stem of the word right before a number, or before its "is", "of" or ":"; "" if there is none."""
+    index = quantity.index - 1
+    index -= text.words[index] in _EQUALS
+    is_same = index >= text.ranges[text.sentence_of[quantity.index]][0] and text.words[index] not in UNITS
+    return text.stems[index] if is_same else ""
 
 
 def _is_cut_off(sentence: Sentence, quantity: Quantity) -> bool:
@@ -192,7 +203,8 @@ def _is_cut_off(sentence: Sentence, quantity: Quantity) -> bool:
     note, text = sentence.note.text, sentence.summary
     last = len(text.words) - 1
     return 0 < quantity.index == last and any(
-        note.words[other.index].startswith(text.words[last]) and note.words[other.index - 1] == text.words[last - 1]
+        note.words[other.index].startswith(text.words[last])
+        and note.words[other.index - 1] == text.words[last - 1]
         for other in note.quantities
         if other.index
     )
