@@ -113,6 +113,8 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
                 factor, margin = (1.0, 0.05) if marker == "side" else (1.3, 0.1)
                 if lead > factor * same + margin:
                     yield sentence.finding(kind, *span, 0.8 * weight, place)
+            elif any(value in GENERAL_KIN[word] for word in GENERAL_KIN.keys() & note.words):
+                continue
             elif lead > 0.15:
                 yield sentence.finding(kind, *span, weight, place)
             elif _would_be_there(note, marker):
@@ -256,7 +258,7 @@ def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float]:
         polarity = note.text.denied[place]
         best[polarity] = max(best[polarity], (scores.get(number, 0.0), place))
     (own, _), (score, place) = best[denied], best[not denied]
-    if place < 0 or best[None][0] > score or (own >= 0 and score <= 1.5 * own + 0.3):
+    if denied is None or place < 0 or best[None][0] > score or (own >= 0 and score <= 1.5 * own + 0.3):
         return 0, 0.0
     # The word alone is not enough where it is affirmed, or denied by the answer to a question
     is_question = note.text.words[note.text.ranges[note.text.sentence_of[place]][1] - 1] == "?"
