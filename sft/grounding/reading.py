@@ -35,7 +35,6 @@ _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
 _OPENINGS = frozenset("a an the her his their she he they then now".split()) | HEDGES
 _OR = frozenset(("or", "nor"))
 _UNKNOWN = frozenset("know remember recall".split())
-_NAYS = [["no"], ["nope"], ["nah"]]
 _SEPARATORS = frozenset(", or and nor /".split())
 _QUESTIONS = [[verb, subject] for verb in "do have are did has does is".split() for subject in ("you", "any")]
 _END, _PREPOSITIONS, _FINITE = map(word_set, ("end of negation", "prepositions", "finite"))
@@ -143,12 +142,7 @@ class Text:
             return True
         if word in _END or (n_denied and word in _FINITE):
             return any(self.stems[trigger + 1 : index]) and self.words[index - 1] not in _TROUBLES
-        if word not in (",", "and"):
-            return False
-        # "does not drink, and smokes": the list of a verb ends sooner than that of a noun
-        is_verb = self.words[trigger] in ("not", "never") or self.words[trigger].endswith("n't")
-        is_list = word == "," and _OR & set(self.words[index + 1 : min(last, index + 9)])
-        return (is_verb and not is_list) or self._is_clause(index + 1, last)
+        return word in (",", "and") and self._is_clause(index + 1, last)
 
     def _is_clause(self, first: int, last: int) -> bool:
         """Whether a clause begins here, with a verb or a number, and not the next item of a list."""
@@ -174,11 +168,7 @@ class Text:
             start, end = self.ranges[number + 1]
             if not self._is_question(start, end):
                 answer = self._read_answer(start, end)
-            # "Or ever used drugs. Patient: No."
-            is_denied = (
-                self.words[start + 1 : start + 2] == [":"] and self.words[start + 2 : start + 3] in _NAYS
-            )
-            if last > first and (is_denied or self._is_question(first, last)):
+            if last > first and self._is_question(first, last):
                 self.denied[first:last] = [answer] * (last - first)
 
     def _is_question(self, first: int, last: int) -> bool:

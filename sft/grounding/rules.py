@@ -315,7 +315,7 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
         places = note.of(text.stems[head])
         beside = text.words[max(sentence.first, head - 10) : min(sentence.last, head + 4)]
         is_family = any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in beside)
-        if 0 < len(places) <= 3 and not is_family and all(note.text.kin[place] for place in places):
+        if places and not is_family and all(note.text.kin[place] for place in places):
             yield sentence.finding("person", first, head, 1.7, (places[0], places[0]))
     if note.is_male is None or text.named_relative < sentence.last:
         return
