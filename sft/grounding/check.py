@@ -3,9 +3,9 @@
 Three things are compared. *Place*: for a side, a number, a time, a relative, the content words around it
 point to places in the note; what stands there must be the same (that the note holds it somewhere says
 little). *What holds* for a word: denied or not, certain or not, the patient's or a relative's. *Wording*:
-words that the note lacks, words joined that it keeps apart, breaks between runs of its words. Each sentence
-gets one sum, its risk; a summary's risk is the sum over its sentences. Time is linear in the length of the
-texts.
+words that the note lacks, words said more often than there, words joined that it keeps apart, breaks between
+runs of its words. Each sentence gets one sum, its risk; a summary's risk is the sum over its different
+sentences. Time is linear in the length of the texts.
 """
 
 import math

@@ -116,11 +116,8 @@ class Text:
                 denied_until = index
             if word in KIN:
                 is_source = index > first and self.words[index - 1] in ("per", "by", "to")
-                holder = (
-                    KIN[word]
-                    if not is_source and _HOLDS & set(self.words[index + 1 : min(last, index + 6)])
-                    else ""
-                )
+                is_holder = not is_source and _HOLDS & set(self.words[index + 1 : min(last, index + 6)])
+                holder = KIN[word] if is_holder else ""
             elif word in _SELF or word in ";:.!/-":
                 holder = ""
             if word not in _SEPARATORS:
@@ -130,8 +127,7 @@ class Text:
                 denied_until = max(denied_until, index + 8) if index < denied_until else denied_until
             self.denied[index] = None if index <= denied_until and is_open else index <= denied_until
             # "No cola, toilet before sleep": without "or" nobody knows
-            if word == "," and index < denied_until and not _OR & set(self.words[index:last]):
-                is_open = True
+            is_open |= word == "," and index < denied_until and not _OR & set(self.words[index : index + 16])
             self.kin[index] = holder
 
     def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:

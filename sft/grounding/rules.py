@@ -2,6 +2,7 @@
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -131,15 +132,15 @@ def _would_be_there(note: NotePlaces, marker: str) -> bool:
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Numbers that the note lacks, has with another unit, or has elsewhere."""
     note, text = sentence.note, sentence.summary
+    stated = Counter(key for quantity in sentence.quantities() for key in quantity.readings())
     for quantity in sentence.quantities():
         if quantity.is_implied or _is_no_claim(text, quantity) or _is_cut_off(sentence, quantity):
             continue
         found = note.quantities.matches(quantity)
-        is_time = _is_time(quantity)
+        is_time = quantity.unit is not None and quantity.unit[0] == "time"
         span = (quantity.index, quantity.last)
-        scores = _rivals(sentence, quantity)
         if not found:
-            score, rival = max(scores, key=lambda pair: pair[0], default=(0.0, quantity))
+            score, rival = max(_rivals(sentence, quantity), key=lambda pair: pair[0], default=(0.0, quantity))
             place = (rival.index, rival.last) if score > 0.2 else None
             yield sentence.finding("time" if is_time else "number", *span, 2.0, place)
             continue
@@ -152,44 +153,33 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
         elif not quantity.is_age and not any(
             other.is_implied and (other.unit or not quantity.unit) for other in found
         ):
-            yield from _misplaced(sentence, quantity, scores, agreeing)
+            lead, rival = _lead(sentence, quantity, agreeing, stated)
+            if lead > 0.2:
+                kind = "time" if is_time else "misplaced"
+                yield sentence.finding(kind, *span, min(2.0, 3 * lead), (rival.index, rival.last))
 
 
-def _misplaced(
-    sentence: Sentence, quantity: Quantity, scores: list[tuple[float, Quantity]], agreeing: list[Quantity]
-) -> Iterator[Finding]:
-    """A number that the note has elsewhere: another one stands at this place, or after the same name."""
+def _lead(
+    sentence: Sentence, quantity: Quantity, agreeing: list[Quantity], stated: Counter
+) -> tuple[float, Quantity]:
+    """(by how much, which): another number of the note stands at this place, or after the same name."""
     note, text = sentence.note.text, sentence.summary
     mine = {id(other) for other in agreeing}
-    rivals = [(score, other) for score, other in scores if id(other) not in mine]
+    rivals = _rivals(sentence, quantity)
+    own = max((score for score, other in rivals if id(other) in mine), default=0.0)
+    rivals = [(score, other) for score, other in rivals if id(other) not in mine]
     name = _name(text, quantity)
-    named = [(score, other) for score, other in rivals if name and name == _name(note, other)]
+    named = [pair for pair in rivals if name and name == _name(note, pair[1])]
     if named and all(_name(note, other) not in ("", name) for other in agreeing):
-        lead, (_, rival) = 1.0, max(named, key=lambda pair: pair[0])
-    else:
-        # One that the sentence states as well, as in "5 to 10 days", is no rival
-        free = [(score, other) for score, other in rivals if not _states(sentence, other, quantity)]
-        score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
-        lead = score - 1.5 * max((score for score, other in scores if id(other) in mine), default=0.0)
-    if lead > 0.2:
-        kind = "time" if _is_time(quantity) else "misplaced"
-        yield sentence.finding(
-            kind, quantity.index, quantity.last, min(2.0, 3 * lead), (rival.index, rival.last)
-        )
-
-
-def _states(sentence: Sentence, rival: Quantity, quantity: Quantity) -> bool:
-    """Whether the sentence states a rival besides this quantity."""
-    return any(
-        key in other.readings()
-        for other in sentence.quantities()
-        if other is not quantity
-        for key in rival.readings()
-    )
-
-
-def _is_time(quantity: Quantity) -> bool:
-    return quantity.unit is not None and quantity.unit[0] == "time"
+        return 1.0, max(named, key=lambda pair: pair[0])[1]
+    # One that the sentence states as well, as in "5 to 10 days", is no rival
+    free = [
+        (score, other)
+        for score, other in rivals
+        if not any(stated[key] > (key in quantity.readings()) for key in other.readings())
+    ]
+    score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
+    return score - 1.5 * own, rival
 
 
 def _name(text: Text, quantity: Quantity) -> str:
