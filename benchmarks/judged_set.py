@@ -35,7 +35,7 @@ from sft.grounding.words import content_stems
 FOLDER = ROOT / "phase1_data" / "judged"
 NOTES = [ROOT / f"phase1_data/sft/{split}_set_processed.csv" for split in ("train", "validation")]
 MAX_NEW_TOKENS = 150
-RISK_EDGES = [0, 0.25, 0.5, 1, 2, 4, 8, math.inf]
+RISK_EDGES = [0, 0.5, 1, 2, 4, math.inf]
 
 
 # ------------------------------------------------------------------------------- reading

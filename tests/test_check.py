@@ -33,7 +33,8 @@ WRONG = [
     ("unit", CLINIC, "She takes metoprolol 50 mcg twice daily."),
     ("drug", CLINIC, "She takes metoprolol and lisinopril."),
     ("unsupported", CLINIC, "Pancreatitis, jaundice, gallstones, cirrhosis, melena and papilledema."),
-    ("misplaced", CLINIC, "Platelets are 50, hemoglobin is 68."),
+    ("misplaced", CLINIC, "Hemoglobin 180."),
+    ("misplaced", CLINIC, "Platelets were 11.2, hemoglobin was 180."),
     ("negation", CLINIC, "Right knee pain for two weeks, with fever."),
     ("negation", CLINIC, "There is no knee pain on stairs."),
     ("negation", DIALOGUE, "He has chest pain."),
@@ -72,6 +73,10 @@ TRUE = [
     ),
     ("Asked whether or not she would be a candidate for surgery.", "She may be a candidate for surgery."),
     ("Seen by Dr. May. No appetite for a week.", "No appetite for 7 days."),
+    ("Return at once if fever or vomiting.", "She is to return at once for fever or vomiting."),
+    ("Born 38/40 to a mother of 31. Now 40+2.", "Born at 38 weeks, now at 40+2 weeks."),
+    ("Blood loss 400 mL. A drain in each wound.", "There is a drain in each wound. Blood loss 40"),
+    ("CRP 402, now 260. GCS 13, down to 9.", "CRP 260 and GCS 9."),
 ]
 
 
@@ -112,6 +117,15 @@ def test_a_note_supports_itself():
     assert all(sentence.supported_share == 1 for sentence in check.sentences)
     assert check_summary(CLINIC, "").score == 1
     assert check_summary("", "Fever.").score < 1
+
+
+def test_a_loop_is_a_sign_and_counts_once():
+    said = "She has dementia in the knee"
+    once, twice = (check_summary(CLINIC, text) for text in (f"{said}.", f"{said}, dementia in the knee."))
+    assert twice.risk > once.risk
+    again = check_summary(CLINIC, f"{said}. " * 5)
+    assert again.risk == once.risk
+    assert len(again.sentences) == 5
 
 
 def test_citations():

@@ -3,9 +3,9 @@
 Three things are compared. *Place*: for a side, a number, a time, a relative, the content words around it
 point to places in the note; what stands there must be the same (that the note holds it somewhere says
 little). *What holds* for a word: denied or not, certain or not, the patient's or a relative's. *Wording*:
-words that the note lacks, words joined that it keeps apart, breaks between runs of its words. Each sentence
-gets one sum, its risk; a summary's risk is the sum over its sentences. Time is linear in the length of the
-texts.
+words that the note lacks, words said more often than there, words joined that it keeps apart, breaks between
+runs of its words. Each sentence gets one sum, its risk; a summary's risk is the sum over its different
+sentences. Time is linear in the length of the texts.
 """
 
 import math
@@ -20,14 +20,19 @@ from sft.grounding.sentences import SENTENCE_VERSION
 from sft.grounding.words import detect_language, is_content, is_telling
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
-FLAG_THRESHOLD = 1.65
-TRAINING_THRESHOLD = 2.6
+FLAG_THRESHOLD = 1.55
+TRAINING_THRESHOLD = 2.8
 
-_MISSING = 0.3  # for a word that the note lacks
-_MISSING_VERB = 0.12  # ... if it looks like a verb
-_POLARITY = 0.1  # for a word that the note affirms where the summary denies it, or the other way round
+# What a sentence's wording adds, fitted by hand to the judged set and to phase1's true and changed sentences.
+# Clinicians' long sentences join many facts in words of their own: the more content words a sentence has, the
+# less each of these counts, by _LENGTH
+_MISSING = 0.35  # for a word that the note lacks
+_MISSING_IN_DIALOGUE = 0.2  # ... of a dialogue, whose everyday words become clinical ones
+_REPEATED = 0.7  # for a word or number said more often than in the note: small models fall into loops
+_POLARITY = 0.2  # for a word that the note affirms where the summary denies it, or the other way round
 _GAP = 0.15  # for two words joined that the note keeps apart
-_BREAK = 0.008  # for two words that do not follow each other in the note, or one that every summary uses
+_BREAK = 0.02  # for two words that do not follow each other in the note, or one that every summary uses
+_LENGTH = 10
 _TELLING = 0.5  # the weight of a finding that says something of itself
 _NEAR = 6  # tokens
 _APART = 16
@@ -84,6 +89,7 @@ class PreparedNote:
         result = Check(language=language)
         summary = Text(text)
         cited = self._citation_findings(model_summary, summary, citations) if language == "en" else []
+        risks = {}
         for first, last in summary.ranges:
             if first == last:
                 continue
@@ -94,8 +100,10 @@ class PreparedNote:
                 checked.risk = self._risk(sentence, found, threshold)
                 checked.flagged = checked.risk >= threshold
                 result.findings += sorted(found, key=lambda one: one.start) if checked.flagged else []
-            result.risk += checked.risk
             result.sentences.append(checked)
+            risks[" ".join(summary.words[first:last]).rstrip(" .")] = checked.risk
+        # What is said again counts once
+        result.risk = sum(risks.values())
         return result
 
     def _risk(self, sentence: Sentence, found: list[Finding], threshold: float) -> float:
@@ -117,12 +125,14 @@ class PreparedNote:
         spelled_out = note.spelled_out(summary, sentence.first, sentence.last)
         findings = []
         missing: list[int] = []
-        risk = 0.0
+        risk = _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
+        n_content = 0
         before = None
         for index in range(sentence.first, sentence.last):
             word = summary.words[index]
             if not is_content(word):
                 continue
+            n_content += 1
             risk += _POLARITY * note.is_all_denied(summary.stems[index], summary.denied[index])
             if index in spelled_out or note.has(summary, index):
                 findings += _missing(sentence, missing)
@@ -140,8 +150,11 @@ class PreparedNote:
             else:
                 risk += _BREAK
         findings += _missing(sentence, missing)
-        risk += _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
-        return findings, risk
+        findings += _repeated(sentence)
+        scale = 2 * _LENGTH / (_LENGTH + n_content)
+        for finding in findings:
+            finding.weight *= scale
+        return findings, risk * scale
 
     def _support(self, sentence: Sentence) -> CheckedSentence:
         """The note sentences that hold most of the sentence's words, rare words counting more."""
@@ -186,6 +199,22 @@ def _missing(sentence: Sentence, indices: list[int]) -> list[Finding]:
     """One finding for words in a row that the note lacks."""
     if not indices:
         return []
-    words = [sentence.summary.words[index] for index in indices]
-    weight = sum(_MISSING_VERB if word.endswith(("ing", "ed", "ly")) else _MISSING for word in words)
-    return [sentence.finding("unsupported", indices[0], indices[-1], weight)]
+    weight = _MISSING_IN_DIALOGUE if sentence.note.is_dialogue else _MISSING
+    return [sentence.finding("unsupported", indices[0], indices[-1], weight * len(indices))]
+
+
+def _repeated(sentence: Sentence) -> list[Finding]:
+    """A finding for each telling word or number that comes again, and oftener than in the note."""
+    note, summary = sentence.note, sentence.summary
+    said: Counter = Counter()
+    findings = []
+    for index in range(sentence.first, sentence.last):
+        word_stem = summary.stems[index] if is_telling(summary.words[index]) else ""
+        said[word_stem] += word_stem != ""
+        if said[word_stem] > max(1, len(note.of(word_stem))):
+            findings.append(sentence.finding("unsupported", index, index, _REPEATED))
+    for quantity in sentence.quantities():
+        said[quantity.values] += not quantity.is_implied
+        if said[quantity.values] > max(1, len(note.quantities.matches(quantity))):
+            findings.append(sentence.finding("unsupported", quantity.index, quantity.last, _REPEATED))
+    return findings

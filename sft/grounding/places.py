@@ -15,15 +15,15 @@ _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
 # Nouns and titles first, pronouns where there are none
 _GENDERS = (
     (
-        r"\b(?:man|male|boy|gentleman|sir|mr|\d{1,3} ?m)\b",
-        r"\b(?:woman|female|girl|lady|ma'am|miss|m(?:r)?s|\d{1,3} ?f)\b",
+        r"\b(?:man|male|boy|gentleman|sir|mr|\d\dm)\b",
+        r"\b(?:woman|female|girl|lady|ma'am|miss|m(?:r)?s|\d\df)\b",
     ),
     (r"\b(?:he|his|him)\b", r"\b(?:she|her|hers)\b"),
 )
 
 
 class NotePlaces:
-    """A note's words by stem, its word pairs, abbreviations, markers and quantities."""
+    """A note's words by stem, its word pairs, markers and quantities."""
 
     def __init__(self, note: str, sentence_version: int = SENTENCE_VERSION):
         self.text = Text(note, sentence_version)
@@ -33,11 +33,11 @@ class NotePlaces:
                 self.places.setdefault(word_stem, []).append(index)
         self.words = set(self.text.words)
         self.pairs = set(pairs(self.text, 0, len(self.text.words)))
-        self.initials = set(_initials(self.text, 0, len(self.text.words)))
         self.quantities = QuantityIndex(self.text.quantities)
         self.markers = {kind: tuple(zip(*found)) for kind, found in self.text.markers.items()}
         self.values = {(kind, value) for kind, found in self.text.markers.items() for _, value in found}
-        self.is_male = _is_male(note.lower())
+        self.is_dialogue = bool(re.search(r"\b[Yy]ou\b", note))
+        self.is_male = _is_male(note.lower(), self.is_dialogue)
         # "My mother" is the patient where her daughter speaks
         self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
         # Right iliac fossa, left eye: abbreviations that may hold a side
@@ -51,12 +51,13 @@ class NotePlaces:
     def is_all_denied(self, word_stem: str, denied: bool | None) -> bool:
         """Whether a stem stands in the note, and nowhere as in the summary: denied there, or not."""
         found = self.of(word_stem)
-        return bool(found) and all(self.text.denied[place] == (not denied) for place in found)
+        is_known = denied is not None and bool(found)
+        return is_known and all(self.text.denied[place] is (not denied) for place in found)
 
     def has(self, summary: Text, index: int) -> bool:
-        """Whether the note holds a word of the summary, or an abbreviation of it."""
+        """Whether the note holds a word of the summary, or a short form of it."""
         word = summary.words[index]
-        if summary.stems[index] in self.places or word in self.words or word in self.initials:
+        if summary.stems[index] in self.places or word in self.words:
             return True
         # "pred" for prednisolone, "gent" for gentamicin; "abdominal" for abdo
         return any(word[:n] in self.words for n in range(3 if len(word) > 6 else 4, min(len(word), 20)))
@@ -102,10 +103,10 @@ class NotePlaces:
         return 0 if first == second else nearest
 
 
-def _is_male(note: str) -> bool | None:
+def _is_male(note: str, is_dialogue: bool) -> bool | None:
     """Whether the patient is male, by the note's words in lower case; None if they do not tell."""
     # In a dialogue, "he" is somebody else
-    for male, female in _GENDERS[: 1 if re.search(r"\byou\b", note) else 2]:
+    for male, female in _GENDERS[: 1 if is_dialogue else 2]:
         is_male, is_female = (bool(re.search(pattern, note)) for pattern in (male, female))
         if is_male or is_female:
             return is_male if is_male != is_female else None

@@ -25,7 +25,7 @@ UNITS = {
     for group in LEXICON[section].split("|")
     for name in group.split("=")[1].split()
 }
-_SHORTHAND = {7: UNITS["day"], 52: UNITS["week"], 12: UNITS["month"]}
+_SHORTHAND = {7: UNITS["day"], 52: UNITS["week"], 12: UNITS["month"], 40: UNITS["week"]}
 _MOST = 24  # quantities of one value that are looked at, so that time grows with length alone
 
 
@@ -87,7 +87,7 @@ def _read_digits(words: list[str], index: int, gaps: list[bool]) -> Quantity:
         if parts == (1, 2):
             return Quantity(index, index, frozenset([0.5]), is_implied=True)
         # "3/52": three weeks
-        if len(parts) == 2 and parts[1] in _SHORTHAND and parts[0] < 30:
+        if len(parts) == 2 and parts[1] in _SHORTHAND and parts[0] < 43:
             return Quantity(index, index, frozenset(parts[:1]), unit=_SHORTHAND[parts[1]])
         return Quantity(index, index, frozenset(parts), parts)
     # "1 250": a space between thousands
@@ -189,7 +189,9 @@ def _join(words: list[str], quantities: list[Quantity]) -> list[Quantity]:
         if between in (["over"], ["by"], ["out", "of"]) and not first.whole and not second.whole:
             first.whole = (max(first.values), max(second.values))
             first.values |= second.values
-        if between in (["to"], ["-"], ["–"], ["or"], ["and"]):
+        # "38+4 weeks"
+        second.is_implied = second.is_implied or between == ["+"]
+        if between in (["to"], ["+"], ["-"], ["–"], ["or"], ["and"]):
             first.unit = first.unit or second.unit
     return quantities
 

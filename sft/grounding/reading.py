@@ -35,7 +35,6 @@ _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
 _OPENINGS = frozenset("a an the her his their she he they then now".split()) | HEDGES
 _OR = frozenset(("or", "nor"))
 _UNKNOWN = frozenset("know remember recall".split())
-_NAYS = [["no"], ["nope"], ["nah"]]
 _SEPARATORS = frozenset(", or and nor /".split())
 _QUESTIONS = [[verb, subject] for verb in "do have are did has does is".split() for subject in ("you", "any")]
 _END, _PREPOSITIONS, _FINITE = map(word_set, ("end of negation", "prepositions", "finite"))
@@ -102,6 +101,7 @@ class Text:
         """Marks what a sentence denies, and what it says of a relative."""
         denied_until = trigger = -1
         n_denied = 0
+        is_open = False
         holder = ""
         for index in range(first, last):
             word = self.words[index]
@@ -111,11 +111,13 @@ class Text:
             is_idiom = is_or or following in ("by", "pressure")
             if (word in NEGATIONS or word.endswith("n't")) and not is_idiom:
                 reach = 0 if following == "," else 2 if word in ("non", "free") else 14
-                denied_until, trigger, n_denied = index + reach, index, 0
+                denied_until, trigger, n_denied, is_open = index + reach, index, 0, False
             elif index <= denied_until and self._ends_denial(index, last, trigger, n_denied):
                 denied_until = index
             if word in KIN:
-                holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
+                is_source = index > first and self.words[index - 1] in ("per", "by", "to")
+                is_holder = not is_source and _HOLDS & set(self.words[index + 1 : min(last, index + 6)])
+                holder = KIN[word] if is_holder else ""
             elif word in _SELF or word in ";:.!/-":
                 holder = ""
             if word not in _SEPARATORS:
@@ -123,7 +125,9 @@ class Text:
             else:
                 n_denied = 0
                 denied_until = max(denied_until, index + 8) if index < denied_until else denied_until
-            self.denied[index] = index <= denied_until
+            self.denied[index] = None if index <= denied_until and is_open else index <= denied_until
+            # "No cola, toilet before sleep": without "or" nobody knows
+            is_open |= word == "," and index < denied_until and not _OR & set(self.words[index : index + 16])
             self.kin[index] = holder
 
     def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:
@@ -134,12 +138,7 @@ class Text:
             return True
         if word in _END or (n_denied and word in _FINITE):
             return any(self.stems[trigger + 1 : index]) and self.words[index - 1] not in _TROUBLES
-        if word not in (",", "and"):
-            return False
-        # "does not drink, and smokes": the list of a verb ends sooner than that of a noun
-        is_verb = self.words[trigger] in ("not", "never") or self.words[trigger].endswith("n't")
-        is_list = word == "," and _OR & set(self.words[index + 1 : min(last, index + 9)])
-        return (is_verb and not is_list) or self._is_clause(index + 1, last)
+        return word in (",", "and") and self._is_clause(index + 1, last)
 
     def _is_clause(self, first: int, last: int) -> bool:
         """Whether a clause begins here, with a verb or a number, and not the next item of a list."""
@@ -165,11 +164,7 @@ class Text:
             start, end = self.ranges[number + 1]
             if not self._is_question(start, end):
                 answer = self._read_answer(start, end)
-            # "Or ever used drugs. Patient: No."
-            is_denied = (
-                self.words[start + 1 : start + 2] == [":"] and self.words[start + 2 : start + 3] in _NAYS
-            )
-            if last > first and (is_denied or self._is_question(first, last)):
+            if last > first and self._is_question(first, last):
                 self.denied[first:last] = [answer] * (last - first)
 
     def _is_question(self, first: int, last: int) -> bool:
@@ -187,7 +182,7 @@ class Text:
                 return None
             if word in _NO or (word == "not" and not is_content(following)):
                 return None if is_content(following) and word == "no" else True
-            if word in _YES:
+            if word in _YES and following != "not":
                 return False
         return None
 

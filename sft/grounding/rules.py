@@ -7,27 +7,29 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sft.grounding.places import NotePlaces
-from sft.grounding.quantities import Quantity
+from sft.grounding.quantities import UNITS, Quantity
 from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, SELF_NEGATING, SOFT, Text
 from sft.grounding.words import is_telling, word_set
 
 # {kind of marker: (kind of finding, weight)}
 _MARKERS = {
-    **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.0)),
-    **dict.fromkeys(("when", "shift"), ("time", 0.7)),
-    **{"side": ("side", 2.2), "kin": ("person", 2.2), "weekday": ("time", 2.2), "month": ("time", 1.5)},
-    **{"order": ("time", 1.0), "result": ("negation", 0.7), "course": ("misplaced", 0.7)},
+    **{"side": ("side", 2.0), "kin": ("person", 2.0), "weekday": ("time", 2.0), "order": ("time", 2.0)},
+    **dict.fromkeys(("level", "aspect", "front", "reach"), ("side", 1.2)),
+    **dict.fromkeys(("when", "shift", "month"), ("time", 1.2)),
+    **{"result": ("negation", 1.2), "course": ("misplaced", 1.2)},
 }
 _DRUG = re.compile(
     r".{3,}(?:olol|pril|sartan|statin|cillin|azole|mycin|micin|floxacin|prazole|tidine|dipine|zepam|zolam|profen|"
     r"triptan|gliptin|gliflozin|formin|parin|xaban|mab|nib|imin|vir|setron|caine|barbital|thiazide|semide|lukast|terol|"
     r"sone|solone|nide|cycline|cef\w+|oxetine|tine|apine|peridone|azine|idone|codone|morphone|tramadol|fentanyl)"
 )
-_DISTANT_KIN, _NO_DRUGS = word_set("distant kin"), word_set("no drugs")
+_NO_DRUGS = word_set("no drugs")
 _FAMILY = frozenset("family families familial paternal maternal side".split())
 _MALE = frozenset("he his him man male boy gentleman".split())
 _FEMALE = frozenset("she her hers woman female girl lady".split())
 _GASES = frozenset("o co spo sao po pco fio hco".split())
+_CONDITIONAL = frozenset("for should on".split())
+_EQUALS = frozenset("is was are were of : =".split())
 _LINKS = frozenset("of the a in - her his".split())
 
 
@@ -54,6 +56,12 @@ class Sentence:
     summary: Text
     first: int
     last: int
+
+    def quantities(self) -> list[Quantity]:
+        """Those that begin in this sentence."""
+        found = self.summary.quantities
+        begin, end = (bisect_left(found, at, key=lambda one: one.index) for at in (self.first, self.last))
+        return found[begin:end]
 
     def heads(self, excluded: frozenset | dict) -> Iterator[tuple[int, int]]:
         """(first word, last telling word) of each phrase: content words, cut where a denial begins."""
@@ -106,18 +114,12 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
                 factor, margin = (1.0, 0.05) if marker == "side" else (1.3, 0.1)
                 if lead > factor * same + margin:
                     yield sentence.finding(kind, *span, 0.8 * weight, place)
-            elif marker == "kin" and _may_be_said_otherwise(note, value, lead):
+            elif any(value in GENERAL_KIN[word] for word in GENERAL_KIN.keys() & note.words):
                 continue
             elif lead > 0.15:
                 yield sentence.finding(kind, *span, weight, place)
             elif _would_be_there(note, marker):
                 yield sentence.finding(kind, *span, 0.7 * weight)
-
-
-def _may_be_said_otherwise(note: NotePlaces, relative: str, lead: float) -> bool:
-    """ "My parents", "my dad's brother"."""
-    is_general = any(relative in GENERAL_KIN[word] for word in GENERAL_KIN.keys() & note.words)
-    return (is_general and lead < 0.5) or relative in _DISTANT_KIN
 
 
 def _would_be_there(note: NotePlaces, marker: str) -> bool:
@@ -130,47 +132,74 @@ def _would_be_there(note: NotePlaces, marker: str) -> bool:
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Numbers that the note lacks, has with another unit, or has elsewhere."""
     note, text = sentence.note, sentence.summary
-    begin, end = (
-        bisect_left(text.quantities, i, key=lambda q: q.index) for i in (sentence.first, sentence.last)
-    )
-    quantities = text.quantities[begin:end]
-    stated = Counter(key for quantity in quantities for key in quantity.readings())
-    for quantity in quantities:
-        if quantity.is_implied or _is_no_claim(text, quantity):
+    stated = Counter(key for quantity in sentence.quantities() for key in quantity.readings())
+    for quantity in sentence.quantities():
+        if quantity.is_implied or _is_no_claim(text, quantity) or _is_cut_off(sentence, quantity):
             continue
         found = note.quantities.matches(quantity)
         is_time = quantity.unit is not None and quantity.unit[0] == "time"
         span = (quantity.index, quantity.last)
-        scores = _rivals(sentence, quantity)
         if not found:
-            score, rival = max(scores, key=lambda pair: pair[0], default=(0.0, quantity))
+            score, rival = max(_rivals(sentence, quantity), key=lambda pair: pair[0], default=(0.0, quantity))
             place = (rival.index, rival.last) if score > 0.2 else None
             yield sentence.finding("time" if is_time else "number", *span, 2.0, place)
             continue
         # The same value with another unit does not count
-        agreeing = {id(other) for other in found if not (quantity.unit and (other.unit or other.is_implied))}
-        agreeing |= {id(other) for other in note.quantities.converted(quantity)}
+        agreeing = [other for other in found if not (quantity.unit and (other.unit or other.is_implied))]
+        agreeing += note.quantities.converted(quantity)
         if not agreeing:
             place = (found[0].index, min(found[0].last + 1, len(note.text.words) - 1))
             yield sentence.finding("time" if is_time else "unit", *span, 2.0, place)
-        elif quantity.is_age or any(
+        elif not quantity.is_age and not any(
             other.is_implied and (other.unit or not quantity.unit) for other in found
         ):
-            continue
-        else:
-            own = max((score for score, other in scores if id(other) in agreeing), default=0.0)
-            # A rival that the sentence states as well, as in "5 to 10 days", is no rival
-            free = [
-                (score, other)
-                for score, other in scores
-                if id(other) not in agreeing
-                and not any(stated[key] > (key in quantity.readings()) for key in other.readings())
-            ]
-            score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
-            lead = score - 1.2 * own
+            lead, rival = _lead(sentence, quantity, agreeing, stated)
             if lead > 0.2:
                 kind = "time" if is_time else "misplaced"
                 yield sentence.finding(kind, *span, min(2.0, 3 * lead), (rival.index, rival.last))
+
+
+def _lead(
+    sentence: Sentence, quantity: Quantity, agreeing: list[Quantity], stated: Counter
+) -> tuple[float, Quantity]:
+    """(by how much, which): another number of the note stands at this place, or after the same name."""
+    note, text = sentence.note.text, sentence.summary
+    mine = {id(other) for other in agreeing}
+    rivals = _rivals(sentence, quantity)
+    own = max((score for score, other in rivals if id(other) in mine), default=0.0)
+    rivals = [(score, other) for score, other in rivals if id(other) not in mine]
+    name = _name(text, quantity)
+    named = [pair for pair in rivals if name and name == _name(note, pair[1])]
+    if named and all(_name(note, other) not in ("", name) for other in agreeing):
+        return 1.0, max(named, key=lambda pair: pair[0])[1]
+    # One that the sentence states as well, as in "5 to 10 days", is no rival
+    free = [
+        (score, other)
+        for score, other in rivals
+        if not any(stated[key] > (key in quantity.readings()) for key in other.readings())
+    ]
+    score, rival = max(free, key=lambda pair: pair[0], default=(0.0, quantity))
+    return score - 1.5 * own, rival
+
+
+def _name(text: Text, quantity: Quantity) -> str:
+    """The stem of the word right before a number, or before its "is", "of" or ":"; "" if there is none."""
+    index = quantity.index - 1
+    index -= text.words[index] in _EQUALS
+    is_same = index >= text.ranges[text.sentence_of[quantity.index]][0] and text.words[index] not in UNITS
+    return text.stems[index] if is_same else ""
+
+
+def _is_cut_off(sentence: Sentence, quantity: Quantity) -> bool:
+    """Whether the summary ends within a number that the note has after the same word."""
+    note, text = sentence.note.text, sentence.summary
+    last = len(text.words) - 1
+    return 0 < quantity.index == last and any(
+        note.words[other.index].startswith(text.words[last])
+        and note.words[other.index - 1] == text.words[last - 1]
+        for other in note.quantities
+        if other.index
+    )
 
 
 def _is_no_claim(text: Text, quantity: Quantity) -> bool:
@@ -219,7 +248,7 @@ def _other_polarity(sentence: Sentence, head: int) -> tuple[int, float]:
         polarity = note.text.denied[place]
         best[polarity] = max(best[polarity], (scores.get(number, 0.0), place))
     (own, _), (score, place) = best[denied], best[not denied]
-    if place < 0 or best[None][0] > score or (own >= 0 and score <= 1.5 * own + 0.3):
+    if denied is None or place < 0 or best[None][0] > score or (own >= 0 and score <= 1.5 * own + 0.3):
         return 0, 0.0
     # The word alone is not enough where it is affirmed, or denied by the answer to a question
     is_question = note.text.words[note.text.ranges[note.text.sentence_of[place]][1] - 1] == "?"
@@ -240,7 +269,7 @@ def _near(text: Text, index: int, words: frozenset, reach: int) -> int | None:
         at
         for at in range(max(first, index - reach), min(last, index + reach + 1))
         if text.words[at] in words
-        and (text.clauses[at] == text.clauses[index] or (words is SOFT and abs(at - index) < 4))
+        and (text.clauses[at] == text.clauses[index] or (words >= SOFT and abs(at - index) < 4))
     ]
     return min(found, key=lambda at: abs(at - index), default=None)
 
@@ -264,7 +293,8 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         if hedge is not None:
             hedged.setdefault(hedge, []).append(index)
     for hedge, indices in hedged.items():
-        if all(_near(text, index, SOFT, 8) is None for index in indices):
+        soft = SOFT | _CONDITIONAL if note.text.words[hedge] in CONDITIONS else SOFT
+        if all(_near(text, index, soft, 8) is None for index in indices):
             yield sentence.finding("certainty", indices[0], indices[-1], 1.7, (hedge, hedge))
 
 
@@ -273,9 +303,9 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
     note, text = sentence.note, sentence.summary
     for first, head in sentence.heads(KIN) if not note.relative_speaks else ():
         places = note.of(text.stems[head])
-        beside = text.words[max(sentence.first, head - 10) : head + 4]
+        beside = text.words[max(sentence.first, head - 10) : min(sentence.last, head + 4)]
         is_family = any(word in KIN or word in GENERAL_KIN or word in _FAMILY for word in beside)
-        if 0 < len(places) <= 3 and not is_family and all(note.text.kin[place] for place in places):
+        if places and not is_family and all(note.text.kin[place] for place in places):
             yield sentence.finding("person", first, head, 1.7, (places[0], places[0]))
     if note.is_male is None or text.named_relative < sentence.last:
         return
