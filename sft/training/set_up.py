@@ -38,7 +38,7 @@ from sft.model.base import (
     resolve_model,
 )
 from sft.model.kernels import use_frozen_kernels
-from sft.model.probes import enable_packing
+from sft.model.probes import enable_packing, longest_shared
 from sft.options import TrainConfig, quantization_of
 from sft.training.run import Plan, Run, TrainingProgress
 
@@ -86,6 +86,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         train_set=train_set,
         val_set=val_set,
         packed=packed,
+        longest_shared=longest_shared(model, config.max_length),
         plan=Plan(
             len(train_set),
             config.batch_size,
@@ -146,7 +147,7 @@ def build_model(
     """(base model with LoRA, ready to train; whether it takes packed rows)."""
     is_sharded = config.shard_base and accelerator.num_processes > 1
     device = torch.device("cpu") if is_sharded else accelerator.device
-    quantization = quantization_of(config.use_8bit, config.use_4bit)
+    quantization = quantization_of(vars(config))
     base = load_base_model(base_folder, device, placement.dtype, quantization)
     longest = context_window(base) or math.inf
     if config.max_length > longest:
