@@ -59,7 +59,8 @@ class SFTInference:
     for other bases, `model` is the PeftModel as it was loaded. `max_length` limits the tokens of the prompt
     (None: the model's context window alone does, which holds prompt and summary). With `prompt_from`, a
     folder of ours, the adapter may be one that another tool trained further. All that decides a summary is
-    verified; `verify` reads weights again that look unchanged. Raises InputError if the folder, the base model or the device cannot be used."""
+    verified; `verify` reads weights again that look unchanged.
+    Raises InputError if the folder, the base model or the device cannot be used."""
 
     def __init__(
         self,
@@ -394,20 +395,20 @@ def load_inference(config: InferenceConfig) -> SFTInference:
 
 
 def write_merged(config: InferenceConfig) -> None:
-    """Writes the merged folder and says what merging changed, into the full base model if training had it in
-    fewer bits."""
+    """Writes the merged folder, of the full base model however training had it, and says what that changed."""
     from sft.model.merged import probe_loss
 
     inference = load_inference(config)
     before = probe_loss(inference.model, inference.encoder)
-    trained = inference.quantization
-    if trained:
+    if trained := inference.quantization:
         inference = load_inference(dataclasses.replace(config, quantization="none"))
     inference.save_merged(config.merge_to)
     after = probe_loss(inference.model, inference.encoder)
     as_trained = f" as trained, with the base model in {trained}" if trained else " unmerged"
-    log(f"Saved the merged model to {config.merge_to}")
-    log(f"Loss on three short made-up notes: {after:.4f} merged, {before:.4f}{as_trained}")
+    log(
+        f"Saved the merged model to {config.merge_to}\n"
+        f"Loss on three short made-up notes: {after:.4f} merged, {before:.4f}{as_trained}"
+    )
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ torch and numpy are imported inside functions, so that input errors are instant.
 import dataclasses
 import itertools
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -238,10 +238,10 @@ def load_datasets(
     options: DataOptions,
     cache_dir: Path | None = None,
     template: PromptTemplate | None = None,
-    untrained: Collection[int] = (),
+    is_untrained: Callable[[int], bool] = lambda token: False,
 ) -> tuple[SFTDataset, SFTDataset]:
     """The training and the validation set of what `read_data` read, with one prompt template for both:
-    `template`, or the tokenizer's (see `build_template` for `untrained`).
+    `template`, or the tokenizer's (see `build_template` for `is_untrained`).
 
     `cache_dir` keeps the tokens for the next start. Raises InputError if no row of a file fits.
     """
@@ -254,7 +254,7 @@ def load_datasets(
     template = template or build_template(
         tokenizer,
         thinking=options.thinking == "on",
-        untrained=untrained,
+        is_untrained=is_untrained,
         instruction=options.instruction,
         number_sentences=is_numbered,
         sentence_version=1 if options.sentence_numbering == "v1" else SENTENCE_VERSION,

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,10 +82,10 @@ def build_template(
     number_sentences: bool = False,
     sentence_version: int = SENTENCE_VERSION,
     thinking: bool = False,
-    untrained: Collection[int] = (),
+    is_untrained: Callable[[int], bool] = lambda token: False,
 ) -> PromptTemplate:
     """The tokenizer's chat template around the note, or a plain template if it has none; with `thinking`, in
-    the template's thinking mode. A token of `untrained` ends no summary if EOS can.
+    the template's thinking mode. A token that `is_untrained` ends no summary if EOS can.
 
     Raises InputError if the tokenizer has no token that can end a summary, or its chat template does not show
     the note.
@@ -106,13 +106,14 @@ def build_template(
         fix = "set eos_token in its tokenizer_config.json"
         raise InputError("the tokenizer has no end-of-sequence token", fix)
     stops = [end] if tokenizer.eos_token_id in (None, end) else [end, tokenizer.eos_token_id]
-    if end in untrained and on_main_process():
-        name = tokenizer.convert_ids_to_tokens(end)
-        if stops[-1] in untrained:
-            log(f"warning: the base model never learned {name}, the end of a summary: summaries may not end")
-        else:
-            log(f"info: the base model never learned {name}: summaries end with {tokenizer.eos_token}")
-            end = stops[-1]
+    if is_untrained(end):
+        said = f"the base model never learned {tokenizer.convert_ids_to_tokens(end)}, the end of an answer"
+        end = next((token for token in stops if not is_untrained(token)), end)
+        then = f"info: {said}: summaries end with {tokenizer.eos_token}"
+        if end == stops[0]:
+            then = f"warning: {said}: summaries may not end; use an instruct model"
+        if on_main_process():
+            log(then)
     return PromptTemplate(
         prefix=prefix,
         suffix=suffix,
@@ -313,7 +314,10 @@ class PromptEncoder:
         # Text without blanks, as Chinese
         if not n_kept and len(ids) < room // 2:
             ends = [end for end in range(1, len(text)) if not unicodedata.combining(text[end])] + [len(text)]
-            ids, _ = self._longest_that_fits(text, ends, room)
+            n_characters = bisect.bisect_right(
+                ends, room, key=lambda end: len(self.encode_texts([text[:end]])[0])
+            )
+            ids = self.encode_texts([text[: ([0, *ends])[n_characters]]])[0]
         return ids, n_kept
 
     def _longest_that_fits(self, text: str, ends: list[int], room: int) -> tuple[list[int], int]:

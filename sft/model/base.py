@@ -261,7 +261,7 @@ def bundled_model() -> Path:
 def make_readable(paths: list[Path]) -> None:
     """Lets every user of the machine read files and folders, as far as they are this user's."""
     for path in paths:
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):
             path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
 
 
@@ -326,7 +326,8 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
 
     Raises InputError if it cannot be loaded; weights are read only from safetensors.
     """
-    is_quantized = "quantization_config" in read_json_object(folder / "config.json")
+    settings = read_json_object(folder / "config.json")
+    is_quantized = "quantization_config" in settings
     if is_quantized and quantization in ("8bit", "4bit"):
         fix = "leave out --quantization, --use_8bit and --use_4bit"
         raise InputError(f"{folder}: this base model is quantized already", fix)
@@ -342,6 +343,8 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     if by_bitsandbytes:
         arguments["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     fix = "check the model folder"
+    if "vision_config" in settings:
+        fix = "use a text-only version of this multimodal model"
     if not weight_files(folder) and any(folder.glob("*.bin")):
         fix = "use a safetensors version of this model (pickle files are not loaded, for security)"
     with as_input_error(f"{folder}: the model cannot be loaded", fix):

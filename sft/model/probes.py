@@ -169,3 +169,15 @@ def _original_lengths(config: dict) -> set[int]:
         elif name == "original_max_position_embeddings" and isinstance(value, int):
             found.add(value)
     return found
+
+
+@torch.no_grad()
+def is_untrained(model, token_id: int) -> bool:
+    """Whether nobody trained the output of a token: its row in the output layer is also that of others, as at
+    the start of pretraining, or zero."""
+    base = unwrap(model)
+    table = (base.get_output_embeddings() or base.get_input_embeddings()).weight
+    row = table[token_id].float()
+    bound = 1e-3 * table[:1024].float().abs().mean()
+    n_alike = sum(((part.float() - row).abs().amax(1) <= bound).sum().item() for part in table.split(8192))
+    return n_alike > 1 or bool((row.abs() <= bound).all())
