@@ -395,7 +395,7 @@ def load_inference(config: InferenceConfig) -> SFTInference:
 
 
 def write_merged(config: InferenceConfig) -> None:
-    """Writes the merged folder, of the full base model however training had it, and says what that changed."""
+    """Writes the merged folder, with the full base model, and says what that changed."""
     from sft.model.merged import probe_loss
 
     inference = load_inference(config)
@@ -404,11 +404,9 @@ def write_merged(config: InferenceConfig) -> None:
         inference = load_inference(dataclasses.replace(config, quantization="none"))
     inference.save_merged(config.merge_to)
     after = probe_loss(inference.model, inference.encoder)
-    as_trained = f" as trained, with the base model in {trained}" if trained else " unmerged"
-    log(
-        f"Saved the merged model to {config.merge_to}\n"
-        f"Loss on three short made-up notes: {after:.4f} merged, {before:.4f}{as_trained}"
-    )
+    as_trained = f"as trained, with the base model in {trained}" if trained else "unmerged"
+    losses = f"loss on three short made-up notes {after:.4f} merged, {before:.4f} {as_trained}"
+    log(f"Saved the merged model to {config.merge_to}: {losses}")
 
 
 def main() -> None:

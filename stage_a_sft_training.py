@@ -110,7 +110,7 @@ def train_step(run: "Run", step: int) -> dict:
     n_target_tokens = sum(example.n_target_tokens for example in examples)
     loss_sum = retry_on_oom(run, lambda: gradients(run, step, examples, n_target_tokens))
     if any(parameter.grad is None for parameter in run.parameters):
-        fix = "use different --target_modules, or leave out --use_4bit and --use_8bit"
+        fix = "use different --target_modules, or --quantization none"
         raise RunError("some LoRA weights get no gradient", fix)
     # A sharded base has no DDP around it to average the gradients
     if accelerator.num_processes > 1 and run.wrapped is run.model:

@@ -28,34 +28,50 @@ SIZES = {
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-    "bos_token_id": 1,
-    "eos_token_id": 4,
-    "pad_token_id": 0,
 }
+SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+SIZES |= {"bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 0}
 MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
-STATE = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8}
+STATE = {
+    "mamba_d_state": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 1,
+}
 DELTA = {
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "layer_types": ["linear_attention", "full_attention"],
 }
+DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
 SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
-NO_HEAD_DIM = {"head_dim": None}
-LONGROPE = {
-    "original_max_position_embeddings": 128,
-    "rope_parameters": {
-        "rope_type": "longrope",
-        "rope_theta": 10000.0,
-        "short_factor": [1.0] * 4,
-        "long_factor": [4.0] * 4,
-        "original_max_position_embeddings": 128,
-    },
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
 }
+LATENT |= {
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+}
+LONGROPE = {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 128}}
+LONGROPE |= {"original_max_position_embeddings": 128}
+PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 420, "global_head_dim": 8}
+NO_HEAD_DIM = {"head_dim": None}
 
 # Name: (class without "Config", what is not as in SIZES)
 FAMILIES = {
@@ -64,24 +80,18 @@ FAMILIES = {
     "Qwen3-Next": ("Qwen3Next", MOE | DELTA | {"shared_expert_intermediate_size": 16}),
     "Qwen3.5": ("Qwen3_5Text", DELTA),
     "Gemma-3": ("Gemma3Text", SLIDING | {"query_pre_attn_scalar": 8}),
-    "Gemma-4": (
-        "Gemma4Text",
-        SLIDING | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 420, "global_head_dim": 8},
-    ),
+    "Gemma-4": ("Gemma4Text", SLIDING | PER_LAYER),
     "SmolLM3": ("SmolLM3", NO_HEAD_DIM | {"no_rope_layers": [1, 0]}),
     "OLMo-2": ("Olmo2", NO_HEAD_DIM),
     "OLMo-3": ("Olmo3", NO_HEAD_DIM | SLIDING),
     "Granite": ("Granite", NO_HEAD_DIM),
     "Granite-MoE-hybrid": (
         "GraniteMoeHybrid",
-        NO_HEAD_DIM
-        | MOE
-        | STATE
-        | {"shared_intermediate_size": 32, "layer_types": ["mamba", "attention"], "mamba_n_groups": 1},
+        NO_HEAD_DIM | MOE | STATE | {"shared_intermediate_size": 32, "layer_types": ["mamba", "attention"]},
     ),
     "GPT-NeoX": ("GPTNeoX", {}),
     "Falcon": ("Falcon", NO_HEAD_DIM | {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    "Phi-2": ("Phi", {"attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "Phi-2": ("Phi", {}),
     "Phi-3-longrope": ("Phi3", NO_HEAD_DIM | LONGROPE),
     "OPT": ("OPT", {"ffn_dim": 64, "word_embed_proj_dim": 32}),
     "MPT": ("Mpt", {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}),
@@ -94,31 +104,16 @@ FAMILIES = {
     "GLM-4": ("Glm4", {}),
     "EXAONE-4": ("Exaone4", SLIDING),
     "LFM2": ("Lfm2", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
-    "Falcon-H1": ("FalconH1", STATE | {"mamba_d_ssm": 64, "mamba_n_groups": 1}),
-    "Bamba": ("Bamba", NO_HEAD_DIM | STATE | {"attn_layer_indices": [1], "mamba_n_groups": 1}),
-    "Jamba": ("Jamba", MOE | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4, **STATE}),
+    "Falcon-H1": ("FalconH1", STATE | {"mamba_d_ssm": 64}),
+    "Bamba": ("Bamba", NO_HEAD_DIM | STATE | {"attn_layer_indices": [1]}),
+    "Jamba": ("Jamba", MOE | STATE | {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_dt_rank": 4}),
     "Mamba": ("Mamba", {"state_size": 8, "time_step_rank": 4}),
-    "DeepSeek-V3": (
-        "DeepseekV3",
-        MOE
-        | {
-            "q_lora_rank": 16,
-            "kv_lora_rank": 16,
-            "qk_rope_head_dim": 8,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 4,
-            "n_group": 2,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-        },
-    ),
-    "Llama-4": ("Llama4Text", {"attention_chunk_size": 64, "intermediate_size_mlp": 64} | MOE),
+    "DeepSeek-V3": ("DeepseekV3", MOE | LATENT),
+    "Llama-4": ("Llama4Text", MOE | {"attention_chunk_size": 64, "intermediate_size_mlp": 64}),
     "StarCoder-2": ("Starcoder2", {"sliding_window": 24}),
     "RecurrentGemma": (
         "RecurrentGemma",
-        {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 512},
+        {"num_hidden_layers": 3, "lru_width": 32, "attention_window_size": 64},
     ),
     "Nemotron": ("Nemotron", {}),
     "Persimmon": ("Persimmon", NO_HEAD_DIM),
