@@ -32,36 +32,14 @@ SIZES = {
 SIZES |= {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 SIZES |= {"bos_token_id": 1, "eos_token_id": 4, "pad_token_id": 0}
 MOE = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "num_experts": 4, "num_local_experts": 4}
-STATE = {
-    "mamba_d_state": 8,
-    "mamba_d_conv": 4,
-    "mamba_expand": 2,
-    "mamba_n_heads": 8,
-    "mamba_d_head": 8,
-    "mamba_n_groups": 1,
-}
-DELTA = {
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-DELTA |= {"layer_types": ["linear_attention", "full_attention"]}
+STATE = {"mamba_d_state": 8, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_n_heads": 8, "mamba_d_head": 8}
+STATE |= {"mamba_n_groups": 1}
+DELTA = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2}
+DELTA |= {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
 SLIDING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
-LATENT = {
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 8,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 8,
-}
-LATENT |= {
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-}
+LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
+LATENT |= {"v_head_dim": 8, "num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 2, "topk_group": 1}
+LATENT |= {"first_k_dense_replace": 1}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
