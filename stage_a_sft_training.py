@@ -110,7 +110,7 @@ def train_step(run: "Run", step: int) -> dict:
     n_target_tokens = sum(example.n_target_tokens for example in examples)
     loss_sum = retry_on_oom(run, lambda: gradients(run, step, examples, n_target_tokens))
     if any(parameter.grad is None for parameter in run.parameters):
-        fix = "use different --target_modules, or leave out --use_4bit and --use_8bit"
+        fix = "use different --target_modules, or --quantization none"
         raise RunError("some LoRA weights get no gradient", fix)
     # A sharded base has no DDP around it to average the gradients
     if accelerator.num_processes > 1 and run.wrapped is run.model:
@@ -285,6 +285,38 @@ def finish(run: "Run") -> None:
     )
     for advice in advise(run.config, progress):
         run.log(advice)
+    is_sharded = run.config.shard_base and run.accelerator.num_processes > 1
+    if run.accelerator.is_main_process and not is_sharded:
+        with optional("check whether summaries end"):
+            n_ended, n_notes = count_endings(run)
+            if 2 * n_ended < n_notes:
+                run.log(
+                    f"WARNING: {n_notes - n_ended} of {n_notes} summaries of validation notes did not come to an end;"
+                    " train longer, or use an instruct model as base"
+                )
+
+
+def count_endings(run: "Run") -> tuple[int, int]:
+    """(how many greedy summaries come to an end, how many were written), by the weights in memory: of the
+    four validation notes with the shortest summaries, each up to four times as long."""
+    from sft.inference.decoding import decode, enable_kv_cache
+    from sft.inference.generate import decode_with_generate
+    from sft.model.probes import reference_attention
+
+    base = run.model.get_base_model()
+    attention = base.config._attn_implementation
+    examples = sorted(run.val_set.examples, key=lambda example: example.n_target_tokens)[:4]
+    prompts = {i: example.input_ids[: example.n_prompt] for i, example in enumerate(examples)}
+    longest = min(4 * examples[-1].n_target_tokens, run.sft_config["max_new_tokens"])
+    run.model.eval()
+    try:
+        decoder = decode if enable_kv_cache(base)[0] else decode_with_generate
+        with contextlib.nullcontext() if decoder is decode else reference_attention(base):
+            written = list(decoder(base, prompts, longest, run.train_set.encoder.template.stop_token_ids))
+    finally:
+        base.set_attn_implementation(attention)
+        run.model.train()
+    return sum(sequence.finish_reason == "stop" for sequence in written), len(prompts)
 
 
 def dry_run(run: "Run") -> dict:

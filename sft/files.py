@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, readable by the user alone, and their checksums."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from sft.cli import InputError, is_disk_full
+from sft.cli import InputError, is_disk_full, log
 
 ROOT = (
     Path(__file__).resolve().parent.parent
@@ -39,8 +40,10 @@ def make_private_dir(path: Path) -> Path:
     data."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
+    # Some network file systems keep no permissions; training says so (`try_saving`)
     for folder in missing:
-        folder.chmod(0o700)
+        with contextlib.suppress(OSError):
+            folder.chmod(0o700)
     return path
 
 
@@ -54,7 +57,8 @@ def write_atomic(path: Path, content: str | bytes, mode: int = 0o600) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, mode)
+        if mode != 0o600:  # mkstemp's
+            os.chmod(temporary, mode)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -113,11 +117,16 @@ def sync_dir(folder: Path, *, with_files: bool = True) -> None:
         return
     files = [path for path in folder.rglob("*") if path.is_file()] if with_files else []
     for path in (*files, folder):
-        descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            # Network file systems sync no folders: what is renamed there counts a little later
+            if path != folder or is_disk_full(error) or error.errno == errno.EIO:
+                raise
 
 
 @contextlib.contextmanager
@@ -146,6 +155,25 @@ def _replace_folder(new: Path, folder: Path) -> None:
     else:
         new.rename(folder)
     sync_dir(folder.parent, with_files=False)
+
+
+def try_saving(folder: Path) -> None:
+    """Saves and replaces a small folder in `folder`, with the calls of a checkpoint. Raises InputError if the
+    file system lacks one of them; says so if it keeps no permissions."""
+    trial = folder / ".trial"
+    try:
+        for _ in range(2):
+            with new_folder(trial) as temporary:
+                write_atomic(temporary / "trial", "trial")
+                write_checksums(temporary)
+        if os.name != "nt" and trial.stat().st_mode & 0o077:
+            log(f"warning: {folder}: its file system keeps no permissions: other users may read the adapter")
+    except OSError as error:
+        problem = f"{folder}: a trial save failed: {error.strerror or error}"
+        fix = "choose an --output_dir on a local disk, and copy it when the run is done"
+        raise InputError(problem, fix) from None
+    finally:
+        remove([trial, trial.with_name("..trial.old")])
 
 
 @contextlib.contextmanager

@@ -121,6 +121,21 @@ class DataOptions:
         may_change=True,
     )
 
+    chat_template: str | None = option(
+        None,
+        "file with a chat template (jinja) to use instead of the tokenizer's, or the name of one of its own",
+        group=MODEL,
+        metavar="FILE",
+        may_change=True,  # a resumed run has its checkpoint's prompt
+    )
+    thinking: str = option(
+        "off",
+        "whether the chat template asks the model to think (templates that know no thinking ignore it)",
+        choices=["on", "off"],
+        group=MODEL,
+        may_change=True,
+    )
+
     @property
     def train_files(self) -> list:
         return self.train_csv if isinstance(self.train_csv, list) else [self.train_csv]
@@ -147,19 +162,27 @@ class MachineOptions:
         group=MACHINE,
         may_change=True,
     )
-    use_8bit: bool = option(
-        False,
-        "load the base model in 8-bit (bitsandbytes; for inference on an x86 CPU, oneDNN)",
+    quantization: str = option(
+        "auto",
+        "load the base model in fewer bits; 4bit = NF4 (bitsandbytes); 8bit = bitsandbytes, for inference on an "
+        "x86 CPU oneDNN; auto = none, for inference as trained",
+        choices=["auto", "none", "8bit", "4bit"],
         group=MACHINE,
+        may_change=True,  # use_8bit and use_4bit stand for it
     )
-    use_4bit: bool = option(False, "load the base model in 4-bit (bitsandbytes, NF4)", group=MACHINE)
+    use_8bit: bool = option(False, "the same as --quantization 8bit", group=MACHINE)
+    use_4bit: bool = option(False, "the same as --quantization 4bit", group=MACHINE)
 
 
-def quantization_of(use_8bit: bool, use_4bit: bool) -> str | None:
-    """ "8bit", "4bit" or None. Raises InputError for both."""
-    if use_8bit and use_4bit:
-        raise InputError("--use_8bit cannot be combined with --use_4bit", "choose one")
-    return "8bit" if use_8bit else "4bit" if use_4bit else None
+def quantization_of(options: dict) -> str | None:
+    """ "8bit", "4bit" or None, by --quantization, --use_8bit and --use_4bit, as far as they are in `options`.
+    Raises InputError if they contradict each other."""
+    flags = {"8bit": options.get("use_8bit"), "4bit": options.get("use_4bit")}
+    chosen = {kind for kind, is_on in flags.items() if is_on} | {options.get("quantization", "auto")}
+    chosen -= {"auto"}
+    if len(chosen) > 1:
+        raise InputError("--quantization, --use_8bit and --use_4bit contradict each other", "choose one")
+    return None if chosen <= {"none"} else chosen.pop()
 
 
 # ------------------------------------------------------------------------------- the scripts' options

@@ -99,6 +99,31 @@ def test_a_model_without_q_proj_and_v_proj_gets_the_layers_of_its_architecture(c
     assert "no q_proj and v_proj: LoRA on c_attn" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["all-linear"]])
+def test_layers_whose_weights_are_read_beside_them_get_no_adapter(targets):
+    config = transformers.MambaConfig(vocab_size=420, hidden_size=32, num_hidden_layers=1, state_size=8)
+    model = with_lora(AutoModelForCausalLM.from_config(config), targets=targets).train()
+    model(IDS).logits.sum().backward()
+    adapted = {name: weight.grad for name, weight in model.named_parameters() if weight.requires_grad}
+    assert adapted
+    assert all(gradient is not None for gradient in adapted.values())
+
+
+def test_a_mixture_of_experts_with_dropout_says_what_works():
+    config = transformers.MixtralConfig(
+        **{k: v for k, v in tiny_config("llama").to_dict().items() if k in ("vocab_size", "hidden_size")},
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    options = {"r": 4, "alpha": 8, "target_modules": ["all-linear"], "seed": 0}
+    with pytest.raises(InputError, match="no dropout for a mixture of experts\nuse --lora_dropout 0"):
+        add_lora(AutoModelForCausalLM.from_config(config), dropout=0.1, **options)
+    add_lora(AutoModelForCausalLM.from_config(config), dropout=0.0, **options)
+
+
 def multimodal_model():
     text_keys = (
         "vocab_size",

@@ -16,7 +16,14 @@ from transformers import AttentionInterface
 import sft.model.attention as attention_module
 from sft.data.dataset import packed_batch, padded_batch
 from sft.model.attention import KVCache, causal_mask, group_by_length, per_example_attention
-from sft.model.probes import enable_packing, logits_problem, probe_failure, reference_attention
+from sft.model.probes import (
+    enable_packing,
+    is_untrained,
+    logits_problem,
+    longest_shared,
+    probe_failure,
+    reference_attention,
+)
 from stage_a_sft_training import summed_loss
 
 PACKING = ["llama", "mistral", "qwen2", "gemma", "phi3", "gpt2"]
@@ -260,6 +267,39 @@ def test_wrong_windows_are_found():
         AttentionInterface.register("per_example", per_example_attention)
     assert not packs
     assert "logits differ" in reason
+
+
+def test_what_an_attention_refuses_in_training_alone_is_found():
+    def without_dropout(module, *arguments, **options):
+        if module.training:
+            raise ValueError("no dropout here")
+        return per_example_attention(module, *arguments, **options)
+
+    AttentionInterface.register("per_example", without_dropout)
+    try:
+        assert enable_packing(tiny_model(), 512) == (False, "per_example: ValueError: no dropout here")
+    finally:
+        AttentionInterface.register("per_example", per_example_attention)
+
+
+def test_sequences_beyond_a_change_of_position_embeddings_have_passes_of_their_own():
+    """Beside a longer note, "longrope" gives a short one other position embeddings."""
+    model = tiny_model("phi3-longrope")
+    assert longest_shared(model, 1024) == 64
+    assert longest_shared(model, 64) == longest_shared(tiny_model(), 1024) == math.inf
+    assert enable_packing(model, 1024) == (True, "")
+    assert longest_shared(model, 1024) == 64
+    assert model.config._attn_implementation == "per_example"
+
+
+def test_tokens_that_nobody_trained():
+    model = tiny_model()
+    assert not is_untrained(model, 7)
+    with torch.no_grad():
+        model.lm_head.weight[[7, 300]] = model.lm_head.weight[9].clone()
+        model.lm_head.weight[11] = 0
+    assert all(is_untrained(model, token) for token in (7, 9, 11, 300))
+    assert not is_untrained(model, 8)
 
 
 def test_a_mistake_of_ours_is_an_error(monkeypatch):

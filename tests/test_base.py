@@ -1,5 +1,7 @@
 """sft/model/base.py: devices, names of base models, loading them."""
 
+import json
+import ntpath
 import os
 import shutil
 from types import SimpleNamespace
@@ -21,11 +23,13 @@ from sft.model.base import (
     is_local,
     load_base_model,
     load_tokenizer,
+    log_unquantized,
     peak_memory_mb,
     pick_device,
     portable_name,
     resolve_model,
 )
+from sft.model.merged import merge_for_inference
 from sft.model.probes import enable_packing
 from sft.options import BUNDLED_MODEL
 from stage_a_sft_training import summed_loss
@@ -146,6 +150,11 @@ def test_an_adapter_names_its_base_model_by_a_relative_path(model_folder, monkey
     assert portable_name("someone/model", folder) == "someone/model"
 
 
+def test_a_base_model_on_another_windows_drive_is_known_by_its_name(monkeypatch, model_folder):
+    monkeypatch.setattr(base_module.os.path, "relpath", lambda *_: ntpath.relpath("D:\\m", "C:\\toolkit"))
+    assert portable_name(str(model_folder()), model_folder()) == model_folder().name
+
+
 # ------------------------------------------------------------------------------- loading
 
 
@@ -192,6 +201,30 @@ def test_the_hash_of_the_weights_follows_the_file(base_copy, monkeypatch, tmp_pa
     assert base_weights_sha256(base_copy) == before
     tiny_model(seed=5).save_pretrained(base_copy)
     assert base_weights_sha256(base_copy) != before
+
+
+def test_a_base_that_is_quantized_already(model_folder, tmp_path, capsys):
+    """It is loaded as it is, its adapter never merged into it, and the share that is not quantized said."""
+    load_base_model(model_folder("llama-wide"), CPU, torch.float32, "4bit").save_pretrained(
+        tmp_path / "quantized"
+    )
+    base = load_base_model(tmp_path / "quantized", CPU, torch.float32)
+    assert base.is_quantized
+    assert merge_for_inference(base, None, torch.float32) is base
+    with pytest.raises(InputError, match="quantized already\nleave out --quantization"):
+        load_base_model(tmp_path / "quantized", CPU, torch.float32, "4bit")
+    assert "not quantized" not in capsys.readouterr().err
+    base.model.layers[0].mlp.experts = torch.nn.Parameter(torch.zeros(4, 128, 256))
+    log_unquantized(base)
+    assert "of the base model's weights are not quantized" in capsys.readouterr().err
+
+
+def test_a_multimodal_folder_that_cannot_be_loaded_says_so(base_copy):
+    config = json.loads((base_copy / "config.json").read_text())
+    config = {"model_type": "mistral3", "vision_config": {}, "text_config": config}
+    (base_copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="text-only version of this multimodal model"):
+        load_base_model(base_copy, CPU, torch.float32)
 
 
 @pytest.mark.parametrize("quantization, likeness", [("8bit", 0.8), ("4bit", 0.3)])

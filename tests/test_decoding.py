@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import NOTES, tiny_model
+from transformers import AttentionInterface
 
 from sft.cli import RunError
 from sft.inference import decoding, endings
@@ -23,9 +24,9 @@ from sft.inference.decoding import (
     sample,
 )
 from sft.inference.endings import repeated_from
-from sft.inference.generate import decode_with_generate
-from sft.model.attention import KVCache, group_by_length
-from sft.model.probes import enable_packing
+from sft.inference.generate import decode_apart, decode_with_generate
+from sft.model.attention import KVCache, group_by_length, kv_cache_attention
+from sft.model.probes import enable_packing, longest_shared
 
 STOPS = list(range(2, 420, 12))  # many, so that some sequences end early and others enter
 ARCHITECTURES = ["llama", "llama-wide", "mistral", "qwen2", "gemma", "gemma2", "phi3", "gpt2"]
@@ -129,6 +130,31 @@ def test_chunked_attention_and_wrong_windows_are_found_out():
     fits, reason = enable_kv_cache(model)
     assert not fits
     assert "logits" in reason
+
+
+def test_long_windows_that_stay_in_the_mask_are_found_out():
+    """Beyond what the probe writes, so by what the layers hand to their attention."""
+
+    def without_window(*arguments, **options):
+        return kv_cache_attention(*arguments, **(options | {"sliding_window": None}))
+
+    model = tiny_model("mistral")
+    model.config.sliding_window = 600
+    AttentionInterface.register("kv_cache", without_window)
+    try:
+        assert enable_kv_cache(model) == (False, "its window of 600 tokens is in its mask alone")
+    finally:
+        AttentionInterface.register("kv_cache", kv_cache_attention)
+    assert enable_kv_cache(model) == (True, "")
+
+
+def test_a_sequence_is_the_same_beside_one_that_changes_the_position_embeddings():
+    model = tiny_model("phi3-longrope")
+    prompts = {0: list(range(5, 15)), 1: list(range(5, 105)), 2: list(range(9, 30))}
+    expected = {i: alone(tiny_model("phi3-longrope"), ids, 12)[0] for i, ids in prompts.items()}
+    assert enable_kv_cache(model) == (True, "")
+    together = decode_apart(decode, longest_shared(model, 1024), model, prompts, 12, STOPS, batch_size=4)
+    assert {sequence.index: sequence.ids for sequence in together} == expected
 
 
 def test_a_mistake_of_our_own_is_no_reason_for_the_slow_way(monkeypatch):

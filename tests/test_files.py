@@ -18,6 +18,7 @@ from sft.files import (
     new_folder,
     remembered_sha256,
     remove,
+    try_saving,
     write_atomic,
     write_checksums,
     write_json,
@@ -172,6 +173,49 @@ def test_a_large_file_is_read_again_when_it_changed_or_when_asked(tmp_path, monk
     # An installation that cannot be written to
     monkeypatch.setattr(files, "REMEMBERED", tmp_path / "nowhere" / "remembered.json")
     assert remembered_sha256(file) == "other"
+
+
+def refusing(function, number: int, when=lambda *arguments: True):
+    """`function`, as on a file system without it."""
+
+    def refuse(*arguments, **options):
+        if when(*arguments):
+            raise OSError(number, os.strerror(number))
+        return function(*arguments, **options)
+
+    return refuse
+
+
+def is_folder(descriptor: int) -> bool:
+    return stat.S_ISDIR(os.fstat(descriptor).st_mode)
+
+
+def test_a_file_system_without_permissions_and_without_fsync_of_folders(tmp_path, monkeypatch, capsys):
+    """As CIFS, FUSE and some network mounts: nothing that is saved needs either."""
+    monkeypatch.setattr(os, "fsync", refusing(os.fsync, errno.EINVAL, is_folder))
+    monkeypatch.setattr(os, "chmod", refusing(os.chmod, errno.EPERM))
+    monkeypatch.setattr(files.Path, "chmod", refusing(files.Path.chmod, errno.EPERM))
+    try_saving(make_private_dir(tmp_path / "out" / "run"))
+    assert not list((tmp_path / "out" / "run").iterdir())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(files.tempfile, "mkdtemp", lambda prefix, dir: os.mkdir(f"{dir}/t") or f"{dir}/t")
+    try_saving(tmp_path / "out" / "run")
+    assert "keeps no permissions" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "module, name, when",
+    [
+        (files.Path, "rename", lambda path, target: path.is_dir()),
+        (os, "replace", lambda *paths: True),
+        (os, "fsync", lambda descriptor: not is_folder(descriptor)),
+    ],
+)
+def test_a_file_system_that_cannot_hold_a_run_is_refused(tmp_path, monkeypatch, module, name, when):
+    monkeypatch.setattr(module, name, refusing(getattr(module, name), errno.ENOTSUP, when))
+    with pytest.raises(InputError, match=r"a trial save failed: [\s\S]*local disk"):
+        try_saving(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_remove_takes_files_folders_and_nothing(tmp_path):

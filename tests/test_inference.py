@@ -24,7 +24,9 @@ from sft.inference.endings import repeated_from
 from sft.inference.notes import read_notes
 from sft.model import adapter, base
 from sft.model.kernels import Int8Linear, has_int8
-from sft_inference import SFTInference, read_adapter_folder
+from sft.options import InferenceConfig
+from sft_inference import SFTInference, read_adapter_folder, write_merged
+from stage_a_sft_training import train
 
 ALL_NOTES = [note for note, _ in NOTES] + ["A. " * 40, "x", "Fever. " * 15]
 
@@ -262,7 +264,7 @@ def test_one_note(adapters, specialist):
         (["--clinical_note", "x", "--temperature", "-1"], "temperature"),
         (["--clinical_note", "x", "--merge_to", "m"], "--merge_to cannot be combined with"),
         (["--merge_to", ""], "empty"),
-        (["--merge_to", "m", "--use_8bit"], "--merge_to cannot be combined with --use_8bit"),
+        (["--merge_to", "m", "--use_8bit"], "--merge_to cannot be combined with --quantization 8bit"),
         (["--input_file", "a.txt", ""], "--input_file is empty"),
         (["--input_file", "a.txt", "--output_file", "b.jsonl", "--json"], "--json is for standard output"),
         (["--device", "John has fever"], "invalid choice: (not shown)"),
@@ -358,6 +360,26 @@ def test_eight_bits_on_a_cpu(adapters, specialist, monkeypatch, stored):
     assert (found - expected).norm() <= 0.05 * expected.norm()
     together = inference.generate_batch(ALL_NOTES, 20)
     assert [inference.generate_summary(note, 20) for note in ALL_NOTES] == together
+
+
+def test_an_adapter_is_used_on_the_base_it_was_trained_on(configured, tmp_path, capsys):
+    """In as many bits; merged into more, the difference is measured."""
+    # bitsandbytes' 4-bit kernel wants blocks of 64
+    config = configured(architecture="llama-wide", quantization="4bit")
+    stats = train(config)
+    assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
+    folder = f"{config.output_dir}/final_model"
+    inference = SFTInference(folder, device="cpu")
+    assert inference.model.get_base_model().is_quantized
+    assert inference.made_by(10, 0, 0)["dtype"] == "4bit"
+    assert "in 4bit, as in training" in capsys.readouterr().err
+    assert not SFTInference(folder, device="cpu", quantization="none").quantization
+    assert "trained with the base model in 4bit, used with it in full" in capsys.readouterr().err
+    write_merged(InferenceConfig(model_path=folder, device="cpu", merge_to=str(tmp_path / "merged")))
+    said = capsys.readouterr().err
+    merged, as_trained = re.search(r"([\d.]+) merged, ([\d.]+) as trained, .* in 4bit", said).groups()
+    assert merged != as_trained
+    assert not SFTInference(tmp_path / "merged", device="cpu").quantization
 
 
 def test_words_outside_quotes_are_not_shown():

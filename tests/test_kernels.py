@@ -224,6 +224,16 @@ def test_int8_layer_is_the_product_of_the_rounded_weight(n_in, n_out, rows, seed
     assert torch.equal(alone, layer(x))  # to the bit: no row depends on its neighbors
 
 
+@pytest.mark.parametrize("kind, exact", [(PackedLinear, True), (Int8Linear, False)])
+def test_models_that_read_a_weight_find_it(kind, exact):
+    if not (has_onednn() if exact else has_int8()):
+        pytest.skip("not on this CPU")
+    torch.manual_seed(0)
+    weight = torch.randn(64, 96)
+    found = kind(weight, torch.randn(64)).weight
+    torch.testing.assert_close(found, weight, atol=1e-5 if exact else 0.03, rtol=0)
+
+
 @pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
 def test_zeros_in_8_bit():
     layer = Int8Linear(torch.zeros(8, 16), None)

@@ -101,6 +101,7 @@ def test_shared_options_have_the_same_defaults():
             if field.name in (
                 "device",
                 "dtype",
+                "quantization",
                 "use_8bit",
                 "use_4bit",
                 "train_csv",
@@ -120,13 +121,17 @@ def test_bounds():
 
 
 def test_quantization():
-    assert [quantization_of(*flags) for flags in ((False, False), (True, False), (False, True))] == [
-        None,
-        "8bit",
-        "4bit",
-    ]
-    with pytest.raises(InputError, match="--use_8bit cannot be combined with --use_4bit"):
-        quantization_of(True, True)
+    for typed, expected in (
+        ({}, None),
+        ({"quantization": "none"}, None),
+        ({"use_8bit": True}, "8bit"),
+        ({"use_4bit": True, "quantization": "4bit"}, "4bit"),
+        ({"quantization": "8bit"}, "8bit"),
+    ):
+        assert quantization_of(typed) == expected
+    for contradiction in ({"use_8bit": True, "use_4bit": True}, {"use_4bit": True, "quantization": "none"}):
+        with pytest.raises(InputError, match="contradict each other\nchoose one"):
+            quantization_of(contradiction)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATES, CountingTokenizer, encoder_for, tiny_tokenizer
 
 from sft.cli import InputError
-from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, control_token_ids
+from sft.data.prompt import (
+    PromptEncoder,
+    PromptTemplate,
+    build_template,
+    control_token_ids,
+    set_chat_template,
+)
 from sft.data.text import clean_text
 from sft.grounding.sentences import SENTENCE_VERSION, number_sentences, sentence_spans
 
@@ -45,6 +51,66 @@ def test_generation_stops_at_the_end_of_turn_and_at_eos(chat):
     end = {"chatml": "<|im_end|>", "llama3": "<|eot|>", "mistral": "</s>", "none": "</s>"}[chat]
     assert template.end_token_id == tokenizer.convert_tokens_to_ids(end)
     assert set(template.stop_token_ids) == {template.end_token_id, tokenizer.eos_token_id}
+
+
+# What a prompt and what an answered conversation write after "<|im_start|>assistant\n"
+BEFORE_ANSWERS = {
+    "channel": ("", "[INST]final[/INST]"),
+    "empty thoughts": ("", "<think>\n\n</think>\n\n"),
+    "empty thoughts in both": ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+    "thoughts opened": ("<think>\n", ""),
+}
+
+
+@pytest.mark.parametrize("kind", BEFORE_ANSWERS)
+def test_the_summary_stands_where_the_template_writes_an_answer(kind):
+    in_prompt, in_answer = BEFORE_ANSWERS[kind]
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        f"{{% if m['role'] == 'assistant' %}}{in_answer}{{% endif %}}"
+        "{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        f"{{% if add_generation_prompt %}}<|im_start|>assistant\n{in_prompt}{{% endif %}}"
+    )
+    template = build_template(tokenizer, instruction="Be brief.")
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Fever."},
+        {"role": "assistant", "content": "It is fever."},
+    ]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert rendered.startswith(f"{template.prefix}Fever.{template.suffix}It is fever.<|im_end|>")
+
+
+def test_one_of_several_chat_templates(tmp_path):
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    both = {"short": CHAT_TEMPLATES["chatml"], "long": CHAT_TEMPLATES["mistral"]}
+    tokenizer.chat_template = dict(both)
+    with pytest.raises(InputError, match="several chat templates and no default: short, long\nchoose one"):
+        set_chat_template(tokenizer, None)
+    set_chat_template(tokenizer, "long")
+    assert tokenizer.chat_template == both["long"]
+    tokenizer.chat_template = {**both, "default": both["short"]}
+    set_chat_template(tokenizer, None)
+    assert tokenizer.chat_template == both["short"]
+    file = tmp_path / "mine.jinja"
+    file.write_text(both["long"])
+    set_chat_template(tokenizer, str(file))
+    assert tokenizer.chat_template == both["long"]
+    with pytest.raises(InputError, match="not a readable text file"):
+        set_chat_template(tokenizer, str(tmp_path / "missing.jinja"))
+
+
+def test_an_end_token_that_nobody_trained_is_replaced_by_eos(capsys):
+    tokenizer = tiny_tokenizer("llama3")
+    end = build_template(tokenizer).end_token_id
+    assert end != tokenizer.eos_token_id
+    template = build_template(tokenizer, is_untrained=lambda token: token == end)
+    assert template.end_token_id == tokenizer.eos_token_id
+    assert end in template.stop_token_ids
+    assert "never learned <|eot|>" in capsys.readouterr().err
+    assert build_template(tokenizer, is_untrained=lambda token: True).end_token_id == end
+    assert "warning: " in capsys.readouterr().err
 
 
 def test_a_template_that_hides_the_answer_does_not_end_it_with_a_start_token():
@@ -187,3 +253,15 @@ def test_a_slow_tokenizer_shortens_the_same(texts, room, chat, numbered):
     fast = encoder_for(chat, number_sentences=numbered)
     slow = PromptEncoder(CountingTokenizer(fast.tokenizer, is_fast=False), fast.template)
     assert slow.shorten(note, room) == fast.shorten(note, room)
+
+
+@given(st.text(alphabet="患者发热咳嗽三天e\u0301🫀 ", min_size=1, max_size=200), st.integers(1, 40))
+def test_a_note_without_blanks_is_cut_between_characters(note, room):
+    encoder = encoder_for("none")
+    ids, _ = encoder.shorten(note, room)
+    assert len(ids) <= room
+    kept = encoder.tokenizer.decode(ids)
+    assert note.startswith(kept)
+    assert not (kept and note[len(kept) :].startswith("\u0301"))
+    # A character of these takes four tokens at most, and one that combines with it two more
+    assert kept == note or len(ids) >= min(room - 7, room // 2)

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -280,6 +281,23 @@ def test_one_batch_is_learned_by_heart_and_written_down(configured, tmp_path):
     assert all(result["finish_reason"] == "stop" for result in results)
 
 
+def test_summaries_that_do_not_end_are_said_loudly(configured, monkeypatch, capfd):
+    train(configured(num_epochs=1, batch_size=8))
+    assert "WARNING: " in capfd.readouterr().err
+    monkeypatch.setattr(training, "count_endings", lambda run: (2, 4))
+    train(configured("other", num_epochs=1, batch_size=8))
+    assert "WARNING: " not in capfd.readouterr().err
+
+
+def test_a_token_that_the_model_does_not_have(configured, model_folder, tmp_path):
+    base = shutil.copytree(model_folder(), tmp_path / "base")
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens(["fever", *(f"word{i}" for i in range(40))][::-1])
+    tokenizer.save_pretrained(base)
+    with pytest.raises(InputError, match=r"its tokenizer gives token 4\d\d, the model knows 420\n"):
+        train(configured(model_name=str(base)))
+
+
 def test_early_stopping_keeps_the_best_epoch(configured, monkeypatch):
     losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
     monkeypatch.setattr(training, "evaluate", lambda run, examples: next(losses))
@@ -314,17 +332,16 @@ def test_no_picture_and_no_tracker_ends_a_run(configured, monkeypatch, capfd, br
 
 @pytest.mark.parametrize(
     "options",
-    [{"use_8bit": True}, {"use_4bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}],
+    [{"use_8bit": True}, {"dtype": "bfloat16"}, {"gradient_checkpointing": True}],
 )
 def test_memory_saving_options_train_and_infer(configured, options, capfd):
     from sft_inference import SFTInference
 
-    # bitsandbytes' 4-bit kernel wants blocks of 64
     config = configured(architecture="llama-wide", **options)
     stats = train(config)
     assert stats["epochs"][-1]["val_loss"] < stats["untrained_val_loss"]
-    quantization = {name: value for name, value in options.items() if name.startswith("use_")}
-    inference = SFTInference(f"{config.output_dir}/final_model", device="cpu", **quantization)
+    inference = SFTInference(f"{config.output_dir}/final_model", device="cpu")
+    assert (inference.quantization is not None) == ("use_8bit" in options)
     result = inference.generate_summary(NOTES[0][0], 5)
     assert math.isfinite(result["confidence"])
     assert "MatMul8bitLt" not in capfd.readouterr().err

@@ -89,6 +89,17 @@ def tiny_config(architecture: str):
         "gemma": lambda: transformers.GemmaConfig(**sizes),
         "gemma2": lambda: transformers.Gemma2Config(**sizes, sliding_window=24, query_pre_attn_scalar=8),
         "phi3": lambda: transformers.Phi3Config(**{k: v for k, v in sizes.items() if k != "head_dim"}),
+        "phi3-longrope": lambda: transformers.Phi3Config(
+            **{k: v for k, v in sizes.items() if k != "head_dim"},
+            original_max_position_embeddings=64,
+            rope_parameters={
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "short_factor": [1.0] * 4,
+                "long_factor": [4.0] * 4,
+                "original_max_position_embeddings": 64,
+            },
+        ),
         "gpt2": lambda: transformers.GPT2Config(
             vocab_size=420,
             n_embd=32,

@@ -6,13 +6,19 @@ torch and numpy are imported inside functions, so that input errors are instant.
 import dataclasses
 import itertools
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sft.cli import InputError, plural
-from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id
+from sft.data.prompt import (
+    PromptEncoder,
+    PromptTemplate,
+    build_template,
+    pad_token_id,
+    set_chat_template,
+)
 from sft.data.rows import Row, drop_stray_citations, factual_rows, name_rows, read_rows, split_rows
 from sft.data.token_cache import cache_key, read_cache, write_cache
 from sft.grounding.citations import cited_sentence_numbers, has_citation
@@ -232,9 +238,10 @@ def load_datasets(
     options: DataOptions,
     cache_dir: Path | None = None,
     template: PromptTemplate | None = None,
+    is_untrained: Callable[[int], bool] = lambda token: False,
 ) -> tuple[SFTDataset, SFTDataset]:
     """The training and the validation set of what `read_data` read, with one prompt template for both:
-    `template`, or the tokenizer's.
+    `template`, or the tokenizer's (see `build_template` for `is_untrained`).
 
     `cache_dir` keeps the tokens for the next start. Raises InputError if no row of a file fits.
     """
@@ -243,8 +250,11 @@ def load_datasets(
         is_numbered = _cites_evidence(train)
     else:
         is_numbered = options.sentence_numbering != "off"
+    set_chat_template(tokenizer, options.chat_template)
     template = template or build_template(
         tokenizer,
+        thinking=options.thinking == "on",
+        is_untrained=is_untrained,
         instruction=options.instruction,
         number_sentences=is_numbered,
         sentence_version=1 if options.sentence_numbering == "v1" else SENTENCE_VERSION,

@@ -8,11 +8,12 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sft.cli import InputError
+from sft.cli import InputError, first_line, log, on_main_process, preview_list
 from sft.files import check_format_version
 from sft.grounding.sentences import SENTENCE_VERSION, number_sentences, sentence_spans
 
@@ -24,6 +25,8 @@ EVIDENCE_INSTRUCTION = (
 # Put into a chat template to find out where it places the note and the answer
 _NOTE_MARK = "CLINICAL-NOTE-GOES-HERE"
 _ANSWER_MARK = "SUMMARY-GOES-HERE"
+# A prompt that ends within thoughts: "<think>\n"
+_OPEN_THOUGHTS = re.compile(r"<(think|thinking|thought|reasoning)>\s*$")
 
 
 # ------------------------------------------------------------------------------- template
@@ -78,8 +81,11 @@ def build_template(
     instruction: str | None = None,
     number_sentences: bool = False,
     sentence_version: int = SENTENCE_VERSION,
+    thinking: bool = False,
+    is_untrained: Callable[[int], bool] = lambda token: False,
 ) -> PromptTemplate:
-    """The tokenizer's chat template around the note, or a plain template if it has none.
+    """The tokenizer's chat template around the note, or a plain template if it has none; with `thinking`, in
+    the template's thinking mode. A token that `is_untrained` ends no summary if EOS can.
 
     Raises InputError if the tokenizer has no token that can end a summary, or its chat template does not show
     the note.
@@ -87,9 +93,10 @@ def build_template(
     # Stripped as chat templates do with a message
     instruction = (instruction or (EVIDENCE_INSTRUCTION if number_sentences else INSTRUCTION)).strip()
     if tokenizer.chat_template:
-        messages = _chat_messages(tokenizer, instruction)
-        prefix, suffix = _render(tokenizer, messages, add_generation_prompt=True).split(_NOTE_MARK)
-        end_of_turn = _end_of_turn(tokenizer, messages)
+        render = functools.partial(_render, tokenizer, thinking=thinking)
+        messages = _chat_messages(tokenizer, instruction, render)
+        prefix, suffix, after = _around_answer(render, messages)
+        end_of_turn = _end_of_turn(tokenizer, after)
         end = tokenizer.eos_token_id if end_of_turn is None else end_of_turn
     else:
         prefix = f"### Instruction:\n{instruction}\n\n### Clinical note:\n"
@@ -99,6 +106,14 @@ def build_template(
         fix = "set eos_token in its tokenizer_config.json"
         raise InputError("the tokenizer has no end-of-sequence token", fix)
     stops = [end] if tokenizer.eos_token_id in (None, end) else [end, tokenizer.eos_token_id]
+    if is_untrained(end):
+        said = f"the base model never learned {tokenizer.convert_ids_to_tokens(end)}, the end of an answer"
+        end = next((token for token in stops if not is_untrained(token)), end)
+        then = f"info: {said}: summaries end with {tokenizer.eos_token}"
+        if end == stops[0]:
+            then = f"warning: {said}: summaries may not end; use an instruct model"
+        if on_main_process():
+            log(then)
     return PromptTemplate(
         prefix=prefix,
         suffix=suffix,
@@ -110,7 +125,25 @@ def build_template(
     )
 
 
-def _chat_messages(tokenizer, instruction: str) -> list[dict[str, str]]:
+def set_chat_template(tokenizer, name_or_file: str | None) -> None:
+    """Gives the tokenizer the chat template in a file, or its own of that name. Raises InputError if there is
+    none, or if the tokenizer has several and nothing says which."""
+    own = tokenizer.chat_template
+    if name_or_file is not None and not (isinstance(own, dict) and name_or_file in own):
+        try:
+            tokenizer.chat_template = Path(name_or_file).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            fix = "pass a file with a jinja template, or the name of one of the tokenizer's own"
+            raise InputError(f"--chat_template {name_or_file}: not a readable text file", fix) from None
+    elif isinstance(own, dict):
+        name = name_or_file or ("default" if "default" in own else None)
+        if name is None:
+            problem = f"the tokenizer has several chat templates and no default: {preview_list(own, 12)}"
+            raise InputError(problem, "choose one with --chat_template NAME")
+        tokenizer.chat_template = own[name]
+
+
+def _chat_messages(tokenizer, instruction: str, render: Callable) -> list[dict[str, str]]:
     """Instruction and the note's place as chat messages: system and user, or one user message if the template
     knows no system role."""
     from jinja2 import TemplateError
@@ -119,37 +152,60 @@ def _chat_messages(tokenizer, instruction: str) -> list[dict[str, str]]:
         [{"role": "system", "content": instruction}, {"role": "user", "content": _NOTE_MARK}],
         [{"role": "user", "content": f"{instruction}\n\n{_NOTE_MARK}"}],
     )
+    reason = "it leaves out the user's message"
     for messages in choices:
         try:
-            text = _render(tokenizer, messages, add_generation_prompt=True)
-        # There is no system role, or there are several templates and none of them is the default
-        except (TemplateError, ValueError):
+            text = render(messages, add_generation_prompt=True)
+        # As if there is no system role
+        except (TemplateError, ValueError) as error:
+            reason = first_line(error)
             continue
         if instruction in text and text.count(_NOTE_MARK) == 1:
             return messages
     raise InputError(
-        "the tokenizer's chat template leaves out the user's message",
-        "use another model, or a tokenizer without a chat template",
+        f"the tokenizer's chat template cannot be used: {reason}",
+        "pass another with --chat_template FILE, or use another model",
     )
 
 
-def _end_of_turn(tokenizer, messages: list[dict[str, str]]) -> int | None:
-    """The control token that the chat template writes after an answer: <|im_end|>, <|eot_id|>, <end_of_turn>.
+def _around_answer(render: Callable, messages: list[dict[str, str]]) -> tuple[str, str, str]:
+    """(text before the note, text between note and answer, text after the answer).
+
+    The text before the answer is the template's prompt, with what it writes between prompt and answer once
+    the answer is known: a channel's name, an empty block of thoughts. A block of thoughts that the prompt
+    opens, and that is not in an answered conversation, is left out."""
+    prompt = render(messages, add_generation_prompt=True)
+    answered = [*messages, {"role": "assistant", "content": _ANSWER_MARK}]
+    before, mark, after = render(answered, add_generation_prompt=False).rpartition(_ANSWER_MARK)
+    opens_thoughts = prompt.startswith(before) and _OPEN_THOUGHTS.search(prompt[len(before) :])
+    # A blank alone would be a token of its own before the summary's first word
+    if mark and (opens_thoughts or (before.startswith(prompt) and before[len(prompt) :].strip())):
+        prompt = before
+    elif mark and before.rstrip() != prompt.rstrip() and on_main_process():
+        log(
+            "info: the chat template writes an answered conversation otherwise than its prompt and the answer;"
+            " the summary follows the prompt"
+        )
+    prefix, suffix = prompt.split(_NOTE_MARK)
+    return prefix, suffix, after if mark else ""
+
+
+def _end_of_turn(tokenizer, after: str) -> int | None:
+    """The control token that begins what the chat template writes after an answer: <|im_end|>, <|eot_id|>,
+    <end_of_turn>.
 
     Often not the tokenizer's EOS. None if there is none.
     """
-    answered = [*messages, {"role": "assistant", "content": _ANSWER_MARK}]
-    _, mark, after = _render(tokenizer, answered, add_generation_prompt=False).rpartition(_ANSWER_MARK)
-    if not mark or not after.strip():
+    if not after.strip():
         return None
     ids = tokenizer(after.lstrip(), add_special_tokens=False).input_ids
     return ids[0] if ids and ids[0] in control_token_ids(tokenizer) else None
 
 
-def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
-    """The chat template's text, without thinking (templates that know no thinking ignore that argument)."""
+def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool, thinking: bool) -> str:
+    """The chat template's text (templates that know no thinking ignore that argument)."""
     return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=False
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
     )
 
 
@@ -239,7 +295,8 @@ class PromptEncoder:
     def shorten(self, note: str, room: int) -> tuple[list[int], int]:
         """The leading sentences of `note` that fit into `room` tokens: (token ids, number of sentences).
 
-        If not even the first sentence fits, it is cut between words, and 0 sentences count as kept.
+        If not even the first sentence fits, it is cut between words, or between characters if words are long,
+        and 0 sentences count as kept.
         """
         # More than fits, so that a 10 MB note costs no more than this
         note = note[: room * 100]
@@ -254,8 +311,13 @@ class PromptEncoder:
         if not n_kept:
             word_ends = [match.end() for match in re.finditer(r"\S+", text)]
             ids, _ = self._longest_that_fits(text, word_ends, room)
-        if not ids:
-            ids = self.encode_texts([text])[0][:room]
+        # Text without blanks, as Chinese
+        if not n_kept and len(ids) < room // 2:
+            ends = [end for end in range(1, len(text)) if not unicodedata.combining(text[end])] + [len(text)]
+            n_characters = bisect.bisect_right(
+                ends, room, key=lambda end: len(self.encode_texts([text[:end]])[0])
+            )
+            ids = self.encode_texts([text[: ([0, *ends])[n_characters]]])[0]
         return ids, n_kept
 
     def _longest_that_fits(self, text: str, ends: list[int], room: int) -> tuple[list[int], int]:

@@ -7,7 +7,8 @@ from pathlib import Path
 from sft.cli import InputError, is_terminal, log, preview_list, processes
 from sft.files import check_new_file
 from sft.inference.notes import Note, notes_digest, read_notes
-from sft.options import InferenceConfig
+from sft.model.folder import quantization_for
+from sft.options import InferenceConfig, quantization_of
 
 
 def check_files(config: InferenceConfig) -> list[Note] | None:
@@ -48,8 +49,9 @@ def check_files(config: InferenceConfig) -> list[Note] | None:
     if processes()[1] > 1 and not config.output_file:
         problem = "running several processes requires --input_file and --output_file"
         raise InputError(problem, "add both, or start one process")
-    if config.merge_to and (config.use_8bit or config.use_4bit):
-        problem = "--merge_to cannot be combined with --use_8bit or --use_4bit"
+    quantization = quantization_of(vars(config))
+    if config.merge_to and quantization:
+        problem = f"--merge_to cannot be combined with --quantization {quantization}"
         raise InputError(problem, "merge into the unquantized base model, then quantize")
     check_new_file("--merge_to", config.merge_to)
     if not config.input_file:
@@ -66,7 +68,7 @@ def is_conversation(config: InferenceConfig) -> bool:
 
 def log_idle_options(config: InferenceConfig) -> None:
     """Names the options that have no effect, since no model is loaded."""
-    names = "base_model dtype use_8bit use_4bit no_merge max_length max_new_tokens temperature seed".split()
+    names = "base_model dtype quantization use_8bit use_4bit no_merge max_length max_new_tokens temperature seed".split()
     defaults = InferenceConfig()
     idle = [f"--{name}" for name in names if getattr(config, name) != getattr(defaults, name)]
     if config.writing == "quote" and idle:
@@ -88,15 +90,18 @@ def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note]
         return of_all
     from sft.model.base import pick_device
 
-    names = "max_new_tokens temperature max_length no_merge use_8bit use_4bit".split()
+    names = "max_new_tokens temperature max_length no_merge".split()
+    quantization = quantization_for(vars(config), sft_config)
     dtype = str(pick_device(config.device, config.dtype).dtype)
     # In fewer bits other batches now and then give other words; greedy summaries do not depend on a seed
-    names += ["batch_size"] if dtype != "torch.float32" or config.use_8bit or config.use_4bit else []
+    names += ["batch_size"] if dtype != "torch.float32" or quantization else []
     names += ["seed"] if config.temperature else []
     return {
         **of_all,
         "base model": sft_config["sha256"]["base_weights"],
         "typed base model": config.base_model if config.prompt_from else None,
         "dtype": dtype,
+        "use_8bit": quantization == "8bit",
+        "use_4bit": quantization == "4bit",
         **{name: getattr(config, name) for name in names},
     }

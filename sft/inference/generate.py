@@ -67,6 +67,28 @@ def decode_with_generate(
             return
 
 
+def decode_apart(
+    decoder: Callable,
+    longest_shared: float,
+    model,
+    prompts: dict[int, list[int]],
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    *,
+    should_stop: Callable[[], bool] | None = None,
+    batch_size: int,
+    **options,
+) -> Iterator[GeneratedSequence]:
+    """`decoder` for the sequences that stay within `longest_shared` tokens (see
+    sft.model.probes.longest_shared); `generate`, one by one, for those that may become longer."""
+    options |= {"should_stop": should_stop}
+    short = {i: ids for i, ids in prompts.items() if len(ids) + max_new_tokens <= longest_shared}
+    yield from decoder(model, short, max_new_tokens, stop_ids, batch_size=batch_size, **options)
+    if not (should_stop and should_stop()):
+        long = {i: ids for i, ids in prompts.items() if i not in short}
+        yield from decode_with_generate(model, long, max_new_tokens, stop_ids, batch_size=1, **options)
+
+
 class _SampleTokens(LogitsProcessor):
     """Makes `generate` take the tokens that `sample` gives, and writes them to the sequences of the batch."""
 

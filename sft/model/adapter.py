@@ -17,7 +17,16 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors import safe_open
 
-from sft.cli import InputError, as_input_error, log, on_main_process, plural, preview_list, safe_id
+from sft.cli import (
+    InputError,
+    as_input_error,
+    first_line,
+    log,
+    on_main_process,
+    plural,
+    preview_list,
+    safe_id,
+)
 from sft.files import ROOT, new_folder, sha256, write_atomic, write_checksums, write_json
 from sft.model.base import (
     BASE_FOLDER,
@@ -68,11 +77,29 @@ def add_lora(
         bias="none",
     )
     torch.manual_seed(seed)
-    model = get_peft_model(model, config, autocast_adapter_dtype=True)  # float32, also on a 16-bit base
+    try:
+        model = get_peft_model(model, config, autocast_adapter_dtype=True)  # float32, also on a 16-bit base
+    except ValueError as error:
+        raise _refusal(error, dropout) from None
     for module in model.modules():
         if isinstance(module, LoraLayer) and dropout:
             module.lora_dropout["default"] = FastDropout(dropout)
     return model
+
+
+def _refusal(error: ValueError, dropout: float) -> InputError:
+    """What PEFT refuses, and what works instead."""
+    if "lora_dropout" in str(error):
+        problem = f"--lora_dropout {dropout:g}: PEFT has no dropout for a mixture of experts"
+        return InputError(problem, "use --lora_dropout 0")
+    fix = "name other layers with --target_modules"
+    return InputError(f"LoRA does not fit these layers: {first_line(error)}", fix)
+
+
+# Layers of state-space models whose weights are read beside them, so that an adapter there would be missed.
+# PEFT refuses the first two in these families
+_NOT_CALLED = ("out_proj", "conv1d")
+_NOT_CALLED_IN = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 
 def _lora_targets(model, wanted: list[str]) -> list[str] | str:
@@ -82,16 +109,19 @@ def _lora_targets(model, wanted: list[str]) -> list[str] | str:
         for name, module in model.named_modules()
         if "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
     }
+    not_called = {"dt_proj", *(_NOT_CALLED if model.config.model_type in _NOT_CALLED_IN else ())}
+    all_linear = sorted(linear - not_called - {"lm_head"}) if linear & not_called else "all-linear"
     if "all-linear" in wanted:
-        return "all-linear"
+        return all_linear
     if wanted == ["q_proj", "v_proj"] and not linear.intersection(wanted):
-        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
+        known = () if not_called.intersection(known) else known
         if on_main_process():
             log(
                 f"This model has no q_proj and v_proj: LoRA on {', '.join(known) if known else 'all linear layers'}"
             )
         if not known:
-            return "all-linear"
+            return all_linear
         wanted = list(known)
     absent = [name for name in wanted if name not in linear]
     if absent:

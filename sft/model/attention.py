@@ -41,6 +41,16 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
     return ~((distance < 0) | (distance >= (window or n_keys)))
 
 
+def attention_window(text_config) -> int | None:
+    """The sliding window that a configuration says some layers have; None if none has."""
+    window = getattr(text_config, "sliding_window", None)
+    layer_types = getattr(text_config, "layer_types", None) or ["sliding_attention"]
+    is_used = getattr(text_config, "use_sliding_window", True) and any(
+        "sliding" in kind for kind in layer_types
+    )
+    return window if is_used else None
+
+
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A Boolean mask as one to add to scores. Not -inf, which makes a row that sees nothing (padding) NaN."""
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
@@ -184,6 +194,7 @@ class KVCache:
         self.capacity = capacity  # tokens per slot
         # By layer index: keys and values, each (n_slots, key-value heads, capacity, head_dim)
         self.layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.windows: set[int | None] = set()  # that layers have handed to their attention
 
     def plan_pass(self, positions: list[int], chunks: list[tuple[int, int, int]], device) -> None:
         """The layout of the next pass: the position of each running sequence's newest token, then prefill
@@ -290,6 +301,7 @@ def kv_cache_attention(
             output = _attention(query, key, value, mask, **options)
         return output.transpose(1, 2).contiguous(), None
     outputs = []
+    kv_cache.windows.add(sliding_window)
     keys, values = kv_cache.layer(module.layer_idx, key, value)
     start = kv_cache.n_running
     if start:

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from sft.cli import InputError, as_input_error, log, plural, preview_list, processes
+from sft.cli import InputError, as_input_error, log, on_main_process, plural, preview_list, processes
 from sft.files import ROOT, disk_full_as_input_error, remembered_sha256, remove, sha256, sync_dir
 from sft.model.folder import read_json_object
 from sft.options import BUNDLED_MODEL
@@ -261,7 +261,7 @@ def bundled_model() -> Path:
 def make_readable(paths: list[Path]) -> None:
     """Lets every user of the machine read files and folders, as far as they are this user's."""
     for path in paths:
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(OSError):
             path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
 
 
@@ -287,7 +287,11 @@ def portable_name(model_name: str, folder: Path) -> str:
     """How an adapter names its base model: a Hub id, or the path from the repository's root; never an
     absolute path."""
     if is_local(model_name):
-        return Path(os.path.relpath(folder, ROOT)).as_posix()
+        # Of a folder on another Windows drive the name has to do; inference then needs --base_model
+        try:
+            return Path(os.path.relpath(folder, ROOT)).as_posix()
+        except ValueError:
+            return folder.name
     return model_name
 
 
@@ -318,21 +322,29 @@ def load_tokenizer(folder_or_name: str | Path):
 def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quantization: str | None = None):
     """The frozen base model on its device. `quantization`: None; "8bit" or "4bit" (NF4) through bitsandbytes;
     or "int8", which leaves the weights in the dtype of their file, mapped and not copied, for
-    `merge_into_int8`.
+    `merge_into_int8`. A base whose own configuration says that it is quantized is loaded as that says.
 
     Raises InputError if it cannot be loaded; weights are read only from safetensors.
     """
+    settings = read_json_object(folder / "config.json")
+    is_quantized = "quantization_config" in settings
+    if is_quantized and quantization in ("8bit", "4bit"):
+        fix = "leave out --quantization, --use_8bit and --use_4bit"
+        raise InputError(f"{folder}: this base model is quantized already", fix)
     by_bitsandbytes = quantization in ("8bit", "4bit")
     arguments = {
-        "dtype": "auto" if quantization == "int8" else dtype,
+        "dtype": "auto" if quantization == "int8" and not is_quantized else dtype,
         "local_files_only": True,
         "trust_remote_code": False,
         "use_safetensors": True,
     }
-    if by_bitsandbytes:
+    if by_bitsandbytes or is_quantized:
         arguments["device_map"] = {"": device}
+    if by_bitsandbytes:
         arguments["quantization_config"] = _bitsandbytes_config(quantization, dtype)
     fix = "check the model folder"
+    if "vision_config" in settings:
+        fix = "use a text-only version of this multimodal model"
     if not weight_files(folder) and any(folder.glob("*.bin")):
         fix = "use a safetensors version of this model (pickle files are not loaded, for security)"
     with as_input_error(f"{folder}: the model cannot be loaded", fix):
@@ -347,7 +359,28 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model if by_bitsandbytes else model.to(device)
+    if not (by_bitsandbytes or is_quantized):
+        return model.to(device)
+    log_unquantized(model)
+    return model
+
+
+def log_unquantized(model) -> None:
+    """A warning if more than a tenth of a quantized model's weights are not: bitsandbytes knows linear layers
+    alone, and not, as an example, experts that are one parameter. Embeddings and output layer stay as a
+    rule."""
+    tables = {
+        id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer
+    }
+    counts = {True: 0, False: 0}  # of weights, by whether they are quantized
+    for parameter in model.parameters():
+        if id(parameter) not in tables:
+            packed = parameter.element_size() == 1
+            counts[packed] += parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
+    share = counts[False] / max(1, sum(counts.values()))
+    if share > 0.1 and on_main_process():
+        size = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
+        log(f"warning: {share:.0%} of the base model's weights are not quantized: it takes {size:,.2f} GiB")
 
 
 def _bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -5,11 +5,12 @@ import functools
 import hashlib
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 from sft.cli import InputError, log, on_main_process
 from sft.files import ROOT, check_format_version, checksum_problem, remembered_sha256, sha256
-from sft.options import OLDER_MAX_NEW_TOKENS
+from sft.options import OLDER_MAX_NEW_TOKENS, quantization_of
 
 _FIX = "restore it from a backup, or train again"
 # Files of these kinds decide nothing of what a summary says: model cards, the training state, file managers'
@@ -132,6 +133,32 @@ def _folder_hash(folder: Path, prompt_hash: str = "") -> str:
     else:
         hashes = [sha256(folder / name) for name in ("adapter_model.safetensors", "adapter_config.json")]
     return hashlib.sha256("\n".join((*hashes, prompt_hash)).encode()).hexdigest()
+
+
+def trained_quantization(sft_config: dict) -> str | None:
+    """How training loaded the base model; None for a merged folder, which holds full weights."""
+    return None if "merged" in sft_config else quantization_of(sft_config.get("training", {}))
+
+
+def quantization_for(options: dict, sft_config: dict) -> str | None:
+    """How inference loads the base model: by `options` (see `quantization_of`), if they are "auto" as in
+    training, where that can be."""
+    is_auto = not quantization_of(options) and options.get("quantization", "auto") == "auto"
+    can = find_spec("bitsandbytes") is not None
+    return trained_quantization(sft_config) if is_auto and can else quantization_of(options)
+
+
+def log_quantization(chosen: str | None, sft_config: dict) -> None:
+    as_trained = trained_quantization(sft_config)
+    if as_trained and chosen == as_trained:
+        log(
+            f"info: the base model is in {chosen}, as in training; --quantization none loads its full weights"
+        )
+    elif as_trained:
+        log(
+            f"warning: trained with the base model in {as_trained}, used with it in {chosen or 'full'}: its loss is "
+            "not the one that training reported (--quantization auto takes the same, where bitsandbytes is)"
+        )
 
 
 # ------------------------------------------------------------------------------- other tools' adapters

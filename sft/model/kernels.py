@@ -18,6 +18,7 @@ import platform
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -153,6 +154,13 @@ class _ForInference(nn.Module):
         fix = "write it with --merge_to, or load it with SFTInference(..., merge=False)"
         raise InputError("a model that was packed for inference cannot be saved or copied", fix)
 
+    @property
+    def weight(self) -> Tensor:
+        """(out, in), for the models that read it beside calling the layer (Jamba, Mamba). Computed each time:
+        theirs are small."""
+        products = self(torch.eye(self.in_features))
+        return (products if self.bias is None else products - self.bias).t()
+
     _save_to_state_dict = _refuse  # behind state_dict() and save_pretrained()
     __reduce_ex__ = _refuse  # behind copy, deepcopy and pickle
 
@@ -164,6 +172,7 @@ class PackedLinear(_ForInference):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.bias = bias
+        self.in_features = weight.shape[1]
         expected_rows = 32  # of the inputs
         weight = weight.detach().contiguous()
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, expected_rows)
@@ -183,6 +192,7 @@ class Int8Linear(_ForInference):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.bias = bias
+        self.in_features = weight.shape[1]
         levels, scale = quantize_rows(weight.detach().float().contiguous(), 127)
         self.packed = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)
         self.scale = scale[:, 0]
@@ -258,3 +268,12 @@ def replace_linear_layers(model: nn.Module, kind: type) -> None:
         module = model.get_submodule(name)
         if kind is not PackedLinear or module.weight.dtype == torch.float32:
             model.set_submodule(name, convert_linear(module, kind))
+
+
+def pack_for_inference(model: nn.Module) -> None:
+    """PackedLinear for a float32 model without adapter on an x86 CPU; leaves other models as they are."""
+    parameter = next(model.parameters())
+    has_adapter = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32
+    if fits and not has_adapter and not getattr(model, "is_quantized", False) and has_onednn():
+        replace_linear_layers(model, PackedLinear)

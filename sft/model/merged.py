@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from transformers import GenerationConfig
 
 from sft.cli import InputError, as_input_error, log
 from sft.files import new_folder, write_atomic, write_checksums, write_json
-from sft.model.adapter import untie, unwrap
+from sft.model.adapter import merge_into_int8, untie, unwrap
 from sft.model.base import context_window, own_settings
 from sft.model.probes import logits_problem
 
@@ -39,6 +40,34 @@ def merge(model: PeftModel) -> tuple:
     return model.unload(), ""
 
 
+def merge_for_inference(model, quantization: str | None, dtype: torch.dtype):
+    """The adapter merged into a float32 base, or by "int8" into 8-bit weights; else `model` as it is, since
+    fewer bits would round some of the adapter away."""
+    base = unwrap(model)
+    if getattr(base, "is_quantized", False):
+        return model
+    if quantization == "int8":
+        return merge_into_int8(model, dtype)
+    if dtype != torch.float32 or not isinstance(model, PeftModel):
+        return model
+    model, problem = merge(model)
+    if problem:
+        log(f"info: the adapter stays beside the base weights: merged, {problem}")
+    return model
+
+
+@torch.no_grad()
+def probe_loss(model, encoder) -> float:
+    """Cross-entropy in nats per token of the PROBES, each as a summary of itself."""
+    losses = []
+    for ids in encoder.encode_texts(PROBES):
+        prompt = encoder.prompt(ids)
+        logits = model(input_ids=torch.tensor([prompt + ids], device=model.device), use_cache=False).logits
+        expected = torch.tensor(ids, device=model.device)
+        losses.append(F.cross_entropy(logits[0, len(prompt) - 1 : -1].float(), expected, reduction="none"))
+    return torch.cat(losses).mean().item()
+
+
 @own_settings()
 def save_merged(
     model: PeftModel,
@@ -47,14 +76,15 @@ def save_merged(
     folder: Path,
     sft_config: dict,
     encode: Callable[[str], list[int]],
-) -> None:
-    """Writes the folder: transformers alone loads it, and stops where we do. `encode` is our own prompt of a
-    note as token ids, with which the chat template is compared.
+):
+    """Writes the folder and returns its model: transformers alone loads it, and stops where we do. `encode`
+    is our own prompt of a note as token ids, with which the chat template is compared.
 
     Merges `model` itself. Raises InputError for a quantized base (merging into rounded weights would lose the
     adapter), for a model that is merged already, and if the folder cannot be written."""
     if getattr(unwrap(model), "is_quantized", False):
-        raise InputError("a quantized base model cannot be merged", "leave out --use_8bit and --use_4bit")
+        fix = "use the adapter beside it, or train on the unquantized base model"
+        raise InputError("a quantized base model cannot be merged", fix)
     if not isinstance(model, PeftModel):
         raise InputError("the model is merged already", "pass an adapter folder")
     prompt = sft_config["prompt"]
@@ -84,6 +114,7 @@ def save_merged(
         write_json(temporary / "sft_config.json", sft_config | mark)
         write_atomic(temporary / "Modelfile", modelfile(tokenizer, prompt, stop_token_ids, window))
         write_checksums(temporary)
+    return merged
 
 
 def _adds_bos(tokenizer) -> bool:

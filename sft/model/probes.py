@@ -4,6 +4,7 @@ A probe that fails says why. A programming error of ours is raised, and never be
 """
 
 import contextlib
+import math
 import traceback
 from pathlib import Path
 
@@ -61,9 +62,9 @@ def enable_packing(model, max_length: int) -> tuple[bool, str]:
     no others.
 
     The probe: two examples, the second longer than any attention window that matters at `max_length` tokens,
-    must come out of one packed row as they do one by one. Returns (whether they do, the reason if not; or, on
-    a GPU, why varlen_attention does not fit and the slower per_example_attention was taken). A model that
-    cannot is left as it was."""
+    must come out of one packed row as they do one by one, and a row must pass in training mode. Returns
+    (whether they do, the reason if not; or, on a GPU, why varlen_attention does not fit and the slower
+    per_example_attention was taken). A model that cannot is left as it was."""
     base = unwrap(model)
     before = base.config._attn_implementation
     if before in PACKED_ATTENTION:
@@ -98,7 +99,8 @@ def _packing_problem(base, attention: str, max_length: int) -> str:
     wrong."""
     text = base.config.get_text_config()
     device = base.get_input_embeddings().weight.device
-    windows = [getattr(text, name, None) or 0 for name in ("sliding_window", "attention_chunk_size")]
+    names = ("sliding_window", "attention_chunk_size", "attention_window_size")
+    windows = [getattr(text, name, None) or 0 for name in names]
     longest_window = max((window for window in windows if window < max_length), default=0)
     lengths = [5, longest_window + 9]
     examples = [torch.arange(n, device=device) * 7 % text.vocab_size for n in lengths]
@@ -109,12 +111,73 @@ def _packing_problem(base, attention: str, max_length: int) -> str:
     base.set_attn_implementation(attention)
     if base.config._attn_implementation != attention:
         return "transformers cannot replace this model's attention"
-    found = base(
-        input_ids=torch.cat(examples)[None],
-        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths])[None],
-        logits_to_keep=kept,
-        use_cache=False,
-        example_lengths=lengths,
-        example_starts=torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device),
-    ).logits[0]
-    return logits_problem(found, expected, base)
+    row = {
+        "input_ids": torch.cat(examples)[None],
+        "position_ids": torch.cat([torch.arange(n, device=device) for n in lengths])[None],
+        "logits_to_keep": kept,
+        "use_cache": False,
+        "example_lengths": lengths,
+        "example_starts": torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device),
+    }
+    problem = logits_problem(base(**row).logits[0], expected, base)
+    if not problem:
+        # What a kernel refuses in training alone, as dropout
+        base.train()
+        base(**row)
+    return problem
+
+
+# ------------------------------------------------------------------------------- what shares a pass
+
+
+@torch.no_grad()
+def longest_shared(model, max_length: float) -> float:
+    """Sequences of more tokens than this need forward passes of their own; infinite if any may share one.
+
+    Some models compute a whole pass by its longest position (rope types "longrope" and "dynamic" of
+    transformers), so that a note would get another summary beside a long one. Tried at each length at which
+    the configuration changes something: a few tokens, beside others at positions beyond it."""
+    base = unwrap(model)
+    text = base.config.get_text_config()
+    device = base.get_input_embeddings().weight.device
+    limits = {limit for limit in _original_lengths(text.to_dict()) if limit < max_length}
+    ids = torch.arange(6, device=device)[None] * 7 % text.vocab_size
+    positions = torch.arange(6, device=device)[None]
+    was_training = base.training
+    base.eval()
+    try:
+        with reference_attention(base):
+            for limit in sorted(limits):
+                alone = base(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+                pair = {
+                    "input_ids": ids.repeat(2, 1),
+                    "position_ids": torch.cat([positions, positions + limit]),
+                }
+                if logits_problem(base(**pair, use_cache=False).logits[0], alone, base):
+                    return limit
+    finally:
+        base.train(was_training)
+    return math.inf
+
+
+def _original_lengths(config: dict) -> set[int]:
+    """The context windows that a configuration's position embeddings had before they were extended."""
+    found = set()
+    for name, value in config.items():
+        if isinstance(value, dict):
+            found |= _original_lengths(value)
+        elif name == "original_max_position_embeddings" and isinstance(value, int):
+            found.add(value)
+    return found
+
+
+@torch.no_grad()
+def is_untrained(model, token_id: int) -> bool:
+    """Whether nobody trained the output of a token: its row in the output layer is also that of others, as at
+    the start of pretraining, or zero."""
+    base = unwrap(model)
+    table = (base.get_output_embeddings() or base.get_input_embeddings()).weight
+    row = table[token_id].float()
+    bound = 1e-3 * table[:1024].float().abs().mean()
+    n_alike = sum(((part.float() - row).abs().amax(1) <= bound).sum().item() for part in table.split(8192))
+    return n_alike > 1 or bool((row.abs() <= bound).all())

@@ -24,6 +24,7 @@ from sft.files import (
     make_private_dir,
     new_folder,
     remove,
+    try_saving,
     write_atomic,
     write_checksums,
 )
@@ -77,6 +78,7 @@ def output_lock(config: TrainConfig) -> Iterator[None]:
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
             raise InputError(problem, fix)
         try:
+            try_saving(output_dir)
             yield
         finally:
             with contextlib.suppress(OSError):
@@ -259,8 +261,10 @@ def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
         source = output_dir / f"checkpoint_epoch_{epoch['epoch']}"
         if source.is_dir() and checksum_problem(source) is None:
             with new_folder(output_dir / "final_model") as temporary:
-                without_state = shutil.ignore_patterns("*.pt", "SHA256SUMS")
-                shutil.copytree(source, temporary, ignore=without_state, dirs_exist_ok=True)
+                # Contents alone: not every file system takes permissions and times
+                for path in source.iterdir():
+                    if path.suffix != ".pt" and path.name != "SHA256SUMS" and path.is_file():
+                        shutil.copyfile(path, temporary / path.name)
                 write_checksums(temporary)
             return epoch["epoch"]
         log(f"warning: {source} is incomplete and cannot become final_model")

@@ -24,8 +24,12 @@ def check_options(config: TrainConfig) -> None:
     if config.report_to != "none" and not (find_spec("tensorboard") or find_spec("tensorboardX")):
         problem = "--report_to tensorboard: tensorboardX is not installed"
         raise InputError(problem, "run: pip install tensorboardX")
-    if quantization_of(config.use_8bit, config.use_4bit) and config.shard_base:
-        raise InputError("--shard_base cannot be combined with --use_8bit or --use_4bit", "choose one")
+    quantization = quantization_of(vars(config))
+    if quantization and config.shard_base:
+        raise InputError(f"--shard_base cannot be combined with --quantization {quantization}", "choose one")
+    # What checkpoints record, and a resumed run is compared with
+    config.use_8bit = quantization == "8bit"
+    config.use_4bit = quantization == "4bit"
     if config.dry_run and config.resume and on_main_process():
         log("info: --dry_run measures the whole run: --resume has no effect")
     check_accelerate()

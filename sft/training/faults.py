@@ -49,7 +49,7 @@ def retry_on_oom(run: "Run", work: Callable):
         n_rows = run.progress.micro_batch_size
         n_processes = run.accelerator.num_processes
         if n_rows == 1 or n_processes > 1:
-            fix = "use --gradient_checkpointing, --use_4bit or a smaller --max_length"
+            fix = "use --gradient_checkpointing, --quantization 4bit or a smaller --max_length"
             if n_processes > 1:
                 fix = f"start again with half the --batch_size and twice the --gradient_accumulation_steps; or {fix}"
             rows = f"{plural(n_rows, 'row')} of up to {run.config.max_length} tokens in a forward pass"

@@ -43,7 +43,7 @@ def log_plan(run: "Run") -> None:
     """Four lines: base model, LoRA, data, steps."""
     config = run.config
     plan = run.plan
-    quantization = quantization_of(config.use_8bit, config.use_4bit)
+    quantization = quantization_of(vars(config))
     trainable, total = run.model.get_nb_trainable_parameters()
     n_hallucinated = run.sft_config["rows"]["train"]["hallucinated"]
     run.log(f"Base model: {config.model_name}{f', {quantization}' if quantization else ''}")

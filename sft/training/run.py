@@ -175,6 +175,7 @@ class Run:
     val_set: SFTDataset
     examples: list[Example]  # what the steps train on: those of train_set, then parts of them
     packed: bool  # else padded batches
+    longest_shared: float  # examples of more tokens have forward passes of their own
     plan: Plan
     parameters: list[torch.nn.Parameter]  # the trainable ones
     optimizer: torch.optim.Optimizer
@@ -203,7 +204,13 @@ class Run:
             max_tokens = CPU_TOKENS_PER_PASS
         if max_tokens and max_rows < self.config.batch_size:
             max_tokens = math.ceil(max_tokens * max_rows / self.config.batch_size)
-        return self.plan.split_rows(examples, process, max_rows, max_tokens, not self.packed)
+        shared = [example for example in examples if example.n_tokens <= self.longest_shared]
+        own = [example for example in examples if example.n_tokens > self.longest_shared]
+        passes = []
+        for part, n_rows in ((shared, max_rows), (own, 1)):
+            if part:
+                passes += self.plan.split_rows(part, process, n_rows, max_tokens, not self.packed)
+        return passes
 
     def batches(self, examples: list[Example]) -> Iterator[tuple[Batch, int, bool]]:
         """This process's forward passes over `examples`: each batch, its weight in the loss, whether it is

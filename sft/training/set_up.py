@@ -1,5 +1,6 @@
 """Everything before the first step: processes, base model, LoRA, optimizer, data."""
 
+import functools
 import hashlib
 import json
 import math
@@ -38,7 +39,7 @@ from sft.model.base import (
     resolve_model,
 )
 from sft.model.kernels import use_frozen_kernels
-from sft.model.probes import enable_packing
+from sft.model.probes import enable_packing, is_untrained, longest_shared
 from sft.options import TrainConfig, quantization_of
 from sft.training.parts import Learned, learn_writing
 from sft.training.run import Plan, Run, TrainingProgress
@@ -56,7 +57,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     tokenizer = load_tokenizer(base_folder)
     model, packed = build_model(config, placement, accelerator, base_folder)
     optimizer = make_optimizer(config, model)
-    train_set, val_set = load_data(config, accelerator, tokenizer, rows, checkpoint)
+    train_set, val_set = load_data(config, accelerator, model, tokenizer, rows, checkpoint)
     learned, part_examples = load_parts(config, accelerator, train_set, checkpoint)
     examples = train_set.examples + part_examples
 
@@ -88,6 +89,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         val_set=val_set,
         examples=examples,
         packed=packed,
+        longest_shared=longest_shared(model, config.max_length),
         plan=Plan(
             len(examples),
             config.batch_size,
@@ -148,7 +150,7 @@ def build_model(
     """(base model with LoRA, ready to train; whether it takes packed rows)."""
     is_sharded = config.shard_base and accelerator.num_processes > 1
     device = torch.device("cpu") if is_sharded else accelerator.device
-    quantization = quantization_of(config.use_8bit, config.use_4bit)
+    quantization = quantization_of(vars(config))
     base = load_base_model(base_folder, device, placement.dtype, quantization)
     longest = context_window(base) or math.inf
     if config.max_length > longest:
@@ -183,20 +185,34 @@ def make_optimizer(config: TrainConfig, model: PeftModel) -> torch.optim.Optimiz
 def load_data(
     config: TrainConfig,
     accelerator: Accelerator,
+    model: PeftModel,
     tokenizer,
     rows: tuple[list[Row], list[Row]],
     checkpoint: Path | None,
 ) -> tuple[SFTDataset, SFTDataset]:
-    """Both sets as tokens; one process tokenizes, the others read its cache."""
+    """Both sets as tokens; one process tokenizes, the others read its cache. Raises InputError for tokens
+    that the model does not have."""
     cache_dir = None if config.dry_run else config.token_cache
     # Never rendered a second time: templates write the day's date, and may be edited
     template = PromptTemplate.of_folder(checkpoint) if checkpoint else None
+    # A sharded table has no rows to look at
+    is_sharded = config.shard_base and accelerator.num_processes > 1
+    never_learned = (lambda token: False) if is_sharded else functools.partial(is_untrained, model)
     with accelerator.main_process_first():
-        datasets = load_datasets(rows, tokenizer, config, cache_dir, template)
+        datasets = load_datasets(rows, tokenizer, config, cache_dir, template, never_learned)
+    n_embeddings = model.get_input_embeddings().weight.shape[0]
+    highest = max(int(example.tokens.max()) for dataset in datasets for example in dataset.examples)
+    if highest >= n_embeddings:
+        problem = (
+            f"{config.model_name}: its tokenizer gives token {highest}, the model knows {n_embeddings:,}"
+        )
+        raise InputError(problem, "put the tokenizer that belongs to the weights into the model folder")
     log_data_warnings(rows, datasets, config)
     if template and accelerator.is_main_process:
         rendered = build_template(
             tokenizer,
+            thinking=config.thinking == "on",
+            is_untrained=never_learned,
             instruction=config.instruction,
             number_sentences=template.number_sentences,
             sentence_version=template.sentence_version,
