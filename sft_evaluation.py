@@ -11,6 +11,7 @@ nothing into the adapter's folder. An interrupted run continues where it was.
 """
 
 import hashlib
+import importlib.util
 import inspect
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from sft.cli import InputError, log, plural, preview_list, run_script
 from sft.data.prompt import PromptTemplate
 from sft.data.rows import Row, drop_stray_citations, factual_rows, leaked_rows, read_rows, shown_kinds
 from sft.data.table import OPTION_OF_COLUMN, column_name, read_table
-from sft.evaluation.systems import SYSTEMS, System, SystemFile, digest, digest_rows, log_estimate, sample_rows
+from sft.evaluation.systems import SYSTEMS, System, SystemFile, digest, digest_rows, sample_rows
 from sft.files import ROOT, make_private_dir, sha256, write_json
 from sft.model.folder import read_adapter_folder
 from sft.options import EvaluationConfig, parse_options, quantization_of
@@ -34,6 +35,8 @@ _BUNDLED = {
     f"phase1_data/sft/train_set_{kind}.csv": f"phase1_data/sft/test_set_{kind}.csv"
     for kind in ("processed", "evidence")
 }
+# Ways of writing: SFTInference.summarize's, if it has more than one
+_HAS_WRITINGS = "writing" in inspect.signature(SFTInference.summarize).parameters
 _LEAST_NOTES = 5  # of a group that is reported on its own
 
 
@@ -91,7 +94,9 @@ def find_files(config: EvaluationConfig, adapters: Sequence[Adapter]) -> tuple[P
     """(test file, training files): those named, or the bundled ones for adapters trained on them. Raises
     InputError if there is no test file, or the training files are not those that were trained on."""
     recorded = {adapter.sft_config["sha256"].get("train_csv") for adapter in adapters}
-    bundled = next((train for train in _BUNDLED if recorded == {sha256(ROOT / train)}), None)
+    bundled = next(
+        (train for train in _BUNDLED if (ROOT / train).is_file() and recorded == {sha256(ROOT / train)}), None
+    )
     if config.test_csv is None and bundled is None:
         problem = "no test rows: the bundled test file says nothing about an adapter trained on other rows"
         raise InputError(problem, "pass --test_csv FILE with rows that were not trained on")
@@ -130,29 +135,22 @@ def read_data(config: EvaluationConfig, adapters: Sequence[Adapter]) -> Data:
 def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], data: Data) -> list[Column]:
     """The systems to compare, those of a specialist once for each adapter. Says which are left out, and why.
     Raises InputError for an unknown name."""
-    has_writings = "writing" in inspect.signature(SFTInference.summarize).parameters
-    known = [system for system in SYSTEMS if system.writing == "free" or has_writings]
-    unknown = sorted(set(names or ()) - {system.name for system in known})
+    known = {system.name: system for system in SYSTEMS if system.writing == "free" or _HAS_WRITINGS}
+    unknown = sorted(set(names or ()) - set(known))
     if unknown:
-        raise InputError(
-            f"--systems: unknown: {preview_list(unknown)}", f"choose of: {' '.join(s.name for s in known)}"
-        )
+        raise InputError(f"--systems: unknown: {preview_list(unknown)}", f"choose of: {' '.join(known)}")
     columns = []
-    left_out = {"no --train_csv": [], "a merged model has no base apart": []}
-    for system in known:
-        if names and system.name not in names:
+    for name, system in known.items():
+        if names and name not in names:
             continue
         if system.needs_training_rows and not data.training:
-            left_out["no --train_csv"].append(system.name)
+            log(f"info: {name} is left out: it needs --train_csv")
         elif system.model == "base" and adapters[0].is_merged:
-            left_out["a merged model has no base apart"].append(system.name)
+            log(f"info: {name} is left out: a merged model has no base apart")
+        elif system.model == "specialist":
+            columns += [Column(f"{name}_{a.name}" if a.name else name, system, a) for a in adapters]
         else:
-            of = adapters if system.model == "specialist" else adapters[:1]
-            columns += [Column("_".join(filter(None, (system.name, a.name))) if system.model == "specialist"
-                               else system.name, system, a) for a in of]  # fmt: skip
-    for why, systems in left_out.items():
-        if systems:
-            log(f"info: left out: {', '.join(systems)} ({why})")
+            columns.append(Column(name, system, adapters[0]))
     if not columns:
         raise InputError("--systems: none of them can be evaluated here", "pass --train_csv, or other names")
     return columns
@@ -250,9 +248,12 @@ def write_summaries(
     numbers = list(data.rows)
     files = {c.name: SystemFile(folder, c.name, fingerprint(c, data, config)) for c in columns}
     options = {"max_new_tokens": config.max_new_tokens, "temperature": 0.0, "batch_size": config.batch_size}
-    has_writings = "writing" in inspect.signature(SFTInference.summarize).parameters
     with_model = [c for c in columns if c.system.model and files[c.name].missing(numbers)]
     n_missing = sum(len(files[c.name].missing(numbers)) for c in with_model)
+
+    def estimate(seconds: float) -> None:
+        log(f"{n_missing:,} summaries will take about {seconds * n_missing / 60:,.1f} min")
+
     loaded, inference = None, None
     for column in columns:
         system, file = column.system, files[column.name]
@@ -269,9 +270,9 @@ def write_summaries(
             if system.needs_training_rows:
                 room = int(min(inference.window, 2**20)) // 5
                 inference.encoder = with_examples(plain, data.training, room)
-            how = options | ({"writing": system.writing} if has_writings else {})
-            on_first = (lambda s: log_estimate(s, n_missing)) if column is with_model[0] else None
-            file.write(numbers, summarize_with(inference, system, data.rows, how), on_first)
+            how = options | ({"writing": system.writing} if _HAS_WRITINGS else {})
+            write = summarize_with(inference, system, data.rows, how)
+            file.write(numbers, write, estimate if column is with_model[0] else None)
             inference.encoder = plain
     return {column.name: files[column.name].results for column in columns}
 
@@ -359,6 +360,8 @@ def main() -> None:
 
         print(report_ratings(folder, config.ratings))
         return
+    if importlib.util.find_spec("rouge_score") is None:
+        raise InputError("rouge-score is not installed", "run pip install -r requirements_training.txt")
     adapters = read_adapters(config.model_path)
     check_output_dir(folder, adapters)
     data = read_data(config, adapters)

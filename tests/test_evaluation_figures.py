@@ -148,7 +148,7 @@ def test_systems_without_a_model():
         NOTES[2][1]
     }
     selected = summaries_without_model("selected", rows, list(rows.values()))
-    assert all(text and text in rows[n].clinical_note for n, text in selected.items())
+    assert all(PreparedNote(rows[n].clinical_note).check(text).risk < 0.1 for n, text in selected.items())
     assert list(sample_rows(list(rows.values()), 4)) == list(sample_rows(list(rows.values()), 4))
 
 

@@ -33,8 +33,8 @@ def sums_table(measured: Mapping[str, Mapping[int, Measured]], numbers: Sequence
 
 def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, dict]]:
     """{system: {measure: {"value", "low", "high", "n", and "minus": {"base": {"value", "low", "high"}}}}}
-    with 95 % intervals; where a count is 0, "high" is the rule of three's. Measures that no note has are left
-    out."""
+    with 95 % intervals; where a share is 0 or 1, one end is the rule of three's. Measures that no note has
+    are left out."""
     sums = table.sum(axis=0)
     values = ratios(sums)
     samples = resample(table)
@@ -45,8 +45,11 @@ def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, di
             if not sums[s, m, 1]:
                 continue
             figure = _figure(values[s, m], samples[:, s, m]) | {"n": sums[s, m, 1]}
-            if sums[s, m, 0] == 0 and measure.scale == 100:
-                figure |= {"low": 0.0, "high": rule_of_three(sums[s, m, 1]), "is_bound": True}
+            is_share = measure.scale == 100 and (table[:, s, m, 0] <= table[:, s, m, 1]).all()
+            if is_share and sums[s, m, 0] in (0, sums[s, m, 1]):
+                bound = rule_of_three(sums[s, m, 1])
+                ends = (0.0, bound) if sums[s, m, 0] == 0 else (1 - bound, 1.0)
+                figure |= {"low": ends[0], "high": ends[1], "is_bound": True}
             others = {other: systems.index(other) for other in COMPARED_WITH if other in systems}
             figure["minus"] = {
                 other: _figure(values[s, m] - values[o, m], samples[:, s, m] - samples[:, o, m])

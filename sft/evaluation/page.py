@@ -67,23 +67,15 @@ def figure_rows(found: Mapping[str, dict], names: Sequence[str]) -> list[dict]:
         lowest, span = min(ends), (max(ends) - min(ends)) or 1
         cells = []
         for system, figure in zip(found, figures):
-            cell = {
-                "system": system,
-                "value": shown(measure, figure),
-                "interval": "",
-                "chart": None,
-                "change": "",
-            }
+            cell = {"system": system, "value": shown(measure, figure), "interval": "", "chart": None}
             if figure and figure["low"] is not None:
-                is_bound = figure.get("is_bound")
                 low, high = (shown(measure, figure, end) for end in ("low", "high"))
-                cell["interval"] = f"at most {high}" if is_bound else f"{low} to {high}"
-                ends = (figure[end] for end in ("low", "value", "high"))
-                cell["chart"] = [round(4 + 92 * (end - lowest) / span, 1) for end in ends]
-            lists = changes(found, system) if "base" in found else ([], [])
-            cell["change"] = (
-                "better" if measure.name in lists[0] else "worse" if measure.name in lists[1] else ""
-            )
+                bound = f"at least {low}" if figure["value"] else f"at most {high}"
+                cell["interval"] = bound if figure.get("is_bound") else f"{low} to {high}"
+                places = (figure[end] - lowest for end in ("low", "value", "high"))
+                cell["chart"] = [round(4 + 92 * place / span, 1) for place in places]
+            better, worse = changes(found, system)
+            cell["change"] = "better" if measure.name in better else "worse" if measure.name in worse else ""
             cells.append(cell)
         rows.append({"title": measure.title, "explanation": measure.explanation, "cells": cells})
     return rows
@@ -184,7 +176,7 @@ def write_report(
         headline=figure_rows(found, HEADLINE),
         others=figure_rows(found, [measure.name for measure in MEASURES if measure.name not in HEADLINE]),
         groups={
-            name: figure_rows(group["figures"], HEADLINE[:4]) for name, group in evaluation["groups"].items()
+            name: figure_rows(group["figures"], HEADLINE) for name, group in evaluation["groups"].items()
         },
         changes=words,
         answers=answers,

@@ -132,11 +132,11 @@ def reference_losses(inference, rows: Mapping[int, Row]) -> dict[int, tuple[floa
 
 def summarize_with(inference, system: System, rows: Mapping[int, Row], options: dict) -> Callable:
     """A function of (numbers, should_stop) that yields (number, result) from a loaded model; a result also
-    has `reference_loss` and `n_reference_tokens` where the system writes freely."""
+    has `reference_loss` and `n_reference_tokens`."""
 
     def write(numbers: Sequence[int], should_stop: Callable[[], bool]) -> Iterator[tuple[int, dict]]:
         part = {number: rows[number] for number in numbers}
-        losses = reference_losses(inference, part) if system.writing == "free" else {}
+        losses = reference_losses(inference, part)
         notes = {number: row.clinical_note for number, row in part.items()}
         for number, result in inference.summarize(notes, should_stop=should_stop, **options):
             loss, n_tokens = losses.get(number, (0.0, 0))
@@ -184,37 +184,29 @@ class SystemFile:
         return [number for number in numbers if number not in self.results]
 
     def write(self, numbers: Sequence[int], write: Callable, on_first: Callable | None = None) -> None:
-        """Appends what is missing of `numbers` as it is written by `write(numbers, should_stop)`, each with
-        its `seconds`. `on_first(seconds a note)` is called after the first few. Raises Stopped after a
-        signal."""
+        """Appends what is missing of `numbers` as `write(numbers, should_stop)` yields it, each with its
+        `seconds`. `on_first(seconds a note)` is called after the first few. Raises Stopped after a signal."""
         missing = self.missing(numbers)
         if not missing:
             return
         make_private_dir(self.path.parent)
         out = PartialFile(self.path, self.fingerprint, 0, resume=True)
         progress = Progress(len(numbers), "note", done=len(numbers) - len(missing), interval=20)
-        n_first = _N_FIRST if on_first else 0
+        n_first = _N_FIRST if on_first else len(missing)
         try:
             with noted_signals("finished summaries are kept") as noted:
-                for part in (missing[:n_first], missing[n_first:]):
+                for part in filter(None, (missing[:n_first], missing[n_first:])):
                     started = since = time.perf_counter()
-                    for number, result in write(part, lambda: bool(noted)) if part else ():
+                    for number, result in write(part, lambda: bool(noted)):
                         since, before = time.perf_counter(), since
                         self.results[number] = {**result, "seconds": round(since - before, 4)}
                         out.add(number, self.results[number])
                         progress.advance()
                     if noted:
-                        raise Stopped(
-                            noted[0], f"stopped: run the same command again to continue {self.name}"
-                        )
-                    if on_first and part:
+                        raise Stopped(noted[0], f"stopped: the same command continues {self.name}")
+                    if on_first and part[0] == missing[0]:
                         on_first((time.perf_counter() - started) / len(part))
-                        on_first = None
             out.sync()
         finally:
             progress.close()
             out.close()
-
-
-def log_estimate(seconds_a_note: float, n_summaries: int) -> None:
-    log(f"{n_summaries:,} summaries will take about {seconds_a_note * n_summaries / 60:,.1f} min")
