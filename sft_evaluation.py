@@ -10,6 +10,7 @@ Writes report.html, evaluation.json and .csv (figures, no text), and each system
 nothing into the adapter's folder. An interrupted run continues where it was.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import inspect
@@ -81,12 +82,13 @@ def read_adapters(paths: Sequence[str]) -> list[Adapter]:
         real = folder.resolve()
         name = real.parent.name if real.name == "final_model" else real.name
         found.append(Adapter("" if len(paths) == 1 else name, folder, sft_config, not adapter_config))
-    names = Counter(adapter.name for adapter in found)
-    if len(names) < len(found):
-        repeated = [name for name, n in names.items() if n > 1]
-        raise InputError(f"--model_path: several folders are called {preview_list(repeated)}", "rename one")
+    if len({adapter.name for adapter in found}) < len(found):
+        found = [dataclasses.replace(adapter, name=str(i)) for i, adapter in enumerate(found, 1)]
+        log("info: the adapters are numbered in their order, since folders have the same name")
     if len({adapter.sft_config["sha256"].get("base_weights") for adapter in found}) > 1:
-        log(f"info: the adapters have different base models; the base is that of {found[0].name}")
+        log(f"info: the adapters have different base models: the base is that of {found[0].name}")
+    if len({adapter.sft_config["sha256"].get("train_csv") for adapter in found}) > 1:
+        log(f"info: the adapters have different training rows: those of {found[0].name} count")
     return found
 
 
@@ -106,7 +108,7 @@ def find_files(config: EvaluationConfig, adapters: Sequence[Adapter]) -> tuple[P
     files = [Path(file) for file in config.train_csv]
     hashes = [sha256(file) for file in files if file.is_file()]
     found = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-    if len(hashes) == len(files) and recorded != {found}:
+    if len(hashes) == len(files) and found != adapters[0].sft_config["sha256"].get("train_csv"):
         problem = f"--train_csv {preview_list(map(str, files))}: not what the adapter was trained on (SHA-256 differs)"
         raise InputError(problem, "pass the same files, unchanged, in the same order; or leave it out")
     return test_file, files

@@ -154,6 +154,15 @@ def test_some_systems_on_some_rows(evaluate, tmp_path):
     assert set(evaluate(tmp_path, "--systems", "specialist", "lead")["figures"]) == {"specialist", "lead"}
 
 
+def test_adapters_side_by_side(evaluate, adapters, tmp_path):
+    both = ["--model_path", adapters(), adapters("qwen2")]
+    found = evaluate(tmp_path, *both, "--systems", "base", "specialist", "--n_rows", 3)
+    assert set(found["figures"]) == {"base", "specialist_1", "specialist_2"}
+    assert set(found["answers"]) == {"specialist_1", "specialist_2"}
+    losses = [found["figures"][name]["loss"]["value"] for name in found["figures"]]
+    assert len(set(losses)) == 3
+
+
 def test_a_file_is_never_continued_with_other_settings(tmp_path):
     one = SystemFile(tmp_path, "base", {"max_new_tokens": 1})
     one.write([0], lambda numbers, _: ((n, {"generated_summary": "x"}) for n in numbers))
@@ -169,7 +178,6 @@ def test_a_file_is_never_continued_with_other_settings(tmp_path):
         (["--by", "ward"], "no such column"),
         (["--train_csv", "{test}"], "not what the adapter was trained on"),
         (["--output_dir", "{adapter}/out"], "lies in the adapter's folder"),
-        (["--model_path", "{adapter}", "{adapter}"], "several folders are called"),
         (["--ratings", "{test}"], "no key of a blind sheet"),
     ],
 )
