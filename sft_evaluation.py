@@ -304,11 +304,12 @@ def evaluate(
     config: EvaluationConfig, columns: Sequence[Column], groups: Mapping, measured: Mapping, data: Data
 ) -> dict:
     """What evaluation.json holds: figures and hashes, no text."""
-    from sft.evaluation.figures import answer_questions, changes, figures, sums_table, twins
+    from sft.evaluation.figures import answer_questions, changes, figures, sums_table, twins, verdict
 
     names = list(measured)
     found = figures(sums_table(measured, list(data.rows)), names)
     specialists = [column.name for column in columns if column.system.model == "specialist"]
+    answers = {name: answer_questions(found, name) for name in specialists}
     adapters = {column.adapter.name or "specialist": column.adapter for column in columns}
     kinds = [row.hallucination_type for row in data.all_rows if row.label == "hallucinated"]
     ranked = twins(data.all_rows)
@@ -320,8 +321,9 @@ def evaluate(
         "n_leaked": data.n_leaked,
         "max_new_tokens": config.max_new_tokens,
         "figures": found,
-        "changes": {name: dict(zip(("better", "worse"), changes(found, name))) for name in specialists if "base" in found},
-        "answers": {name: [answer._asdict() for answer in answer_questions(found, name)] for name in specialists},
+        "changes": {name: dict(zip(("better", "worse"), changes(found, name))) for name in specialists},
+        "answers": {name: [answer._asdict() for answer in given] for name, given in answers.items()},
+        "verdicts": {name: verdict(given) for name, given in answers.items()},
         "twins": ranked if shown_kinds(kinds) else {kind: ranked[kind] for kind in ranked if kind == "all"},
         "by": config.by,
         "groups": {
@@ -333,24 +335,22 @@ def evaluate(
 
 def print_table(evaluation: Mapping) -> None:
     """The headline figures and the four answers, to standard output."""
-    from sft.evaluation.figures import answer_questions, verdict
     from sft.evaluation.measures import HEADLINE
-    from sft.evaluation.page import figure_rows
+    from sft.evaluation.page import ANSWERS, figure_rows
 
     found = evaluation["figures"]
     widths = [max(12, len(name) + 2) for name in found]
-    print(" " * 38 + "".join(name.rjust(width) for name, width in zip(found, widths)))
+    print(" " * 46 + "".join(name.rjust(width) for name, width in zip(found, widths)))
     for row in figure_rows(found, HEADLINE):
         print(
-            row["title"].ljust(38) + "".join(cell["value"].rjust(w) for cell, w in zip(row["cells"], widths))
+            row["title"].ljust(46) + "".join(cell["value"].rjust(w) for cell, w in zip(row["cells"], widths))
         )
-    for name in evaluation["answers"]:
-        answers = answer_questions(found, name)
+    for name, answers in evaluation["answers"].items():
         print(f"\n{name}")
         for answer in answers:
-            said = {True: "yes", False: "no"}.get(answer.passed, "not shown")
-            print(f"  {answer.question} {said}: {answer.figure} (asked for: {answer.threshold})")
-        print(f"  {verdict(answers)}")
+            asked = f"{ANSWERS[answer['passed']]}: {answer['figure']} (asked for: {answer['threshold']})"
+            print(f"  {answer['question']} {asked}")
+        print(f"  {evaluation['verdicts'][name]}")
 
 
 def main() -> None:

@@ -205,11 +205,10 @@ def write_page(folder, rows, measured):
     found = figures(sums_table(measured, list(rows)), list(measured))
     evaluation = {
         "figures": found,
-        "answers": {"specialist": []},
-        "twins": {},
-        "groups": {},
-        "by": None,
-        "n_leaked": 0,
+        "answers": {"specialist": [answer._asdict() for answer in answer_questions(found, "specialist")]},
+        "verdicts": {"specialist": "No."},
+        "changes": {"specialist": {"better": ["rouge1"], "worse": []}},
+        **{"twins": {}, "groups": {}, "by": None, "n_leaked": 0},
     }
     write_report(folder / "report.html", rows, measured, evaluation, dict.fromkeys(measured, "a system"))
     return (folder / "report.html").read_text()

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sft.data.rows import Row
-from sft.evaluation.figures import answer_questions, changes, verdict
+from sft.evaluation.figures import changes
 from sft.evaluation.measures import HEADLINE, MEASURES, Measure, Measured
 from sft.files import write_atomic
 from sft.grounding import Finding
 from sft.grounding.sentences import sentence_spans
 from sft.inference.results import csv_row
 
+ANSWERS = {True: "yes", False: "no", None: "not shown"}
 _MOST_NOTES = 300  # on the page, failures first: a browser has to hold them
 _BY_NAME = {measure.name: measure for measure in MEASURES}
 
@@ -159,19 +160,18 @@ def write_report(
 ) -> None:
     """report.html. `evaluation`: what evaluation.json holds; `systems`: {name: what it is}."""
     found = evaluation["figures"]
-    trained = [name for name in evaluation["answers"] if name in systems]
-    words = {}
-    for system in trained if "base" in found else []:
-        better, worse = (
-            [change_in_words(found, system, name) for name in names] for names in changes(found, system)
-        )
-        words[system] = {"better": better, "worse": worse}
-    answers = {system: answer_questions(found, system) for system in trained}
-    cards = note_cards(rows, measured, set(trained))
+    words = {
+        system: {
+            kind: [change_in_words(found, system, name) for name in names] for kind, names in lists.items()
+        }
+        for system, lists in evaluation["changes"].items()
+        if "base" in found
+    }
     page = render(
         "report.html.j2",
         "report.js",
         evaluation=evaluation,
+        said=ANSWERS,
         systems=systems,
         headline=figure_rows(found, HEADLINE),
         others=figure_rows(found, [measure.name for measure in MEASURES if measure.name not in HEADLINE]),
@@ -179,9 +179,7 @@ def write_report(
             name: figure_rows(group["figures"], HEADLINE) for name, group in evaluation["groups"].items()
         },
         changes=words,
-        answers=answers,
-        verdicts={system: verdict(found) for system, found in answers.items()},
-        cards=cards,
+        cards=note_cards(rows, measured, set(evaluation["answers"])),
         n_notes=len(rows),
     )
     write_atomic(path, page)
