@@ -49,7 +49,7 @@ CPU_TOKENS_PER_PASS = 800  # a CPU's matrix products gain little from more, and 
 
 
 @dataclass
-class DataOptions:
+class FileOptions:
     train_csv: str | list[str] = option(
         [BUNDLED_TRAIN_FILE],
         "training rows: .csv, .tsv, .json or .jsonl with the columns clinical_note, model_summary, label and "
@@ -70,6 +70,12 @@ class DataOptions:
         type=number(float, 0, 0.5, above_low=True),
         group=DATA,
     )
+
+
+@dataclass
+class ColumnOptions:
+    """What the columns and labels of a file with summaries are called."""
+
     id_column: str | None = option(None, "the column of ids, if not id", group=DATA, metavar=NAME)
     note_column: str | None = option(
         None, "the column of notes, if not clinical_note", group=DATA, metavar=NAME
@@ -85,6 +91,10 @@ class DataOptions:
         None, "labels of other names: yes=factual,no=hallucinated", group=DATA, metavar=MAP
     )
     skip_empty: bool = option(False, "leave out rows with an empty note or summary", group=DATA)
+
+
+@dataclass
+class DataOptions(ColumnOptions, FileOptions):
     stray_citations: str = option(
         "drop",
         "citations of sentences that the prompt does not number, or the note does not have: drop them from the "
@@ -422,4 +432,46 @@ class InferenceConfig(MachineOptions):
     )
     no_merge: bool = option(
         False, "keep the adapter beside the base weights instead of merging it: slower", group=MACHINE
+    )
+
+
+@dataclass
+class EvaluationConfig(ColumnOptions, MachineOptions):
+    """Options of sft_evaluation.py."""
+
+    model_path: list[str] = option(
+        ["./models/sft_specialist/final_model"], "adapter folder, or several side by side", group=MODEL
+    )
+    test_csv: str | None = option(
+        None,
+        "test rows: notes with reference summaries that were not trained on (default: the bundled test file, for "
+        "adapters trained on bundled files)",
+        group=DATA,
+        metavar="FILE",
+    )
+    train_csv: list[str] | None = option(
+        None, "the files the adapter was trained on (default: the bundled ones)", group=DATA, metavar="FILE"
+    )
+    n_rows: int | None = option(
+        None, "evaluate this many factual rows, chosen at random", type=number(int, 2), group=DATA
+    )
+    by: str | None = option(
+        None, "also report by a column of the file, or by note_length", group=DATA, metavar="COLUMN"
+    )
+    systems: list[str] | None = option(None, "what to compare (default: all)", group=RUN, metavar="NAME")
+    output_dir: str = option("models/sft_evaluation", "folder for the report and the summaries", group=RUN)
+    blind_sheet: bool = option(
+        False, "also write a sheet for reading the summaries without knowing their systems", group=RUN
+    )
+    ratings: list[str] | None = option(
+        None, "count what one or two readers wrote into the blind sheet, and stop", group=RUN, metavar="FILE"
+    )
+    max_new_tokens: int = option(
+        DEFAULT_MAX_NEW_TOKENS, "longest summary, in tokens", type=number(int, 1), group=GENERATION
+    )
+    batch_size: int = option(
+        DEFAULT_GENERATION_BATCH_SIZE,
+        "summaries written at the same time",
+        type=number(int, 1),
+        group=MACHINE,
     )
