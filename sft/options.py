@@ -28,13 +28,8 @@ from sft.option_fields import (
     typed_names,
 )
 
-__all__ = [
-    "check_config",
-    "check_words",
-    "number",
-    "parse_options",
-    "typed_names",
-]  # for those who read configurations
+# For those who read configurations
+__all__ = ["check_config", "check_words", "number", "parse_options", "typed_names"]
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
@@ -230,7 +225,6 @@ class TrainConfig(MachineOptions, DataOptions):
         group=TRAINING,
         may_change=True,
     )
-
     part_rows: str = option(
         "auto",
         "also train on single summary sentences, each with the part of its note that holds its words, for "
@@ -439,39 +433,18 @@ class InferenceConfig(MachineOptions):
 class EvaluationConfig(ColumnOptions, MachineOptions):
     """Options of sft_evaluation.py."""
 
-    model_path: list[str] = option(
-        ["./models/sft_specialist/final_model"], "adapter folder, or several side by side", group=MODEL
-    )
-    test_csv: str | None = option(
-        None,
-        "test rows: notes with reference summaries that were not trained on (default: the bundled test file, for "
-        "adapters trained on bundled files)",
-        group=DATA,
-        metavar="FILE",
-    )
-    train_csv: list[str] | None = option(
-        None, "the files the adapter was trained on (default: the bundled ones)", group=DATA, metavar="FILE"
-    )
-    n_rows: int | None = option(
-        None, "evaluate this many factual rows, chosen at random", type=number(int, 2), group=DATA
-    )
-    by: str | None = option(
-        None, "also report by a column of the file, or by note_length", group=DATA, metavar="COLUMN"
-    )
-    systems: list[str] | None = option(None, "what to compare (default: all)", group=RUN, metavar="NAME")
+    model_path: list[str] = option(["./models/sft_specialist/final_model"], "adapter folders", group=MODEL)
+    test_csv: str | None = option(None, "rows not trained on (default: the bundled ones)", group=DATA)
+    train_csv: list[str] | None = option(None, "the rows trained on (default: the bundled ones)", group=DATA)
+    n_rows: int | None = option(None, "evaluate this many rows, at random", type=number(int, 2), group=DATA)
+    by: str | None = option(None, "also by this column, or by note_length", group=DATA, metavar=NAME)
+    systems: list[str] | None = option(None, "what to compare (default: all)", group=RUN, metavar=NAME)
     output_dir: str = option("models/sft_evaluation", "folder for the report and the summaries", group=RUN)
-    blind_sheet: bool = option(
-        False, "also write a sheet for reading the summaries without knowing their systems", group=RUN
-    )
-    ratings: list[str] | None = option(
-        None, "count what one or two readers wrote into the blind sheet, and stop", group=RUN, metavar="FILE"
-    )
-    max_new_tokens: int = option(
-        DEFAULT_MAX_NEW_TOKENS, "longest summary, in tokens", type=number(int, 1), group=GENERATION
+    blind_sheet: bool = option(False, "also write a sheet to read without knowing the systems", group=RUN)
+    ratings: list[str] | None = option(None, "count one or two filled-in sheets, and stop", group=RUN)
+    max_new_tokens: int | None = option(
+        None, "longest summary, in tokens (default: the adapter's)", type=number(int, 1), group=GENERATION
     )
     batch_size: int = option(
-        DEFAULT_GENERATION_BATCH_SIZE,
-        "summaries written at the same time",
-        type=number(int, 1),
-        group=MACHINE,
+        DEFAULT_GENERATION_BATCH_SIZE, "summaries written together", type=number(int, 1), group=MACHINE
     )

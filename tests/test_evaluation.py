@@ -63,7 +63,7 @@ def summaries_of(output_dir) -> dict:
 def test_the_base_is_the_base(adapters, model_folder):
     from transformers import AutoModelForCausalLM
 
-    base = SFTInference(adapters(), device="cpu", merge=False)
+    base = SFTInference(adapters(), device="cpu", writing="free", merge=False)
     ids = torch.tensor([base.prompt_ids(NOTES[0][0], 20)[0]])
     with torch.no_grad():
         tuned = base.model(ids).logits
@@ -75,14 +75,13 @@ def test_the_base_is_the_base(adapters, model_folder):
     # What the decoder uses is this model too
     result = base.generate_summary(NOTES[0][0], max_new_tokens=1)
     assert result["n_new_tokens"] == 1
-    assert base.decoder is SFTInference(adapters(), device="cpu").decoder
 
 
 def test_the_loss_is_that_of_training(adapters, test_file):
     """Cross-entropy of summary and end token, as transformers computes it."""
     from sft.data.rows import read_rows
 
-    inference = SFTInference(adapters(), device="cpu")
+    inference = SFTInference(adapters(), device="cpu", writing="free")
     row = read_rows(test_file)[0]
     loss, n_tokens = reference_losses(inference, {7: row})[7]
     prompt = inference.prompt_ids(row.clinical_note, 50)[0]
@@ -96,7 +95,7 @@ def test_the_loss_is_that_of_training(adapters, test_file):
 def test_examples_are_earlier_turns(adapters, test_file, capsys):
     from sft.data.rows import factual_rows, read_rows
 
-    encoder = SFTInference(adapters(), device="cpu").encoder
+    encoder = SFTInference(adapters(), device="cpu", writing="free").encoder
     rows = factual_rows(read_rows(test_file))
     shown = with_examples(encoder, rows, 500)
     text = encoder.tokenizer.decode(shown.prefix_ids)
@@ -113,15 +112,16 @@ def test_an_interrupted_run_continues(evaluate, tmp_path, adapters):
     assert set(expected) == {
         "base",
         "base_examples",
-        "specialist",
+        "free",
+        "verified",
+        "quote",
         "lead",
-        "selected",
         "commonest",
         "reference",
     }
     assert whole["n_leaked"] > 0 and set(whole["groups"]) == {"a", "b"} and whole["twins"]["number"]["n"] == 2
     # A kill leaves an incomplete line, and lines that are missing
-    for name in ("specialist", "base"):
+    for name in ("verified", "base"):
         [file] = (tmp_path / "out" / "summaries").glob(f"{name}-*")
         lines = file.read_bytes().splitlines(keepends=True)
         file.write_bytes(b"".join(lines[:4]) + lines[4][:30])
@@ -131,8 +131,8 @@ def test_an_interrupted_run_continues(evaluate, tmp_path, adapters):
         for system in figures.values():
             system.pop("seconds", None)
     assert again["figures"]["reference"] == whole["figures"]["reference"]
-    for name, figure in whole["figures"]["specialist"].items():
-        assert again["figures"]["specialist"][name]["value"] == pytest.approx(figure["value"], rel=1e-6), name
+    for name, figure in whole["figures"]["verified"].items():
+        assert again["figures"]["verified"][name]["value"] == pytest.approx(figure["value"], rel=1e-6), name
     assert {path: path.read_bytes() for path in adapters().iterdir()} == before
     for path in (tmp_path / "out").rglob("*"):
         assert path.stat().st_mode & 0o77 == 0, path
@@ -151,14 +151,14 @@ def test_some_systems_on_some_rows(evaluate, tmp_path):
     with open(tmp_path / "evaluation.csv") as file:
         assert len(list(csv.DictReader(file))) == 12
     # Other systems are added to the same folder
-    assert set(evaluate(tmp_path, "--systems", "specialist", "lead")["figures"]) == {"specialist", "lead"}
+    assert set(evaluate(tmp_path, "--systems", "free", "lead")["figures"]) == {"free", "lead"}
 
 
 def test_adapters_side_by_side(evaluate, adapters, tmp_path):
     both = ["--model_path", adapters(), adapters("qwen2")]
-    found = evaluate(tmp_path, *both, "--systems", "base", "specialist", "--n_rows", 3)
-    assert set(found["figures"]) == {"base", "specialist_1", "specialist_2"}
-    assert set(found["answers"]) == {"specialist_1", "specialist_2"}
+    found = evaluate(tmp_path, *both, "--systems", "base", "free", "--n_rows", 3)
+    assert set(found["figures"]) == {"base", "free_1", "free_2"}
+    assert set(found["answers"]) == {"free_1", "free_2"}
     losses = [found["figures"][name]["loss"]["value"] for name in found["figures"]]
     assert len(set(losses)) == 3
 
@@ -176,6 +176,9 @@ def test_a_file_is_never_continued_with_other_settings(tmp_path):
         (["--systems", "best"], "unknown: best"),
         (["--by", "clinical_note"], "too many different values"),
         (["--by", "ward"], "no such column"),
+        (["--by", "Zebra: BP 120/80, no cough"], r"--by \(not shown\)"),
+        (["--systems", "Zebra: no cough"], r"unknown: \(not shown\)"),
+        (["--summary_column", "Zebra: no cough"], "--summary_column says"),
         (["--train_csv", "{test}"], "not what the adapter was trained on"),
         (["--output_dir", "{adapter}/out"], "lies in the adapter's folder"),
         (["--ratings", "{test}"], "no key of a blind sheet"),
@@ -183,8 +186,9 @@ def test_a_file_is_never_continued_with_other_settings(tmp_path):
 )
 def test_what_is_refused(evaluate, adapters, test_file, tmp_path, arguments, words):
     values = [value.format(test=test_file, adapter=adapters()) for value in arguments]
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=words) as refused:
         evaluate(tmp_path / "out", *values)
+    assert "Zebra" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 

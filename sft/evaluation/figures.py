@@ -1,34 +1,81 @@
-"""From measured summaries to figures with intervals, comparisons and answers: numbers alone, no text."""
+"""From measured summaries to figures with intervals, comparisons and answers: numbers alone, no text.
 
-from collections.abc import Callable, Mapping, Sequence
+Every measure is a ratio of two sums over notes: findings per sentence, words copied per word; a mean is a sum
+per note. Intervals draw whole notes again, because the sentences of one note are not independent."""
+
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sft.data.rows import Row
 from sft.evaluation.measures import MEASURES, Measured
-from sft.evaluation.statistics import auroc, interval, ratios, resample, rule_of_three
 from sft.grounding import check_summary
 
-COMPARED_WITH = ("base", "reference", "selected")
 # What the four questions ask for; written in the guide and the report
 MOST_FAILED = 0.05  # of the summaries: cut, repeating or empty
 LEAST_FORMAT = 0.95
 MOST_FLAGGED = 0.10  # of the rewritten sentences, above the reference's
 MOST_INVENTED = 0.05  # findings a rewritten sentence, above the reference's
-LEAST_COVERAGE = 0.5  # where no training rows say what sentences of the note would cover
-MOST_UNCOVERED = 0.05  # of the facts, below what note sentences cover that a selector chose
+LEAST_COVERAGE = 0.5  # where no chosen sentences say what the note's own words would cover
+MOST_UNCOVERED = 0.05  # of the facts, below what chosen sentences of the note cover
+
+
+# ------------------------------------------------------------------------------- statistics
+
+
+def ratios(sums: np.ndarray) -> np.ndarray:
+    """(..., 2) numerators and denominators -> (...); NaN where there is nothing to divide by."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
+
+
+def resample(table: np.ndarray) -> np.ndarray:
+    """(notes, ..., 2) sums of each note -> (2000, ...) ratios, each over as many notes drawn with
+    replacement. The same draw serves the whole table, so that differences within it are paired."""
+    n_notes = len(table)
+    generator = np.random.default_rng(0)
+    # In blocks, which bounds memory
+    counts = (generator.multinomial(n_notes, np.full(n_notes, 1 / n_notes), size=100) for _ in range(20))
+    sums = np.concatenate([block @ table.reshape(n_notes, -1) for block in counts])
+    return ratios(sums.reshape(-1, *table.shape[1:]))
+
+
+def figure_of(value: float, samples: np.ndarray) -> dict:
+    """{"value", "low", "high"} with the middle 95 % of resampled values (percentile bootstrap: Efron and
+    Tibshirani 1993, chapter 13); no bounds if more than a tenth of the resamples have no value."""
+    low = high = None
+    if np.isfinite(samples).mean() >= 0.9:
+        low, high = map(float, np.nanquantile(samples, [0.025, 0.975]))
+    return {"value": float(value), "low": low, "high": high}
+
+
+def auroc(scores: Sequence[float], others: Sequence[float]) -> float:
+    """The chance that one of `scores` is above one of `others`, ties counting half."""
+    ordered = np.sort(np.asarray(others, dtype=float))
+    places = [np.searchsorted(ordered, scores, side=side) for side in ("left", "right")]
+    return float(np.mean(places) / len(ordered))
+
+
+# ------------------------------------------------------------------------------- figures
 
 
 def sums_table(measured: Mapping[str, Mapping[int, Measured]], numbers: Sequence[int]) -> np.ndarray:
     """(notes, systems, measures, 2): the numerators and denominators of `numbers`."""
-    return np.array(
-        [
-            [[summaries[n].sums.get(m.name, (0, 0)) for m in MEASURES] for summaries in measured.values()]
-            for n in numbers
-        ],
-        dtype=float,
-    )
+    systems = measured.values()
+    sums = [[[ones[n].sums.get(m.name, (0, 0)) for m in MEASURES] for ones in systems] for n in numbers]
+    return np.array(sums, dtype=float)
+
+
+def compared_with(system: str, systems: Sequence[str]) -> dict[str, str]:
+    """{"base", "reference" and "chosen": the system that a system is compared with, if it is there}; chosen
+    are sentences of the note, by the same adapter if there are several."""
+    adapter = system.partition("_")[2]
+    found = {name: name for name in ("base", "reference") if name in systems}
+    chosen = [name for name in (f"quote_{adapter}", "quote", "selected") if name in systems]
+    found |= {"chosen": chosen[0]} if chosen else {}
+    return {role: other for role, other in found.items() if other != system}
 
 
 def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, dict]]:
@@ -38,31 +85,23 @@ def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, di
     sums = table.sum(axis=0)
     values = ratios(sums)
     samples = resample(table)
-    found: dict[str, dict[str, dict]] = {}
-    for s, system in enumerate(systems):
-        found[system] = {}
-        for m, measure in enumerate(MEASURES):
-            if not sums[s, m, 1]:
-                continue
-            figure = _figure(values[s, m], samples[:, s, m]) | {"n": sums[s, m, 1]}
-            is_share = measure.scale == 100 and (table[:, s, m, 0] <= table[:, s, m, 1]).all()
-            if is_share and sums[s, m, 0] in (0, sums[s, m, 1]):
-                bound = rule_of_three(sums[s, m, 1])
-                ends = (0.0, bound) if sums[s, m, 0] == 0 else (1 - bound, 1.0)
-                figure |= {"low": ends[0], "high": ends[1], "is_bound": True}
-            others = {other: systems.index(other) for other in COMPARED_WITH if other in systems}
-            figure["minus"] = {
-                other: _figure(values[s, m] - values[o, m], samples[:, s, m] - samples[:, o, m])
-                for other, o in others.items()
-                if o != s and sums[o, m, 1]
-            }
-            found[system][measure.name] = figure
+    found: dict[str, dict[str, dict]] = {system: {} for system in systems}
+    for s, m in np.argwhere(sums[..., 1] > 0):
+        count, n = map(float, sums[s, m])
+        figure = figure_of(values[s, m], samples[:, s, m]) | {"n": n}
+        is_share = MEASURES[m].scale == 100 and (table[:, s, m, 0] <= table[:, s, m, 1]).all()
+        if is_share and count in (0, n):
+            bound = min(1.0, 3 / n)
+            low, high = (1 - bound, 1.0) if count else (0.0, bound)
+            figure |= {"low": low, "high": high, "is_bound": True}
+        others = {r: systems.index(other) for r, other in compared_with(systems[s], systems).items()}
+        figure["minus"] = {
+            role: figure_of(values[s, m] - values[o, m], samples[:, s, m] - samples[:, o, m])
+            for role, o in others.items()
+            if sums[o, m, 1]
+        }
+        found[systems[s]][MEASURES[m].name] = figure
     return found
-
-
-def _figure(value: float, samples: np.ndarray) -> dict:
-    low, high = interval(samples) or (None, None)
-    return {"value": float(value), "low": low, "high": high}
 
 
 def changes(found: Mapping[str, dict], system: str) -> tuple[list[str], list[str]]:
@@ -78,24 +117,24 @@ def changes(found: Mapping[str, dict], system: str) -> tuple[list[str], list[str
 
 def twins(rows: Sequence[Row]) -> dict[str, dict]:
     """How well the check ranks a hallucinated summary below a factual one of the same note, by kind of
-    hallucination and "all": {"n", "ranked" (share, ties half) with "low" and "high", "auroc"}."""
+    hallucination and "all": {"n", "value" (share, ties half), "low", "high", "auroc"}."""
     factual = {row.note_key: row for row in rows if row.label == "factual"}
-    risks = []
+    pairs: dict[str, list[tuple[bytes, float, float]]] = {"all": []}
     for row in rows:
         if row.label == "hallucinated" and row.note_key in factual:
-            true = check_summary(row.clinical_note, factual[row.note_key].model_summary).risk
-            false = check_summary(row.clinical_note, row.model_summary).risk
-            risks.append((row.hallucination_type or "unnamed", row.note_key, true, false))
+            summaries = (row.model_summary, factual[row.note_key].model_summary)
+            risks = [check_summary(row.clinical_note, summary).risk for summary in summaries]
+            for kind in ("all", row.hallucination_type or "unnamed"):
+                pairs.setdefault(kind, []).append((row.note_key, *risks))
     found = {}
-    for kind in ["all", *sorted({risk[0] for risk in risks})] if risks else []:
-        chosen = [risk for risk in risks if kind in ("all", risk[0])]
+    for kind in sorted(filter(pairs.get, pairs)):
         notes: dict[bytes, list[float]] = {}
-        for _, key, true, false in chosen:
+        for key, false, true in pairs[kind]:
             notes.setdefault(key, []).append((false > true) + (false == true) / 2)
         table = np.array([[sum(ranked), len(ranked)] for ranked in notes.values()])
-        share = _figure(ratios(table.sum(axis=0)), resample(table))
-        area = auroc([risk[3] for risk in chosen], [risk[2] for risk in chosen])
-        found[kind] = {"n": len(chosen), **share, "auroc": area}
+        _, false, true = zip(*pairs[kind])
+        share = figure_of(ratios(table.sum(axis=0)), resample(table))
+        found[kind] = {"n": len(false), **share, "auroc": auroc(false, true)}
     return found
 
 
@@ -103,7 +142,8 @@ def twins(rows: Sequence[Row]) -> dict[str, dict]:
 
 
 class Answer(NamedTuple):
-    """`passed`: whether the whole interval lies within the threshold; None if only the value does."""
+    """`passed`: whether the whole interval lies within the threshold; None if only the value does, or if it
+    was not measured."""
 
     question: str
     passed: bool | None
@@ -112,92 +152,65 @@ class Answer(NamedTuple):
     advice: str
 
 
-def answer_questions(found: Mapping[str, dict], system: str) -> list[Answer]:
-    """The four questions before Stage B, for one system."""
-    of = found[system]
-    return [_terminology(of), _format(of), _accuracy(of), _hallucination(of)]
-
-
-def _within(figure: dict | None, test: Callable[[float], bool], worst: str) -> bool | None:
-    """True if the interval's worse end (`worst`: "low" or "high") passes, None if only the value does or
-    there is no figure."""
-    if figure is None or (test(figure["value"]) and (figure[worst] is None or not test(figure[worst]))):
-        return None
-    return test(figure["value"])
+def _within(figure: dict | None, least: float = -math.inf, most: float = math.inf) -> bool | None:
+    """True if the whole interval lies between the bounds, None if only the value does."""
+    if figure is None or not least <= figure["value"] <= most:
+        return figure and False
+    is_sure = figure["low"] is not None and least <= figure["low"] and figure["high"] <= most
+    return is_sure or None
 
 
 def _shown(figure: dict | None, scale: int = 100) -> str:
     if figure is None:
         return "not measured"
-    if figure["low"] is None:
-        return f"{figure['value'] * scale:.3g}"
-    return f"{figure['value'] * scale:.3g} ({figure['low'] * scale:.3g} to {figure['high'] * scale:.3g})"
+    value, low, high = (None if figure[k] is None else f"{figure[k] * scale:.3g}" for k in _ENDS)
+    return value if low is None else f"{value} ({low} to {high})"
 
 
-def _all_of(*passed: bool | None) -> bool | None:
-    return False if False in passed else None if None in passed else True
+_ENDS = ("value", "low", "high")
 
 
-def _minus(of: Mapping[str, dict], measure: str, other: str) -> dict | None:
-    return of.get(measure, {}).get("minus", {}).get(other)
+def answer_questions(found: Mapping[str, dict], system: str) -> list[Answer]:
+    """The four questions before Stage B, for one system."""
+    of = found[system]
 
+    def minus(measure: str, role: str) -> dict | None:
+        return of.get(measure, {}).get("minus", {}).get(role)
 
-def _terminology(of: Mapping[str, dict]) -> Answer:
-    difference = _minus(of, "loss", "base")
-    return Answer(
-        "Does it know the terminology?",
-        _within(difference, lambda x: x < 0, "high"),
-        f"loss per token minus the base's: {_shown(difference, 1)} nats",
-        "below 0, with the whole interval",
-        "train on more rows or epochs, or on a base model that knows clinical text",
-    )
-
-
-def _format(of: Mapping[str, dict]) -> Answer:
-    failed = {name: of.get(name) for name in ("cut", "repeats", "empty")}
-    kept = of.get("format")
+    loss = minus("loss", "base")
     # A handful of notes cannot bound a rare failure: the values decide
-    passed = [figure is not None and figure["value"] <= MOST_FAILED for figure in failed.values()]
-    passed.append(kept is None or kept["value"] >= LEAST_FORMAT)
-    shares = ", ".join(f"{name} {figure['value']:.0%}" for name, figure in failed.items() if figure)
-    return Answer(
-        "Does it keep the output format?",
-        all(passed),
-        f"{shares}; marks kept: {'free text' if kept is None else _shown(kept)}",
-        f"each at most {MOST_FAILED:.0%}; marks at least {LEAST_FORMAT:.0%}",
-        "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows",
-    )
-
-
-def _accuracy(of: Mapping[str, dict]) -> Answer:
-    flagged = _minus(of, "rewritten", "reference")
-    coverage, least = of.get("coverage"), LEAST_COVERAGE
-    threshold = f"coverage at least {LEAST_COVERAGE:.0%}"
-    if beside := _minus(of, "coverage", "selected"):
-        coverage, least = beside, -MOST_UNCOVERED
-        threshold = f"coverage at most {MOST_UNCOVERED:.0%} below that of the note's own, selected sentences"
-    return Answer(
-        "Does it reflect the notes accurately?",
-        _all_of(
-            _within(flagged, lambda x: x <= MOST_FLAGGED, "high"),
-            _within(coverage, lambda x: x >= least, "low"),
-        ),
-        f"rewritten sentences with a finding per 100, minus the reference's: {_shown(flagged)}; coverage"
-        f"{', minus that of selected sentences' if beside else ''}: {_shown(coverage)}",
-        f"at most {MOST_FLAGGED * 100:.0f} more per 100; {threshold}",
-        "use a larger base model or another recipe (all linear layers, more rows), or the note's own sentences",
-    )
-
-
-def _hallucination(of: Mapping[str, dict]) -> Answer:
-    invented = _minus(of, "invented", "reference")
-    return Answer(
-        "Is it free of hallucinations?",
-        _within(invented, lambda x: x <= MOST_INVENTED, "high"),
-        f"words, numbers and drugs that the note lacks, per 100 rewritten sentences, minus the reference's: {_shown(invented)}",
-        f"at most {MOST_INVENTED * 100:.0f} more per 100",
-        "use a larger base model, more rows, or the note's own sentences",
-    )
+    failed = {name: of[name]["value"] for name in ("cut", "repeats", "empty")}
+    kept = of.get("format")
+    is_formed = max(failed.values()) <= MOST_FAILED and (not kept or kept["value"] >= LEAST_FORMAT)
+    shares = ", ".join(f"{name} {value:.0%}" for name, value in failed.items())
+    copies = "flagged" in of and "rewritten" not in of
+    flagged, invented = minus("rewritten", "reference"), minus("invented", "reference")
+    flags = "no sentence is rewritten" if copies else f"{_shown(flagged)} more sentences with a finding"
+    inventions = "no sentence is rewritten" if copies else f"{_shown(invented)} more inventions"
+    coverage, least = minus("coverage", "chosen"), -MOST_UNCOVERED
+    covers = f"coverage {_shown(coverage)} % beside that of the note's own sentences"
+    asked = f"at most {MOST_UNCOVERED:.0%} below it"
+    if not coverage:
+        coverage, least = of.get("coverage"), LEAST_COVERAGE
+        covers = f"coverage {_shown(coverage)} %"
+        asked = f"at least {LEAST_COVERAGE:.0%}"
+    accurate = [copies or _within(flagged, most=MOST_FLAGGED), _within(coverage, least=least)]
+    larger = "use a larger base model, more rows or all linear layers; or the note's own sentences (--writing quote)"
+    return [
+        Answer("Does it know the terminology?", _within(loss, most=-1e-9),
+               f"loss per token, minus the base's: {_shown(loss, 1)} nats", "below 0, with the whole interval",
+               "train on more rows or epochs, or on a base model that knows clinical text"),
+        Answer("Does it keep the output format?", is_formed,
+               f"{shares}; " + (f"{_shown(kept)} % of the marks kept" if kept else "free text, without marks"),
+               f"each at most {MOST_FAILED:.0%}; marks at least {LEAST_FORMAT:.0%}",
+               "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows"),
+        Answer("Does it reflect the notes accurately?", False if False in accurate else None if None in accurate else True,
+               f"per 100 rewritten sentences, against the reference: {flags}; {covers}",
+               f"at most {MOST_FLAGGED * 100:.0f} more; coverage {asked}", larger),
+        Answer("Is it free of hallucinations?", copies or _within(invented, most=MOST_INVENTED),
+               f"per 100 rewritten sentences, against the reference: {inventions} (words, numbers, drugs)",
+               f"at most {MOST_INVENTED * 100:.0f} more", larger),
+    ]  # fmt: skip
 
 
 def verdict(answers: Sequence[Answer]) -> str:
@@ -205,5 +218,5 @@ def verdict(answers: Sequence[Answer]) -> str:
     if failed:
         return f"Do not go on to Stage B yet: {failed[-1].advice}."
     if any(answer.passed is None for answer in answers):
-        return "Not shown: the intervals reach beyond the thresholds. Evaluate more rows before going on."
+        return "Not shown yet: evaluate more rows, with all systems, before going on."
     return "Go on to Stage B, once a blind reading (--blind_sheet) has confirmed it: the check does not see every error."

@@ -1,5 +1,5 @@
-"""What is measured of a summary. Every measure is a numerator and a denominator per note (see statistics.py):
-their sums over notes give its value, and (0, 0) says that it does not apply to this note."""
+"""What is measured of a summary. Every measure is a numerator and a denominator per note: their sums over
+notes give its value (see figures.py), and (0, 0) says that it does not apply to this note."""
 
 import re
 from collections import Counter
@@ -38,12 +38,13 @@ MEASURES = (
     Measure("clean", "Summaries without a finding, %", "no sentence flagged by the check against the note", 1),
     Measure("flagged", "Sentences with a finding, per 100", "sentences flagged by the check", -1),
     Measure("rewritten", "Rewritten sentences with a finding, per 100", "of those not copied from the note as they are", -1),
-    Measure("invented", "Invented, per 100 rewritten sentences", "findings: unsupported, number, drug", -1),
+    Measure("invented", "Invented, per 100 rewritten sentences", "words, numbers and drugs that the note lacks", -1),
     Measure("check_score", "Check score", "1 = nothing found; falls with the sum of what is", 1, 1),
     Measure("coverage", "Coverage of the reference's facts, %", "numbers, doses with their drug, phrases (problems, plan): "
             "two thirds of a phrase's words", 1),
     Measure("supported", "Supported sentences, %", "at least 80 % of their words stand in the note", 1),
-    Measure("loss", "Loss per token, nats", "of the reference summary, written after the note", -1, 1),
+    Measure("own_share", "Sentences in the model's own words, %", "of verified summaries; the others are the note's", 0),
+    Measure("loss", "Loss per token, nats", "of the reference summary, written freely after the note", -1, 1),
     Measure("rouge1", "ROUGE-1", "words shared with the reference, F", 1, 1),
     Measure("rouge2", "ROUGE-2", "pairs of words shared with the reference, F", 1, 1),
     Measure("rougeL", "ROUGE-L", "longest common sequence with the reference, F", 1, 1),
@@ -57,9 +58,9 @@ MEASURES = (
     Measure("repeats", "Repeating summaries, %", "a sentence twice, or a loop", -1),
     Measure("cut", "Cut summaries, %", "stopped by --max_new_tokens", -1),
     Measure("seconds", "Seconds a note", "in batches, as the file was written", 0, 1),
-    *(Measure(f"finding_{kind}", f"{kind}, per 100 sentences", "findings of this kind", -1) for kind in KINDS),
+    *(Measure(f"finding_{kind}", f"{kind.capitalize()}, per 100 sentences", "findings of this kind", -1) for kind in KINDS),
 )  # fmt: skip
-HEADLINE = [m.name for m in MEASURES[:13]]
+HEADLINE = [measure.name for measure in MEASURES[:14]]
 
 
 @dataclass
@@ -79,27 +80,22 @@ class Measured:
 # ------------------------------------------------------------------------------- runs of words
 
 
+def _words(text: str) -> list[str]:
+    """In lower case, without punctuation."""
+    return [word for word in TOKEN.findall(text.lower()) if word[0].isalnum()]
+
+
 def word_runs(text: str) -> list[tuple[str, ...]]:
-    """All runs of RUN words, in order, in lower case and without punctuation."""
-    words = [word for word in TOKEN.findall(text.lower()) if word[0].isalnum()]
+    """All runs of RUN words, in order."""
+    words = _words(text)
     return [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
 
 
 def copied_words(summary: str, note: str) -> tuple[int, int]:
     """(words in runs of at least RUN words that stand in the note, words)."""
     known = set(word_runs(note))
-    runs = word_runs(summary)
-    copied = {i + k for i, run in enumerate(runs) if run in known for k in range(RUN)}
-    n_words = (
-        len(runs) + RUN - 1 if runs else sum(word[0].isalnum() for word in TOKEN.findall(summary.lower()))
-    )
-    return len(copied), n_words
-
-
-def new_runs(summary: str, note: str) -> tuple[set[tuple[str, ...]], int]:
-    """(the summary's different runs that the note has not, how many different runs it has)."""
-    runs = set(word_runs(summary))
-    return runs - set(word_runs(note)), len(runs)
+    copied = {i + k for i, run in enumerate(word_runs(summary)) if run in known for k in range(RUN)}
+    return len(copied), len(_words(summary))
 
 
 # ------------------------------------------------------------------------------- coverage
@@ -140,9 +136,7 @@ def _drug_of(text: Text, quantity: Quantity) -> str:
 
 def marks(summary: str) -> set[str]:
     """What gives a summary its form: citations, headings by name, a list, several lines."""
-    found = {
-        f"heading {name}" for name in re.findall(r"^[ \t]{0,8}([A-Z][\w /-]{1,40}):", summary, re.MULTILINE)
-    }
+    found = set(re.findall(r"^[ \t]{0,8}([A-Z][\w /-]{1,40}:)", summary, re.MULTILINE))
     found |= {"citations"} if has_citation(summary) else set()
     found |= {"list"} if re.search(r"^[ \t]{0,8}(?:[-*•]|\d{1,2}[.)])[ \t]", summary, re.MULTILINE) else set()
     return found | ({"lines"} if "\n" in summary.strip() else set())
@@ -166,11 +160,6 @@ def make_scorer() -> Callable[[str, str], dict[str, float]]:
     return lambda reference, summary: {k: s.fmeasure for k, s in scorer.score(reference, summary).items()}
 
 
-def _plain(text: str) -> str:
-    """The words alone, to tell a copied sentence from a rewritten one."""
-    return " ".join(re.findall(r"\w+", text.lower()))
-
-
 def measure(
     row: Row,
     note: PreparedNote,
@@ -185,53 +174,55 @@ def measure(
     summary = strip_citations(written)
     reference = strip_citations(row.model_summary)
     check = note.check(written)
-    n_flagged = sum(sentence.flagged for sentence in check.sentences)
-    known = _plain(row.clinical_note)
-    rewritten = [s.flagged for s in check.sentences if _plain(written[s.start : s.end]) not in known]
     # In another language nothing is checked, and nothing is counted
-    n_checked = len(check.sentences) if check.language == "en" else 0
-    is_checked = float(check.language == "en" and bool(check.sentences))
-    citations = parse_citations(written, row.clinical_note, version)
-    n_valid = sum(not citation["missing"] for citation in citations)
+    checked = check.sentences if check.language == "en" else []
+    is_checked = bool(checked)
+    known = " ".join(_words(row.clinical_note))
+    rewritten = [s.flagged for s in checked if " ".join(_words(written[s.start : s.end])) not in known]
     kinds = Counter(finding.kind for finding in check.findings)
+    citations = parse_citations(written, row.clinical_note, version)
     sentences = split_sentences(summary)
+    sources = [sentence["source"] for sentence in result.get("sentences", [])]
+    ending = result.get("finish_reason")
     sums = {
-        "clean": ((n_flagged == 0) * is_checked, is_checked),
-        "flagged": (n_flagged * is_checked, n_checked),
-        "rewritten": (sum(rewritten) * is_checked, len(rewritten) * is_checked),
-        "invented": (sum(kinds[kind] for kind in INVENTED) * is_checked, len(rewritten) * is_checked),
+        "clean": (is_checked and not any(s.flagged for s in checked), is_checked),
+        "flagged": (sum(s.flagged for s in checked), len(checked)),
+        "rewritten": (sum(rewritten), len(rewritten)),
+        "invented": (sum(kinds[kind] for kind in INVENTED) if rewritten else 0, len(rewritten)),
         "check_score": (check.score * is_checked, is_checked),
         "coverage": facts_held(reference, summary),
-        "supported": (sum(s.supported_share >= _SUPPORTED for s in check.sentences), len(check.sentences)),
-        "loss": (result.get("reference_loss", 0.0), result.get("n_reference_tokens", 0)),
+        "supported": (sum(s.supported_share >= _SUPPORTED for s in checked), len(checked)),
+        "own_share": (sources.count("written"), len(sources)),
+        "loss": result.get("reference_loss", (0, 0)),
         "length_ratio": (len(summary.split()), len(reference.split())),
         "copied": copied_words(summary, row.clinical_note),
         "format": (len(expected & marks(written)), len(expected)),
-        "citations_valid": (n_valid, len(citations)),
+        "citations_valid": (sum(not citation["missing"] for citation in citations), len(citations)),
         "citations_supporting": (max(0, len(citations) - kinds["citation"]), len(citations)),
-        "empty": (float(not summary), 1),
-        "repeats": (float(len(set(sentences)) < len(sentences) or result.get("finish_reason") == "loop"), 1),
-        "cut": (float(result.get("finish_reason") == "length"), 1),
-        "seconds": (result.get("seconds", 0.0), float("seconds" in result)),
+        "empty": (not summary, 1),
+        "repeats": (len(set(sentences)) < len(sentences) or ending == "loop", 1),
+        "cut": (ending == "length", 1),
+        "seconds": (result.get("seconds", 0), "seconds" in result),
     }
     sums |= {name: (value, 1) for name, value in rouge(reference, summary).items()}
-    sums |= {f"finding_{kind}": (kinds[kind], n_checked) for kind in KINDS}
+    sums |= {f"finding_{kind}": (kinds[kind], len(checked)) for kind in KINDS}
     return Measured(written, check, sums)
 
 
 def add_memorized(
     measured: Mapping[str, Mapping[int, Measured]], rows: Mapping[int, Row], training: Sequence[Row]
 ) -> None:
-    """Adds `memorized` to every summary. Of the training summaries only the runs that some summary has are
-    held in memory."""
-    found = {
-        (system, number): new_runs(strip_citations(one.summary), rows[number].clinical_note)
-        for system, summaries in measured.items()
+    """Adds `memorized` to every summary: its different runs that training summaries have and the note has
+    not. Of the training summaries only the runs that some summary has are held in memory."""
+    if not training:
+        return
+    found = [
+        (one, set(word_runs(strip_citations(one.summary))), set(word_runs(rows[number].clinical_note)))
+        for summaries in measured.values()
         for number, one in summaries.items()
-    }
-    wanted = set().union(*(runs for runs, _ in found.values())) if training else set()
-    known = {
-        run for row in training for run in word_runs(strip_citations(row.model_summary)) if run in wanted
-    }
-    for (system, number), (runs, n_runs) in found.items():
-        measured[system][number].sums["memorized"] = (len(runs & known), n_runs if training else 0)
+    ]
+    wanted = set().union(*(runs - of_note for _, runs, of_note in found))
+    summaries = (strip_citations(row.model_summary) for row in training)
+    known = {run for summary in summaries for run in word_runs(summary) if run in wanted}
+    for one, runs, of_note in found:
+        one.sums["memorized"] = (len((runs - of_note) & known), len(runs))

@@ -4,8 +4,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +12,11 @@ import numpy as np
 from sft.cli import InputError, safe_id
 from sft.data.rows import Row
 from sft.data.table import read_table
+from sft.evaluation.figures import figure_of, ratios, resample
 from sft.evaluation.page import render
-from sft.evaluation.statistics import interval, kappa, ratios, resample
 from sft.evaluation.systems import digest
 from sft.files import write_atomic, write_json
-from sft.grounding import PreparedNote
+from sft.grounding import check_summary
 from sft.inference.results import csv_row
 
 KEY_FILE = "blind_sheet_key.json"
@@ -32,52 +31,38 @@ RULES = (
 )  # fmt: skip
 _COLUMNS = "item clinical_note summary usable wrong dangerous finding plan".split()
 _YES_OR_NO = {"yes": True, "y": True, "1": True, "no": False, "n": False, "0": False}
+_COUNTS = {
+    "usable": lambda rating: rating["usable"],
+    "with a wrong statement": lambda rating: bool(rating["wrong"]),
+    "with a dangerous one": lambda rating: bool(rating["dangerous"]),
+    "finding and plan there": lambda rating: rating["finding"] and rating["plan"],
+    "wrong statements": lambda rating: len(rating["wrong"]),
+    "dangerous statements": lambda rating: len(rating["dangerous"]),
+}
 
 
-@dataclass
-class Rating:
-    """What a reader said of one summary. `wrong`: (start, end) of each wrong statement; `dangerous`: those of
-    them that could harm."""
-
-    usable: bool
-    finding: bool
-    plan: bool
-    wrong: list[tuple[int, int]]
-    dangerous: list[tuple[int, int]]
-
-
-# ------------------------------------------------------------------------------- writing
-
-
-def make_items(rows: Mapping[int, Row], summaries: Mapping[str, Mapping[int, str]]) -> list[dict]:
-    """The notes in random order, the different summaries of each in random order. Systems that wrote the same
-    share an item. The name of an item begins with the sheet's."""
+def write_sheet(folder: Path, rows: Mapping[int, Row], summaries: Mapping[str, Mapping[int, str]]) -> None:
+    """blind_sheet.html, blind_sheet.csv and the key, which says whose summaries they are. Notes, and the
+    different summaries of each, are in random order; systems that wrote the same share an item, whose name
+    begins with the sheet's."""
     sheet = digest([rows[n].note_key.hex() for n in rows], sorted(summaries.items()))[:4]
     dice = random.Random(sheet)
-    items = []
+    notes = []
     for number in dice.sample(list(rows), len(rows)):
         systems: dict[str, list[str]] = {}
         for system, texts in summaries.items():
             if texts[number].strip():
                 systems.setdefault(texts[number], []).append(system)
-        for summary in dice.sample(list(systems), len(systems)):
-            items.append({"note": number, "id": rows[number].name, "systems": systems[summary], "summary": summary,
-                          "clinical_note": rows[number].clinical_note})  # fmt: skip
-    return [{"item": f"{sheet}-{place:04}", **item} for place, item in enumerate(items, 1)]
-
-
-def write_sheet(folder: Path, items: Sequence[dict]) -> None:
-    """blind_sheet.html, blind_sheet.csv and the key, which says whose summaries they are."""
-    lines = [csv_row(_COLUMNS)]
-    lines += [csv_row([item["item"], item["clinical_note"], item["summary"], *[""] * 5]) for item in items]
-    notes: dict[int, list[dict]] = {}
-    for item in items:
-        notes.setdefault(item["note"], []).append(item)
+        same = {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note}
+        shuffled = dice.sample(list(systems), len(systems))
+        notes.append([{**same, "systems": systems[summary], "summary": summary} for summary in shuffled])
+    items = [item for of_note in notes for item in of_note]
+    for place, item in enumerate(items, 1):
+        item["item"] = f"{sheet}-{place:04}"
     write_json(folder / KEY_FILE, {"items": items})
-    write_atomic(folder / "blind_sheet.csv", "\ufeff" + "".join(lines))
-    page = render(
-        "sheet.html.j2", "sheet.js", rules=RULES, notes=list(notes.values()), sheet=items[0]["item"][:4]
-    )
+    lines = [csv_row([item.get(column, "") for column in _COLUMNS]) for item in items]
+    write_atomic(folder / "blind_sheet.csv", "\ufeff" + csv_row(_COLUMNS) + "".join(lines))
+    page = render("sheet.html.j2", "sheet.js", rules=RULES, notes=notes, sheet=sheet)
     write_atomic(folder / "blind_sheet.html", page)
 
 
@@ -94,52 +79,50 @@ def read_key(folder: Path) -> dict[str, dict]:
         raise InputError(f"{folder / KEY_FILE}: no key of a blind sheet", fix) from None
 
 
-def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, Rating]:
-    """{item: rating} of the rows that were filled in. Raises InputError for what cannot be understood; no
+def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
+    """{item: rating} of the rows that were filled in: `usable`, `finding` and `plan` (bool), `wrong` and,
+    among them, `dangerous`: (start, end) of statements. Raises InputError for what cannot be understood; no
     message holds text of the file."""
     ratings = {}
     for row_number, cells, _ in read_table(path, [], Counter()):
-        name = cells.get("item", "").strip()
         if "item" not in cells or "usable" not in cells:
             fix = "use the sheet's CSV, or the file that the sheet's page saves"
             raise InputError(f"{path}: no columns item and usable in the header", fix)
         if not cells["usable"].strip():
             continue
+        name = cells["item"].strip()
         where = f"{path}: row {row_number} (item {safe_id(name)})"
         if name not in items:
-            raise InputError(
-                f"{where} is not of the sheet in this folder", "pass its folder with --output_dir"
-            )
-        values = {column: _read_answer(cells, column, where) for column in ("usable", "finding", "plan")}
-        spans = {
-            column: _read_spans(cells.get(column, ""), items[name]["summary"], f"{where}: column {column}")
-            for column in ("wrong", "dangerous")
-        }
-        wrong = sorted({*spans["wrong"], *spans["dangerous"]})
-        ratings[name] = Rating(**values, wrong=wrong, dangerous=spans["dangerous"])
+            fix = "pass its folder with --output_dir"
+            raise InputError(f"{where} is not of the sheet in this folder", fix)
+        rating: dict = {}
+        for column in ("usable", "finding", "plan"):
+            rating[column] = _YES_OR_NO.get(cells.get(column, "").strip().lower())
+            if rating[column] is None:
+                raise InputError(f"{where}: column {column} is neither yes nor no", "write yes or no")
+        for column in ("wrong", "dangerous"):
+            spans = _read_spans(cells.get(column, ""), items[name]["summary"])
+            if spans is None:
+                fix = 'copy the words from the summary, with "|" between statements'
+                raise InputError(f"{where}: column {column}: not words of the summary", fix)
+            rating[column] = spans
+        rating["wrong"] = sorted({*rating["wrong"], *rating["dangerous"]})
+        ratings[name] = rating
     if not ratings:
         raise InputError(f"{path}: no row is filled in", "write yes or no into the column usable")
     return ratings
 
 
-def _read_answer(cells: Mapping[str, str], column: str, where: str) -> bool:
-    answer = _YES_OR_NO.get(cells.get(column, "").strip().lower())
-    if answer is None:
-        raise InputError(f"{where}: column {column} is neither yes nor no", "write yes or no")
-    return answer
-
-
-def _read_spans(cell: str, summary: str, where: str) -> list[tuple[int, int]]:
-    """ "12-30 | the left knee" -> spans of the summary: places, or its words."""
+def _read_spans(cell: str, summary: str) -> list[tuple[int, int]] | None:
+    """ "12-30 | the left knee" -> spans of the summary: places, or its words. None if they are neither."""
     spans = []
     for part in filter(None, map(str.strip, cell.split("|"))):
         place = re.fullmatch(r"(\d{1,7})-(\d{1,7})", part)
         words = r"\s+".join(map(re.escape, part.lstrip("'").split()))
         found = None if place else re.search(words, summary, re.IGNORECASE)
-        start, end = (int(place[1]), int(place[2])) if place else found.span() if found else (0, 0)
+        start, end = map(int, place.groups()) if place else found.span() if found else (0, 0)
         if not 0 <= start < end <= len(summary):
-            fix = 'copy the words from the summary, with "|" between statements'
-            raise InputError(f"{where}: not words of the summary", fix)
+            return None
         spans.append((start, end))
     return spans
 
@@ -147,42 +130,30 @@ def _read_spans(cell: str, summary: str, where: str) -> list[tuple[int, int]]:
 # ------------------------------------------------------------------------------- counting
 
 
-def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, Rating]) -> dict[str, dict[str, dict]]:
-    """{system: {count: {"count", "n", "value", "low", "high"}}}: shares of the summaries read, with 95 %
-    intervals over notes; `statements` per summary."""
-    of: dict[str, Callable[[Rating], float]] = {
-        "usable": lambda rating: rating.usable,
-        "with a wrong statement": lambda rating: bool(rating.wrong),
-        "with a dangerous one": lambda rating: bool(rating.dangerous),
-        "finding and plan there": lambda rating: rating.finding and rating.plan,
-        "wrong statements": lambda rating: len(rating.wrong),
-        "dangerous statements": lambda rating: len(rating.dangerous),
-    }
-    systems = dict.fromkeys(system for name in ratings for system in items[name]["systems"])
-    counts = {}
-    for system in systems:
-        read = [(items[name]["note"], r) for name, r in ratings.items() if system in items[name]["systems"]]
-        counts[system] = {
-            count: _ratio_over_notes((note, value(rating), 1) for note, rating in read)
-            for count, value in of.items()
-        }
-    return counts
-
-
-def _ratio_over_notes(values: Iterator[tuple[int, float, float]]) -> dict:
-    """The ratio of two sums, from (note, numerator, denominator), with its interval over notes."""
+def _ratio_over_notes(values: Iterable[tuple[int, float]]) -> dict:
+    """{"count", "n", "value", "low", "high"}: the mean of (note, value), with its interval over notes."""
     notes: dict[int, np.ndarray] = {}
-    for note, numerator, denominator in values:
-        notes[note] = notes.get(note, np.zeros(2)) + np.array((numerator, denominator))
-    table = np.array(list(notes.values())).reshape(-1, 2)
+    for note, value in values:
+        notes[note] = notes.get(note, np.zeros(2)) + np.array((value, 1))
+    if not notes:
+        return {"count": 0, "n": 0, "value": None, "low": None, "high": None}
+    table = np.array(list(notes.values()))
     count, n = table.sum(axis=0)
-    low, high = (interval(resample(table)) if len(table) else None) or (None, None)
+    return {"count": int(count), "n": int(n), **figure_of(ratios(table.sum(axis=0)), resample(table))}
+
+
+def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
+    """{system: {what: its count}} of the summaries read, each as of _ratio_over_notes."""
+    read: dict[str, list[tuple[int, dict]]] = {}
+    for name, rating in ratings.items():
+        for system in items[name]["systems"]:
+            read.setdefault(system, []).append((items[name]["note"], rating))
     return {
-        "count": int(count),
-        "n": int(n),
-        "value": float(ratios(table.sum(axis=0))) if n else None,
-        "low": low,
-        "high": high,
+        system: {
+            what: _ratio_over_notes((note, value(rating)) for note, rating in read[system])
+            for what, value in _COUNTS.items()
+        }
+        for system in sorted(read)
     }
 
 
@@ -190,35 +161,33 @@ def _overlaps(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
     return any(span[0] < end and start < span[1] for start, end in others)
 
 
-def agreement(first: Mapping[str, Rating], second: Mapping[str, Rating]) -> dict:
-    """How far two readings of the same items agree: usable, and whether there is a wrong statement, each with
-    Cohen's kappa; the share of all marked statements that the other reading marks as well."""
-    both = [(first[name], second[name]) for name in first if name in second]
-    marked = [
-        _overlaps(span, other.wrong) for a, b in both for one, other in ((a, b), (b, a)) for span in one.wrong
-    ]
-    result: dict = {"items": len(both)}
-    for name, judge in {"usable": lambda r: r.usable, "wrong": lambda r: bool(r.wrong)}.items():
-        answers = [[judge(pair[i]) for pair in both] for i in (0, 1)]
-        same = sum(map(bool.__eq__, *answers)) / len(both) if both else None
-        result[name] = {"same": same, "kappa": kappa(*answers)}
-    result["statements"] = {"n": len(marked), "in_both": sum(marked) / len(marked) if marked else None}
-    return result
-
-
-def check_against(items: Mapping[str, dict], ratings: Mapping[str, Rating]) -> dict[str, dict]:
+def check_against(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict]:
     """How well the check agrees with a reading: marked statements in a flagged sentence, and flagged
     sentences among those without a mark."""
-    found = []
-    alarms = []
+    found, alarms = [], []
     for name, rating in ratings.items():
-        item = items[name]
-        for sentence in (sentences := PreparedNote(item["clinical_note"]).check(item["summary"]).sentences):
-            if not _overlaps((sentence.start, sentence.end), rating.wrong):
-                alarms.append((item["note"], float(sentence.flagged), 1))
-        flagged = [(sentence.start, sentence.end) for sentence in sentences if sentence.flagged]
-        found += [(item["note"], float(_overlaps(span, flagged)), 1) for span in rating.wrong]
-    return {"found": _ratio_over_notes(iter(found)), "false_alarms": _ratio_over_notes(iter(alarms))}
+        note = items[name]["note"]
+        sentences = check_summary(items[name]["clinical_note"], items[name]["summary"]).sentences
+        spans = {(sentence.start, sentence.end): sentence.flagged for sentence in sentences}
+        flagged = [span for span in spans if spans[span]]
+        found += [(note, _overlaps(statement, flagged)) for statement in rating["wrong"]]
+        alarms += [(note, spans[span]) for span in spans if not _overlaps(span, rating["wrong"])]
+    return {"found": _ratio_over_notes(found), "false_alarms": _ratio_over_notes(alarms)}
+
+
+def agreement(first: Mapping[str, dict], second: Mapping[str, dict]) -> dict[str, dict]:
+    """How far two readings of the same items agree: {"same": share, "kappa"} for usable, and for whether
+    there is a wrong statement. Kappa is agreement beyond chance (Cohen 1960), None where chance alone
+    agrees."""
+    both = [name for name in first if name in second]
+    result = {}
+    for what in ("usable", "wrong") if both else ():
+        yes = np.array([[bool(reading[name][what]) for name in both] for reading in (first, second)])
+        same = float((yes[0] == yes[1]).mean())
+        expected = float(yes.mean(axis=1).prod() + (1 - yes.mean(axis=1)).prod())
+        kappa = None if expected == 1 else (same - expected) / (1 - expected)
+        result[what] = {"n": len(both), "same": same, "kappa": kappa}
+    return result
 
 
 def report_ratings(folder: Path, files: Sequence[str]) -> str:
@@ -228,36 +197,25 @@ def report_ratings(folder: Path, files: Sequence[str]) -> str:
         raise InputError("--ratings takes one or two files", "count two readings at a time")
     items = read_key(folder)
     readings = [read_ratings(path, items) for path in files]
-    report = {
-        "readings": [{"counts": count_ratings(items, r), "check": check_against(items, r)} for r in readings]
-    }
+    report: dict = {"readings": []}
     lines = []
-    for place, reading in enumerate(report["readings"], 1):
-        lines.append(f"Reading {place}: {len(readings[place - 1])} of {len(items)} summaries")
-        for system, counts in sorted(reading["counts"].items()):
-            lines.append(f"  {system}")
-            lines += [f"    {name:<24} {_shown(count)}" for name, count in counts.items()]
-        lines.append(f"  marked statements that the check flags       {_shown(reading['check']['found'])}")
-        lines.append(
-            f"  unmarked sentences that it flags all the same {_shown(reading['check']['false_alarms'])}"
-        )
+    for place, reading in enumerate(readings, 1):
+        counts = {**count_ratings(items, reading), "the check": check_against(items, reading)}
+        report["readings"].append(counts)
+        lines.append(f"Reading {place}: {len(reading)} of {len(items)} summaries")
+        for system, of in counts.items():
+            lines += [f"  {system}", *(f"    {what:<24} {_shown(count)}" for what, count in of.items())]
     if len(readings) == 2:
-        report["agreement"] = agree = agreement(*readings)
-        lines.append(f"Both readings: {agree['items']} summaries")
-        for name in ("usable", "wrong"):
-            same, chance = agree[name]["same"], agree[name]["kappa"]
-            kappa_shown = "–" if chance is None else f"{chance:.2f}"
-            lines.append(
-                f"  same answer to {name:<7} {'–' if same is None else f'{same:.0%}'} (kappa {kappa_shown})"
-            )
-        share = agree["statements"]["in_both"]
-        lines.append(f"  marked statements that both mark: {'–' if share is None else f'{share:.0%}'}")
+        report["agreement"] = agreement(*readings)
+        for what, agree in report["agreement"].items():
+            kappa = "" if agree["kappa"] is None else f", kappa {agree['kappa']:.2f}"
+            lines.append(f"Same answer to {what}: {agree['same']:.0%} of {agree['n']}{kappa}")
     write_json(folder / "ratings.json", report)
     return "\n".join(lines)
 
 
 def _shown(count: Mapping) -> str:
+    """ "3 of 20: 0.15 (0.05 to 0.30)"."""
+    value = "" if count["value"] is None else f": {count['value']:.2f}"
     bounds = "" if count["low"] is None else f" ({count['low']:.2f} to {count['high']:.2f})"
-    return f"{count['count']} of {count['n']}" + (
-        "" if count["value"] is None else f": {count['value']:.2f}{bounds}"
-    )
+    return f"{count['count']} of {count['n']}{value}{bounds}"

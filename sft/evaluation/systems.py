@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,8 +21,7 @@ from sft.inference.results import to_json
 
 @dataclass(frozen=True)
 class System:
-    """One column of the comparison. `model`: the model that writes its summaries, "" for none. `writing`: how
-    (the parameter of SFTInference.summarize)."""
+    """`model`: "base", "specialist", or "" if no model writes; `writing`: how, as --writing says it."""
 
     name: str
     says: str
@@ -35,16 +33,15 @@ class System:
 SYSTEMS = (
     System("base", "the base model with the specialist's prompt", "base"),
     System("base_examples", "the base model with two training examples in the prompt", "base", True),
-    System("specialist", "the specialist, writing freely", "specialist"),
-    System(
-        "verified", "the specialist, its sentences checked as it writes", "specialist", writing="verified"
-    ),
-    System("quote", "the specialist's choice of the note's own sentences", "specialist", writing="quote"),
+    System("free", "the specialist, writing freely", "specialist"),
+    System("verified", "sentences of the note, in the specialist's words where these can be traced to it", "specialist",
+           writing="verified"),
+    System("quote", "sentences of the note, chosen by the specialist's selector", "specialist", writing="quote"),
+    System("selected", "sentences of the note, chosen as training summaries would", needs_training_rows=True),
     System("lead", "the note's first two and last three sentences"),
-    System("selected", "note sentences chosen as training summaries would", needs_training_rows=True),
     System("commonest", "the commonest training summary, whatever the note", needs_training_rows=True),
     System("reference", "the reference summary: the ceiling, and the check's false alarms"),
-)
+)  # fmt: skip
 _N_FIRST = 8  # notes whose summaries tell how long all will take
 
 
@@ -56,7 +53,7 @@ def lead(note: str) -> str:
     return " ".join(sentences if len(sentences) <= 5 else sentences[:2] + sentences[-3:])
 
 
-def summaries_without_model(name: str, rows: Mapping[int, Row], training: Sequence[Row]) -> dict[int, str]:
+def write_without_model(name: str, rows: Mapping[int, Row], training: Sequence[Row]) -> dict[int, str]:
     """{number: summary} of a system that no model writes."""
     if name == "lead":
         return {number: lead(row.clinical_note) for number, row in rows.items()}
@@ -74,8 +71,8 @@ def summaries_without_model(name: str, rows: Mapping[int, Row], training: Sequen
 
 
 def remove_adapter(inference) -> None:
-    """Makes the base model of an SFTInference that was loaded with `merge=False`: the adapter's layers go,
-    in place, and the base's are packed for speed as the specialist's are."""
+    """Makes the base model of an SFTInference that was loaded with `merge=False`: the adapter's layers go, in
+    place, and the base's are packed for speed as the specialist's are."""
     import torch
 
     from sft.model.kernels import PackedLinear, has_onednn, replace_linear_layers
@@ -94,13 +91,13 @@ def with_examples(encoder: PromptEncoder, rows: Sequence[Row], n_tokens: int, n:
     median = len(by_length[len(by_length) // 2].clinical_note)
     turns = []
     for row in sorted(by_length, key=lambda row: abs(len(row.clinical_note) - median)):
-        if len(turns) == n:
-            break
         texts = [encoder.template.render_note(row.clinical_note), row.model_summary]
         note_ids, summary_ids = encoder.encode_texts(texts)
         turn = [*encoder.prompt(note_ids), *summary_ids, encoder.template.end_token_id]
         turns += [turn] if len(turn) <= n_tokens else []
-    if len(turns) < n:
+        if len(turns) == n:
+            break
+    else:
         log(f"warning: base_examples has {plural(len(turns), 'example')}: no other fits the context window")
     shown = copy.copy(encoder)
     shown.prefix_ids = [token for turn in turns for token in turn] + encoder.prefix_ids
@@ -116,9 +113,9 @@ def reference_losses(inference, rows: Mapping[int, Row]) -> dict[int, tuple[floa
     from sft.model.adapter import unwrap
 
     model = unwrap(inference.model)
-    window = int(min(inference.window, 2**20))
     numbers = list(rows)
-    dataset = SFTDataset(list(rows.values()), inference.encoder, window)
+    window = int(min(inference.prompts.window, 2**20))
+    dataset = SFTDataset(list(rows.values()), inference.prompts.encoder, window)
     losses = {}
     for index, example in zip(dataset.row_indices, dataset.examples):
         batch = padded_batch([example], pad_token_id(inference.tokenizer)).to(inference.placement.device)
@@ -130,19 +127,29 @@ def reference_losses(inference, rows: Mapping[int, Row]) -> dict[int, tuple[floa
     return losses
 
 
-def summarize_with(inference, system: System, rows: Mapping[int, Row], options: dict) -> Callable:
-    """A function of (numbers, should_stop) that yields (number, result) from a loaded model; a result also
-    has `reference_loss` and `n_reference_tokens`."""
+def write_with_model(
+    inference, system: System, rows: Mapping[int, Row], examples: Sequence[Row], **settings
+) -> Callable:
+    """A function of (numbers, should_stop) that yields (number, result); `examples`: rows for the prompt.
+    Results of what a model writes freely have `reference_loss`, as of reference_losses."""
 
     def write(numbers: Sequence[int], should_stop: Callable[[], bool]) -> Iterator[tuple[int, dict]]:
         part = {number: rows[number] for number in numbers}
-        losses = reference_losses(inference, part)
+        if system.writing != "quote":
+            inference.load()
+            plain = inference.prompts.encoder
+        if examples:
+            room = int(min(inference.prompts.window, 2**20)) // 5
+            inference.prompts.encoder = with_examples(plain, examples, room)
+        losses = reference_losses(inference, part) if system.writing == "free" else {}
         notes = {number: row.clinical_note for number, row in part.items()}
-        for number, result in inference.summarize(notes, should_stop=should_stop, **options):
-            loss, n_tokens = losses.get(number, (0.0, 0))
+        results = inference.summarize(notes, writing=system.writing, should_stop=should_stop, **settings)
+        for number, result in results:
             if system.model == "base":
                 result["made_by"]["adapter"] = None
-            yield number, result | {"reference_loss": loss, "n_reference_tokens": n_tokens}
+            yield number, result | {"reference_loss": losses[number]} if number in losses else result
+        if examples:
+            inference.prompts.encoder = plain
 
     return write
 
@@ -152,18 +159,6 @@ def summarize_with(inference, system: System, rows: Mapping[int, Row], options: 
 
 def digest(*values) -> str:
     return hashlib.sha256(to_json(values).encode()).hexdigest()
-
-
-def digest_rows(rows: Sequence[Row]) -> str:
-    return digest([(row.note_key.hex(), row.summary_key.hex()) for row in rows])
-
-
-def sample_rows(rows: Sequence[Row], n_rows: int | None) -> dict[int, Row]:
-    """{place in the file: row}: all, or `n_rows` chosen at random, always the same."""
-    numbers = range(len(rows))
-    if n_rows is not None and n_rows < len(rows):
-        numbers = sorted(random.Random(0).sample(numbers, n_rows))
-    return {number: rows[number] for number in numbers}
 
 
 class SystemFile:
