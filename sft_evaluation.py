@@ -65,9 +65,6 @@ class Data(NamedTuple):
     version: int  # of the notes' sentence numbers
 
 
-# ------------------------------------------------------------------------------- what is read
-
-
 def read_adapters(paths: Sequence[str]) -> list[Adapter]:
     """Raises InputError for a folder that cannot be used."""
     found = []
@@ -199,9 +196,6 @@ def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
     return {value: numbers for value, numbers in groups.items() if len(numbers) >= _LEAST_NOTES}
 
 
-# ------------------------------------------------------------------------------- summaries
-
-
 def fingerprint(column: Column, data: Data, config: EvaluationConfig) -> dict:
     """All that decides a column's summaries: hashes and settings."""
     system, adapter = column.system, column.adapter
@@ -279,9 +273,6 @@ def write_summaries(
         )
         file.write(numbers, write, estimate if column in slow[:1] else None)
     return {column.name: files[column.name].results for column in columns}
-
-
-# ------------------------------------------------------------------------------- the report
 
 
 def measure_all(columns: Sequence[Column], results: Mapping, data: Data) -> dict:

@@ -22,9 +22,6 @@ LEAST_COVERAGE = 0.5  # where no chosen sentences say what the note's own words 
 MOST_UNCOVERED = 0.05  # of the facts, below what chosen sentences of the note cover
 
 
-# ------------------------------------------------------------------------------- statistics
-
-
 def ratios(sums: np.ndarray) -> np.ndarray:
     """(..., 2) numerators and denominators -> (...); NaN where there is nothing to divide by."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -56,9 +53,6 @@ def auroc(scores: Sequence[float], others: Sequence[float]) -> float:
     ordered = np.sort(np.asarray(others, dtype=float))
     places = [np.searchsorted(ordered, scores, side=side) for side in ("left", "right")]
     return float(np.mean(places) / len(ordered))
-
-
-# ------------------------------------------------------------------------------- figures
 
 
 def sums_table(measured: Mapping[str, Mapping[int, Measured]], numbers: Sequence[int]) -> np.ndarray:
@@ -95,11 +89,15 @@ def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, di
             low, high = (1 - bound, 1.0) if count else (0.0, bound)
             figure |= {"low": low, "high": high, "is_bound": True}
         others = {r: systems.index(other) for r, other in compared_with(systems[s], systems).items()}
-        figure["minus"] = {
-            role: figure_of(values[s, m] - values[o, m], samples[:, s, m] - samples[:, o, m])
-            for role, o in others.items()
-            if sums[o, m, 1]
-        }
+        figure["minus"] = {}
+        for role, o in others.items():
+            if sums[o, m, 1]:
+                minus = figure_of(values[s, m] - values[o, m], samples[:, s, m] - samples[:, o, m])
+                # Where nothing was counted, resampling finds no spread
+                if "is_bound" in figure and minus["low"] is not None:
+                    minus["low"] = min(minus["low"], figure["low"] - float(values[o, m]))
+                    minus["high"] = max(minus["high"], figure["high"] - float(values[o, m]))
+                figure["minus"][role] = minus
         found[systems[s]][MEASURES[m].name] = figure
     return found
 
@@ -138,9 +136,6 @@ def twins(rows: Sequence[Row]) -> dict[str, dict]:
     return found
 
 
-# ------------------------------------------------------------------------------- the four questions
-
-
 class Answer(NamedTuple):
     """`passed`: whether the whole interval lies within the threshold; None if only the value does, or if it
     was not measured."""
@@ -161,13 +156,11 @@ def _within(figure: dict | None, least: float = -math.inf, most: float = math.in
 
 
 def _shown(figure: dict | None, scale: int = 100) -> str:
+    """ "-12.5 (-20 to -5.1)"."""
     if figure is None:
         return "not measured"
-    value, low, high = (None if figure[k] is None else f"{figure[k] * scale:.3g}" for k in _ENDS)
-    return value if low is None else f"{value} ({low} to {high})"
-
-
-_ENDS = ("value", "low", "high")
+    value, low, high = (f"{(figure[end] or 0) * scale:.3g}" for end in ("value", "low", "high"))
+    return value if figure["low"] is None else f"{value} ({low} to {high})"
 
 
 def answer_questions(found: Mapping[str, dict], system: str) -> list[Answer]:
@@ -185,14 +178,13 @@ def answer_questions(found: Mapping[str, dict], system: str) -> list[Answer]:
     shares = ", ".join(f"{name} {value:.0%}" for name, value in failed.items())
     copies = "flagged" in of and "rewritten" not in of
     flagged, invented = minus("rewritten", "reference"), minus("invented", "reference")
-    flags = "no sentence is rewritten" if copies else f"{_shown(flagged)} more sentences with a finding"
-    inventions = "no sentence is rewritten" if copies else f"{_shown(invented)} more inventions"
+    own = "no sentence is rewritten" if copies else "per 100 rewritten sentences, minus the reference's: {}"
     coverage, least = minus("coverage", "chosen"), -MOST_UNCOVERED
-    covers = f"coverage {_shown(coverage)} % beside that of the note's own sentences"
+    covers = f"coverage, minus that of the note's own sentences: {_shown(coverage)} %"
     asked = f"at most {MOST_UNCOVERED:.0%} below it"
     if not coverage:
         coverage, least = of.get("coverage"), LEAST_COVERAGE
-        covers = f"coverage {_shown(coverage)} %"
+        covers = f"coverage: {_shown(coverage)} %"
         asked = f"at least {LEAST_COVERAGE:.0%}"
     accurate = [copies or _within(flagged, most=MOST_FLAGGED), _within(coverage, least=least)]
     larger = "use a larger base model, more rows or all linear layers; or the note's own sentences (--writing quote)"
@@ -205,10 +197,10 @@ def answer_questions(found: Mapping[str, dict], system: str) -> list[Answer]:
                f"each at most {MOST_FAILED:.0%}; marks at least {LEAST_FORMAT:.0%}",
                "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows"),
         Answer("Does it reflect the notes accurately?", False if False in accurate else None if None in accurate else True,
-               f"per 100 rewritten sentences, against the reference: {flags}; {covers}",
+               f"sentences with a finding, {own.format(_shown(flagged))}; {covers}",
                f"at most {MOST_FLAGGED * 100:.0f} more; coverage {asked}", larger),
         Answer("Is it free of hallucinations?", copies or _within(invented, most=MOST_INVENTED),
-               f"per 100 rewritten sentences, against the reference: {inventions} (words, numbers, drugs)",
+               f"words, numbers and drugs that the note lacks, {own.format(_shown(invented))}",
                f"at most {MOST_INVENTED * 100:.0f} more", larger),
     ]  # fmt: skip
 

@@ -77,9 +77,6 @@ class Measured:
         return any(self.sums[name][0] for name in ("flagged", "empty", "repeats", "cut"))
 
 
-# ------------------------------------------------------------------------------- runs of words
-
-
 def _words(text: str) -> list[str]:
     """In lower case, without punctuation."""
     return [word for word in TOKEN.findall(text.lower()) if word[0].isalnum()]
@@ -96,9 +93,6 @@ def copied_words(summary: str, note: str) -> tuple[int, int]:
     known = set(word_runs(note))
     copied = {i + k for i, run in enumerate(word_runs(summary)) if run in known for k in range(RUN)}
     return len(copied), len(_words(summary))
-
-
-# ------------------------------------------------------------------------------- coverage
 
 
 def facts_held(reference: str, summary: str) -> tuple[int, int]:
@@ -131,9 +125,6 @@ def _drug_of(text: Text, quantity: Quantity) -> str:
     return next((text.stems[i] for i in before if is_telling(text.words[i])), "")
 
 
-# ------------------------------------------------------------------------------- format
-
-
 def marks(summary: str) -> set[str]:
     """What gives a summary its form: citations, headings by name, a list, several lines."""
     found = set(re.findall(r"^[ \t]{0,8}([A-Z][\w /-]{1,40}:)", summary, re.MULTILINE))
@@ -147,9 +138,6 @@ def usual_marks(summaries: Iterable[str]) -> set[str]:
     all_marks = [marks(summary) for summary in summaries]
     counts = Counter(mark for found in all_marks for mark in found)
     return {mark for mark, n in counts.items() if 2 * n >= len(all_marks)}
-
-
-# ------------------------------------------------------------------------------- one summary
 
 
 def make_scorer() -> Callable[[str, str], dict[str, float]]:

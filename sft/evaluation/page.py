@@ -36,9 +36,6 @@ def render(template: str, script: str, **values) -> str:
     return page.render(policy=policy, style=Markup(style), script=Markup(code), **values)
 
 
-# ------------------------------------------------------------------------------- figures in words
-
-
 def shown(measure: Measure, figure: Mapping | None, part: str = "value") -> str:
     """ "12.5" for a share of .125; "–" for what is not there."""
     value = None if figure is None else figure[part]
@@ -79,9 +76,6 @@ def figure_rows(found: Mapping[str, dict], names: Sequence[str]) -> list[dict]:
         if ends:
             rows.append({"title": measure.title, "explanation": measure.explanation, "cells": cells})
     return rows
-
-
-# ------------------------------------------------------------------------------- notes
 
 
 def _sentences(one: Measured) -> list[dict]:
@@ -129,9 +123,6 @@ def note_cards(rows: Mapping[int, Row], measured: Mapping, trained: set[str], ve
         cards.append(card)
     chosen = sorted(cards, key=lambda card: not trained & set(card["fails"]))[:_MOST_NOTES]
     return sorted(chosen, key=lambda card: card["place"])
-
-
-# ------------------------------------------------------------------------------- files
 
 
 def write_report(

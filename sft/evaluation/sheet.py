@@ -66,9 +66,6 @@ def write_sheet(folder: Path, rows: Mapping[int, Row], summaries: Mapping[str, M
     write_atomic(folder / "blind_sheet.html", page)
 
 
-# ------------------------------------------------------------------------------- reading
-
-
 def read_key(folder: Path) -> dict[str, dict]:
     """{item: what the sheet holds of it, and its systems}. Raises InputError without a sheet."""
     try:
@@ -125,9 +122,6 @@ def _read_spans(cell: str, summary: str) -> list[tuple[int, int]] | None:
             return None
         spans.append((start, end))
     return spans
-
-
-# ------------------------------------------------------------------------------- counting
 
 
 def _ratio_over_notes(values: Iterable[tuple[int, float]]) -> dict:

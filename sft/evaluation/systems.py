@@ -45,9 +45,6 @@ SYSTEMS = (
 _N_FIRST = 8  # notes whose summaries tell how long all will take
 
 
-# ------------------------------------------------------------------------------- without a model
-
-
 def lead(note: str) -> str:
     sentences = split_sentences(note)
     return " ".join(sentences if len(sentences) <= 5 else sentences[:2] + sentences[-3:])
@@ -65,9 +62,6 @@ def write_without_model(name: str, rows: Mapping[int, Row], training: Sequence[R
     selector = fit_selector((row.clinical_note, row.model_summary) for row in training)
     quoted = {number: quote(row.clinical_note, selector) for number, row in rows.items()}
     return {number: " ".join(sentence.text for sentence in found) for number, found in quoted.items()}
-
-
-# ------------------------------------------------------------------------------- with a model
 
 
 def remove_adapter(inference) -> None:
@@ -152,9 +146,6 @@ def write_with_model(
             inference.prompts.encoder = plain
 
     return write
-
-
-# ------------------------------------------------------------------------------- files
 
 
 def digest(*values) -> str:
