@@ -312,7 +312,7 @@ def evaluate(columns: Sequence[Column], groups: Mapping, measured: Mapping, data
         "n_leaked": data.n_leaked,
         "figures": found,
         "changes": {name: dict(zip(("better", "worse"), figures.changes(found, name))) for name in answers},
-        "answers": {name: [answer._asdict() for answer in given] for name, given in answers.items()},
+        "answers": answers,
         "verdicts": {name: figures.verdict(given) for name, given in answers.items()},
         "twins": {kind: twin for kind, twin in twins.items() if kind == "all" or shown_kinds(kinds)},
         "groups": {

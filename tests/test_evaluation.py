@@ -163,6 +163,17 @@ def test_adapters_side_by_side(evaluate, adapters, tmp_path):
     assert len(set(losses)) == 3
 
 
+def test_what_an_adapter_without_a_selector_cannot_do_is_left_out_and_said(capsys):
+    old, new = (sft_evaluation.Adapter("", None, {}, False, has_selector) for has_selector in (False, True))
+    data = sft_evaluation.Data(None, {}, [], ["a row"], 0, 2)
+    found = {column.name for column in sft_evaluation.choose_columns(None, [old], data)}
+    assert {"free", "selected"} <= found and not {"quote", "verified"} & found
+    said = capsys.readouterr().err
+    assert "quote is left out: the adapter has no selector" in said and "verified is left out" in said
+    found = {column.name for column in sft_evaluation.choose_columns(None, [new], data)}
+    assert {"free", "quote", "verified"} <= found and "selected" not in found
+
+
 def test_a_file_is_never_continued_with_other_settings(tmp_path):
     one = SystemFile(tmp_path, "base", {"max_new_tokens": 1})
     one.write([0], lambda numbers, _: ((n, {"generated_summary": "x"}) for n in numbers))

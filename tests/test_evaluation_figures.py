@@ -24,6 +24,7 @@ from sft.evaluation.figures import (
     verdict,
 )
 from sft.evaluation.measures import (
+    MEASURES,
     add_memorized,
     copied_words,
     facts_held,
@@ -44,7 +45,14 @@ def measure_systems(rows, systems):
     rouge = make_scorer()
     measured = {
         name: {
-            n: measure(row, PreparedNote(row.clinical_note), {"generated_summary": text}, rouge, set())
+            n: measure(
+                row,
+                PreparedNote(row.clinical_note),
+                {"generated_summary": text},
+                rouge,
+                set(),
+                SENTENCE_VERSION,
+            )
             for (n, row), text in zip(rows.items(), texts)
         }
         for name, texts in systems.items()
@@ -192,11 +200,11 @@ def test_figures_tell_a_good_system_from_a_bad_one(evaluated):
 
 def test_the_four_questions(evaluated):
     found = figures_of(evaluated)
-    assert [answer.passed for answer in answer_questions(found, "base")][2:] == [False, False]
+    assert [answer["passed"] for answer in answer_questions(found, "base")][2:] == [False, False]
     assert verdict(answer_questions(found, "base")).startswith("Do not go on")
     answers = answer_questions(found, "specialist")
     # Without a model there is no loss
-    assert answers[0].passed is None and answers[1].passed
+    assert answers[0]["passed"] is None and answers[1]["passed"]
     assert verdict(answers).startswith("Not shown")
 
 
@@ -211,8 +219,22 @@ def test_who_rewrites_nothing_invents_nothing(evaluated):
     """Whole notes are no sentence of the model's own; coverage alone decides whether they are accurate."""
     rows, measured = evaluated
     answers = answer_questions(figures(sums_table(measured, list(rows)), list(measured)), "specialist")
-    assert [answer.passed for answer in answers[2:]] == [True, True]
-    assert "no sentence is rewritten" in answers[3].figure
+    assert [answer["passed"] for answer in answers[2:]] == [True, True]
+    assert "no sentence is rewritten" in answers[3]["figure"]
+
+
+def test_few_sentences_without_a_finding_show_nothing():
+    """Nothing found in ten sentences: the difference from others is as uncertain as the rule of three."""
+    rewritten = [measure.name for measure in MEASURES].index("rewritten")
+    table = np.zeros((10, 2, len(MEASURES), 2))
+    table[:, :, rewritten, 1] = 1
+    table[:5, 1, rewritten, 0] = 1
+    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
+    assert (found["low"], found["high"]) == (0, 0.3)
+    assert found["minus"]["reference"]["high"] >= 0.3 - 0.5
+    table[:, 1, rewritten, 0] = 0
+    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
+    assert found["minus"]["reference"]["high"] == pytest.approx(0.3)
 
 
 def test_twins_rank_the_check():
@@ -230,7 +252,7 @@ def write_page(folder, rows, measured):
     found = figures(sums_table(measured, list(rows)), list(measured))
     evaluation = {
         "figures": found,
-        "answers": {"specialist": [answer._asdict() for answer in answer_questions(found, "specialist")]},
+        "answers": {"specialist": answer_questions(found, "specialist")},
         "verdicts": {"specialist": "No."},
         "changes": {"specialist": {"better": ["rouge1"], "worse": []}},
         "systems": dict.fromkeys(measured, "a system"),

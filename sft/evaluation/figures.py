@@ -4,8 +4,7 @@ Every measure is a ratio of two sums over notes: findings per sentence, words co
 per note. Intervals draw whole notes again, because the sentences of one note are not independent."""
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -46,6 +45,18 @@ def figure_of(value: float, samples: np.ndarray) -> dict:
     if np.isfinite(samples).mean() >= 0.9:
         low, high = map(float, np.nanquantile(samples, [0.025, 0.975]))
     return {"value": float(value), "low": low, "high": high}
+
+
+def mean_over_notes(values: Iterable[tuple[int | bytes, float]]) -> dict:
+    """{"count", "n", "value", "low", "high"}: the mean of (note, value), with its interval over notes."""
+    notes: dict[int | bytes, np.ndarray] = {}
+    for note, value in values:
+        notes[note] = notes.get(note, np.zeros(2)) + np.array((value, 1))
+    if not notes:
+        return {"count": 0, "n": 0, "value": None, "low": None, "high": None}
+    table = np.array(list(notes.values()))
+    count, n = table.sum(axis=0)
+    return {"count": int(count), "n": int(n), **figure_of(count / n, resample(table))}
 
 
 def auroc(scores: Sequence[float], others: Sequence[float]) -> float:
@@ -117,7 +128,7 @@ def twins(rows: Sequence[Row]) -> dict[str, dict]:
     """How well the check ranks a hallucinated summary below a factual one of the same note, by kind of
     hallucination and "all": {"n", "value" (share, ties half), "low", "high", "auroc"}."""
     factual = {row.note_key: row for row in rows if row.label == "factual"}
-    pairs: dict[str, list[tuple[bytes, float, float]]] = {"all": []}
+    pairs: dict[str, list[tuple[bytes, float, float]]] = {}
     for row in rows:
         if row.label == "hallucinated" and row.note_key in factual:
             summaries = (row.model_summary, factual[row.note_key].model_summary)
@@ -125,32 +136,19 @@ def twins(rows: Sequence[Row]) -> dict[str, dict]:
             for kind in ("all", row.hallucination_type or "unnamed"):
                 pairs.setdefault(kind, []).append((row.note_key, *risks))
     found = {}
-    for kind in sorted(filter(pairs.get, pairs)):
-        notes: dict[bytes, list[float]] = {}
-        for key, false, true in pairs[kind]:
-            notes.setdefault(key, []).append((false > true) + (false == true) / 2)
-        table = np.array([[sum(ranked), len(ranked)] for ranked in notes.values()])
-        _, false, true = zip(*pairs[kind])
-        share = figure_of(ratios(table.sum(axis=0)), resample(table))
-        found[kind] = {"n": len(false), **share, "auroc": auroc(false, true)}
+    for kind in sorted(pairs):
+        keys, false, true = zip(*pairs[kind])
+        ranked = ((a > b) + (a == b) / 2 for a, b in zip(false, true))
+        found[kind] = {**mean_over_notes(zip(keys, ranked)), "auroc": auroc(false, true)}
     return found
-
-
-class Answer(NamedTuple):
-    """`passed`: whether the whole interval lies within the threshold; None if only the value does, or if it
-    was not measured."""
-
-    question: str
-    passed: bool | None
-    figure: str
-    threshold: str
-    advice: str
 
 
 def _within(figure: dict | None, least: float = -math.inf, most: float = math.inf) -> bool | None:
     """True if the whole interval lies between the bounds, None if only the value does."""
-    if figure is None or not least <= figure["value"] <= most:
-        return figure and False
+    if figure is None:
+        return None
+    if not least <= figure["value"] <= most:
+        return False
     is_sure = figure["low"] is not None and least <= figure["low"] and figure["high"] <= most
     return is_sure or None
 
@@ -163,8 +161,9 @@ def _shown(figure: dict | None, scale: int = 100) -> str:
     return value if figure["low"] is None else f"{value} ({low} to {high})"
 
 
-def answer_questions(found: Mapping[str, dict], system: str) -> list[Answer]:
-    """The four questions before Stage B, for one system."""
+def answer_questions(found: Mapping[str, dict], system: str) -> list[dict]:
+    """The four questions before Stage B, for one system, each with `passed`: whether the whole interval lies
+    within the threshold; None if only the value does, or if it was not measured."""
     of = found[system]
 
     def minus(measure: str, role: str) -> dict | None:
@@ -188,27 +187,28 @@ def answer_questions(found: Mapping[str, dict], system: str) -> list[Answer]:
         asked = f"at least {LEAST_COVERAGE:.0%}"
     accurate = [copies or _within(flagged, most=MOST_FLAGGED), _within(coverage, least=least)]
     larger = "use a larger base model, more rows or all linear layers; or the note's own sentences (--writing quote)"
-    return [
-        Answer("Does it know the terminology?", _within(loss, most=-1e-9),
-               f"loss per token, minus the base's: {_shown(loss, 1)} nats", "below 0, with the whole interval",
-               "train on more rows or epochs, or on a base model that knows clinical text"),
-        Answer("Does it keep the output format?", is_formed,
-               f"{shares}; " + (f"{_shown(kept)} % of the marks kept" if kept else "free text, without marks"),
-               f"each at most {MOST_FAILED:.0%}; marks at least {LEAST_FORMAT:.0%}",
-               "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows"),
-        Answer("Does it reflect the notes accurately?", False if False in accurate else None if None in accurate else True,
-               f"sentences with a finding, {own.format(_shown(flagged))}; {covers}",
-               f"at most {MOST_FLAGGED * 100:.0f} more; coverage {asked}", larger),
-        Answer("Is it free of hallucinations?", copies or _within(invented, most=MOST_INVENTED),
-               f"words, numbers and drugs that the note lacks, {own.format(_shown(invented))}",
-               f"at most {MOST_INVENTED * 100:.0f} more", larger),
+    answers = [
+        ("Does it know the terminology?", _within(loss, most=-1e-9),
+         f"loss per token, minus the base's: {_shown(loss, 1)} nats", "below 0, with the whole interval",
+         "train on more rows or epochs, or on a base model that knows clinical text"),
+        ("Does it keep the output format?", is_formed,
+         f"{shares}; " + (f"{_shown(kept)} % of the marks kept" if kept else "free text, without marks"),
+         f"each at most {MOST_FAILED:.0%}; marks at least {LEAST_FORMAT:.0%}",
+         "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows"),
+        ("Does it reflect the notes accurately?", False if False in accurate else None if None in accurate else True,
+         f"sentences with a finding, {own.format(_shown(flagged))}; {covers}",
+         f"at most {MOST_FLAGGED * 100:.0f} more; coverage {asked}", larger),
+        ("Is it free of hallucinations?", copies or _within(invented, most=MOST_INVENTED),
+         f"words, numbers and drugs that the note lacks, {own.format(_shown(invented))}",
+         f"at most {MOST_INVENTED * 100:.0f} more", larger),
     ]  # fmt: skip
+    return [dict(zip(("question", "passed", "figure", "threshold", "advice"), answer)) for answer in answers]
 
 
-def verdict(answers: Sequence[Answer]) -> str:
-    failed = [answer for answer in answers if answer.passed is False]
+def verdict(answers: Sequence[Mapping]) -> str:
+    failed = [answer for answer in answers if answer["passed"] is False]
     if failed:
-        return f"Do not go on to Stage B yet: {failed[-1].advice}."
-    if any(answer.passed is None for answer in answers):
+        return f"Do not go on to Stage B yet: {failed[-1]['advice']}."
+    if any(answer["passed"] is None for answer in answers):
         return "Not shown yet: evaluate more rows, with all systems, before going on."
     return "Go on to Stage B, once a blind reading (--blind_sheet) has confirmed it: the check does not see every error."

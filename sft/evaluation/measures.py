@@ -12,7 +12,7 @@ from sft.grounding import Check, PreparedNote
 from sft.grounding.citations import has_citation, parse_citations, strip_citations
 from sft.grounding.quantities import Quantity, QuantityIndex
 from sft.grounding.reading import Text
-from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
+from sft.grounding.sentences import split_sentences
 from sft.grounding.words import TOKEN, is_telling
 
 RUN = 5  # words in a row that count as copied, or as remembered
@@ -149,12 +149,7 @@ def make_scorer() -> Callable[[str, str], dict[str, float]]:
 
 
 def measure(
-    row: Row,
-    note: PreparedNote,
-    result: Mapping,
-    rouge: Callable,
-    expected: set[str],
-    version: int = SENTENCE_VERSION,
+    row: Row, note: PreparedNote, result: Mapping, rouge: Callable, expected: set[str], version: int
 ) -> Measured:
     """Everything that one summary tells alone. `expected`: the marks of its format; `version`: of the note's
     sentence numbers."""

@@ -5,21 +5,18 @@ const live = document.getElementById("live");
 
 // Sorting and filtering
 function arrange() {
-  const sort = document.getElementById("sort").value;
-  const filter = document.getElementById("filter").value;
+  const [sort, filter] = ["sort", "filter"].map((id) => document.getElementById(id).value);
   const sign = sort === "place" ? 1 : -1;
   cards.sort((a, b) => sign * (a.dataset[sort] - b.dataset[sort]) || a.dataset.place - b.dataset.place);
   let n = 0;
   for (const card of cards) {
-    const fails = card.dataset.fails.split("|");
-    card.hidden = filter !== "" && !fails.includes(filter);
+    card.hidden = filter !== "" && !card.dataset.fails.split("|").includes(filter);
     n += !card.hidden;
     list.append(card);
   }
   live.textContent = `${n} of ${cards.length} notes shown`;
 }
-document.getElementById("sort").addEventListener("change", arrange);
-document.getElementById("filter").addEventListener("change", arrange);
+document.querySelector(".controls").addEventListener("change", arrange);
 
 // A summary's sentence lights the note sentences that support it
 function light(sentence) {

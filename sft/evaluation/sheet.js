@@ -6,25 +6,21 @@ let isSaved = true;
 
 function show(item) {
   isSaved = false;
-  const list = item.querySelector(".marks");
-  list.replaceChildren();
-  marked.get(item).forEach((mark, place) => {
+  const lines = marked.get(item).map((mark, place) => {
     const line = document.createElement("li");
-    const remove = document.createElement("button");
-    remove.type = "button";
-    remove.textContent = "remove";
+    const remove = Object.assign(document.createElement("button"), { type: "button", textContent: "remove" });
     remove.addEventListener("click", () => (marked.get(item).splice(place, 1), show(item)));
     line.append(`${mark.kind}: “${mark.words}” `, remove);
-    list.append(line);
+    return line;
   });
+  item.querySelector(".marks").replaceChildren(...lines);
 }
 
 // The selected words of a summary, by place in characters as Python counts them
 function select(item) {
-  const selection = getSelection();
   const summary = item.querySelector(".summary");
-  if (!selection.rangeCount || selection.isCollapsed || !summary.contains(selection.getRangeAt(0).commonAncestorContainer)) return null;
-  const range = selection.getRangeAt(0);
+  const range = getSelection().rangeCount ? getSelection().getRangeAt(0) : null;
+  if (!range || range.collapsed || !summary.contains(range.commonAncestorContainer)) return null;
   const before = document.createRange();
   before.setStart(summary, 0);
   before.setEnd(range.startContainer, range.startOffset);
@@ -56,10 +52,8 @@ function csv() {
 }
 
 document.getElementById("save").addEventListener("click", () => {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
-  link.download = `ratings_${notes.dataset.sheet}.csv`;
-  link.click();
+  const href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
+  Object.assign(document.createElement("a"), { href, download: `ratings_${notes.dataset.sheet}.csv` }).click();
   isSaved = true;
   live.textContent = "Saved";
 });

@@ -4,7 +4,7 @@ import json
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from sft.cli import InputError, safe_id
 from sft.data.rows import Row
 from sft.data.table import read_table
-from sft.evaluation.figures import figure_of, ratios, resample
+from sft.evaluation.figures import mean_over_notes
 from sft.evaluation.page import render
 from sft.evaluation.systems import digest
 from sft.files import write_atomic, write_json
@@ -124,27 +124,15 @@ def _read_spans(cell: str, summary: str) -> list[tuple[int, int]] | None:
     return spans
 
 
-def _ratio_over_notes(values: Iterable[tuple[int, float]]) -> dict:
-    """{"count", "n", "value", "low", "high"}: the mean of (note, value), with its interval over notes."""
-    notes: dict[int, np.ndarray] = {}
-    for note, value in values:
-        notes[note] = notes.get(note, np.zeros(2)) + np.array((value, 1))
-    if not notes:
-        return {"count": 0, "n": 0, "value": None, "low": None, "high": None}
-    table = np.array(list(notes.values()))
-    count, n = table.sum(axis=0)
-    return {"count": int(count), "n": int(n), **figure_of(ratios(table.sum(axis=0)), resample(table))}
-
-
 def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
-    """{system: {what: its count}} of the summaries read, each as of _ratio_over_notes."""
+    """{system: {what: its count}} of the summaries read, each as of mean_over_notes."""
     read: dict[str, list[tuple[int, dict]]] = {}
     for name, rating in ratings.items():
         for system in items[name]["systems"]:
             read.setdefault(system, []).append((items[name]["note"], rating))
     return {
         system: {
-            what: _ratio_over_notes((note, value(rating)) for note, rating in read[system])
+            what: mean_over_notes((note, value(rating)) for note, rating in read[system])
             for what, value in _COUNTS.items()
         }
         for system in sorted(read)
@@ -166,7 +154,7 @@ def check_against(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dic
         flagged = [span for span in spans if spans[span]]
         found += [(note, _overlaps(statement, flagged)) for statement in rating["wrong"]]
         alarms += [(note, spans[span]) for span in spans if not _overlaps(span, rating["wrong"])]
-    return {"found": _ratio_over_notes(found), "false_alarms": _ratio_over_notes(alarms)}
+    return {"found": mean_over_notes(found), "false_alarms": mean_over_notes(alarms)}
 
 
 def agreement(first: Mapping[str, dict], second: Mapping[str, dict]) -> dict[str, dict]:
