@@ -237,13 +237,12 @@ def write_summaries(
     """{column: {number: result}}, of which files hold what earlier runs wrote."""
     folder = make_private_dir(Path(config.output_dir))
     numbers = list(data.rows)
+    # Each model is loaded once
+    columns = sorted(columns, key=lambda column: (column.system.model, column.adapter.number))
     files = {c.name: systems.SystemFile(folder, c.name, fingerprint(c, data, config)) for c in columns}
-    slow = [
-        c
-        for c in columns
-        if c.system.model and c.system.writing != "quote" and files[c.name].missing(numbers)
-    ]
-    n_missing = sum(len(files[c.name].missing(numbers)) for c in slow)
+    models = [c.name for c in columns if c.system.model and c.system.writing != "quote"]
+    missing = {name: len(files[name].missing(numbers)) for name in models if files[name].missing(numbers)}
+    n_missing = sum(missing.values())
 
     def estimate(seconds: float) -> None:
         log(f"{n_missing:,} summaries will take about {seconds * n_missing / 60:,.1f} min")
@@ -258,20 +257,14 @@ def write_summaries(
             file.write(numbers, lambda part, _, t=texts: ((n, {"generated_summary": t[n]}) for n in part))
             continue
         log(f"{column.name}: {system.says}")
-        if loaded != (system.model, column.adapter.folder):
+        if loaded != (system.model, column.adapter.number):
             inference = None  # one model is in memory at a time
             inference = load(system.model, column.adapter, config)
-            loaded = (system.model, column.adapter.folder)
+            loaded = (system.model, column.adapter.number)
         examples = data.training if system.needs_training_rows else []
-        write = systems.write_with_model(
-            inference,
-            system,
-            data.rows,
-            examples,
-            max_new_tokens=config.max_new_tokens,
-            batch_size=config.batch_size,
-        )
-        file.write(numbers, write, estimate if column in slow[:1] else None)
+        settings = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
+        write = systems.write_with_model(inference, system, data.rows, examples, settings)
+        file.write(numbers, write, estimate if column.name in list(missing)[:1] else None)
     return {column.name: files[column.name].results for column in columns}
 
 
@@ -307,7 +300,7 @@ def evaluate(columns: Sequence[Column], groups: Mapping, measured: Mapping, data
         "toolkit": __version__,
         "test_csv_sha256": sha256(data.test_file),
         "systems": {c.name: c.system.says for c in columns},
-        "adapters": {str(c.adapter.folder): c.adapter.sft_config["sha256"]["folder"] for c in columns},
+        "adapters": {c.adapter.number.strip("_") or "1": c.adapter.sft_config["sha256"]["folder"] for c in columns},
         "n_notes": len(data.rows),
         "n_leaked": data.n_leaked,
         "figures": found,

@@ -376,5 +376,5 @@ def test_the_pages_in_a_browser(evaluated, tmp_path):
         download.value.save_as(tmp_path / "saved.csv")
         browser.close()
     [(name, rating)] = read_ratings(str(tmp_path / "saved.csv"), items).items()
-    assert rating.wrong == [(0, len(items[name]["summary"]))] and not rating.usable
+    assert rating["wrong"] == [(0, len(items[name]["summary"]))] and not rating["usable"]
     assert not said and all(url.startswith("file:") for url in requests)

@@ -180,7 +180,7 @@ def answer_questions(found: Mapping[str, dict], system: str) -> list[dict]:
     own = "no sentence is rewritten" if copies else "per 100 rewritten sentences, minus the reference's: {}"
     coverage, least = minus("coverage", "chosen"), -MOST_UNCOVERED
     covers = f"coverage, minus that of the note's own sentences: {_shown(coverage)} %"
-    asked = f"at most {MOST_UNCOVERED:.0%} below it"
+    asked = f"at most {MOST_UNCOVERED * 100:.0f} points below it"
     if not coverage:
         coverage, least = of.get("coverage"), LEAST_COVERAGE
         covers = f"coverage: {_shown(coverage)} %"

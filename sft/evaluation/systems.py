@@ -122,10 +122,10 @@ def reference_losses(inference, rows: Mapping[int, Row]) -> dict[int, tuple[floa
 
 
 def write_with_model(
-    inference, system: System, rows: Mapping[int, Row], examples: Sequence[Row], **settings
+    inference, system: System, rows: Mapping[int, Row], examples: Sequence[Row], settings: dict
 ) -> Callable:
-    """A function of (numbers, should_stop) that yields (number, result); `examples`: rows for the prompt.
-    Results of what a model writes freely have `reference_loss`, as of reference_losses."""
+    """A function of (numbers, should_stop) that yields (number, result). `examples`: rows for the prompt;
+    `settings`: of summarize. Results of free writing have `reference_loss`, as of reference_losses."""
 
     def write(numbers: Sequence[int], should_stop: Callable[[], bool]) -> Iterator[tuple[int, dict]]:
         part = {number: rows[number] for number in numbers}
