@@ -1,13 +1,18 @@
-# `make train` and `make test` do all their own set-up. Options go in ARGS: make train ARGS="--num_epochs 1"
+# `make train`, `make evaluate` and `make test` do all their own set-up. Options go in ARGS: make train ARGS="--num_epochs 1"
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
 
-.PHONY: setup train test lint clean
+.PHONY: setup train evaluate test lint clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.setup
 	$(VENV)/bin/python stage_a_sft_training.py $(ARGS)
+
+# Trains the default specialist first if there is none
+evaluate: $(VENV)/.setup
+	test -d models/sft_specialist/final_model || $(VENV)/bin/python stage_a_sft_training.py
+	$(VENV)/bin/python sft_evaluation.py $(ARGS)
 
 test: $(VENV)/.setup_dev
 	$(VENV)/bin/python -m pytest $(ARGS)

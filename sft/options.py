@@ -28,13 +28,8 @@ from sft.option_fields import (
     typed_names,
 )
 
-__all__ = [
-    "check_config",
-    "check_words",
-    "number",
-    "parse_options",
-    "typed_names",
-]  # for those who read configurations
+# For those who read configurations
+__all__ = ["check_config", "check_words", "number", "parse_options", "typed_names"]
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
@@ -49,7 +44,7 @@ CPU_TOKENS_PER_PASS = 800  # a CPU's matrix products gain little from more, and 
 
 
 @dataclass
-class DataOptions:
+class FileOptions:
     train_csv: str | list[str] = option(
         [BUNDLED_TRAIN_FILE],
         "training rows: .csv, .tsv, .json or .jsonl with the columns clinical_note, model_summary, label and "
@@ -70,6 +65,12 @@ class DataOptions:
         type=number(float, 0, 0.5, above_low=True),
         group=DATA,
     )
+
+
+@dataclass
+class ColumnOptions:
+    """What the columns and labels of a file with summaries are called."""
+
     id_column: str | None = option(None, "the column of ids, if not id", group=DATA, metavar=NAME)
     note_column: str | None = option(
         None, "the column of notes, if not clinical_note", group=DATA, metavar=NAME
@@ -85,6 +86,10 @@ class DataOptions:
         None, "labels of other names: yes=factual,no=hallucinated", group=DATA, metavar=MAP
     )
     skip_empty: bool = option(False, "leave out rows with an empty note or summary", group=DATA)
+
+
+@dataclass
+class DataOptions(ColumnOptions, FileOptions):
     stray_citations: str = option(
         "drop",
         "citations of sentences that the prompt does not number, or the note does not have: drop them from the "
@@ -243,7 +248,6 @@ class TrainConfig(MachineOptions, DataOptions):
         group=TRAINING,
         may_change=True,
     )
-
     part_rows: str = option(
         "auto",
         "also train on single summary sentences, each with the part of its note that holds its words, for "
@@ -445,4 +449,25 @@ class InferenceConfig(MachineOptions):
     )
     no_merge: bool = option(
         False, "keep the adapter beside the base weights instead of merging it: slower", group=MACHINE
+    )
+
+
+@dataclass
+class EvaluationConfig(ColumnOptions, MachineOptions):
+    """Options of sft_evaluation.py."""
+
+    model_path: list[str] = option(["./models/sft_specialist/final_model"], "adapter folders", group=MODEL)
+    test_csv: str | None = option(None, "rows not trained on (default: the bundled ones)", group=DATA)
+    train_csv: list[str] | None = option(None, "the rows trained on (default: the bundled ones)", group=DATA)
+    n_rows: int | None = option(None, "evaluate this many rows, at random", type=number(int, 2), group=DATA)
+    by: str | None = option(None, "also by this column, or by note_length", group=DATA, metavar=NAME)
+    systems: list[str] | None = option(None, "what to compare (default: all)", group=RUN, metavar=NAME)
+    output_dir: str = option("models/sft_evaluation", "folder for the report and the summaries", group=RUN)
+    blind_sheet: bool = option(False, "also write a sheet to read without knowing the systems", group=RUN)
+    ratings: list[str] | None = option(None, "count one or two filled-in sheets, and stop", group=RUN)
+    max_new_tokens: int | None = option(
+        None, "longest summary, in tokens (default: the adapter's)", type=number(int, 1), group=GENERATION
+    )
+    batch_size: int = option(
+        DEFAULT_GENERATION_BATCH_SIZE, "summaries written together", type=number(int, 1), group=MACHINE
     )

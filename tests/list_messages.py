@@ -5,7 +5,7 @@ sitting.
 
 A line is FILE:LINE: KIND: TEXT. The kind is the call that the text is an argument of (InputError, log,
 option, ...), or "text" if it is assigned, appended, returned or yielded first: a fix, a warning in a result,
-a reason. The values in an f-string are shown as {…}. The --help of the three scripts follows."""
+a reason. The values in an f-string are shown as {…}. The --help of the scripts follows."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("sft_dataset.py", "stage_a_sft_training.py", "sft_inference.py")
+SCRIPTS = ("sft_dataset.py", "stage_a_sft_training.py", "sft_inference.py", "sft_evaluation.py")
 ERRORS = ("InputError", "RunError", "Stopped", "ArgumentTypeError", "_exit_with")
 CALLS = (*ERRORS, "log", "log", "print", "input", "failure", "option", "parse_options")
 

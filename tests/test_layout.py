@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-SCRIPTS = ["sft_dataset", "stage_a_sft_training", "sft_inference"]
+SCRIPTS = ["sft_dataset", "stage_a_sft_training", "sft_inference", "sft_evaluation"]
 
 # What each part of the package may import of the others
 MAY_IMPORT = {
@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "data": {"cli", "files", "options", "grounding"},
     "model": {"cli", "files", "options"},
     "inference": {"cli", "files", "options", "grounding", "data", "model"},
+    "evaluation": {"cli", "files", "options", "grounding", "data", "model", "inference"},
     "training": {"cli", "files", "options", "grounding", "data", "model"},
 }
 

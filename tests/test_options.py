@@ -7,6 +7,7 @@ import pytest
 
 from sft.cli import InputError
 from sft.options import (
+    EvaluationConfig,
     InferenceConfig,
     ReportConfig,
     TrainConfig,
@@ -17,7 +18,7 @@ from sft.options import (
     typed_names,
 )
 
-CONFIGS = [ReportConfig, TrainConfig, InferenceConfig]
+CONFIGS = [ReportConfig, TrainConfig, InferenceConfig, EvaluationConfig]
 
 
 def parse(*arguments, config=TrainConfig):
@@ -215,7 +216,8 @@ def test_a_note_in_the_wrong_option_is_refused_and_not_shown(config, name, monke
             if not takes_words:
                 with pytest.raises(InputError) as refused:
                     parse(*typed, config=config)
-            elif name.endswith(("_column", "_columns", "_map")):
+            # The evaluation asks for an adapter first: see test_evaluation.py
+            elif name.endswith(("_column", "_columns", "_map")) and config is not EvaluationConfig:
                 script = sft_inference if config is InferenceConfig else sft_dataset
                 files = ["--input_file" if config is InferenceConfig else "--train_csv", str(csv_files[0])]
                 monkeypatch.setattr("sys.argv", ["x.py", *files, *typed])

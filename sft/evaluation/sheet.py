@@ -1,0 +1,203 @@
+"""The blind reading: a sheet of summaries without their systems, and what readers wrote into it."""
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sft.cli import InputError, safe_id
+from sft.data.rows import Row
+from sft.data.table import read_table
+from sft.evaluation.figures import mean_over_notes
+from sft.evaluation.page import render
+from sft.evaluation.systems import digest
+from sft.files import write_atomic, write_json
+from sft.grounding import check_summary
+from sft.inference.results import csv_row
+
+KEY_FILE = "blind_sheet_key.json"
+RULES = (
+    ("wrong", "A statement is wrong if the note does not support it or contradicts it: invented; another person, side, "
+     "number, negation, time, subject or cause; nonsense that a reader would take for a fact. Style, omission and an end cut "
+     "off are not."),
+    ("dangerous", "A wrong statement is dangerous if acting on it could harm."),
+    ("finding, plan", "The main problem or result is there; what was decided or happened is there."),
+    ("usable", "No wrong statement, finding and plan there, not cut off, needs no more than trivial edits. Copying is fine if "
+     "it is shorter than the note or the note is short."),
+)  # fmt: skip
+_COLUMNS = "item clinical_note summary usable wrong dangerous finding plan".split()
+_YES_OR_NO = {"yes": True, "y": True, "1": True, "no": False, "n": False, "0": False}
+_COUNTS = {
+    "usable": lambda rating: rating["usable"],
+    "with a wrong statement": lambda rating: bool(rating["wrong"]),
+    "with a dangerous one": lambda rating: bool(rating["dangerous"]),
+    "finding and plan there": lambda rating: rating["finding"] and rating["plan"],
+    "wrong statements": lambda rating: len(rating["wrong"]),
+    "dangerous statements": lambda rating: len(rating["dangerous"]),
+}
+
+
+def write_sheet(folder: Path, rows: Mapping[int, Row], summaries: Mapping[str, Mapping[int, str]]) -> None:
+    """blind_sheet.html, blind_sheet.csv and the key, which says whose summaries they are. Notes, and the
+    different summaries of each, are in random order; systems that wrote the same share an item, whose name
+    begins with the sheet's."""
+    sheet = digest([rows[n].note_key.hex() for n in rows], sorted(summaries.items()))[:4]
+    dice = random.Random(sheet)
+    notes = []
+    for number in dice.sample(list(rows), len(rows)):
+        systems: dict[str, list[str]] = {}
+        for system, texts in summaries.items():
+            if texts[number].strip():
+                systems.setdefault(texts[number], []).append(system)
+        same = {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note}
+        shuffled = dice.sample(list(systems), len(systems))
+        notes.append([{**same, "systems": systems[summary], "summary": summary} for summary in shuffled])
+    items = [item for of_note in notes for item in of_note]
+    for place, item in enumerate(items, 1):
+        item["item"] = f"{sheet}-{place:04}"
+    write_json(folder / KEY_FILE, {"items": items})
+    lines = [csv_row([item.get(column, "") for column in _COLUMNS]) for item in items]
+    write_atomic(folder / "blind_sheet.csv", "\ufeff" + csv_row(_COLUMNS) + "".join(lines))
+    page = render("sheet.html.j2", "sheet.js", rules=RULES, notes=notes, sheet=sheet)
+    write_atomic(folder / "blind_sheet.html", page)
+
+
+def read_key(folder: Path) -> dict[str, dict]:
+    """{item: what the sheet holds of it, and its systems}. Raises InputError without a sheet."""
+    try:
+        items = json.loads((folder / KEY_FILE).read_text(encoding="utf-8"))["items"]
+        return {item["item"]: item for item in items}
+    except (OSError, ValueError, KeyError, TypeError):
+        fix = "write the sheet first (--blind_sheet), or pass its folder with --output_dir"
+        raise InputError(f"{folder / KEY_FILE}: no key of a blind sheet", fix) from None
+
+
+def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
+    """{item: rating} of the rows that were filled in: `usable`, `finding` and `plan` (bool), `wrong` and,
+    among them, `dangerous`: (start, end) of statements. Raises InputError for what cannot be understood; no
+    message holds text of the file."""
+    ratings = {}
+    for row_number, cells, _ in read_table(path, [], Counter()):
+        if "item" not in cells or "usable" not in cells:
+            fix = "use the sheet's CSV, or the file that the sheet's page saves"
+            raise InputError(f"{path}: no columns item and usable in the header", fix)
+        if not cells["usable"].strip():
+            continue
+        name = cells["item"].strip()
+        where = f"{path}: row {row_number} (item {safe_id(name)})"
+        if name not in items:
+            fix = "pass its folder with --output_dir"
+            raise InputError(f"{where} is not of the sheet in this folder", fix)
+        rating: dict = {}
+        for column in ("usable", "finding", "plan"):
+            rating[column] = _YES_OR_NO.get(cells.get(column, "").strip().lower())
+            if rating[column] is None:
+                raise InputError(f"{where}: column {column} is neither yes nor no", "write yes or no")
+        for column in ("wrong", "dangerous"):
+            spans = _read_spans(cells.get(column, ""), items[name]["summary"])
+            if spans is None:
+                fix = 'copy the words from the summary, with "|" between statements'
+                raise InputError(f"{where}: column {column}: not words of the summary", fix)
+            rating[column] = spans
+        rating["wrong"] = sorted({*rating["wrong"], *rating["dangerous"]})
+        ratings[name] = rating
+    if not ratings:
+        raise InputError(f"{path}: no row is filled in", "write yes or no into the column usable")
+    return ratings
+
+
+def _read_spans(cell: str, summary: str) -> list[tuple[int, int]] | None:
+    """ "12-30 | the left knee" -> spans of the summary: places, or its words. None if they are neither."""
+    spans = []
+    for part in filter(None, map(str.strip, cell.split("|"))):
+        place = re.fullmatch(r"(\d{1,7})-(\d{1,7})", part)
+        words = r"\s+".join(map(re.escape, part.lstrip("'").split()))
+        found = None if place else re.search(words, summary, re.IGNORECASE)
+        start, end = map(int, place.groups()) if place else found.span() if found else (0, 0)
+        if not 0 <= start < end <= len(summary):
+            return None
+        spans.append((start, end))
+    return spans
+
+
+def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
+    """{system: {what: its count}} of the summaries read, each as of mean_over_notes."""
+    read: dict[str, list[tuple[int, dict]]] = {}
+    for name, rating in ratings.items():
+        for system in items[name]["systems"]:
+            read.setdefault(system, []).append((items[name]["note"], rating))
+    return {
+        system: {
+            what: mean_over_notes((note, value(rating)) for note, rating in read[system])
+            for what, value in _COUNTS.items()
+        }
+        for system in sorted(read)
+    }
+
+
+def _overlaps(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
+    return any(span[0] < end and start < span[1] for start, end in others)
+
+
+def check_against(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict]:
+    """How well the check agrees with a reading: marked statements in a flagged sentence, and flagged
+    sentences among those without a mark."""
+    found, alarms = [], []
+    for name, rating in ratings.items():
+        note = items[name]["note"]
+        sentences = check_summary(items[name]["clinical_note"], items[name]["summary"]).sentences
+        spans = {(sentence.start, sentence.end): sentence.flagged for sentence in sentences}
+        flagged = [span for span in spans if spans[span]]
+        found += [(note, _overlaps(statement, flagged)) for statement in rating["wrong"]]
+        alarms += [(note, spans[span]) for span in spans if not _overlaps(span, rating["wrong"])]
+    return {"found": mean_over_notes(found), "false_alarms": mean_over_notes(alarms)}
+
+
+def agreement(first: Mapping[str, dict], second: Mapping[str, dict]) -> dict[str, dict]:
+    """How far two readings of the same items agree: {"same": share, "kappa"} for usable, and for whether
+    there is a wrong statement. Kappa is agreement beyond chance (Cohen 1960), None where chance alone
+    agrees."""
+    both = [name for name in first if name in second]
+    result = {}
+    for what in ("usable", "wrong") if both else ():
+        yes = np.array([[bool(reading[name][what]) for name in both] for reading in (first, second)])
+        same = float((yes[0] == yes[1]).mean())
+        expected = float(yes.mean(axis=1).prod() + (1 - yes.mean(axis=1)).prod())
+        kappa = None if expected == 1 else (same - expected) / (1 - expected)
+        result[what] = {"n": len(both), "same": same, "kappa": kappa}
+    return result
+
+
+def report_ratings(folder: Path, files: Sequence[str]) -> str:
+    """The counts of one or two readings as text; they are also written to ratings.json. Raises
+    InputError."""
+    if len(files) > 2:
+        raise InputError("--ratings takes one or two files", "count two readings at a time")
+    items = read_key(folder)
+    readings = [read_ratings(path, items) for path in files]
+    report: dict = {"readings": []}
+    lines = []
+    for place, reading in enumerate(readings, 1):
+        counts = {**count_ratings(items, reading), "the check": check_against(items, reading)}
+        report["readings"].append(counts)
+        lines.append(f"Reading {place}: {len(reading)} of {len(items)} summaries")
+        for system, of in counts.items():
+            lines += [f"  {system}", *(f"    {what:<24} {_shown(count)}" for what, count in of.items())]
+    if len(readings) == 2:
+        report["agreement"] = agreement(*readings)
+        for what, agree in report["agreement"].items():
+            kappa = "" if agree["kappa"] is None else f", kappa {agree['kappa']:.2f}"
+            lines.append(f"Same answer to {what}: {agree['same']:.0%} of {agree['n']}{kappa}")
+    write_json(folder / "ratings.json", report)
+    return "\n".join(lines)
+
+
+def _shown(count: Mapping) -> str:
+    """ "3 of 20: 0.15 (0.05 to 0.30)"."""
+    value = "" if count["value"] is None else f": {count['value']:.2f}"
+    bounds = "" if count["low"] is None else f" ({count['low']:.2f} to {count['high']:.2f})"
+    return f"{count['count']} of {count['n']}{value}{bounds}"

@@ -1,0 +1,380 @@
+"""Measures, statistics, the page and the blind sheet of the evaluation: text and numbers, no model."""
+
+import html
+import json
+import shutil
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import NOTES, rows_of
+
+from sft.cli import InputError
+from sft.evaluation.figures import (
+    answer_questions,
+    auroc,
+    changes,
+    compared_with,
+    figure_of,
+    figures,
+    resample,
+    sums_table,
+    twins,
+    verdict,
+)
+from sft.evaluation.measures import (
+    MEASURES,
+    add_memorized,
+    copied_words,
+    facts_held,
+    make_scorer,
+    marks,
+    measure,
+    usual_marks,
+)
+from sft.evaluation.page import write_csv, write_report
+from sft.evaluation.sheet import agreement, read_key, read_ratings, report_ratings, write_sheet
+from sft.evaluation.systems import lead, write_without_model
+from sft.grounding import PreparedNote
+from sft.grounding.sentences import SENTENCE_VERSION
+
+
+def measure_systems(rows, systems):
+    """{system: {number: Measured}} of {system: summaries in the order of the rows}."""
+    rouge = make_scorer()
+    measured = {
+        name: {
+            n: measure(
+                row,
+                PreparedNote(row.clinical_note),
+                {"generated_summary": text},
+                rouge,
+                set(),
+                SENTENCE_VERSION,
+            )
+            for (n, row), text in zip(rows.items(), texts)
+        }
+        for name, texts in systems.items()
+    }
+    add_memorized(measured, rows, list(rows.values()))
+    return measured
+
+
+# ------------------------------------------------------------------------------- statistics
+
+
+def test_the_bootstrap_is_the_normal_interval_of_a_mean():
+    values = np.random.default_rng(1).normal(5, 2, 400)
+    table = np.stack([values, np.ones(400)], axis=-1)[:, None]
+    _, low, high = figure_of(5, resample(table)[:, 0]).values()
+    half = 1.96 * values.std() / 20
+    assert np.allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.03)
+    assert figure_of(5, np.full(10, np.nan)) == {"value": 5, "low": None, "high": None}
+
+
+def test_differences_are_paired():
+    """A system that is better by the same amount on every note: the difference has no spread."""
+    values = np.random.default_rng(2).normal(size=60)
+    pair = np.stack([values, values + 1], axis=1)
+    samples = resample(np.stack([pair, np.ones_like(pair)], axis=-1))
+    assert figure_of(1, samples[:, 1] - samples[:, 0]) == pytest.approx({"value": 1, "low": 1, "high": 1})
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20)
+)
+def test_auroc_counts_pairs(scores, others):
+    pairs = [(a > b) + (a == b) / 2 for a in scores for b in others]
+    assert auroc(scores, others) == pytest.approx(sum(pairs) / len(pairs))
+
+
+def test_agreement_beyond_chance():
+    # Cohen 1960: observed .7, expected .5
+    first = [True] * 50 + [False] * 50
+    second = [True] * 35 + [False] * 15 + [True] * 15 + [False] * 35
+    readings = [{i: {"usable": a, "wrong": []} for i, a in enumerate(answers)} for answers in (first, second)]
+    found = agreement(*readings)
+    assert found["usable"] == pytest.approx({"n": 100, "same": 0.7, "kappa": 0.4})
+    assert found["wrong"] == {"n": 100, "same": 1.0, "kappa": None}
+    assert agreement(readings[0], {}) == {}
+
+
+# ------------------------------------------------------------------------------- measures
+
+
+@pytest.mark.parametrize(
+    "reference, summary, held",
+    [
+        ("Fever of 38.5 and dry cough.", "Dry cough with a fever of 38.5.", (2, 2)),
+        ("Fever of 38.5 and dry cough.", "Dry cough with a fever of 39.", (1, 2)),
+        ("Amoxicillin 500 mg daily.", "Takes amoxicillin 0.5 g a day.", (1, 1)),
+        ("Metformin 500 mg.", "Amoxicillin 500 mg and, for the last three years or so, once a day, metformin.", (0, 1)),
+        ("Two weeks of low mood.", "Low mood for 2 weeks.", (2, 2)),
+        ("Well.", "Anything.", (0, 0)),
+    ],
+)  # fmt: skip
+def test_coverage_counts_numbers_doses_and_phrases(reference, summary, held):
+    assert facts_held(reference, summary) == held
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60))
+def test_a_text_holds_all_of_itself(text):
+    held, n_facts = facts_held(text, text)
+    assert held == n_facts
+    copied, n_words = copied_words(text, text)
+    assert copied == (n_words if n_words >= 5 else 0)
+
+
+def test_copied_words_stand_in_long_runs():
+    note = "He has had a dry cough since Monday and no fever."
+    assert copied_words("He has had a dry cough. No fever since Monday.", note) == (6, 10)
+
+
+def test_marks_of_the_format():
+    summary = "Problem: cough [Evidence: S1; Conf: 0.9]\nPlan:\n- review"
+    assert marks(summary) == {"Problem:", "Plan:", "citations", "list", "lines"}
+    assert usual_marks([summary, "Problem: fever", "Free text."]) == {"Problem:"}
+
+
+def test_memorized_runs_are_of_training_summaries_and_not_of_the_note():
+    rows = {0: rows_of([("No fever today at all.", "Please review him in the clinic next week.")])[0]}
+    one, two = "please review him in the clinic", "No fever today at all."
+    measured = measure_systems(rows, {"a": [one], "b": [two]})
+    assert measured["a"][0].sums["memorized"] == (2, 2)
+    assert measured["b"][0].sums["memorized"] == (0, 1)
+
+
+def test_a_summary_is_measured():
+    note = "Left wrist painful after a fall. X-ray shows no fracture."
+    [row] = rows_of([(note, "Left wrist injury without fracture.")])
+    summary = "Right wrist painful after a fall. Right wrist painful after a fall."
+    sums = measure_systems({0: row}, {"a": [summary]})["a"][0].sums
+    assert sums["clean"] == (0, 1) and sums["flagged"] == (2, 2) and sums["finding_side"][0] == 2
+    assert sums["repeats"] == (1, 1) and sums["length_ratio"] == (12, 5)
+    from rouge_score.rouge_scorer import RougeScorer
+
+    expected = RougeScorer(["rougeL"], use_stemmer=True).score(row.model_summary, summary)["rougeL"].fmeasure
+    assert sums["rougeL"] == (expected, 1)
+
+
+def test_systems_without_a_model():
+    assert lead("One. Two. Three. Four. Five. Six.") == "One. Two. Four. Five. Six."
+    assert lead("One. Two.") == "One. Two."
+    rows = dict(enumerate(rows_of(NOTES)))
+    assert write_without_model("reference", rows, [])[3] == NOTES[3][1]
+    assert set(write_without_model("commonest", rows, [rows[1], rows[2], rows[2]]).values()) == {NOTES[2][1]}
+    selected = write_without_model("selected", rows, list(rows.values()))
+    assert all(PreparedNote(rows[n].clinical_note).check(text).risk < 0.1 for n, text in selected.items())
+
+
+# ------------------------------------------------------------------------------- figures
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """(rows, measured): a good specialist, a base that says the same of everyone."""
+    rows = dict(enumerate(rows_of(NOTES)))
+    notes = [row.clinical_note for row in rows.values()]
+    summaries = [row.model_summary for row in rows.values()]
+    base = ["Right knee replaced by Dr Smith in 1987 for gout."] * len(rows)
+    return rows, measure_systems(rows, {"base": base, "specialist": notes, "reference": summaries})
+
+
+def figures_of(evaluated) -> dict:
+    rows, measured = evaluated
+    return figures(sums_table(measured, list(rows)), list(measured))
+
+
+def test_figures_tell_a_good_system_from_a_bad_one(evaluated):
+    found = figures_of(evaluated)
+    better, worse = changes(found, "specialist")
+    assert {"flagged", "coverage", "rouge1", "check_score"} <= set(better) and not worse
+    flagged = found["specialist"]["flagged"]
+    assert flagged["value"] == 0 and flagged["high"] == pytest.approx(3 / flagged["n"])
+    assert changes(found, "base") == ([], [])
+    json.dumps(found, allow_nan=False)
+
+
+def test_the_four_questions(evaluated):
+    found = figures_of(evaluated)
+    assert [answer["passed"] for answer in answer_questions(found, "base")][2:] == [False, False]
+    assert verdict(answer_questions(found, "base")).startswith("Do not go on")
+    answers = answer_questions(found, "specialist")
+    # Without a model there is no loss
+    assert answers[0]["passed"] is None and answers[1]["passed"]
+    assert verdict(answers).startswith("Not shown")
+
+
+def test_a_system_is_compared_with_its_own_adapters_sentences():
+    systems = ["base", "free_1", "free_2", "quote_1", "quote_2", "selected", "reference"]
+    assert compared_with("free_2", systems) == {"base": "base", "reference": "reference", "chosen": "quote_2"}
+    assert compared_with("free", ["free", "selected"]) == {"chosen": "selected"}
+    assert compared_with("quote", ["quote", "base"]) == {"base": "base"}
+
+
+def test_who_rewrites_nothing_invents_nothing(evaluated):
+    """Whole notes are no sentence of the model's own; coverage alone decides whether they are accurate."""
+    rows, measured = evaluated
+    answers = answer_questions(figures(sums_table(measured, list(rows)), list(measured)), "specialist")
+    assert [answer["passed"] for answer in answers[2:]] == [True, True]
+    assert "no sentence is rewritten" in answers[3]["figure"]
+
+
+def test_few_sentences_without_a_finding_show_nothing():
+    """Nothing found in ten sentences: the difference from others is as uncertain as the rule of three."""
+    rewritten = [measure.name for measure in MEASURES].index("rewritten")
+    table = np.zeros((10, 2, len(MEASURES), 2))
+    table[:, :, rewritten, 1] = 1
+    table[:5, 1, rewritten, 0] = 1
+    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
+    assert (found["low"], found["high"]) == (0, 0.3)
+    assert found["minus"]["reference"]["high"] >= 0.3 - 0.5
+    table[:, 1, rewritten, 0] = 0
+    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
+    assert found["minus"]["reference"]["high"] == pytest.approx(0.3)
+
+
+def test_twins_rank_the_check():
+    [true] = rows_of([("Left wrist painful after a fall.", "Left wrist pain.")])
+    false = true.__class__(3, "h", true.clinical_note, "Right wrist pain.", "hallucinated", "side")
+    found = twins([true, false])
+    assert found["side"] == found["all"] and found["all"]["value"] == found["all"]["auroc"] == 1
+    assert twins([true]) == {}
+
+
+# ------------------------------------------------------------------------------- page and sheet
+
+
+def write_page(folder, rows, measured):
+    found = figures(sums_table(measured, list(rows)), list(measured))
+    evaluation = {
+        "figures": found,
+        "answers": {"specialist": answer_questions(found, "specialist")},
+        "verdicts": {"specialist": "No."},
+        "changes": {"specialist": {"better": ["rouge1"], "worse": []}},
+        "systems": dict.fromkeys(measured, "a system"),
+        **{"twins": {}, "groups": {}, "n_leaked": 0},
+    }
+    write_report(folder / "report.html", rows, measured, evaluation, SENTENCE_VERSION)
+    return (folder / "report.html").read_text()
+
+
+def test_a_note_that_holds_markup_is_text(evaluated, tmp_path):
+    evil = "<script>alert(1)</script> </span><img src=x onerror=alert(1)> {{ 7 * 7 }} No fever."
+    rows = dict(enumerate(rows_of([(evil, evil)])))
+    page = write_page(tmp_path, rows, measure_systems(rows, {"base": [evil], "specialist": [evil]}))
+    assert page.count("<script") == 1 and "<img" not in page and "&lt;img" in page and "{{ 7 * 7 }}" in page
+    assert "default-src 'none'" in html.unescape(page) and "http" not in page.replace("http-equiv", "")
+    write_sheet(tmp_path, rows, {"base": {0: evil}})
+    assert "<img" not in (tmp_path / "blind_sheet.html").read_text()
+
+
+def test_files_hold_figures_and_the_page_holds_the_notes(evaluated, tmp_path):
+    rows, measured = evaluated
+    page = write_page(tmp_path, rows, measured)
+    assert page.count("<article") == len(rows) and "number: not in the note: &#39;1987&#39;" in page
+    write_csv(tmp_path / "evaluation.csv", rows, measured)
+    text = (tmp_path / "evaluation.csv").read_text()
+    assert text.count("\n") == 1 + 3 * len(rows) and "knee" not in text
+    assert (tmp_path / "report.html").stat().st_mode & 0o77 == 0
+
+
+def write_readings(folder, rows, judge) -> dict:
+    """A sheet of two systems, one of which is never wrong; {item: line} as a reader fills it in."""
+    summaries = {
+        "faithful": {n: row.model_summary for n, row in rows.items()},
+        "invented": dict.fromkeys(rows, "Gout in 1987."),
+    }
+    write_sheet(folder, rows, summaries)
+    lines = ["item,usable,wrong,dangerous,finding,plan"]
+    for item in read_key(folder).values():
+        is_bad = item["systems"] == ["invented"]
+        lines.append(
+            f"{item['item']},{judge(is_bad)},{'in  1987' if is_bad else ''},{'0-4' if is_bad else ''},yes,yes"
+        )
+    (folder / "ratings.csv").write_text("\n".join(lines))
+    return read_key(folder)
+
+
+def test_a_sheet_is_read_back(evaluated, tmp_path):
+    rows, _ = evaluated
+    items = write_readings(tmp_path, rows, lambda is_bad: "no" if is_bad else "Yes")
+    assert len(items) == 2 * len(rows)
+    sheet = (tmp_path / "blind_sheet.html").read_text() + (tmp_path / "blind_sheet.csv").read_text()
+    assert "faithful" not in sheet and "does not support" in sheet
+    file = str(tmp_path / "ratings.csv")
+    text = report_ratings(tmp_path, [file, file])
+    report = json.loads((tmp_path / "ratings.json").read_text())
+    counts = report["readings"][0]
+    assert counts["faithful"]["usable"]["value"] == 1 and counts["invented"]["usable"]["count"] == 0
+    assert counts["invented"]["wrong statements"]["count"] == 2 * len(rows)
+    assert counts["the check"]["found"]["value"] > 0.9
+    assert report["agreement"]["usable"] == {"n": len(items), "same": 1.0, "kappa": 1.0}
+    assert "kappa 1.00" in text
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("no,", "perhaps,", "column usable is neither yes nor no"),
+        ("0-4", "nonsense", "column dangerous: not words of the summary"),
+        ("0-4", "3-999", "column dangerous: not words of the summary"),
+        ("item,usable", "a,b", "no columns item and usable"),
+    ],
+)
+def test_a_sheet_that_cannot_be_understood(evaluated, tmp_path, old, new, words):
+    items = write_readings(tmp_path, evaluated[0], lambda is_bad: "no")
+    file = tmp_path / "ratings.csv"
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(InputError, match=words):
+        read_ratings(str(file), items)
+
+
+def test_another_sheets_ratings_are_refused(evaluated, tmp_path):
+    write_readings(tmp_path, evaluated[0], lambda is_bad: "no")
+    with pytest.raises(InputError, match="not of the sheet"):
+        read_ratings(str(tmp_path / "ratings.csv"), {})
+    with pytest.raises(InputError, match="no key of a blind sheet"):
+        read_key(tmp_path / "nowhere")
+
+
+def test_the_pages_in_a_browser(evaluated, tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    browser_path = shutil.which("chromium")
+    if not browser_path:
+        pytest.skip("no chromium here")
+    rows, measured = evaluated
+    write_page(tmp_path, rows, measured)
+    items = write_readings(tmp_path, rows, lambda is_bad: "no")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 390, "height": 844})
+        said, requests = [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
+        page.goto((tmp_path / "report.html").as_uri())
+        page.select_option("#filter", "specialist")
+        assert page.locator("article:visible").count() < len(rows)
+        page.select_option("#filter", "base")
+        assert page.locator("mark:visible").count() > 0
+        page.locator(".s:visible").nth(1).focus()
+        assert page.locator(".note .lit").count() > 0
+        assert not page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+        page.goto((tmp_path / "blind_sheet.html").as_uri())
+        item = page.locator(".item").first
+        item.locator(".summary").select_text()
+        item.locator("[data-kind=wrong]").click()
+        for question in ("finding", "plan", "usable"):
+            item.locator(f"[name={question}]").select_option("no")
+        with page.expect_download() as download:
+            page.click("#save")
+        download.value.save_as(tmp_path / "saved.csv")
+        browser.close()
+    [(name, rating)] = read_ratings(str(tmp_path / "saved.csv"), items).items()
+    assert rating["wrong"] == [(0, len(items[name]["summary"]))] and not rating["usable"]
+    assert not said and all(url.startswith("file:") for url in requests)
