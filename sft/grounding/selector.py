@@ -26,7 +26,7 @@ _CUES = {
     "abnormal": r"(?<!not )(?:positive|raised|elevated|abnormal|critical|resistant)|crept|climbed|rose|risen|doubled|peaked|grew|"
     r"(?:up|down|gone|fell|fallen|falling|dropped) (?:from|to)|from \d[^;]{0,40} to \d\S*|\d\S*\s?(?:->|→|↑|↓)\s?\d\S*|"
     r"\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
-    "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|starts|started|commenced|stopped|withheld|switched|(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|done|given(?! th)",
+    "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|starts|started|commenced|stopped|withheld|halved|paused|omitted|switched|(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|done|given(?! th)",
     "test": r"MRI|CT|X-?rays?|XR|CXR|ultrasound|scans?|echo\w*|ECG|EEG|\w+gra(?:m|phy)|biops\w+|cultures?|films?|bloods|fluid|swab|"
     r"aspirate|PCR|histology|cytology|smear|sequencing|variant|specimen|\w+scopy",
     "finding": r"positive|elevated|raised|abnormal|low|high|reduced|critical|grew|growing|show(?:s|ed)?|demonstrat\w+|reveals?|suggests|"
@@ -49,7 +49,7 @@ _CUES = {
     "past": r"(?<!/)(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
     "warning": r"(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
     "trivia": r"lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful|"
-    r"pleasant|parking|biscuits?|tea|photo(?:graph)?s?|incidentally|chatty|cheerful|likes|enjoys|prefers|hobb\w+|"
+    r"pleasant|parking|biscuits?|tea|photo(?:graph)?s?|incidentally|chatty|cheerful|dogs?|cats?|pets?|garden\w*|likes|enjoys|prefers|hobb\w+|"
     r"(?:asks|asking|asked|wonders|know) (?:whether|if|where|about)|own appointment",
     "courtesy": r"agrees? with|understands? and|in agreement|agreed to (?:this|the) plan|discussed in detail|reviewed and|carefully reviewed|guidelines was reviewed|"
     r"any (?:additional |other |further )?(?:questions|concerns|issues)|options (?:were )?discussed|questions (?:were )?(?:invited and )?answered|"
@@ -61,6 +61,10 @@ _CUES = {cue: re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE) for cue,
 _DOSE = re.compile(
     r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+"
     r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
+)
+_OPEN_QUESTION = re.compile(r"(?:what|anything|any other|and|so|ready|handing|hand)\b", re.IGNORECASE)
+_MATTERS = frozenset(
+    "action diagnosis finding abnormal procedure done dose change warning presentation".split()
 )
 _TOPICS = ("plan", "diagnosis", "reason", "result", "operation")
 ENOUGH_KIN = 0.55  # of a training set's summary sentences: .72 on phase1_data, .41 on MTS-Dialog's dialogues
@@ -286,18 +290,18 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
         words = sum(n_words[k] for k in new)
         return sum(n_words[k] * (scores.get(k, 0.0) - 0.3 * repeats(k)) for k in new) / max(words, 1)
 
-    for room, numbers in zip((1.6, 1.5, 1.35), _required(note, scores), strict=True):
+    for room, numbers in zip((1.7, 1.6, 1.45), _required(note, scores), strict=True):
         for number in numbers:
             if number in groups and (fits(number, room) or not chosen):
                 add(number)
     for missing in sorted(_missing(note, said), key=lambda missing: missing.kind):
-        if missing.note_sentence in groups and fits(missing.note_sentence, 1.3):
+        if missing.note_sentence in groups and fits(missing.note_sentence, 1.4):
             add(missing.note_sentence)
     waiting = {
         unit.number for unit in note.sentences if unit.number in groups and not _is_routine(note, unit)
     }
     # The budget ends this after at most as many rounds as a summary has sentences
-    while waiting := {number for number in waiting if fits(number, 1.15)}:
+    while waiting := {n for n in waiting if fits(n, 1.3 if note.cues[n] & _MATTERS else 1.1)}:
         add(max(waiting, key=lambda number: (gain(number), -number)))
     return chosen
 
@@ -343,7 +347,8 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     essential += came[:1]
     measured = [u for u in speaking(told, "abnormal") if u not in plans]
     essential += best(measured, first=[u for u in measured if re.search(r"\d", u.text)])
-    essential += best(speaking(speaking(told, "done"), "dose", "procedure"))
+    done = [u for u in speaking(told, "done") if u not in plans]
+    essential += best(done, first=speaking(done, "dose", "procedure"))
     actions = speaking(plans, "action") or plans
     if any(note.heading(u) and not topic_of(note.heading(u).text) for u in plans):
         wanted = [u.number for u in sorted(actions, key=lambda u: (u.topic != "plan", len(u.text)))]
@@ -380,17 +385,7 @@ def _is_routine(note: _Note, unit: Unit) -> bool:
     is_plain = unit.topic == "exam" and (cues & {"normal", "negation"} or len(note.stems[unit.number]) < 3)
     head = note.heading(unit)
     is_listed = head and head.topic in ("review", "family", "drugs")
-    matters = cues & {
-        "action",
-        "diagnosis",
-        "finding",
-        "abnormal",
-        "procedure",
-        "dose",
-        "warning",
-        "presentation",
-    }
-    is_of_kin = KIN.search(unit.text[:25]) and not matters
+    is_of_kin = KIN.search(unit.text[:25]) and not cues & _MATTERS
     return bool("trivia" in cues or is_plain or is_listed or is_of_kin)
 
 
@@ -401,9 +396,11 @@ def _group(note: _Note, number: int) -> set[int]:
         unit = note.units[number - 1]
         if unit.kind != "sentence" or len(group) > 2:
             return set()
+        if group and "trivia" in note.cues[number]:
+            break
         group.add(number)
         number = unit.needs
-    return group | _short_list(note, unit)
+    return group | _short_list(note, note.units[max(group) - 1])
 
 
 def _short_list(note: _Note, unit: Unit) -> set[int]:
@@ -429,7 +426,11 @@ def _render(note: _Note, numbers: list[int]) -> list[Quoted]:
             asked = note.units[unit.asked - 1].text
             # "Pain?" of a nurse who asks is the topic of what follows; a question of a patient stays one
             is_topic = len(asked.split()) <= 3 and not unit.label
-            heads.append((unit.asked, asked.rstrip("?") if is_topic else asked if unit.asked > 1 else ""))
+            # "Anything else?" and "Handing over bed 6?" only start the talk
+            is_empty = unit.names_patient or (
+                _OPEN_QUESTION.match(asked) and len(note.stems[unit.asked]) < 4 < len(unit.text.split())
+            )
+            heads.append((unit.asked, "" if is_empty else asked.rstrip("?") if is_topic else asked))
         heads = sorted((n, text) for n, text in heads if text)
         # Leaving a problem: what is said next is no longer about it
         was_problem = any(
