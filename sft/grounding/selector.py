@@ -23,7 +23,7 @@ _CUES = {
     r"im|po|od|bd|tds|qds|daily|increased?|changed|switch(?:ed)?|held|hold",
     "diagnosis": r"this is (?!an? \d)\w+|diagnos[ei]\w*|consistent|in keeping with|likel(?:y|iest)|probabl[ey]|possibl[ey]|"
     r"possibility|suspect\w*|excluded|explanation|(?:I|we) (?:think|believe|suspect)|represents?|impression|confirm\w*|not detected|\?[a-z]+",
-    "abnormal": r"(?<!not )(?:positive|raised|elevated|abnormal|critical|resistant)|crept|climbed|rose|risen|doubled|peaked|grew|"
+    "abnormal": r"(?<!not )(?:positive|raised|elevated|abnormal|critical|resistant)|target (?:under|below|over|above)|crept|climbed|rose|risen|doubled|peaked|grew|"
     r"(?:up|down|gone|fell|fallen|falling|dropped) (?:from|to)|from \d[^;]{0,40} to \d\S*|\d\S*\s?(?:->|→|↑|↓)\s?\d\S*|"
     r"\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
     "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|starts|started|commenced|stopped|withheld|halved|paused|omitted|switched|(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|done|given(?! th)",
@@ -47,7 +47,7 @@ _CUES = {
     r"(?! (?:says?|said|reports?|noticed|found|rang|ringing))|cat|dog|"
     r"lives|works|smok\w+|alcohol|drives|retired|school|holiday",
     "past": r"(?<!/)(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
-    "warning": r"(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
+    "warning": r"suicid\w*|self-harm|harming|(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
     "trivia": r"lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful|"
     r"pleasant|parking|biscuits?|tea|photo(?:graph)?s?|incidentally|chatty|cheerful|dogs?|cats?|pets?|garden\w*|likes|enjoys|prefers|hobb\w+|"
     r"(?:asks|asking|asked|wonders|know) (?:whether|if|where|about)|own appointment",
@@ -301,7 +301,7 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
         unit.number for unit in note.sentences if unit.number in groups and not _is_routine(note, unit)
     }
     # The budget ends this after at most as many rounds as a summary has sentences
-    while waiting := {n for n in waiting if fits(n, 1.3 if note.cues[n] & _MATTERS else 1.1)}:
+    while waiting := {n for n in waiting if fits(n, 1.3 if _matters(note, n) else 1.1)}:
         add(max(waiting, key=lambda number: (gain(number), -number)))
     return chosen
 
@@ -356,11 +356,17 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
         acts = speaking(plans or [u for u in late if u in told], "action", "plan", "treatment")
         wanted = [u.number for u in acts][-1:] + best(speaking(acts, "action"), 2)
     # Treatment first, and short ones: more is said
-    more = plans or speaking(told[len(told) // 3 :], "action", "plan", "treatment", "done")
-    more = sorted(more, key=lambda u: (not note.cues[u.number] & {"dose", "treatment"}, len(u.text)))
-    wanted += [u.number for u in more if "trivia" not in note.cues[u.number]]
+    done = plans or speaking(told[len(told) // 3 :], "action", "plan", "treatment", "done")
+    done = sorted(done, key=lambda u: (not note.cues[u.number] & {"dose", "treatment"}, len(u.text)))
+    wanted += [u.number for u in done if "trivia" not in note.cues[u.number]]
     dosed = best(speaking([u for u in speaking(sentences, "dose") if u.topic != "drugs"], "treatment"), 2)
-    return essential, wanted, dosed + findings + tested + came + [u.number for u in speaking(late, "warning")]
+    # A result begins with its place, and what a note ends with is often its plan
+    dosed += [u.number for u in sentences if u.topic == "result" and u.label_number == u.number][:1]
+    ends = [
+        u for u in sentences[-2:] if not note.cues[u.number] & {"others", "past", "trivia"} and not u.needs
+    ]
+    more = dosed + findings + tested + came + [u.number for u in speaking(late, "warning")]
+    return essential, wanted, more + [u.number for u in ends]
 
 
 def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[int]:
@@ -377,6 +383,10 @@ def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[in
         treats = speaking([u for u in group if u.topic == "plan"], "action")
         numbers += best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
     return numbers
+
+
+def _matters(note: _Note, number: int) -> bool:
+    return bool(note.cues[number] & _MATTERS) and "past" not in note.cues[number]
 
 
 def _is_routine(note: _Note, unit: Unit) -> bool:

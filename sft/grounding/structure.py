@@ -55,6 +55,11 @@ _FIRST_AGAIN = re.compile(
     r"(?:there|then|here|after|again|by|at once|since|in|with|on))\b",
     re.IGNORECASE,
 )
+# "To repeat it at 21:00", "We have asked for one within a month"; not "We think it is gout"
+_OBJECT_AGAIN = re.compile(
+    r"(?:[a-z']+ ){1,4}?(?:(?:it|them)(?! \w+s\b| (?:may|might|would|will|could|had|can)\b)|one(?= (?:within|in|at|by|before)\b|[.,;]|$))\b",
+    re.IGNORECASE,
+)
 # "This 44-year-old man" and "This is a 26-year-old" name the patient and refer to nothing
 _NAMES_PATIENT = re.compile(
     r"(?:\b\d{1,3}[\s-]*(?:year|yr|y/?o\b|y\b|[MF]\b)|\b\d{1,3}[\s-]*(?:month|week|day|hour)s?[\s-]old|\b[MF]\s?\d\d\b|"
@@ -283,7 +288,7 @@ def _refers_to(body: str, units: list[Unit], last_with: dict[str, int]) -> int:
     previous = units[-1].number if units and units[-1].kind in ("sentence", "question") else 0
     if _NAMES_PATIENT.search(body[:40]):
         return 0
-    if _FIRST_AGAIN.match(body):
+    if _FIRST_AGAIN.match(body) or _OBJECT_AGAIN.match(body):
         return previous
     # "Her sister takes lithium. She has ...": who, is said before
     if (
