@@ -66,6 +66,7 @@ _OPEN_QUESTION = re.compile(r"(?:what|anything|any other|and|so|ready|handing|ha
 _MATTERS = frozenset(
     "action diagnosis finding abnormal procedure done dose change warning presentation".split()
 )
+_NAMES_DIAGNOSIS = re.compile(r"this is|diagnosis|probabl[ey]|possibl[ey]|likely|\?", re.IGNORECASE)
 _TOPICS = ("plan", "diagnosis", "reason", "result", "operation")
 ENOUGH_KIN = 0.55  # of a training set's summary sentences: .72 on phase1_data, .41 on MTS-Dialog's dialogues
 _COVERED = 0.65
@@ -326,15 +327,11 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     essential = [u.number for u in sentences[:1]]
     essential += [u.number for u in sentences if u.names_patient][:1]
     essential += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]
-    essential += best(u for u in sentences if u.topic == "operation")
-    essential += best(u for u in sentences if u.topic == "diagnosis")
+    for topic in ("operation", "diagnosis", "result"):
+        essential += best((u for u in sentences if u.topic == topic), first=speaking(sentences, "disease"))
     essential += _for_each_problem(note, plans, best, speaking)
     # "This is gout", else what is only likely
-    named = [
-        u
-        for u in told
-        if re.match(r"this is|diagnosis|probabl[ey]|possibl[ey]|likely|\?", u.text, re.IGNORECASE)
-    ]
+    named = [u for u in told if _NAMES_DIAGNOSIS.match(u.text)]
     essential += best(speaking(told, "diagnosis"), first=named)
     # A test that shows something, else whatever is found
     tested = speaking(speaking(told, "test"), "disease", "finding", "abnormal")
@@ -349,24 +346,17 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     essential += best(measured, first=[u for u in measured if re.search(r"\d", u.text)])
     done = [u for u in speaking(told, "done") if u not in plans]
     essential += best(done, first=speaking(done, "dose", "procedure"))
-    actions = speaking(plans, "action") or plans
-    if any(note.heading(u) and not topic_of(note.heading(u).text) for u in plans):
-        wanted = [u.number for u in sorted(actions, key=lambda u: (u.topic != "plan", len(u.text)))]
-    else:
-        acts = speaking(plans or [u for u in late if u in told], "action", "plan", "treatment")
-        wanted = [u.number for u in acts][-1:] + best(speaking(acts, "action"), 2)
-    # Treatment first, and short ones: more is said
-    done = plans or speaking(told[len(told) // 3 :], "action", "plan", "treatment", "done")
-    done = sorted(done, key=lambda u: (not note.cues[u.number] & {"dose", "treatment"}, len(u.text)))
-    wanted += [u.number for u in done if "trivia" not in note.cues[u.number]]
+    # Actions and treatment first, and short ones: more is said
+    todo = plans or speaking(told[len(told) // 3 :], "action", "plan", "treatment", "done")
+    todo = [u for u in todo if "trivia" not in note.cues[u.number]]
+    urgent = {u.number for u in speaking(todo, "action", "dose", "treatment")}
+    wanted = [u.number for u in sorted(todo, key=lambda u: (u.number not in urgent, len(u.text)))]
     dosed = best(speaking([u for u in speaking(sentences, "dose") if u.topic != "drugs"], "treatment"), 2)
     # A result begins with its place, and what a note ends with is often its plan
     dosed += [u.number for u in sentences if u.topic == "result" and u.label_number == u.number][:1]
-    ends = [
-        u for u in sentences[-2:] if not note.cues[u.number] & {"others", "past", "trivia"} and not u.needs
-    ]
+    ends = [u.number for u in told[-2:] if "trivia" not in note.cues[u.number] and not u.needs]
     more = dosed + findings + tested + came + [u.number for u in speaking(late, "warning")]
-    return essential, wanted, more + [u.number for u in ends]
+    return essential, wanted, more + ends
 
 
 def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[int]:
