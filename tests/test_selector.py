@@ -66,7 +66,9 @@ def test_every_word_stands_in_its_note_sentences_in_order(note):
         last = numbers[-1]
         source = iter(words(" ".join(sentences[number - 1] for number in numbers)))
         assert all(word in spelled_out or word in source for word in words(quoted_sentence.text))
-        assert not quoted_sentence.text.startswith(("Dear", "Kind regards"))
+        # A salutation that runs on into the text is no salutation alone
+        is_short = len(quoted_sentence.text.split()) <= 7
+        assert not (is_short and quoted_sentence.text.startswith(("Dear", "Kind regards")))
         assert quoted_sentence.text[-1] in ".!?…\"”'’)"
 
 

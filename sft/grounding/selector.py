@@ -28,7 +28,7 @@ _CUES = {
     r"\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
     "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|starts|started|commenced|stopped|withheld|halved|paused|omitted|switched|(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|done|given(?! th)",
     "test": r"MRI|CT|X-?rays?|XR|CXR|ultrasound|scans?|echo\w*|ECG|EEG|\w+gra(?:m|phy)|biops\w+|cultures?|films?|bloods|fluid|swab|"
-    r"aspirate|PCR|histology|cytology|smear|sequencing|variant|specimen|\w+scopy",
+    r"aspirate|PCR|histology|cytology|smear|sequencing|variant|tests?|specimen|\w+scopy",
     "finding": r"positive|elevated|raised|abnormal|low|high|reduced|critical|grew|growing|show(?:s|ed)?|demonstrat\w+|reveals?|suggests|"
     r"could represent|evidence of|active",
     "change": r"new|moderate|severe|large|tender|worse|swelling|weak\w*|drowsy|confus\w+|rose|fell|cm|mm|POS|↑|↓|->",
@@ -43,10 +43,10 @@ _CUES = {
     "person": r"\d{1,3}\s?(?:-year|yo|y/o|[mf]|y)|man|woman|boy|girl|baby|male|female|lady|gentleman",
     "negation": r"no|not|denies|denied|without|never|nil|none|neg(?:ative)?",
     "normal": r"normal|fine|intact|clear|well|unremarkable|satisfactory|equal|soft|settled",
-    "others": r"(?:mother|father|mum|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|neighbou?r)"
+    "others": r"(?:mother|father|mum|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|neighbou?r|(?:house|flat)mates?)"
     r"(?! (?:says?|said|reports?|noticed|found|rang|ringing))|cat|dog|"
     r"lives|works|smok\w+|alcohol|drives|retired|school|holiday",
-    "past": r"(?<!/)(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
+    "past": r"(?<!/)(?:19|20)\d\d|last (?:month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
     "warning": r"suicid\w*|self-harm|harming|(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
     "trivia": r"lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful|"
     r"pleasant|parking|biscuits?|tea|photo(?:graph)?s?|incidentally|chatty|cheerful|dogs?|cats?|pets?|garden\w*|likes|enjoys|prefers|hobb\w+|"
@@ -274,13 +274,15 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     chosen, said = set(), set()
 
     def repeats(number: int) -> float:
-        return len(note.stems[number] & said) / max(len(note.stems[number]), 1)
+        # "CT in 6 weeks" is new unless one sentence says so
+        stems = note.stems[number]
+        is_plan = note.is_plan(note.units[number - 1])
+        same = max((len(stems & note.stems[k]) for k in chosen), default=0) if is_plan else len(stems & said)
+        return same / max(len(stems), 1)
 
     def fits(number: int, room: float) -> bool:
         words = sum(n_words[k] for k in groups[number] | chosen)
-        # "Stop codeine" is new where codeine was named
-        most = 0.9 if note.is_plan(note.units[number - 1]) else 0.7
-        return number not in chosen and repeats(number) < most and words <= room * budget
+        return number not in chosen and repeats(number) < 0.8 and words <= room * budget
 
     def add(number: int) -> None:
         chosen.update(groups[number])
@@ -302,7 +304,8 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
         unit.number for unit in note.sentences if unit.number in groups and not _is_routine(note, unit)
     }
     # The budget ends this after at most as many rounds as a summary has sentences
-    while waiting := {n for n in waiting if fits(n, 1.3 if _matters(note, n) else 1.1)}:
+    room = {n: 1.3 if note.cues[n] & _MATTERS and "past" not in note.cues[n] else 1.1 for n in waiting}
+    while waiting := {n for n in waiting if fits(n, room[n])}:
         add(max(waiting, key=lambda number: (gain(number), -number)))
     return chosen
 
@@ -373,10 +376,6 @@ def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[in
         treats = speaking([u for u in group if u.topic == "plan"], "action")
         numbers += best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
     return numbers
-
-
-def _matters(note: _Note, number: int) -> bool:
-    return bool(note.cues[number] & _MATTERS) and "past" not in note.cues[number]
 
 
 def _is_routine(note: _Note, unit: Unit) -> bool:

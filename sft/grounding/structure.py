@@ -294,7 +294,7 @@ def _refers_to(body: str, units: list[Unit], last_with: dict[str, int]) -> int:
     if (
         previous
         and re.match(
-            r"(?:he|she|his|her)\b(?! own| (?:was|has been|is to be) \w+(?:ed|en)\b)", body, re.IGNORECASE
+            r"(?:he|she|his|her)\b(?! (?:was|has been|is to be) \w+(?:ed|en)\b)", body, re.IGNORECASE
         )
         and KIN.search(units[-1].text[:40])
     ):
