@@ -354,12 +354,11 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     todo = [u for u in todo if "trivia" not in note.cues[u.number]]
     urgent = {u.number for u in speaking(todo, "action", "dose", "treatment")}
     wanted = [u.number for u in sorted(todo, key=lambda u: (u.number not in urgent, len(u.text)))]
-    dosed = best(speaking([u for u in speaking(sentences, "dose") if u.topic != "drugs"], "treatment"), 2)
     # A result begins with its place, and what a note ends with is often its plan
-    dosed += [u.number for u in sentences if u.topic == "result" and u.label_number == u.number][:1]
-    ends = [u.number for u in told[-2:] if "trivia" not in note.cues[u.number] and not u.needs]
-    more = dosed + findings + tested + came + [u.number for u in speaking(late, "warning")]
-    return essential, wanted, more + ends
+    more = [u.number for u in sentences if u.topic == "result" and u.label_number == u.number][:1]
+    more += findings + tested + came + [u.number for u in speaking(late, "warning")]
+    more += [u.number for u in told[-2:] if "trivia" not in note.cues[u.number] and not u.needs]
+    return essential, wanted, more
 
 
 def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[int]:
