@@ -368,9 +368,7 @@ def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[in
         head = note.heading(unit)
         if head and not topic_of(head.text):
             problems.setdefault(head.number, []).append(unit)
-    numbers = [
-        u.number for u in plans if re.match("regarding|as for|with regards? to", u.text, re.IGNORECASE)
-    ]
+    numbers = []
     for group in problems.values():
         treats = speaking([u for u in group if u.topic == "plan"], "action")
         numbers += best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
