@@ -24,9 +24,9 @@ _CUES = {
     "diagnosis": r"this is (?!an? \d)\w+|diagnos[ei]\w*|consistent|in keeping with|likel(?:y|iest)|probabl[ey]|possibl[ey]|"
     r"possibility|suspect\w*|excluded|explanation|(?:I|we) (?:think|believe|suspect)|represents?|impression|confirm\w*|not detected|\?[a-z]+",
     "abnormal": r"(?<!not )(?:positive|raised|elevated|abnormal|critical|resistant)|target (?:under|below|over|above)|crept|climbed|rose|risen|doubled|peaked|grew|"
-    r"(?:up|down|gone|fell|fallen|falling|dropped) (?:from|to)|from \d[^;]{0,40} to \d\S*|\d\S*\s?(?:->|→|↑|↓)\s?\d\S*|"
+    r"(?:up|down|gone|fell|fallen|falling|dropped) (?:from|to)|from \d[^;]{0,40} to \d\S{0,9}|\d\S{0,9}\s?(?:->|→|↑|↓)\s?\d\S{0,9}|"
     r"\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
-    "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|starts|started|commenced|stopped|withheld|halved|paused|omitted|switched|(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|done|given(?! th)",
+    "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|starts|started|commenced|stopped|withheld|halved|paused|omitted|switched|(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|drawn (?:today|at|for)|sent|done|given(?! th)",
     "test": r"MRI|CT|X-?rays?|XR|CXR|ultrasound|scans?|echo\w*|ECG|EEG|\w+gra(?:m|phy)|biops\w+|cultures?|films?|bloods|fluid|swab|"
     r"aspirate|PCR|histology|cytology|smear|sequencing|variant|tests?|specimen|\w+scopy",
     "finding": r"positive|elevated|raised|abnormal|low|high|reduced|critical|grew|growing|show(?:s|ed)?|demonstrat\w+|reveals?|suggests|"
@@ -35,7 +35,7 @@ _CUES = {
     "disease": r"\w{3,}(?:itis|oma|osis|a?emia|opathy|rrhage|plegia|ectomy|otomy)|perforat\w+|ulcer\w*|bleed\w*|bled|tumou?r|mass|"
     r"ruptur\w+|thromb\w+|embol\w+|infarct\w*|stones?|calcul(?:us|i)|abscess|obstruct\w+|infect\w+|stroke|dissection|seizure|"
     r"arrest|hernia|cancer|malignan\w+|syndrome|deliri\w+|fracture\w*|effusion|tear|compression|occlusion|vegetation|bruis\w+|burns?|laceration|sensorineural|fibrillation|overdose|rash|erythema|o?edema|nodules?|"
-    r"lump|pneumonia|haematoma|wound|DVT|pancreat\w+",
+    r"lump|pneumonia|haematoma|wound|DVT|stenosis|failure|GDM|T[12]DM|diabetes|COPD|asthma|epilepsy|dementia|AF|AKI|CKD|pancreat\w+",
     "procedure": r"laser|biops(?:y|ies|ied)|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|aspirat\w+|"
     r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|closed|sutur\w+|removed|applied|inserted|placed|bands?|shocks?|lavage|debrid\w+|clipped|embolis\w+|\w+ectomy|\w+plasty",
     "presentation": r"admitted|presents?|presented|presenting|came|found|complain\w*|c/o|history of|referred|seen|day \d+|fell|"
@@ -62,7 +62,9 @@ _DOSE = re.compile(
     r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+"
     r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
 )
-_OPEN_QUESTION = re.compile(r"(?:what|anything|any other|and|so|ready|handing|hand)\b", re.IGNORECASE)
+_OPEN_QUESTION = re.compile(
+    r"(?:what (?:was|is|has|should|did|happened|else)|anything|any other|ready|handing)\b", re.IGNORECASE
+)
 _MATTERS = frozenset(
     "action diagnosis finding abnormal procedure done dose change warning presentation".split()
 )
@@ -238,7 +240,8 @@ def _missing(note: _Note, said: set[str]) -> list[NotMentioned]:
 
 
 def _cues(unit: Unit) -> frozenset[str]:
-    text = f"{unit.label} {unit.text}"
+    # What follows "Given: two units." on its line was not given
+    text = f"{unit.label} {unit.text}" if unit.label_number == unit.number else unit.text
     # "Mother:" who tells of her child is no relative's history
     return frozenset(
         name for name, cue in _CUES.items() if cue.search(unit.text if name == "others" else text)
@@ -347,7 +350,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     essential += came[:1]
     measured = [u for u in speaking(told, "abnormal") if u not in plans]
     essential += best(measured, first=[u for u in measured if re.search(r"\d", u.text)])
-    done = [u for u in speaking(told, "done") if u not in plans]
+    done = [u for u in speaking(told, "done") if u not in plans and "negation" not in note.cues[u.number]]
     essential += best(done, first=speaking(done, "dose", "procedure"))
     # Actions and treatment first, and short ones: more is said
     todo = plans or speaking(told[len(told) // 3 :], "action", "plan", "treatment", "done")
@@ -381,7 +384,7 @@ def _is_routine(note: _Note, unit: Unit) -> bool:
     is_plain = unit.topic == "exam" and (cues & {"normal", "negation"} or len(note.stems[unit.number]) < 3)
     head = note.heading(unit)
     is_listed = head and head.topic in ("review", "family", "drugs")
-    is_of_kin = KIN.search(unit.text[:25]) and not cues & _MATTERS
+    is_of_kin = KIN.search(unit.text[:14]) and not cues & _MATTERS - {"presentation"}
     return bool("trivia" in cues or is_plain or is_listed or is_of_kin)
 
 
