@@ -45,6 +45,9 @@ FLU = "Patient reports fever of 38.5°C and cough. Tested positive for influenza
         ("Plan: amoxicillin 500 mg TDS.", "Plan: amoxicillin 500 mg three times daily."),
         ("Denies fever, cough or rash.", "The patient has no fever, cough or rash."),
         ("?PE, awaiting CT.", "Possible PE, awaiting CT."),
+        ("Drowsy, no rash.", "The patient is drowsy and has no rash."),
+        ("Fever, no rash.", "The patient has fever and no rash."),
+        ("Swelling of the ankle.", "The patient has swelling of the ankle."),
         ("Na 118 (139 in March).", "The Na is 118 (139 in March)."),
         ("Haemoglobin 104.0 g/L.", "The hemoglobin is 104 g/L."),
     ],
@@ -242,6 +245,17 @@ ATTACKS = [
     ("Past medical history: stroke.", "The patient has a stroke."),
     ("Fever.", ""),
     ("Fever.", "The patient is."),
+    # What no patient is or has
+    ("Loose slippers.", "The patient is loose slippers."),
+    ("No tampons for 5 days.", "The patient has no tampons for 5 days."),
+    ("No pain diary for a week.", "She has no pain diary for a week."),
+    ("No treatment unless the ECG is abnormal.", "The patient has no treatment unless the ECG is abnormal."),
+    ("Observations stable.", "The patient is observations stable."),
+    ("Probable gout.", "The patient is probable gout."),
+    ("Ultrasound shows no stones.", "The patient has ultrasound shows no stones."),
+    ("He was catheterised.", "The patient is he was catheterised."),
+    ("Redressed with alginate.", "The patient is redressed with alginate."),
+    ("Base 80% granulation, no odour.", "The patient has a base 80% granulation with no odour."),
 ]
 
 

@@ -66,7 +66,9 @@ def test_every_word_stands_in_its_note_sentences_in_order(note):
         last = numbers[-1]
         source = iter(words(" ".join(sentences[number - 1] for number in numbers)))
         assert all(word in spelled_out or word in source for word in words(quoted_sentence.text))
-        assert not quoted_sentence.text.startswith(("Dear", "Kind regards"))
+        # A salutation that runs on into the text is no salutation alone
+        is_short = len(quoted_sentence.text.split()) <= 7
+        assert not (is_short and quoted_sentence.text.startswith(("Dear", "Kind regards")))
         assert quoted_sentence.text[-1] in ".!?…\"”'’)"
 
 
@@ -191,6 +193,10 @@ def test_numbered_lists_are_no_headings():
         ("Her sister takes lithium. She is well.", 2, 1),
         ("A letter came. This 44-year-old man is well.", 2, 0),
         ("Seen today. There is a tear.", 2, 0),
+        ("Never had a colonoscopy. We asked for one within a month.", 2, 1),
+        ("Haemoglobin is 104. To repeat it at 21:00.", 2, 1),
+        ("Seen today. We think it is gout.", 2, 0),
+        ("Her sister has diabetes. She was given saline.", 2, 0),
     ],
 )
 def test_what_a_sentence_refers_back_to(note, number, needs):
@@ -218,6 +224,44 @@ def test_last_bullets_are_the_plan_where_something_is_to_be_done():
     assert [unit.topic for unit in read_units(note)[-4:]] == ["end"] * 4
     assert "Repeat CT head at 24 h." in quoted(note)
     assert {m.kind for m in not_mentioned(note, ["67M fell."]) if "repeat CT" in m.text} == {"plan"}
+
+
+# Who, then small talk that fills a note, then what must be there
+SMALL_TALK = (
+    "She walks by the river every day and has joined a choir. Her garden is doing well this summer. "
+    "Older brother has his own appointment next week. She asks whether she may have a beer. Options discussed. "
+    "Chest clear. Sleeps eight hours and eats three meals. Shoes are comfortable. "
+)
+
+
+@pytest.mark.parametrize(
+    "lines, wanted",
+    [
+        ("Creatinine has crept from 112 to 148 since May.", ["crept from 112"]),
+        (
+            "Viral PCR is 42,000 copies/mL, negative in the spring.\nIGRA positive at 1.92 IU/mL.",
+            ["IGRA positive"],
+        ),
+        ("Saturday 06:30: went stiff in bed, shook for 90 seconds.", ["went stiff"]),
+        ("Done today: sputum sent, baseline eye test.", ["sputum sent"]),
+        ("Given:\n- 6-in-1 dose 1\n- MenB dose 1\n- Rotavirus dose 1", ["6-in-1", "MenB", "Rotavirus"]),
+        (
+            "- Cot on the neonatal unit\n- Echo this afternoon\n- Doppler again tomorrow\nBoth parents told.",
+            ["neonatal", "Echo", "Doppler"],
+        ),
+        ("She takes codeine and senna.\nPlan: rest.\nStop codeine and senna.", ["Stop codeine"]),
+    ],
+)
+def test_what_matters_comes_before_small_talk(lines, wanted):
+    text = quoted(f"Clinic review, 54-year-old woman.\n{SMALL_TALK}\n{lines}")
+    assert [one for one in wanted if one not in text] == []
+    assert not any(trivia in text for trivia in ("garden", "brother", "beer", "Options"))
+
+
+def test_a_question_that_opens_a_talk_is_not_told():
+    note = "Night handover.\nNurse A: Handing over bed 6?\nNurse B: Yes, Mr Cole, 69, day 1 after aneurysm repair."
+    assert "Handing" not in quoted(note)
+    assert "Mr Cole" in quoted(note)
 
 
 def test_a_time_goes_with_its_line():

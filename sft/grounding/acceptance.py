@@ -15,6 +15,7 @@ from sft.grounding.citations import strip_citations
 from sft.grounding.clauses import (
     AUXILIARY,
     BREAKS,
+    CONDITION,
     FREE,
     GUARDS,
     OTHERS,
@@ -22,6 +23,7 @@ from sft.grounding.clauses import (
     PARTING,
     PLACES,
     SCOPES,
+    STATE,
     WORDS,
     Clause,
     Reading,
@@ -235,6 +237,8 @@ def it_reads_as_a_sentence(traced: _Traced) -> str:
         return "begins or ends in the middle"
     if any(one == two and one.isalpha() for gap in traced.written.gaps for one, two in pairwise(gap)):
         return "says a word twice"
+    if any(sum(word in WORDS["subject"] for word in gap) > 1 for gap in traced.written.gaps):
+        return "names two at once"
     for step in traced.steps:
         gone, added = (step.old - step.new) & PLACES, (step.new - step.old) & (PLACES | WORDS["subject"])
         is_date = step.word[0].isdigit() or MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
@@ -333,6 +337,38 @@ def who_does_and_who_is_done_to_stay(traced: _Traced) -> str:
     return ""
 
 
+def only_a_condition_is_the_patients(traced: _Traced) -> str:
+    """ "Fever" may become "she has fever"; "loose slippers" and "no tampons for 5 days" may not."""
+    content, gaps = traced.source.content, traced.source.gaps
+    ends = PLACES | WORDS["prepositions"] | {"with"}
+    for step in traced.steps:
+        added = step.new - step.old
+        # "Denies" and "reports" say whose it is
+        if not (added & WORDS["subject"] and added & AUXILIARY) or step.old & WORDS["report"]:
+            continue
+        clause = traced.clauses[step.clause]
+        last = step.index + 1
+        while last < clause.last and not ends & {content[last], *gaps[last]}:
+            last += 1
+        # "Three weeks of pain"
+        if content[last - 1] in WORDS["times"] and last < clause.last:
+            last += 1
+        is_person = "yearold" in clause.words or clause.words & {"man", "woman"}
+        known = STATE if added & WORDS["be"] else CONDITION
+        is_known = known.fullmatch(content[last - 1]) or (is_person and known is STATE)
+        # "Ultrasound shows no stones": another sentence begins inside
+        is_broken = any(AUXILIARY & set(gap) for gap in gaps[step.index + 1 : last])
+        is_broken = is_broken or not SCOPES.isdisjoint(content[step.index + 1 : last])
+        # "Not yet fit", but not "observations stable"
+        others = {
+            word for word in content[step.index : last - 1] if not re.fullmatch(r"not?|yet|now|\w+ly", word)
+        }
+        is_broken = is_broken or bool(known is STATE and not is_person and others)
+        if not is_known or is_broken or clause.words & CONDITIONS:
+            return f"gives '{content[last - 1]}' to the patient"
+    return ""
+
+
 def man_or_woman_as_the_note_has_it(traced: _Traced) -> str:
     """No "he" for a woman, nor for a patient of whom the note does not say."""
     added = (set(traced.written.words) - set(traced.source.words)) & (WORDS["male"] | WORDS["female"])
@@ -350,5 +386,6 @@ RULES = (
     denials_and_doubts_keep_their_reach,
     verbs_keep_their_time,
     who_does_and_who_is_done_to_stay,
+    only_a_condition_is_the_patients,
     man_or_woman_as_the_note_has_it,
 )

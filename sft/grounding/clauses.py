@@ -58,6 +58,20 @@ _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
 PARTICIPLE = re.compile(
     r"\w+ed|given|taken|seen|done|sent|held|told|found|shown|known|put|kept|begun|driven|drawn"
 )
+# What a patient can have, and what a patient can be; else a part without a verb may be a thing or an order
+CONDITION = re.compile(
+    r"\w{3,}(?:itis|oma|osis|emia|pathy|rrhage|rrhea|plegia|phasia|uria|algia|pnea|pnoea|cardia|penia|tension|phagia|"
+    r"sthenia|ness|ache)|fever|cough|pain|cramp|spasm|rash|nausea|vomiting|diarrhea|wheezing|itching|itch|"
+    r"swelling|bleeding|tingling|fatigue|lethargy|seizure|symptom|allergy|history|asthma|diabetes|dementia|copd|"
+    r"stroke|cancer|tumou?r|gout|angina|syndrome|disease|disorder|failure|injury|infection|fracture|ulcer|abscess|"
+    r"embolism|effusion|dvt|pe|uti|hernia|stone|thrombus|infarct|infarction|overdose|lesion|nodule|mass|edema|"
+    r"erythema|murmur|tremor|insomnia|anxiety|depression|confusion|delirium|palpitation|syncope|jaundice"
+)
+STATE = re.compile(
+    r"\w*(?:febrile|oriented|tensive)|drowsy|alert|rousable|pregnant|unwell|fit|stable|pale|dizzy|tired|weak|thirsty|"
+    r"unsteady|breathless|comfortable|anxious|confused|jaundiced|depressed|man|woman|yearold|delirious|"
+    r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred"
+)
 _MOST_CANDIDATES = 8
 
 

@@ -10,42 +10,50 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-from sft.grounding.structure import Unit, content_stems, read_units, shown_label, topic_of
+from sft.grounding.structure import KIN, Unit, content_stems, read_units, shown_label, topic_of
 
 _VERSION = 1
 # What a sentence speaks of, for the regression and the rules
 _CUES = {
-    "action": r"will|start|stop|continue|increase|reduce|repeat|refer(?:red)?|review|return|recheck|order(?:ed)?|follow|hold|"
+    "action": r"will|start|stop|continue|increase|reduce|repeat|refer(?:red|rals?)?|review|return|recheck|order(?:ed)?|follow|hold|"
     r"avoid|switch|arrange|obtain|perform|proceed|schedul\w+|consider|provided|given(?! h| th)|recommend\w*|advis\w+|prescri\w+|"
     r"initiate|asked for|offered|requested|reassess|book\w*|due(?! to)|await\w*|if|r/v|no more|to be",
     "plan": r"plan|tomorrow|weeks?|months?|again|check|discharge|clinic|f/u|monitor|pending|[1-9]/(?:7|52|12)",
     "treatment": r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|ml|units?|puffs?|l)|started?|stopped|given|gave|treated|prescri\w+|tablets?|iv|"
     r"im|po|od|bd|tds|qds|daily|increased?|changed|switch(?:ed)?|held|hold",
     "diagnosis": r"this is (?!an? \d)\w+|diagnos[ei]\w*|consistent|in keeping with|likel(?:y|iest)|probabl[ey]|possibl[ey]|"
-    r"possibility|suspect\w*|excluded|explanation|represents?|impression|confirm\w*|not detected|\?[a-z]+",
+    r"possibility|suspect\w*|excluded|explanation|(?:I|we) (?:think|believe|suspect)|represents?|impression|confirm\w*|not detected|\?[a-z]+",
+    "abnormal": r"(?<!not )(?:positive|raised|elevated|abnormal|critical|resistant)|target (?:under|below|over|above)|crept|climbed|rose|risen|doubled|peaked|grew|"
+    r"(?:up|down|gone|fell|fallen|falling|dropped) (?:from|to)|from \d[^;]{0,40} to \d\S{0,9}|\d\S{0,9}\s?(?:->|→|↑|↓)\s?\d\S{0,9}|"
+    r"\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
+    "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|starts|started|commenced|stopped|withheld|halved|paused|omitted|switched|(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|drawn (?:today|at|for)|sent|done|given(?! th)",
+    "test": r"MRI|CT|X-?rays?|XR|CXR|ultrasound|scans?|echo\w*|ECG|EEG|\w+gra(?:m|phy)|biops\w+|cultures?|films?|bloods|fluid|swab|"
+    r"aspirate|PCR|histology|cytology|smear|sequencing|variant|tests?|specimen|\w+scopy",
     "finding": r"positive|elevated|raised|abnormal|low|high|reduced|critical|grew|growing|show(?:s|ed)?|demonstrat\w+|reveals?|suggests|"
     r"could represent|evidence of|active",
     "change": r"new|moderate|severe|large|tender|worse|swelling|weak\w*|drowsy|confus\w+|rose|fell|cm|mm|POS|↑|↓|->",
     "disease": r"\w{3,}(?:itis|oma|osis|a?emia|opathy|rrhage|plegia|ectomy|otomy)|perforat\w+|ulcer\w*|bleed\w*|bled|tumou?r|mass|"
     r"ruptur\w+|thromb\w+|embol\w+|infarct\w*|stones?|calcul(?:us|i)|abscess|obstruct\w+|infect\w+|stroke|dissection|seizure|"
-    r"arrest|hernia|cancer|malignan\w+|syndrome|deliri\w+|fracture\w*|effusion|tear|overdose|rash|erythema|o?edema|nodules?|"
-    r"lump|pneumonia|haematoma|wound|DVT|pancreat\w+",
+    r"arrest|hernia|cancer|malignan\w+|syndrome|deliri\w+|fracture\w*|effusion|tear|compression|occlusion|vegetation|bruis\w+|burns?|laceration|sensorineural|fibrillation|overdose|rash|erythema|o?edema|nodules?|"
+    r"lump|pneumonia|haematoma|wound|DVT|stenosis|failure|GDM|T[12]DM|diabetes|COPD|asthma|epilepsy|dementia|AF|AKI|CKD|pancreat\w+",
     "procedure": r"laser|biops(?:y|ies|ied)|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|aspirat\w+|"
-    r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|closed|sutur\w+|removed|\w+ectomy|\w+plasty",
+    r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|closed|sutur\w+|removed|applied|inserted|placed|bands?|shocks?|lavage|debrid\w+|clipped|embolis\w+|\w+ectomy|\w+plasty",
     "presentation": r"admitted|presents?|presented|presenting|came|found|complain\w*|c/o|history of|referred|seen|day \d+|fell|"
-    r"fall|pain|ache|vomit\w*|since|collapsed|(?:hours?|days?|weeks?|months?|[1-9]/(?:7|52|12)) (?:of|history)",
+    r"fall|pain|ache|vomit\w*|since|collapsed|went|became|woke|shook|suddenly?|then|stung|hit|hurts?|jerk\w*|unresponsive|(?:hours?|days?|weeks?|months?|[1-9]/(?:7|52|12)) (?:of|history)",
     "person": r"\d{1,3}\s?(?:-year|yo|y/o|[mf]|y)|man|woman|boy|girl|baby|male|female|lady|gentleman",
     "negation": r"no|not|denies|denied|without|never|nil|none|neg(?:ative)?",
     "normal": r"normal|fine|intact|clear|well|unremarkable|satisfactory|equal|soft|settled",
-    "others": r"mother|father|mum|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|neighbou?r|cat|dog|"
+    "others": r"(?:mother|father|mum|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|neighbou?r|(?:house|flat)mates?)"
+    r"(?! (?:says?|said|reports?|noticed|found|rang|ringing))|cat|dog|"
     r"lives|works|smok\w+|alcohol|drives|retired|school|holiday",
-    "past": r"(?<!/)(?:19|20)\d\d|last (?:week|month|year|season|winter|summer)|years ago|as a child|previous\w*|old|childhood",
-    "warning": r"(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
+    "past": r"(?<!/)(?:19|20)\d\d|last (?:month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
+    "warning": r"suicid\w*|self-harm|harming|(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
     "trivia": r"lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful|"
-    r"pleasant|parking|biscuits?|tea|photographs?|incidentally",
-    "courtesy": r"agrees? with|understands? and|in agreement|agreed to (?:this|the) plan|discussed in detail|reviewed and|"
-    r"any (?:additional |other |further )?(?:questions|concerns|issues)|options were discussed|questions (?:were )?(?:invited and )?answered|"
-    r"discuss\w* (?:the )?(?:diagnosis and )?treatment options(?!.*recommend)|verbalized|lengthy discussion|consent taken|applaud|reassured|"
+    r"pleasant|parking|biscuits?|tea|photo(?:graph)?s?|incidentally|chatty|cheerful|dogs?|cats?|pets?|garden\w*|likes|enjoys|prefers|hobb\w+|"
+    r"(?:asks|asking|asked|wonders|know) (?:whether|if|where|about)|own appointment",
+    "courtesy": r"agrees? with|understands? and|in agreement|agreed to (?:this|the) plan|discussed in detail|reviewed and|carefully reviewed|guidelines was reviewed|"
+    r"any (?:additional |other |further )?(?:questions|concerns|issues)|options (?:were )?discussed|questions (?:were )?(?:invited and )?answered|"
+    r"discuss\w* (?:the )?(?:diagnosis and )?treatment options(?!.*recommend)|verbaliz\w+|lengthy discussion|consent taken|applaud|reassured|"
     r"nature of (?:this|her|his|the)|risks?,? (?:and )?benefits|the risks? includes?",
     "dose": r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|units?|puffs?|tablets?|gram)(?!/)",
 }
@@ -54,6 +62,13 @@ _DOSE = re.compile(
     r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+"
     r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
 )
+_OPEN_QUESTION = re.compile(
+    r"(?:what (?:was|is|has|should|did|happened|else)|anything|any other|ready|handing)\b", re.IGNORECASE
+)
+_MATTERS = frozenset(
+    "action diagnosis finding abnormal procedure done dose change warning presentation".split()
+)
+_NAMES_DIAGNOSIS = re.compile(r"this is|diagnosis|probabl[ey]|possibl[ey]|likely|\?", re.IGNORECASE)
 _TOPICS = ("plan", "diagnosis", "reason", "result", "operation")
 ENOUGH_KIN = 0.55  # of a training set's summary sentences: .72 on phase1_data, .41 on MTS-Dialog's dialogues
 _COVERED = 0.65
@@ -120,8 +135,12 @@ class _Note:
 
     def is_plan(self, unit: Unit) -> bool:
         """By its label or heading, or as one of the last bullets, if something is to be done."""
-        is_last_bullet = unit.topic == "end" and self.cues[unit.number] & {"action", "plan"}
-        return "plan" in unit.topic or bool(is_last_bullet and "past" not in self.cues[unit.number])
+        cues = self.cues[unit.number]
+        # Bullets that follow prose are a plan as a whole, if one of them is
+        is_done = cues & {"action", "plan"} or (
+            unit.listed > len(self.units) // 3 and not cues & {"others", "trivia"}
+        )
+        return "plan" in unit.topic or bool(unit.topic == "end" and is_done and "past" not in cues)
 
     def heading(self, unit: Unit) -> Unit | None:
         return self.units[unit.heading - 1] if unit.heading else None
@@ -193,19 +212,22 @@ def quote(note: str, selector: Selector) -> list[Quoted]:
 
 def not_mentioned(note: str, summary_sentences: Iterable[str]) -> list[NotMentioned]:
     """Plans, drugs with a dose, abnormal results and problems that the summary does not speak of."""
-    read = _Note(note)
-    said = set(content_stems(" ".join(summary_sentences)))
+    return _missing(_Note(note), set(content_stems(" ".join(summary_sentences))))
+
+
+def _missing(note: _Note, said: set[str]) -> list[NotMentioned]:
+    """The same, of a note that is read, with the stems of what the summary says."""
     listed = []
-    for unit in read.sentences:
-        stems, cues = read.stems[unit.number], read.cues[unit.number]
+    for unit in note.sentences:
+        stems, cues = note.stems[unit.number], note.cues[unit.number]
         is_new = len(stems & said) < 0.4 * len(stems)
         if "courtesy" in cues:
             continue
         if any(not set(content_stems(drug)) & said for drug in _DOSE.findall(unit.text)):
             kind = "drug"
-        elif is_new and read.is_plan(unit) and "action" in cues:
+        elif is_new and note.is_plan(unit) and "action" in cues:
             kind = "plan"
-        elif is_new and "finding" in cues and any(word[0].isdigit() for word in stems - said):
+        elif is_new and cues & {"finding", "abnormal"} and any(word[0].isdigit() for word in stems - said):
             kind = "abnormal"
         elif is_new and unit.topic == "diagnosis" and len(stems) > 1:
             kind = "problem"
@@ -213,13 +235,17 @@ def not_mentioned(note: str, summary_sentences: Iterable[str]) -> list[NotMentio
             continue
         listed.append(NotMentioned(kind, unit.text, unit.number))
         # What is said twice is missing once
-        said |= stems
+        said = said | stems
     return listed
 
 
 def _cues(unit: Unit) -> frozenset[str]:
-    text = f"{unit.label} {unit.text}"
-    return frozenset(name for name, cue in _CUES.items() if cue.search(text))
+    # What follows "Given: two units." on its line was not given
+    text = f"{unit.label} {unit.text}" if unit.label_number == unit.number else unit.text
+    # "Mother:" who tells of her child is no relative's history
+    return frozenset(
+        name for name, cue in _CUES.items() if cue.search(unit.text if name == "others" else text)
+    )
 
 
 def _covered(note: _Note, summary: str) -> list[bool]:
@@ -251,11 +277,15 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     chosen, said = set(), set()
 
     def repeats(number: int) -> float:
-        return len(note.stems[number] & said) / max(len(note.stems[number]), 1)
+        # "CT in 6 weeks" is new unless one sentence says so
+        stems = note.stems[number]
+        is_plan = note.is_plan(note.units[number - 1])
+        same = max((len(stems & note.stems[k]) for k in chosen), default=0) if is_plan else len(stems & said)
+        return same / max(len(stems), 1)
 
     def fits(number: int, room: float) -> bool:
         words = sum(n_words[k] for k in groups[number] | chosen)
-        return number not in chosen and repeats(number) < 0.7 and words <= room * budget
+        return number not in chosen and repeats(number) < 0.8 and words <= room * budget
 
     def add(number: int) -> None:
         chosen.update(groups[number])
@@ -266,78 +296,96 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
         words = sum(n_words[k] for k in new)
         return sum(n_words[k] * (scores.get(k, 0.0) - 0.3 * repeats(k)) for k in new) / max(words, 1)
 
-    essential, wanted = _required(note, scores)
-    for number, room in [*((n, 1.4) for n in essential), *((n, 1.15) for n in wanted)]:
-        if number in groups and (fits(number, room) or not chosen):
-            add(number)
+    for room, numbers in zip((1.7, 1.6, 1.45), _required(note, scores), strict=True):
+        for number in numbers:
+            if number in groups and (fits(number, room) or not chosen):
+                add(number)
+    for missing in sorted(_missing(note, said), key=lambda missing: missing.kind):
+        if missing.note_sentence in groups and fits(missing.note_sentence, 1.4):
+            add(missing.note_sentence)
     waiting = {
         unit.number for unit in note.sentences if unit.number in groups and not _is_routine(note, unit)
     }
     # The budget ends this after at most as many rounds as a summary has sentences
-    while waiting := {number for number in waiting if fits(number, 1.15)}:
+    room = {n: 1.3 if note.cues[n] & _MATTERS and "past" not in note.cues[n] else 1.1 for n in waiting}
+    while waiting := {n for n in waiting if fits(n, room[n])}:
         add(max(waiting, key=lambda number: (gain(number), -number)))
     return chosen
 
 
-def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[int]]:
-    """What a reader must not miss, and what matters next, each with the most important first."""
+def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[int], list[int]]:
+    """What a reader must not miss, the plan, and what matters next, each with the most important first."""
     sentences = [u for u in note.sentences if u.number in scores and u.topic not in ("family", "review")]
     late = sentences[len(sentences) // 2 :]
     # Of the patient, and of now
     told = [u for u in sentences if not note.cues[u.number] & {"others", "past"}]
 
-    def best(units: Iterable[Unit], n: int = 1) -> list[int]:
-        return sorted((u.number for u in units), key=lambda number: (-scores[number], number))[:n]
+    def best(units: Iterable[Unit], n: int = 1, first: Iterable[Unit] = ()) -> list[int]:
+        ahead = {u.number for u in first}
+        numbers = [u.number for u in units]
+        return sorted(numbers, key=lambda number: (number not in ahead, -scores[number], number))[:n]
 
     def speaking(units: list[Unit], *cues: str) -> list[Unit]:
         return [u for u in units if note.cues[u.number] & set(cues)]
 
-    plans = [u for u in sentences if note.is_plan(u)]
+    plans = [u for u in sentences if note.is_plan(u) and not _is_routine(note, u)]
+    present = [u for u in told if not note.cues[u.number] & {"negation", "normal"}]
     essential = [u.number for u in sentences[:1]]
     essential += [u.number for u in sentences if u.names_patient][:1]
     essential += [u.number for u in sentences if u.topic == "reason" and u.label_number == u.number][:1]
-    essential += best(u for u in sentences if u.topic == "operation")
-    essential += best(u for u in sentences if u.topic == "diagnosis")
-    # For each problem of a plan what is to be done, if it says so; then all else that is to be done
+    for topic in ("operation", "diagnosis", "result"):
+        essential += best((u for u in sentences if u.topic == topic), first=speaking(sentences, "disease"))
+    essential += _for_each_problem(note, plans, best, speaking)
+    # "This is gout", else what is only likely
+    named = [u for u in told if _NAMES_DIAGNOSIS.match(u.text)]
+    essential += best(speaking(told, "diagnosis"), first=named)
+    # A test that shows something, else whatever is found
+    tested = speaking(speaking(told, "test"), "disease", "finding", "abnormal")
+    tested = best(tested, 3, first=[u for u in tested if u in present])
+    findings = best(speaking(present, "diagnosis", "finding", "disease"), 2)
+    essential += tested[:1] or findings[:1]
+    essential += best((u for u in speaking(told, "procedure") if u not in plans and u.number > 1), 2)
+    came = speaking(told[: max(4, len(told) // 3)], "presentation")
+    came = best((u for u in came if len(note.stems[u.number]) > 3), 2)
+    essential += came[:1]
+    measured = [u for u in speaking(told, "abnormal") if u not in plans]
+    essential += best(measured, first=[u for u in measured if re.search(r"\d", u.text)])
+    done = [u for u in speaking(told, "done") if u not in plans and "negation" not in note.cues[u.number]]
+    essential += best(done, first=speaking(done, "dose", "procedure"))
+    # Actions and treatment first, and short ones: more is said
+    todo = plans or speaking(told[len(told) // 3 :], "action", "plan", "treatment", "done")
+    todo = [u for u in todo if "trivia" not in note.cues[u.number]]
+    urgent = {u.number for u in speaking(todo, "action", "dose", "treatment")}
+    wanted = [u.number for u in sorted(todo, key=lambda u: (u.number not in urgent, len(u.text)))]
+    # A result begins with its place, and what a note ends with is often its plan
+    more = [u.number for u in sentences if u.topic == "result" and u.label_number == u.number][:1]
+    more += findings + tested + came + [u.number for u in speaking(late, "warning")]
+    more += [u.number for u in told[-2:] if "trivia" not in note.cues[u.number] and not u.needs]
+    return essential, wanted, more
+
+
+def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[int]:
+    """For each problem of a plan what is to be done, if it says so."""
     problems = {}
     for unit in plans:
         head = note.heading(unit)
         if head and not topic_of(head.text):
             problems.setdefault(head.number, []).append(unit)
-    essential += [
-        u.number for u in plans if re.match("regarding|as for|with regards? to", u.text, re.IGNORECASE)
-    ]
+    numbers = []
     for group in problems.values():
         treats = speaking([u for u in group if u.topic == "plan"], "action")
-        essential += best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
-    present = [u for u in told if not note.cues[u.number] & {"negation", "normal"}]
-    findings = best(speaking(present, "diagnosis", "finding", "disease"), 2)
-    essential += best(speaking(told, "diagnosis")) + findings[:1]
-    essential += best(speaking(present, "procedure"))
-    essential += best(speaking(told[: max(4, len(told) // 3)], "presentation"))
-    actions = speaking(plans, "action") or plans
-    if problems:
-        wanted = [u.number for u in sorted(actions, key=lambda u: (u.topic != "plan", len(u.text)))]
-    else:
-        acts = speaking(plans or [u for u in late if u in told], "action", "plan", "treatment")
-        wanted = [u.number for u in acts][-1:] + best(speaking(acts, "action"), 2)
-    wanted += best(speaking([u for u in speaking(sentences, "dose") if u.topic != "drugs"], "treatment"), 2)
-    wanted += findings[1:]
-    # Treatment first, and short ones: more is said
-    more = plans or speaking([u for u in late if u in told], "action", "treatment")
-    more = sorted(more, key=lambda u: (not note.cues[u.number] & {"dose", "treatment"}, len(u.text)))
-    wanted += [u.number for u in more if "trivia" not in note.cues[u.number]]
-    wanted += [u.number for u in speaking(late, "warning")]
-    return essential, wanted
+        numbers += best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
+    return numbers
 
 
 def _is_routine(note: _Note, unit: Unit) -> bool:
-    """What else was asked or found normal, in a section for that; and what is no medicine."""
+    """What else was asked or found normal, in a section for that; what is no medicine; what others have."""
     cues = note.cues[unit.number]
     is_plain = unit.topic == "exam" and (cues & {"normal", "negation"} or len(note.stems[unit.number]) < 3)
     head = note.heading(unit)
     is_listed = head and head.topic in ("review", "family", "drugs")
-    return bool("trivia" in cues or is_plain or is_listed)
+    is_of_kin = KIN.search(unit.text[:14]) and not cues & _MATTERS - {"presentation"}
+    return bool("trivia" in cues or is_plain or is_listed or is_of_kin)
 
 
 def _group(note: _Note, number: int) -> set[int]:
@@ -347,9 +395,21 @@ def _group(note: _Note, number: int) -> set[int]:
         unit = note.units[number - 1]
         if unit.kind != "sentence" or len(group) > 2:
             return set()
+        if group and "trivia" in note.cues[number]:
+            break
         group.add(number)
         number = unit.needs
-    return group
+    return group | _short_list(note, note.units[max(group) - 1])
+
+
+def _short_list(note: _Note, unit: Unit) -> set[int]:
+    """The other bullets of a list under a label of its own, "Given:": one of a few would mislead."""
+    if not unit.listed or "plan" in unit.topic:
+        return set()
+    items = [u for u in note.units[unit.listed - 1 : unit.listed + 6] if u.listed == unit.listed]
+    is_headed = unit.heading and unit.heading == unit.listed - 1
+    is_short = is_headed and len(items) < 6 and sum(len(u.text.split()) for u in items) <= 24
+    return {u.number for u in items if u.kind == "sentence"} if is_short else set()
 
 
 def _render(note: _Note, numbers: list[int]) -> list[Quoted]:
@@ -365,7 +425,11 @@ def _render(note: _Note, numbers: list[int]) -> list[Quoted]:
             asked = note.units[unit.asked - 1].text
             # "Pain?" of a nurse who asks is the topic of what follows; a question of a patient stays one
             is_topic = len(asked.split()) <= 3 and not unit.label
-            heads.append((unit.asked, asked.rstrip("?") if is_topic else asked))
+            # "Anything else?" and "Handing over bed 6?" only start the talk
+            is_empty = unit.names_patient or (
+                _OPEN_QUESTION.match(asked) and len(note.stems[unit.asked]) < 4 < len(unit.text.split())
+            )
+            heads.append((unit.asked, "" if is_empty else asked.rstrip("?") if is_topic else asked))
         heads = sorted((n, text) for n, text in heads if text)
         # Leaving a problem: what is said next is no longer about it
         was_problem = any(

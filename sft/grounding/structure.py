@@ -55,6 +55,11 @@ _FIRST_AGAIN = re.compile(
     r"(?:there|then|here|after|again|by|at once|since|in|with|on))\b",
     re.IGNORECASE,
 )
+# "To repeat it at 21:00", "We have asked for one within a month"; not "We think it is gout"
+_OBJECT_AGAIN = re.compile(
+    r"(?:[a-z']+ ){1,4}?(?:(?:it|them)(?! \w+s\b| (?:may|might|would|will|could|had|can)\b)|one(?= (?:within|in|at|by|before)\b|[.,;]|$))\b",
+    re.IGNORECASE,
+)
 # "This 44-year-old man" and "This is a 26-year-old" name the patient and refer to nothing
 _NAMES_PATIENT = re.compile(
     r"(?:\b\d{1,3}[\s-]*(?:year|yr|y/?o\b|y\b|[MF]\b)|\b\d{1,3}[\s-]*(?:month|week|day|hour)s?[\s-]old|\b[MF]\s?\d\d\b|"
@@ -62,7 +67,7 @@ _NAMES_PATIENT = re.compile(
     r"\bborn (?:at )?\d\d\b|this (?:is|patient|lady|gentleman|man|woman|boy|girl|baby))",
     re.IGNORECASE,
 )
-_KIN = re.compile(
+KIN = re.compile(
     r"\b(?:mother|father|mum|mom|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|sibling|"
     r"grand\w+|niece|nephew|neighbou?r|donor|housemates?|flatmate|carer)s?\b",
     re.IGNORECASE,
@@ -90,6 +95,7 @@ class Unit:
     kind: str  # "sentence", "heading", "question" or "salutation"
     topic: str  # of its label or heading: plan, diagnosis, reason, operation, family, review, end, or ""
     names_patient: bool
+    listed: int = 0  # the sentence that begins its list of bullets; 0: none
 
 
 def content_stems(text: str) -> list[str]:
@@ -161,7 +167,7 @@ def read_units(note: str) -> list[Unit]:
         kind = _kind(body, topic)
         named = _NAMES_PATIENT.search(text)
         # "8-year-old boy, mother in the room", but not "Her sister is a 30-year-old nurse"
-        names_patient = bool(named) and not _KIN.search(text[max(0, named.start() - 15) : named.start()])
+        names_patient = bool(named) and not KIN.search(text[max(0, named.start() - 15) : named.start()])
         asked = question if kind == "sentence" and (not starts_line or i == question) else 0
         needs = 0 if starts_line and bullet else _refers_to(body, units, last_with)
         # "My sister had one. Me, never." and "X-ray of the knee is unremarkable. No fractures."
@@ -169,26 +175,30 @@ def read_units(note: str) -> list[Unit]:
         if goes_on and not starts_line and len(body.split()) <= 4:
             needs = needs or number - 1
         needs = 0 if needs == asked else needs
+        before = units[-1].listed if units else 0
+        listed = (before or number) if starts_line and bullet else 0 if starts_line else before
         units.append(
-            Unit(number, body, label, label_number, heading, asked, needs, kind, topic, names_patient)
+            Unit(number, body, label, label_number, heading, asked, needs, kind, topic, names_patient, listed)
         )
         question = number if kind == "question" else 0
         for word in content_stems(body):
             last_with[word] = number
-    return _mark_the_end(units, lines)
+    return _mark_the_end(units)
 
 
-def _mark_the_end(units: list[Unit], lines: list) -> list[Unit]:
-    """Bullets without heading that end a note, in its second half, get the topic "end": perhaps its plan."""
-    first = len(units)
-    for i in range(len(units) - 1, len(units) // 2 - 1, -1):
-        if units[i].kind == "heading" or units[i].topic:
-            break
-        if lines[i][1] > 0 or i == 0:
-            if not _BULLET.match(lines[i][0]):
-                break
-            first = i
-    return units[:first] + [replace(unit, topic="end") for unit in units[first:]]
+def _mark_the_end(units: list[Unit]) -> list[Unit]:
+    """Bullets without heading in a note's second half get the topic "end": perhaps its plan.
+
+    A line or two may follow them, "Both parents told.".
+    """
+    last = next((unit for unit in reversed(units[-3:]) if unit.listed), None)
+    if not last or last.topic or last.heading in range(len(units) // 2, len(units) + 1):
+        return units
+    first = max(last.listed, len(units) // 2 + 1)
+    return [
+        replace(unit, topic="end") if first <= unit.number <= last.number and not unit.topic else unit
+        for unit in units
+    ]
 
 
 def _take_label(body: str, starts_line: bool) -> tuple[str, str]:
@@ -278,13 +288,15 @@ def _refers_to(body: str, units: list[Unit], last_with: dict[str, int]) -> int:
     previous = units[-1].number if units and units[-1].kind in ("sentence", "question") else 0
     if _NAMES_PATIENT.search(body[:40]):
         return 0
-    if _FIRST_AGAIN.match(body):
+    if _FIRST_AGAIN.match(body) or _OBJECT_AGAIN.match(body):
         return previous
     # "Her sister takes lithium. She has ...": who, is said before
     if (
         previous
-        and re.match(r"(?:he|she|his|her)\b", body, re.IGNORECASE)
-        and _KIN.search(units[-1].text[:40])
+        and re.match(
+            r"(?:he|she|his|her)\b(?! (?:was|has been|is to be) \w+(?:ed|en)\b)", body, re.IGNORECASE
+        )
+        and KIN.search(units[-1].text[:40])
     ):
         return previous
     # "The ovary was ...": which, is said where it was last named
