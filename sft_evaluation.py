@@ -25,11 +25,12 @@ from sft.data.prompt import PromptTemplate
 from sft.data.rows import Row, drop_stray_citations, factual_rows, leaked_rows, read_rows, shown_kinds
 from sft.data.table import OPTION_OF_COLUMN, column_name, read_table
 from sft.evaluation import figures, measures, page, sheet, systems
+from sft.evaluation.options import EvaluationConfig
 from sft.files import ROOT, make_private_dir, sha256, write_json
 from sft.grounding import PreparedNote
 from sft.inference.writing import read_selector
-from sft.model.folder import read_adapter_folder
-from sft.options import EvaluationConfig, parse_options, quantization_of
+from sft.model.folder import quantization_for, read_adapter_folder
+from sft.options import parse_options
 from sft_inference import SFTInference
 
 # Adapters trained on these files are tested on those unless told otherwise
@@ -216,14 +217,16 @@ def fingerprint(column: Column, data: Data, config: EvaluationConfig) -> dict:
             "prompt": systems.digest(adapter.sft_config["prompt"]),
             "max_new_tokens": config.max_new_tokens or adapter.sft_config["max_new_tokens"],
             "dtype": str(pick_device(config.device, config.dtype).dtype),
-            "quantization": quantization_of(config.use_8bit, config.use_4bit),
+            "quantization": quantization_for(vars(config), adapter.sft_config),
         }
     return values
 
 
 def load(model: str, adapter: Adapter, config: EvaluationConfig) -> SFTInference:
     """A specialist, whose model is loaded once it is needed, or its base model."""
-    options = {name: getattr(config, name) for name in ("device", "dtype", "use_8bit", "use_4bit")}
+    options = {
+        name: getattr(config, name) for name in ("device", "dtype", "quantization", "use_8bit", "use_4bit")
+    }
     if model == "specialist":
         return SFTInference(adapter.folder, writing="quote" if adapter.has_selector else "free", **options)
     inference = SFTInference(adapter.folder, writing="free", merge=False, **options)

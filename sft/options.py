@@ -125,7 +125,6 @@ class DataOptions(ColumnOptions, FileOptions):
         group=MODEL,
         may_change=True,
     )
-
     chat_template: str | None = option(
         None,
         "file with a chat template (jinja) to use instead of the tokenizer's, or the name of one of its own",
@@ -255,7 +254,6 @@ class TrainConfig(MachineOptions, DataOptions):
         choices=["auto", "on", "off"],
         group=TRAINING,
     )
-
     lora_r: int = option(16, "LoRA rank", type=number(int, 1), group=LORA)
     lora_alpha: float = option(
         32, "LoRA alpha: the update is scaled by alpha / r", type=number(float, 0, above_low=True), group=LORA
@@ -266,7 +264,6 @@ class TrainConfig(MachineOptions, DataOptions):
     target_modules: list[str] = option(
         ["q_proj", "v_proj"], "layers that get an adapter, or all-linear", group=LORA, metavar=NAME
     )
-
     max_tokens_per_batch: int | None = option(
         None,
         "split forward passes at about this many tokens: less memory, the optimizer step is unchanged "
@@ -286,7 +283,6 @@ class TrainConfig(MachineOptions, DataOptions):
         group=MACHINE,
         may_change=True,
     )
-
     output_dir: str = option(
         "models/sft_specialist", "folder for checkpoints, final_model and metrics", group=RUN, may_change=True
     )
@@ -352,7 +348,6 @@ class InferenceConfig(MachineOptions):
     verify: bool = option(
         False, "read all weights again to check them, also those that look unchanged", group=MODEL
     )
-
     clinical_note: str | None = option(
         None, "one note; - reads it from standard input", group=NOTES, metavar=TEXT
     )
@@ -405,7 +400,6 @@ class InferenceConfig(MachineOptions):
     json: bool = option(
         False, "print complete results as JSON, one per line (standard output only)", group=NOTES
     )
-
     max_new_tokens: int | None = option(
         None,
         "longest summary, in tokens (default: from the adapter, what its training summaries needed; "
@@ -439,7 +433,6 @@ class InferenceConfig(MachineOptions):
         type=number(int, 32),
         group=GENERATION,
     )
-
     batch_size: int = option(
         DEFAULT_GENERATION_BATCH_SIZE,
         "summaries written at the same time",
@@ -449,25 +442,4 @@ class InferenceConfig(MachineOptions):
     )
     no_merge: bool = option(
         False, "keep the adapter beside the base weights instead of merging it: slower", group=MACHINE
-    )
-
-
-@dataclass
-class EvaluationConfig(ColumnOptions, MachineOptions):
-    """Options of sft_evaluation.py."""
-
-    model_path: list[str] = option(["./models/sft_specialist/final_model"], "adapter folders", group=MODEL)
-    test_csv: str | None = option(None, "rows not trained on (default: the bundled ones)", group=DATA)
-    train_csv: list[str] | None = option(None, "the rows trained on (default: the bundled ones)", group=DATA)
-    n_rows: int | None = option(None, "evaluate this many rows, at random", type=number(int, 2), group=DATA)
-    by: str | None = option(None, "also by this column, or by note_length", group=DATA, metavar=NAME)
-    systems: list[str] | None = option(None, "what to compare (default: all)", group=RUN, metavar=NAME)
-    output_dir: str = option("models/sft_evaluation", "folder for the report and the summaries", group=RUN)
-    blind_sheet: bool = option(False, "also write a sheet to read without knowing the systems", group=RUN)
-    ratings: list[str] | None = option(None, "count one or two filled-in sheets, and stop", group=RUN)
-    max_new_tokens: int | None = option(
-        None, "longest summary, in tokens (default: the adapter's)", type=number(int, 1), group=GENERATION
-    )
-    batch_size: int = option(
-        DEFAULT_GENERATION_BATCH_SIZE, "summaries written together", type=number(int, 1), group=MACHINE
     )

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "data": {"cli", "files", "options", "grounding"},
     "model": {"cli", "files", "options"},
     "inference": {"cli", "files", "options", "grounding", "data", "model"},
-    "evaluation": {"cli", "files", "options", "grounding", "data", "model", "inference"},
+    "evaluation": {"cli", "files", "option_fields", "options", "grounding", "data", "model", "inference"},
     "training": {"cli", "files", "options", "grounding", "data", "model"},
 }
 

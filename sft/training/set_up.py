@@ -79,6 +79,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     sft_config["base_public_name"] = public_name(base_folder)
     window = context_window(model.get_base_model()) or math.inf
     sft_config["max_new_tokens"] = longest_summary(train_set, window)
+    layout = (config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -90,14 +91,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         examples=examples,
         packed=packed,
         longest_shared=longest_shared(model, config.max_length),
-        plan=Plan(
-            len(examples),
-            config.batch_size,
-            config.gradient_accumulation_steps,
-            accelerator.num_processes,
-            config.num_epochs,
-            config.seed,
-        ),
+        plan=Plan(len(examples), *layout, config.num_epochs, config.seed),
         parameters=optimizer.param_groups[0]["params"],
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=placement.dtype == torch.float16),
