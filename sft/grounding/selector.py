@@ -136,10 +136,9 @@ class _Note:
     def is_plan(self, unit: Unit) -> bool:
         """By its label or heading, or as one of the last bullets, if something is to be done."""
         cues = self.cues[unit.number]
-        # Bullets that follow prose are a plan as a whole, if one of them is
-        is_done = cues & {"action", "plan"} or (
-            unit.listed > len(self.units) // 3 and not cues & {"others", "trivia"}
-        )
+        # Bullets that follow prose are a plan as a whole
+        is_listed = unit.listed > len(self.units) // 3 and cues.isdisjoint(("others", "trivia"))
+        is_done = is_listed or cues & {"action", "plan"}
         return "plan" in unit.topic or bool(unit.topic == "end" and is_done and "past" not in cues)
 
     def heading(self, unit: Unit) -> Unit | None:
@@ -285,7 +284,11 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
 
     def fits(number: int, room: float) -> bool:
         words = sum(n_words[k] for k in groups[number] | chosen)
-        return number not in chosen and repeats(number) < 0.8 and words <= room * budget
+        return (
+            number not in chosen
+            and repeats(number) < 0.8
+            and words <= min(room * budget, 1.35 * selector.most_words)
+        )
 
     def add(number: int) -> None:
         chosen.update(groups[number])
@@ -303,9 +306,7 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     for missing in sorted(_missing(note, said), key=lambda missing: missing.kind):
         if missing.note_sentence in groups and fits(missing.note_sentence, 1.4):
             add(missing.note_sentence)
-    waiting = {
-        unit.number for unit in note.sentences if unit.number in groups and not _is_routine(note, unit)
-    }
+    waiting = {u.number for u in note.sentences if u.number in groups and not _is_routine(note, u)}
     # The budget ends this after at most as many rounds as a summary has sentences
     room = {n: 1.3 if note.cues[n] & _MATTERS and "past" not in note.cues[n] else 1.1 for n in waiting}
     while waiting := {n for n in waiting if fits(n, room[n])}:
@@ -322,8 +323,9 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
 
     def best(units: Iterable[Unit], n: int = 1, first: Iterable[Unit] = ()) -> list[int]:
         ahead = {u.number for u in first}
-        numbers = [u.number for u in units]
-        return sorted(numbers, key=lambda number: (number not in ahead, -scores[number], number))[:n]
+        return sorted(
+            (u.number for u in units), key=lambda number: (number not in ahead, -scores[number], number)
+        )[:n]
 
     def speaking(units: list[Unit], *cues: str) -> list[Unit]:
         return [u for u in units if note.cues[u.number] & set(cues)]
@@ -337,8 +339,8 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
         essential += best((u for u in sentences if u.topic == topic), first=speaking(sentences, "disease"))
     essential += _for_each_problem(note, plans, best, speaking)
     # "This is gout", else what is only likely
-    named = [u for u in told if _NAMES_DIAGNOSIS.match(u.text)]
-    essential += best(speaking(told, "diagnosis"), first=named)
+    essential += best(speaking(told, "diagnosis"), first=[u for u in told if _NAMES_DIAGNOSIS.match(u.text)])
+    essential += best(speaking(plans, "action"), 3, first=speaking(plans, "procedure", "dose"))
     # A test that shows something, else whatever is found
     tested = speaking(speaking(told, "test"), "disease", "finding", "abnormal")
     tested = best(tested, 3, first=[u for u in tested if u in present])
@@ -371,11 +373,10 @@ def _for_each_problem(note: _Note, plans: list[Unit], best, speaking) -> list[in
         head = note.heading(unit)
         if head and not topic_of(head.text):
             problems.setdefault(head.number, []).append(unit)
-    numbers = []
-    for group in problems.values():
+    for head, group in problems.items():
         treats = speaking([u for u in group if u.topic == "plan"], "action")
-        numbers += best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
-    return numbers
+        problems[head] = best(speaking(treats, "dose") or treats or speaking(group, "action") or group)
+    return [number for numbers in problems.values() for number in numbers]
 
 
 def _is_routine(note: _Note, unit: Unit) -> bool:
@@ -384,7 +385,7 @@ def _is_routine(note: _Note, unit: Unit) -> bool:
     is_plain = unit.topic == "exam" and (cues & {"normal", "negation"} or len(note.stems[unit.number]) < 3)
     head = note.heading(unit)
     is_listed = head and head.topic in ("review", "family", "drugs")
-    is_of_kin = KIN.search(unit.text[:14]) and not cues & _MATTERS - {"presentation"}
+    is_of_kin = KIN.search(unit.text[:14]) and cues.isdisjoint(_MATTERS - {"presentation"})
     return bool("trivia" in cues or is_plain or is_listed or is_of_kin)
 
 
