@@ -97,7 +97,10 @@ def test_texts_are_compared_under_nfc():
         ("Patienten söker för hosta och feber sedan tre dagar, inte allergisk.", "another language"),
         ("Pacjent zgłasza kaszel i gorączkę od trzech dni, bez duszności.", "another language"),
         ("Hasta üç gün önce başlayan öksürük ve ateş şikayeti ile geldi.", "another language"),
-        ("Potilas valittaa yskää ja kuumetta, ei hengenahdistusta.", "another language"),
+        (
+            "Potilas valittaa yskää ja kuumetta, mutta ei hengenahdistusta; allergioita ei ole.",
+            "another language",
+        ),
         ("Pacient si stěžuje na kašel a horečku tři dny, dušnost neguje.", "another language"),
         ("Pt José Muñoz, 45M, café owner, cough, fever, sputum, sats 97, no chest pain, 5 µg", None),
         ("[Sun] BP 120/80, WBC<5 and PLT>3, a <b> c", None),

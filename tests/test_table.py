@@ -131,7 +131,9 @@ def test_an_option_names_a_column(tmp_path):
 NAMES = ("Fall-Nr", "Befund", "Kurzfassung")
 
 
-@pytest.mark.parametrize("kind, mark", [(".tsv", "\t"), (".csv", "\t"), (".csv", ";"), (".csv", ",")])
+@pytest.mark.parametrize(
+    "kind, mark", [(".tsv", "\t"), (".csv", "\t"), (".csv", ";"), (".csv", "|"), (".csv", ",")]
+)
 def test_unknown_columns_are_named_whatever_parts_them(tmp_path, kind, mark):
     path = tmp_path / f"a{kind}"
     note = "SECRET, seen on Monday with fever. No cough; stable."
