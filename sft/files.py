@@ -79,7 +79,8 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
         raise InputError(f"{option_name} {path}: unknown file extension", f"use {' or '.join(extensions)}")
     if not path.parent.is_dir():
         raise InputError(f"{option_name} {path}: there is no folder {path.parent}", "create it first")
-    if path.exists():
+    # Also a link that leads nowhere, which a rename would replace
+    if os.path.lexists(path):
         fix = f"rename or move it, or choose another {option_name}"
         raise InputError(f"{option_name} {path} exists", fix)
 

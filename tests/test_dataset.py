@@ -294,7 +294,7 @@ def test_warnings_read_naturally_for_one_row(capfd):
     log_data_warnings((rows, rows[:1]), (dataset, dataset), options_for("x.csv", "y.csv"))
     assert capfd.readouterr().err.splitlines() == [
         "warning: x.csv: 1 pair of note and summary labeled both factual and hallucinated",
-        "warning: x.csv: 1 row repeats the id of another note, or the note and summary, of an earlier row: row 3",
+        "warning: x.csv: 1 row repeats the note and summary of an earlier row: row 3",
         "warning: 1 validation row shares its note, or nearly, with training rows, so validation loss will look"
         " better than it is: a (100% like a); remove them from one file",
     ]
@@ -314,8 +314,7 @@ def test_warnings_about_many_rows(capfd):
         "warning: x.csv: 2 rows left out, with 0.4% of the text of all notes: the summary and any sentences"
         " it cites do not fit in"
         f" --max_length 160; {whole}: ids r7, r8",
-        "warning: x.csv: 2 rows repeat the id of another note, or the note and summary, of an earlier row:"
-        " rows 11, 12",
+        "warning: x.csv: 2 rows repeat the note and summary of an earlier row: rows 11, 12",
         "warning: x.csv: one summary stands under 7 of 9 different notes: ids r9, r10, r2, r3, r4 and 2 more",
     ]
 

@@ -116,8 +116,10 @@ def test_new_files_are_checked_before_work_begins(tmp_path):
     check_new_file("--output", None)
     check_new_file("--output", tmp_path / "new.csv", (".csv",))
     (tmp_path / "old.csv").write_text("")
+    (tmp_path / "link.csv").symlink_to("nowhere")
     for path, words in (
         ("old.csv", "exists"),
+        ("link.csv", "exists"),
         ("new.doc", "unknown file extension"),
         ("no/new.csv", "no folder"),
     ):

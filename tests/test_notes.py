@@ -5,7 +5,7 @@ import re
 
 import pytest
 from conftest import SHARED_DATA
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import NOTES, write_csv
 
@@ -44,6 +44,15 @@ def test_ids_given_and_missing_never_mix(tmp_path, capsys, ids, expected):
         assert "without an id (row" in capsys.readouterr().err
 
 
+@given(st.lists(st.text("0123456789abcdefABCDEF", min_size=1, max_size=12), min_size=1))
+@example(["12345e67", "1E5", "12e34"])
+def test_hexadecimal_ids_stay(tmp_path_factory, ids):
+    path = write_csv(
+        tmp_path_factory.mktemp("hex") / "a.csv", [(i, "x") for i in ids], ["id", "clinical_note"]
+    )
+    assert [note.id for note in read_notes(path)] == ids
+
+
 def test_ids_that_are_the_same_once_written_as_numbers(tmp_path, capsys):
     path = json_lines(tmp_path / "a.jsonl", *({"id": i, "clinical_note": "x"} for i in ("3.0", "3", "A1")))
     assert [note.id for note in read_notes(path)] == ["3", "3", "A1"]
@@ -53,7 +62,20 @@ def test_ids_that_are_the_same_once_written_as_numbers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", ["case_no", "note_nr", "patientnumber", "Note Number", "accession", "HADM_ID", "Sample No."]
+    "name",
+    [
+        "fin",
+        "csn",
+        "identifier",
+        "study_uid",
+        "case_no",
+        "note_nr",
+        "patientnumber",
+        "Note Number",
+        "accession",
+        "HADM_ID",
+        "Sample No.",
+    ],
 )
 def test_columns_that_may_be_ids(name):
     assert ID_LIKE.fullmatch(column_name(name))
@@ -111,12 +133,14 @@ def test_odd_json(tmp_path):
 # ------------------------------------------------------------------------------- what one note is
 
 
-def test_a_note_is_a_line_a_paragraph_or_a_file():
+def test_a_note_is_a_line_a_paragraph_or_a_file(capsys):
     text = "\nOne.\nTwo.\n\n\nThree.\n"
     assert split_text("x", text, "line", "line") == [(2, "One.\n"), (3, "Two.\n"), (6, "Three.\n")]
     assert split_text("x", text, "paragraph", "line") == [(2, "One.\nTwo.\n"), (6, "Three.\n")]
     assert split_text("x", text, "file", "line") == [(2, "One.\nTwo.\n\n\nThree.\n")]
+    assert capsys.readouterr().err == ""
     assert split_text("x", text, "auto", "line") == split_text("x", text, "line", "line")
+    assert capsys.readouterr().err == "x: 3 notes, one a line; --one_note file if it is one note\n"
     assert split_text("x", "\n \n", "file", "line") == []
 
 
@@ -158,6 +182,9 @@ LETTERS = {
     "bullets": "- 44F, day 2 after appendectomy\n- Pain 3/10, eating\n- Home tomorrow",
     "times": "08:30 Found on the floor by her carer.\n08:55 Ambulance arrived.\n09:40 Given morphine.",
     "one subject": "Mr. Hill is 70 years old and fell.\nHe has pain in his hip.\nHe cannot stand.\nNo fever.",
+    "dates": "03/02/2021 Seen with a cough, better now.\n10/02/2021 Cough gone.\n1 May 2021 Well.",
+    "doses": "Medication on leaving, unchanged.\nAspirin 75 mg in the morning\nMetformin 500mg twice a day",
+    "French": "Chère collègue,\nJe vous adresse cette patiente de 70 ans.\nElle tousse beaucoup.",
     "short lines": "72M chest pain 2h\nKnown HTN\nBP 150/90\nECG normal\nTrop pending\nAspirin given",
 }
 
@@ -180,6 +207,7 @@ def test_notes_of_one_line_raise_no_suspicion():
         dialogues,
         ["1. Fever.", "2. Cough."],
         ["FEVER", "COUGH"],
+        ["3/2/2021 45M with cough.", "4/2/2021 Lady of 80, fell.", "5/2/2021 Mr Hill has a rash."],
         ["Plan: rest.", "Plan: go."],
     ):
         assert suspicion(units) == ""

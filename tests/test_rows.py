@@ -1,6 +1,7 @@
 """Rows of real exports: repaired and counted, or refused by row and id."""
 
 import csv
+import dataclasses
 import gzip
 import io
 
@@ -258,7 +259,7 @@ def quotes_swallow(position: int) -> str:
         ),
         (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["no row has a known label; found 1 kind"]),
         (table([*GOOD, ("7", "SECRET", "SECRET", "non-factual", "")]), ["row 4 (id 7)", "label"]),
-        (table([("\u200b", "SECRET", "SECRET", "factual", "")]), ["row 2 (id empty)", "id is empty"]),
+        (table([("\u200b", "SECRET", "", "factual", "")]), ["row 2: model_summary is empty"]),
         (table([("7", " \u200b\t", "SECRET\0", "factual", "")]), ["row 2 (id 7)", "clinical_note is empty"]),
         (table([*GOOD, ("7", "SECRET", "SECRET")]), ["row 4 (id 7)", "label"]),
         (
@@ -335,10 +336,30 @@ def test_leaked_rows():
 
 def test_repeated_rows():
     rows = rows_of([("A  note\nhere", "x"), ("B", "y"), ("b", "Y")])
-    assert [row.id for row in repeated_rows(rows)] == ["r2"]
-    assert [row.number for row in repeated_rows([*rows[:2], Row(9, "r0", "other", "text", "factual")])] == [9]
+    assert repeated_rows(rows) == {"the note and summary of an earlier row": [rows[2]]}
+    other = Row(9, "r0", "other", "text", "factual")
+    assert repeated_rows([*rows[:2], other]) == {"the id of an earlier row with another note": [other]}
+    # Two files may count their rows alike
+    assert not repeated_rows([rows[0], dataclasses.replace(other, source="b.csv")])
     # Several summaries of one note
     assert not repeated_rows([rows[0], Row(9, "r0", rows[0].clinical_note, "another", "factual")])
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", "frame"])
+def test_rows_without_an_id_are_counted_and_called_by_number(tmp_path, capfd, kind):
+    import pandas as pd
+
+    frame = pd.DataFrame({"id": ["a", None, None], "clinical_note": ["x", "y", "z"]})
+    frame = frame.assign(model_summary="x", label="factual")
+    path = tmp_path / f"a{kind}"
+    if kind == ".csv":
+        frame.to_csv(path, index=False)
+    elif kind == ".jsonl":
+        frame.to_json(path, orient="records", lines=True)
+    rows = read_rows(frame if kind == "frame" else path)
+    first = 3 if kind == ".csv" else 2
+    assert [row.name for row in rows] == ["a", f"row {first}", f"row {first + 1}"]
+    assert capfd.readouterr().err.endswith(": 2 rows without an id, called by row number\n")
 
 
 def test_factual_rows():

@@ -99,6 +99,13 @@ def test_any_json_file_gives_rows_or_a_refusal(tmp_path_factory, content):
         ("a.csv", '[{"clinical_note": "SECRET", "label": "factual"}]', "this is JSON, not a CSV"),
         ("a.json", '[{"clinical_note": ["SECRET"]}]', "row 1: column clinical_note holds a list"),
         ("a.json", "[]", "no column clinical_note"),
+        ("a.json", '{"data": [{"clinical_note": "SECRET"}]}', "the rows are under data\n"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "SECRET"}]}', "the rows are chats"),
+        ("a.csv", "{\\rtf1 SECRET}", "this is RTF, not a CSV"),
+        ("a.csv", "<html><body>SECRET</body></html>", "this is HTML, not a CSV"),
+        ("a.xml", "<notes><note>SECRET</note></notes>", "this is XML, not a CSV"),
+        ("a.csv", "%PDF-1.4 SECRET", "a PDF, not a text file"),
+        ("a.csv", "PAR1\0SECRET", "a Parquet file, not a text file"),
     ],
 )
 def test_wrong_formats_are_called_by_their_names(tmp_path, name, content, words):
@@ -124,7 +131,9 @@ def test_an_option_names_a_column(tmp_path):
 NAMES = ("Fall-Nr", "Befund", "Kurzfassung")
 
 
-@pytest.mark.parametrize("kind, mark", [(".tsv", "\t"), (".csv", "\t"), (".csv", ";"), (".csv", ",")])
+@pytest.mark.parametrize(
+    "kind, mark", [(".tsv", "\t"), (".csv", "\t"), (".csv", ";"), (".csv", "|"), (".csv", ",")]
+)
 def test_unknown_columns_are_named_whatever_parts_them(tmp_path, kind, mark):
     path = tmp_path / f"a{kind}"
     note = "SECRET, seen on Monday with fever. No cough; stable."
@@ -190,6 +199,8 @@ def test_nothing_is_validated_on_the_wrong_notes(csv_files):
     with pytest.raises(InputError, match="--train_csv without --val_csv"):
         read_data(DataOptions(train_csv=train))
     assert read_data(DataOptions(train_csv=train), validate=False)[1] == []
+    with pytest.raises(InputError, match="--val_csv without --train_csv"):
+        read_data(DataOptions(val_csv=validation), validate=False)
     with pytest.raises(InputError, match="cannot be combined"):
         read_data(DataOptions(train_csv=train, val_csv=validation, val_fraction=0.1))
     assert DataOptions().val_file == "phase1_data/sft/validation_set_processed.csv"

@@ -23,7 +23,14 @@ from sft.data.rows import Row, drop_stray_citations, factual_rows, name_rows, re
 from sft.data.token_cache import cache_key, read_cache, write_cache
 from sft.grounding.citations import cited_sentence_numbers, has_citation
 from sft.grounding.sentences import SENTENCE_VERSION
-from sft.options import DataOptions, TrainConfig, check_config
+from sft.options import (
+    BUNDLED_TRAIN_FILE,
+    BUNDLED_VALIDATION_FILE,
+    DataOptions,
+    TrainConfig,
+    check_config,
+    typed_names,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -207,6 +214,12 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
     if options.label and (options.label_column or options.label_map):
         raise InputError("--label cannot be combined with --label_column or --label_map", "choose one")
     files = options.train_files
+    # What was typed may be the default on purpose
+    is_default = isinstance(options.train_csv, list) and "train_csv" not in typed_names()
+    is_default = is_default and options.train_csv == [BUNDLED_TRAIN_FILE]
+    if is_default and options.val_csv is not None and str(options.val_csv) != BUNDLED_VALIDATION_FILE:
+        problem = "--val_csv without --train_csv: other notes would validate training on the bundled notes"
+        raise InputError(problem, f"pass --train_csv FILE (the bundled notes: {BUNDLED_TRAIN_FILE})")
     train = []
     for file in files:
         rows = _read_factual(file, options)

@@ -26,6 +26,7 @@ _HTML_TAG = re.compile(
 # One such tag is enough; <b> and <i> may be placeholders
 _SURE_TAG = re.compile(rf"<(?:/\w+|p|br|hr|div|span|html|body|table|h[1-6]|ul|ol|li){_END}", re.IGNORECASE)
 _ANY_TAG = re.compile(rf"</?[A-Za-z_][\w:.-]*{_END}|<[?!][^<>]*>")
+_END_TAG = re.compile(r"</[A-Za-z_][\w:.-]*\s*>")
 _ENTITY = re.compile(r"&(?:nbsp|amp|lt|gt|quot|apos|deg|#\d{2,6}|#x[\da-f]{2,5});", re.IGNORECASE)
 _HIDDEN = tuple(
     (re.compile(start, re.IGNORECASE), re.compile(end, re.IGNORECASE))
@@ -45,11 +46,16 @@ _MOST_NOTES = 1_000  # evenly chosen ones tell the language of all
 # Words that nearly every text in the language has and none of the others; "no" and "in" belong to several
 _FUNCTION_WORDS = {
     "en": "the and with was has is of for his her she he not without since after from are were you have",
-    "de": "der die das und mit ist nicht ein eine einen wurde wird bei seit nach auf sich dem den keine",
+    "de": "der die das und mit ist nicht ein eine einen wurde wird bei seit nach auf sich dem den keine über",
     "fr": "le les des et avec est une du dans pas sans pour depuis qui sur au aux ses elle il",
     "es": "el los las y con una del por para sin se su desde fue presenta que al como pero muy",
     "it": "il gli della con una per non che è di del nel alla dopo senza stato anche sono ha lo",
     "pt": "o os das dos com uma não para sem foi há ao pela pelo mais nos nas em seu sua",
+    "sv": "och är för inte på att som ett utan från sedan vid hon eller även",
+    "da": "og er ikke på til af det hun uden siden også ingen kan",
+    "pl": "się nie jest przez oraz bez dla był była ze jako który są też lub",
+    "tr": "ve bir ile için olan değil sonra olarak yok çok daha gibi üç gün önce",
+    "fi": "ja ei oli hän että mutta sekä kuin joka myös ole ilman jälkeen kanssa",
     "nl": "het een van met niet voor zijn geen naar bij ook werd wordt sinds maar op heeft en dat zij",
 }
 _LANGUAGE_OF = {
@@ -58,6 +64,9 @@ _LANGUAGE_OF = {
     for word in words.split()
 }
 _MIN_FUNCTION_WORDS = 4  # different ones, or the language is unknown: telegraphic notes have few
+_MIN_ALONE = 3  # where no word is another language's
+_MIN_WORDS = 8  # without a function word of English
+_ACCENTED = re.compile(r"[\u00df-\u024f\u1e00-\u1eff]")
 
 
 def strip_markup(text: str) -> tuple[str, str | None]:
@@ -90,8 +99,10 @@ def _find_markup(text: str) -> str | None:
     if re.match(r"<\?xml\b(?!.{0,300}<html)|<(\w+:)?ClinicalDocument\b", start, re.IGNORECASE | re.DOTALL):
         return "XML"
     if _SURE_TAG.search(start) or len(_HTML_TAG.findall(start)) >= 2:
-        is_html = _HTML_TAG.search(start) or re.match(r"<!doctype html", start, re.IGNORECASE)
-        return "HTML" if is_html else "XML"
+        # Placeholders such as <name> have no end, so the ends tell
+        ends = [bool(_HTML_TAG.match(end)) for end in _END_TAG.findall(start)]
+        is_html = _HTML_TAG.search(start) and (not ends or 2 * sum(ends) > len(ends))
+        return "HTML" if is_html or re.match(r"<!doctype html", start, re.IGNORECASE) else "XML"
     return None
 
 
@@ -120,8 +131,16 @@ def describe_problem(text: str, language: str | None = None) -> str | None:
     # Chinese and others put no spaces between words
     if len(start.split(maxsplit=1)) == 1 and not _BEYOND_LATIN.search(start):
         return "is a single word"
-    found = find_language(start) if language else None
+    found = find_language(start, language) if language else None
     return "is in another language than the training notes" if found not in (None, language) else None
+
+
+def kind_of_file(start: str) -> str | None:
+    """What a file that begins so is, if no CSV: "RTF", "HTML", "JSON" and so on."""
+    start = start.lstrip("\ufeff \t\r\n")
+    if start[:1] == "<":
+        return _find_markup(start)
+    return _other_format(start) or ("JSON" if start[:1] in ("{", "[") else None)
 
 
 def _other_format(text: str) -> str | None:
@@ -146,19 +165,25 @@ def _is_json(text: str, start: str) -> bool:
         return False
 
 
-def find_language(text: str) -> str | None:
-    """The language whose function words a text has, twice as many as any other's; "?" in another script; None
-    if there are too few of them to tell."""
+def find_language(text: str, expected: str | None = None) -> str | None:
+    """The language whose function words a text has, twice as many as any other's; None if there are too few
+    of them to tell. "?" in another script or, where English is `expected`, in words that it has not."""
     text = text[:_MOST_FOR_LANGUAGE]
     if not text.isascii() and 2 * len(_BEYOND_LATIN.findall(text)) > len(re.sub(r"[\W\d_]", "", text)):
         return "?"
     counts = dict.fromkeys(_FUNCTION_WORDS, 0)
-    for word in set(_WORD.findall(text.lower())):
+    words = set(_WORD.findall(text))
+    for word in {word.lower() for word in words}:
         for name in _LANGUAGE_OF.get(word, ()):
             counts[name] += 1
     second, first = sorted(counts, key=counts.get)[-2:]
-    is_clear = counts[first] >= max(_MIN_FUNCTION_WORDS, 2 * counts[second])
-    return first if is_clear else None
+    enough = max(_MIN_FUNCTION_WORDS, 2 * counts[second]) if counts[second] else _MIN_ALONE
+    if counts[first] >= enough:
+        return first
+    # Names are capitalized, and may be accented in English too
+    lower = {word for word in words if word.islower()}
+    is_other = expected == "en" and not counts["en"] and len(lower) >= _MIN_WORDS
+    return "?" if is_other and sum(map(bool, map(_ACCENTED.search, lower))) > 1 else None
 
 
 def main_language(texts: Sequence[str]) -> str | None:

@@ -148,12 +148,10 @@ def _text_warnings(rows: Sequence[Row], dataset: SFTDataset, language: str | Non
     n_contradictions = _count_contradictions(rows)
     if n_contradictions:
         yield f"{plural(n_contradictions, 'pair')} of note and summary labeled both factual and hallucinated"
-    repeated = repeated_rows(rows)
-    if repeated:
+    for what, repeated in repeated_rows(rows).items():
         n_rows = plural(len(repeated), "row")
         repeat, word = ("repeats", "row") if len(repeated) == 1 else ("repeat", "rows")
         numbers = preview_list(f"{row.source} {row.number}".strip() for row in repeated)
-        what = "the id of another note, or the note and summary, of an earlier row"
         yield f"{n_rows} {repeat} {what}: {word} {numbers}"
     yield from _same_summary(factual_rows(rows))
 

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ __all__ = ["COLUMNS", "TOO_MANY_FIELDS", "Row", "read_rows", "read_table"]
 LABELS = ("factual", "hallucinated")
 
 _LABEL_SPELLING = Repair("label", f"in a different spelling, read as {' or '.join(LABELS)}")
+_NO_ID = Repair("row", "without an id, called by row number")
 _SPELLINGS = {"factual": "factual", "hallucinated": "hallucinated", "hallucination": "hallucinated"}
 _WHOLE_ROW = re.compile(rf"""[,;\t]"?({"|".join(LABELS)})"?([,;\t]|$)""", re.IGNORECASE | re.MULTILINE)
 _MOST_PROBLEMS = 5  # in one message
@@ -40,7 +41,7 @@ _LONGEST_KIND = 30  # characters
 @dataclass(frozen=True)
 class Row:
     number: int  # as a spreadsheet counts: the header is row 1; a line of .jsonl, a record of .json
-    id: str  # "" if the file has no ids
+    id: str  # "" if the row has none
     clinical_note: str
     model_summary: str
     label: str  # one of LABELS
@@ -119,6 +120,8 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
         if missing and options.skip_empty:
             continue
         rows.append(row)
+        if "id" in fields and not row.id:
+            repairs[_NO_ID] += 1
         labels.append(plain(fields.get("label", "")))
         # Behind a comma outside quotes it is another column's text
         is_shifted = has_more or plain(row.hallucination_type) in label_of
@@ -126,8 +129,8 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
             unknown.append(labels[-1])
         elif row.label and not (options.label or options.label_map) and row.label != fields.get("label"):
             repairs[_LABEL_SPELLING] += 1
-        shown_id = f" (id {'empty' if is_blank(row.id) else safe_id(row.id)})" if "id" in fields else ""
-        found = _problems(row, has_more, is_shifted, missing, "id" in fields)
+        shown_id = f" (id {safe_id(row.id)})" if row.id else ""
+        found = _problems(row, has_more, is_shifted, missing)
         problems += (f"row {row_number}{shown_id}: {problem}" for problem in found)
     counts = ", ".join(f"{n:,} with an empty {column}" for column, n in sorted(empty.items()))
     if unknown and len(unknown) == len(rows):
@@ -192,12 +195,13 @@ def _refusal(
 def _make_row(
     row_number: int, fields: dict[str, str], label: str | None, label_of: Mapping[str, str], repairs: Counter
 ) -> Row:
+    row_id = fields.get("id", "").strip()
     note, markup = strip_markup(clean_text(fields.get("clinical_note", "")))
     if markup:
         repairs[Repair("note", f"in {markup}, read without tags")] += 1
     return Row(
         number=row_number,
-        id=fields.get("id", "").strip(),
+        id="" if is_blank(row_id) else row_id,
         clinical_note=note,
         model_summary=clean_text(fields.get("model_summary", "")),
         label=label or label_of.get(plain(fields.get("label", "")), ""),
@@ -205,13 +209,9 @@ def _make_row(
     )
 
 
-def _problems(
-    row: Row, has_more_fields: bool, is_shifted: bool, empty: list[str], has_ids: bool
-) -> Iterator[str]:
+def _problems(row: Row, has_more_fields: bool, is_shifted: bool, empty: list[str]) -> Iterator[str]:
     if has_more_fields:
         yield TOO_MANY_FIELDS
-    if has_ids and is_blank(row.id):
-        yield "id is empty"
     for name in ("clinical_note", "model_summary"):
         text = getattr(row, name)
         if name in empty:
@@ -245,17 +245,20 @@ def leaked_rows(train: Sequence[Row], validation: Sequence[Row]) -> list[tuple[R
     return [(row, *like[row.note_key]) for row in validation if row.note_key in like]
 
 
-def repeated_rows(rows: Iterable[Row]) -> list[Row]:
-    """The rows that repeat an earlier row's note with its summary, or its id for another note."""
+def repeated_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """By what they repeat, the rows that have an earlier row's note and summary, or its id for another
+    note."""
     notes = {}
     texts = set()
-    repeated = []
+    repeated = defaultdict(list)
     for row in rows:
         text = (row.note_key, row.summary_key)
-        # Several summaries of one note may share its id
-        is_other_note = bool(row.id) and notes.setdefault(row.id, row.note_key) != row.note_key
-        if is_other_note or text in texts:
-            repeated.append(row)
+        # Several summaries of one note may share its id; two files may count their rows alike
+        known = notes.setdefault((row.source, row.id), row.note_key) if row.id else row.note_key
+        if text in texts:
+            repeated["the note and summary of an earlier row"].append(row)
+        elif known != row.note_key:
+            repeated["the id of an earlier row with another note"].append(row)
         texts.add(text)
     return repeated
 

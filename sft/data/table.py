@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from sft.cli import InputError, plural, preview_list
+from sft.cli import InputError, plural, preview_list, safe_id
+from sft.data.formats import kind_of_file
 from sft.data.text import CONTROL_CHARACTERS, Repair, decode_bytes, find_encoding, log_repairs, read_bytes
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ OTHER_NAMES = {
     "label": "is_factual factuality verdict class".split(),
 }
 
+_START = 100_000  # bytes of a file that tell its format
 _MOST_NAMES = 12  # of columns that are shown
 _LONGEST_NAME = 30  # characters
 _NAME = re.compile(r"[^\W\d_][^\W_]*([_.][^\W_]+){0,3}")  # at most four words
@@ -108,8 +110,8 @@ def _read_csv(
     # A note may be longer than the csv module's 128 KiB
     field_size_limit = csv.field_size_limit(1 << 30)
     header = _find_header(data, encoding, names, path.suffix.lower() == ".tsv")
-    is_json = data.lstrip()[:1] in (b"[", b"{")
-    columns = _checked_columns(path, header.columns, header.next_fields, required, names, is_json)
+    kind = kind_of_file(data[:_START].decode(encoding, "ignore"))
+    columns = _checked_columns(path, header.columns, header.next_fields, required, names, kind)
     reader = csv.reader(_lines(data, encoding, counts), delimiter=header.delimiter, strict=True)
     row_number = 0
     line_number = 0
@@ -147,10 +149,10 @@ def _find_header(data: bytes, encoding: str, names: Mapping[str, str], has_tabs:
     known columns; if all are unknown, a tab if `has_tabs`, else that of the most columns, preferably as many
     as in the next row."""
     candidates = []
-    for delimiter in ",;\t":
+    for delimiter in ",;\t|":
         reader = csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter)
         for row_number, fields in enumerate(reader, 1):
-            is_excels = "".join(fields).strip(",;\t").lower() == "sep="
+            is_excels = "".join(fields).strip(",;\t|").lower() == "sep="
             if any(field.strip() for field in fields) and not is_excels:
                 candidates.append(_Header(delimiter, fields, row_number, next(reader, [])))
                 break
@@ -246,20 +248,22 @@ def _checked_columns(
     first_row: Sequence,
     required: Sequence[str],
     names: Mapping[str, str],
-    is_json: bool = False,
+    kind: str | None = None,
 ) -> list[str]:
     """The columns under our names. A column that an option names takes the place of one that has our name.
-    `first_row`: the values below the names."""
+    `first_row`: the values below the names. `kind`: what the file looks like, if not like a table."""
     absent = [OPTION_OF_COLUMN.get(ours, ours) for theirs, ours in names.items() if theirs not in columns]
     if absent:
         raise InputError(f"{path}: no column is called what {preview_list(absent)} says", "check its name")
     taken = set(names.values())
     renamed = [names.get(column) or (f"other_{column}" if column in taken else column) for column in columns]
     missing = [name for name in required if name not in renamed]
-    if missing and is_json:
-        raise InputError(
-            f"{path}: this is JSON, not a CSV", "name it .json, or .jsonl with one object a line"
+    if missing and kind:
+        is_json = kind.startswith("JSON")
+        fix = (
+            "name it .json, or .jsonl with one object a line" if is_json else "export a table: .csv or .jsonl"
         )
+        raise InputError(f"{path}: this is {kind}, not a CSV", fix)
     if missing:
         raise InputError(*_missing_columns(path, renamed, first_row, missing, required))
     repeated = [name for name in COLUMNS if renamed.count(name) > 1]
@@ -274,6 +278,12 @@ def _missing_columns(
     path: object, columns: Sequence[str], first_row: Sequence, missing: Sequence[str], required: Sequence[str]
 ) -> tuple[str, str]:
     """(problem, fix)."""
+    nested = [name for name, value in zip(columns, first_row) if isinstance(value, list | dict)]
+    if any(name in ("messages", "conversations") for name in nested):
+        fix = "write the note and the answer of each as clinical_note and model_summary"
+        return f"{path}: the rows are chats (messages), not columns", fix
+    if nested and len(columns) == 1:
+        return f"{path}: the rows are under {safe_id(nested[0])}", "write that list alone"
     found = {
         ours: next((name for name in others if name in columns), None) for ours, others in OTHER_NAMES.items()
     }

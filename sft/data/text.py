@@ -27,6 +27,8 @@ _OTHER_FORMATS = (
     (b"PK\x03\x04", "an Excel workbook (or another zip file)", "save it as 'CSV UTF-8'"),
     (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save it as 'CSV UTF-8'"),
     (b"\x1f\x8b", "a gzip file", "unpack it"),
+    (b"PAR1", "a Parquet file", "save it as .csv or .jsonl"),
+    (b"%PDF-", "a PDF", "save its text"),
 )
 # DOS and Macintosh code pages have letters where Windows-1252 has punctuation; a long run of letters beyond
 # ASCII is another script

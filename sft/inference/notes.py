@@ -22,7 +22,7 @@ from sft.inference.suspicion import suspicion
 from sft.options import InferenceConfig, check_words
 
 ID_LIKE = re.compile(
-    r"(.*_)?(id|uuid|guid|mrn|idx|key|accession)"
+    r"(.*_)?(id|uuid|guid|uid|identifier|mrn|csn|fin|idx|key|accession)"
     r"|(.*_)?(note|row|hadm|patient|subject|encounter|visit|case|record|stay|doc|document|report|study|sample"
     r"|accession|specimen|lab)_?(id|no|nr|num|number)\.?"
 )
@@ -96,10 +96,15 @@ def _read_letters(paths: Sequence[Path], one_note: str) -> list[Note]:
 def split_text(name: str, text: str, one_note: str, default: str) -> list[tuple[int, str]]:
     """(line number, text) of each note in `text`. With "auto" a note is a `default` ("line" or "paragraph"),
     unless these look like parts of notes: then the user is asked on a terminal, and it is an InputError
-    elsewhere."""
+    elsewhere. Logs it if "auto" takes a text as several notes."""
     if one_note == "auto":
-        reason = suspicion([unit for _, unit in _units(text, default)])
-        one_note = _ask(f"{name}: looks like notes of several {default}s ({reason})") if reason else default
+        units = list(_units(text, default))
+        reason = suspicion([unit for _, unit in units])
+        if not reason:
+            if len(units) > 1 and on_main_process():
+                log(f"{name}: {len(units):,} notes, one a {default}; --one_note file if it is one note")
+            return units
+        one_note = _ask(f"{name}: looks like notes of several {default}s ({reason})")
     return list(_units(text, one_note))
 
 
@@ -149,7 +154,8 @@ def _read_table(path: Path, config: InferenceConfig) -> Iterator[Note]:
     for row_number, cells, too_many in read_table(path, ("clinical_note",), columns=names):
         row_id = clean_text(cells.get("id", ""))
         row_id = None if is_blank(row_id) else row_id
-        if row_id and re.fullmatch(r"-?\d+(\.\d+)?e\+?\d+", row_id, re.IGNORECASE):
+        # As programs write a large number; 12345e67 is an id of hexadecimal digits
+        if row_id and re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+", row_id):
             problem = f"{path}: row {row_number:,}: the id has lost digits as a decimal number"
             raise InputError(problem, "write ids as text")
         if too_many:

@@ -21,11 +21,19 @@ _LATE_SECTION = re.compile(  # what no note begins with
 )
 _GREETING = re.compile(
     r"(dear|to whom it may|hello|hi|yours|sincerely|((with )?(kind|best|warm) (regards|wishes)))\b"
-    r"[^.!?:]{0,40}[,:.]?",
+    r"[^.!?:]{0,40}[,:.]?|(ch[eè]re?s?|madame|monsieur|mesdames|sehr geehrter?|estimad[oa])\b[^.!?:]{0,40},",
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"(\d{1,2}[.)]|[-*•·])\s+\S")
 _TIME = re.compile(r"([01]?\d|2[0-3])[:.h]?([0-5]\d)\b(?![/.,-]\d)")
+_DATE = re.compile(
+    r"\d{1,2}([./-])\d{1,2}\1(\d{4}|\d\d)\b|\d{4}-\d\d-\d\d\b"
+    r"|\d{1,2}(st|nd|rd|th)? (jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)",
+    re.IGNORECASE,
+)
+_DOSE = re.compile(
+    r"[^\W\d_]{4,30}( [^\W\d_]{2,30})? \d[\d.,]{0,6} ?(mg|mcg|µg|g|ml|units?|iu)\b(?!/)", re.IGNORECASE
+)
 _LABEL = re.compile(r"(?<!\S)([^\W\d_][\w/()-]{0,30}):\s")
 _GOES_ON = re.compile(  # what few notes begin with
     r"((?P<he>he|his)|(?P<she>she|her)|they|it|their|these|we|also|then|however|otherwise|there|if|plan"
@@ -39,6 +47,7 @@ _PATIENT = re.compile(
     r"|patient|pt)\b",
     re.IGNORECASE,
 )
+_ENTRY = 120  # characters, most for a dated line of a longer note
 _SHORT = 40  # characters, too few for a note that needs a summary
 
 
@@ -91,6 +100,17 @@ def _times(units: Sequence[str]) -> float:
     return sum(bool(a and b) and a <= b for a, b in pairwise(times)) / (len(units) - 1) / 0.5
 
 
+def _dates(units: Sequence[str]) -> float:
+    # A line that names its patient may be a dated note of its own
+    dated = [bool(_DATE.match(unit)) and len(unit) < _ENTRY and not _PATIENT.search(unit) for unit in units]
+    return sum(a and b for a, b in pairwise(dated)) / (len(units) - 1) / 0.5
+
+
+def _doses(units: Sequence[str]) -> float:
+    has_dose = [bool(_DOSE.match(unit)) for unit in units]
+    return sum(a and b for a, b in pairwise(has_dose)) / len(units) / 0.1
+
+
 def _turns(units: Sequence[str]) -> float:
     found = [_LABEL.findall(unit) for unit in units]
     # A whole dialogue in one unit has several
@@ -124,6 +144,8 @@ _SIGNS = {
     "greetings of a letter": _greetings,
     "lists": _lists,
     "times in a row": _times,
+    "dates in a row": _dates,
+    "doses in a row": _doses,
     "speakers or fields take turns": _turns,
     "sentences go on about one patient": _going_on,
     "very short": _shortness,
