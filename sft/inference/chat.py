@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 
 from sft.cli import InputError, RunError, is_terminal, log, plural, visible
-from sft.data.text import decode_bytes
+from sft.data.text import decode_bytes, is_blank
 from sft.inference.notes import split_text
 from sft.inference.results import describe_finding, failure, to_json
 from sft.inference.writing import NoteWords
@@ -78,10 +78,12 @@ def marks_pastes() -> bool:
 
 def read_piped(one_note: str) -> list[str] | None:
     """The notes that are piped in, or None to read them block by block as they arrive. Raises InputError if
-    they look like parts of notes."""
+    there is none, or they look like parts of notes."""
     if one_note == "paragraph":
         return None
     text = decode_bytes(sys.stdin.buffer.read(), "standard input")
+    if is_blank(text):
+        raise InputError("no note on standard input", "pipe a note with text")
     if one_note != "auto":
         return [note for _, note in split_text("standard input", text, one_note, "paragraph")]
     lines = ["" if COMMAND.fullmatch(line) else line for line in text.splitlines()]
