@@ -60,8 +60,8 @@ _ACCELERATE_TAKEN = {
     "ACCELERATE_ENABLE_RICH": _FLAG,
     "ACCELERATE_DYNAMO_BACKEND": "no",
     "ACCELERATE_DYNAMO_MODE": "default",
-    "ACCELERATE_FP8_BACKEND": "",
-    "ACCELERATE_TORCH_DEVICE": "",
+    "ACCELERATE_FP8_BACKEND": "(?!)",  # nothing: no value of these two is harmless
+    "ACCELERATE_TORCH_DEVICE": "(?!)",
     "ACCELERATE_LOG_LEVEL": "debug|info|warning|error|critical",
     "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "[0-9]{1,9}",  # the loop's own counts
 }
