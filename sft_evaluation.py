@@ -66,11 +66,11 @@ class Data(NamedTuple):
     version: int  # of the notes' sentence numbers
 
 
-def read_adapters(paths: Sequence[str]) -> list[Adapter]:
+def read_adapters(paths: Sequence[str], prompt_from: str | None = None) -> list[Adapter]:
     """Raises InputError for a folder that cannot be used."""
     found = []
     for number, path in enumerate(paths, 1):
-        folder, sft_config, adapter_config = read_adapter_folder(path)
+        folder, sft_config, adapter_config = read_adapter_folder(path, prompt_from)
         try:
             has_selector = bool(read_selector(sft_config))
         except InputError:
@@ -224,9 +224,8 @@ def fingerprint(column: Column, data: Data, config: EvaluationConfig) -> dict:
 
 def load(model: str, adapter: Adapter, config: EvaluationConfig) -> SFTInference:
     """A specialist, whose model is loaded once it is needed, or its base model."""
-    options = {
-        name: getattr(config, name) for name in ("device", "dtype", "quantization", "use_8bit", "use_4bit")
-    }
+    names = ("prompt_from", "device", "dtype", "quantization", "use_8bit", "use_4bit")
+    options = {name: getattr(config, name) for name in names}
     if model == "specialist":
         return SFTInference(adapter.folder, writing="quote" if adapter.has_selector else "free", **options)
     inference = SFTInference(adapter.folder, writing="free", merge=False, **options)
@@ -340,7 +339,7 @@ def main() -> None:
         return
     if importlib.util.find_spec("rouge_score") is None:
         raise InputError("rouge-score is not installed", "run pip install -r requirements_training.txt")
-    adapters = read_adapters(config.model_path)
+    adapters = read_adapters(config.model_path, config.prompt_from)
     check_output_dir(folder, adapters)
     data = read_data(config, adapters)
     groups = group_rows(config, data)

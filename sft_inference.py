@@ -16,7 +16,7 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from sft import __version__
@@ -26,7 +26,7 @@ from sft.data.text import decode_bytes
 from sft.inference.chat import converse, note_terminal, read_piped, write_summary
 from sft.inference.checks import check_files, fingerprint, is_conversation, log_idle_options
 from sft.inference.note_files import check_output, report, summarize_file
-from sft.inference.notes import Note
+from sft.inference.notes import Note, as_notes
 from sft.inference.prompts import NotePrompts
 from sft.inference.results import FIXES, failure, note_problem, read_note, text_stream
 from sft.inference.writing import ask_specialist, way_of_writing, write_by_sentence, write_freely
@@ -35,6 +35,7 @@ from sft.options import (
     DEFAULT_GENERATION_BATCH_SIZE,
     InferenceConfig,
     check_config,
+    check_value,
     parse_options,
 )
 
@@ -75,7 +76,9 @@ class SFTInference:
     ):
         bits = {"quantization": quantization, "use_8bit": use_8bit, "use_4bit": use_4bit}
         given = {"model_path": model_path, "base_model": base_model, "prompt_from": prompt_from}
-        check_config(InferenceConfig(**given, **bits, dtype=dtype, max_length=max_length))
+        given |= {"verify": verify, "writing": writing, "citations": citations, "max_length": max_length}
+        check_config(InferenceConfig(**given, **bits, dtype=dtype))
+        check_value("merge", merge, bool, {})
         folder, self.sft_config, adapter_config = read_adapter_folder(model_path, prompt_from, verify=verify)
         log_origin(folder, self.sft_config, prompt_from)
         quantization = quantization_for(bits, self.sft_config)
@@ -238,16 +241,7 @@ class SFTInference:
         """The results of many notes, in their order: those of `summarize` for notes numbered from 0. Takes a
         list, a generator ...: whatever gives the notes themselves, in an order; of a DataFrame its column
         clinical_note."""
-        if "clinical_note" in getattr(clinical_notes, "columns", ()):
-            clinical_notes = clinical_notes["clinical_note"]
-        # Letters, keys or column names would be taken for notes
-        is_other = isinstance(clinical_notes, str | bytes | Mapping | Set) or hasattr(
-            clinical_notes, "columns"
-        )
-        if is_other or not isinstance(clinical_notes, Iterable):
-            fix = 'pass the notes in their order: [note], df["clinical_note"], or list(notes.values())'
-            raise InputError(f"clinical_notes is a {type(clinical_notes).__name__}, not a list of notes", fix)
-        notes = dict(enumerate(clinical_notes))
+        notes = dict(enumerate(as_notes(clinical_notes)))
         settings = {"writing": writing, "batch_size": batch_size, "seed": seed}
         results = dict(self.summarize(notes, max_new_tokens, temperature, **settings))
         return [results[number] for number in notes]
@@ -275,6 +269,9 @@ class SFTInference:
         Until the generator is used up or closed, other threads' calls wait, and one from the thread that is
         iterating is an InputError, as are settings that fit no note. Raises RunError if the model fails for
         another reason than memory."""
+        if not isinstance(notes, Mapping):
+            problem = f"notes is a {type(notes).__name__}, not a mapping from numbers to notes"
+            raise InputError(problem, "pass dict(enumerate(notes)), or take generate_batch")
         max_new_tokens = self.sft_config["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         check_config(InferenceConfig(**settings, batch_size=batch_size))

@@ -21,6 +21,7 @@ from sft.option_fields import (
     TEXT,
     TRAINING,
     check_config,
+    check_value,
     check_words,
     number,
     option,
@@ -29,7 +30,7 @@ from sft.option_fields import (
 )
 
 # For those who read configurations
-__all__ = ["check_config", "check_words", "number", "parse_options", "typed_names"]
+__all__ = ["check_config", "check_value", "check_words", "number", "parse_options", "typed_names"]
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
@@ -324,7 +325,17 @@ class TrainConfig(MachineOptions, DataOptions):
 
 
 @dataclass
-class InferenceConfig(MachineOptions):
+class PromptFromOption:
+    prompt_from: str | None = option(
+        None,
+        "adapter folder of this toolkit whose prompt to use, for an adapter that another tool trained further",
+        group=MODEL,
+        metavar="DIR",
+    )
+
+
+@dataclass
+class InferenceConfig(PromptFromOption, MachineOptions):
     """Options of sft_inference.py."""
 
     model_path: str = option(
@@ -338,12 +349,6 @@ class InferenceConfig(MachineOptions):
     )
     merge_to: str | None = option(
         None, "write base model and adapter, merged, to this new folder and exit", group=MODEL, metavar="DIR"
-    )
-    prompt_from: str | None = option(
-        None,
-        "adapter folder of this toolkit whose prompt to use, for an adapter that another tool trained further",
-        group=MODEL,
-        metavar="DIR",
     )
     verify: bool = option(
         False, "read all weights again to check them, also those that look unchanged", group=MODEL

@@ -130,6 +130,16 @@ def piped(monkeypatch, text):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
 
+def test_nothing_but_blanks_through_a_pipe(monkeypatch, typed):
+    for one_note in ("auto", "file", "line"):
+        piped(monkeypatch, " \n\n")
+        with pytest.raises(InputError, match="no note on standard input"):
+            read_piped(one_note)
+    with pytest.raises(InputError, match="no note on standard input"):
+        typed(" ", "", one_note="paragraph")
+    assert typed("/help")[0] == ""
+
+
 def test_a_piped_letter_is_not_taken_apart(monkeypatch, capsys):
     letter = "Discharge letter.\n\nDIAGNOSES:\n\nPneumonia.\n"
     piped(monkeypatch, letter)

@@ -94,6 +94,21 @@ def test_cited_sentence_numbers(cited, numbers):
         ("[see S1]", [1], None),
         ("[Ev: S1, 2]", [1, 2], None),
         ("[Ref S1-3]", [1, 2, 3], None),
+        ("[cite: S2]", [2], None),
+        ("[Cited: S2]", [2], None),
+        ("[Citations: S1, S2]", [1, 2], None),
+        ("[supported by S2]", [2], None),
+        ("[from sentence 2]", [2], None),
+        ("⟦S1⟧", [1], None),
+        ("«S1»", [1], None),
+        ("[[S1]]", [1], None),
+        ("*[S1]*", [1], None),
+        ("**[Evidence: S1; Conf: 0.9]**", [1], 0.9),
+        ("[^S1]", [1], None),
+        ("[S1|S2 or S3]", [1, 2, 3], None),
+        ("[Evidence: S1 (Conf: 0.9)]", [1], 0.9),
+        ("[Evidence: S1; Score: 0.8]", [1], 0.8),
+        ("[Evidence: S1; high confidence]", [1], None),
     ],
 )
 def test_other_forms_are_read(citation, numbers, confidence):
@@ -109,6 +124,7 @@ def test_other_forms_are_read(citation, numbers, confidence):
     [
         ("Fever. [1] Cough. [2]", "Fever. Cough."),
         ("Fever [1]. Cough [2].", "Fever. Cough."),
+        ("Fever.[^1] Cough.[^2]", "Fever. Cough."),
         ("Fever and cough Evidence: S1, S2. Flu Source: S3.", "Fever and cough. Flu."),
         ("Fever 【S1】. Cough (Source: S2).", "Fever. Cough."),
         ("Fever.\nEvidence: S1.\nCough.\nEvidence: S2.", "Fever.\nCough."),
@@ -133,6 +149,9 @@ def test_citations_inside_sentences_and_plain_numbers(summary, stripped):
         "[Conf: 0.9]",
         "[Evidence: S1, 2, 3",
         "[evidence from S2]",
+        "[as in S2]",
+        "[vitals, S2]",
+        "[[the note's S1]]",
     ],
 )
 def test_what_cannot_be_read_is_reported_and_removed(citation):
@@ -153,6 +172,8 @@ def test_what_cannot_be_read_is_reported_and_removed(citation):
         "Stable (evidence: normal X-ray). No evidence: S1 is free.",
         "Evidence: S1 is compressed. Pain (S1 root) [S1 dermatome].",
         "Results [1]. As before.",
+        "Disc [L5-S1] [S3 gallop] [S1, S2 normal] [patient's 3 children] [from home] (from S1 to S3).",
+        "**Plan:** [none] «rest» [[x]] Pain.[^1]\n\n[^1]: a footnote",
         "Results [1].",
         "[1] Diabetes. [2] Asthma.",
         "Problems. [1] Diabetes. [2] Asthma.",

@@ -293,7 +293,7 @@ def test_warnings_read_naturally_for_one_row(capfd):
     dataset = SFTDataset(rows[:1], encoder_for("none", number_sentences=True), 512)
     log_data_warnings((rows, rows[:1]), (dataset, dataset), options_for("x.csv", "y.csv"))
     assert capfd.readouterr().err.splitlines() == [
-        "warning: x.csv: 1 pair of note and summary labeled both factual and hallucinated",
+        "warning: x.csv: 1 pair of note and summary labeled both factual and hallucinated: ids a, b",
         "warning: x.csv: 1 row repeats the note and summary of an earlier row: row 3",
         "warning: 1 validation row shares its note, or nearly, with training rows, so validation loss will look"
         " better than it is: a (100% like a); remove them from one file",

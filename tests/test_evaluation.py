@@ -163,6 +163,20 @@ def test_adapters_side_by_side(evaluate, adapters, tmp_path):
     assert len(set(losses)) == 3
 
 
+def test_an_adapter_that_another_tool_trained_further(evaluate, adapters, tmp_path):
+    import shutil
+
+    theirs = tmp_path / "dpo"
+    theirs.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapters() / name, theirs)
+    options = ["--systems", "free", "--n_rows", 2]
+    found = evaluate(tmp_path / "out", "--model_path", theirs, "--prompt_from", adapters(), *options)
+    own = evaluate(tmp_path / "own", *options)
+    assert found["figures"]["free"]["loss"] == own["figures"]["free"]["loss"]
+    assert found["adapters"] != own["adapters"]
+
+
 def test_what_an_adapter_without_a_selector_cannot_do_is_left_out_and_said(capsys):
     old, new = (sft_evaluation.Adapter("", None, {}, False, has_selector) for has_selector in (False, True))
     data = sft_evaluation.Data(None, {}, [], ["a row"], 0, 2)

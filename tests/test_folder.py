@@ -178,7 +178,10 @@ def test_a_packed_model_is_neither_saved_nor_copied(specialist, tmp_path):
     ):
         with pytest.raises(InputError, match=r"cannot be saved or copied\nwrite it with --merge_to"):
             attempt()
-    assert not list(tmp_path.rglob("*.safetensors"))
+    # Refused before a folder is made or the network is tried
+    assert not (tmp_path / "saved").exists()
+    with pytest.raises(InputError, match="cannot be saved"):
+        specialist.model.push_to_hub("someone/model")
 
 
 # ------------------------------------------------------------------------------- merged
@@ -305,6 +308,22 @@ def test_an_adapter_on_another_base_needs_its_base_model(folder, theirs, model_f
     rewrite(theirs / "adapter_config.json", peft_type="IA3")
     with pytest.raises(InputError, match="not a LoRA adapter"):
         SFTInference(theirs, device="cpu", prompt_from=folder)
+
+
+def test_a_wrong_prompt_from_is_named_and_leads_in_no_circle(folder, theirs, tmp_path):
+    (folder / "tokenizer.json").write_text("{}")
+    for wrong, words in (
+        (tmp_path / "nope", "no such folder"),
+        (theirs, "no sft_config.json"),
+        (folder, "tokenizer"),
+    ):
+        with pytest.raises(InputError) as refused:
+            read_adapter_folder(theirs, wrong)
+        problem, _, fix = str(refused.value).partition("\n")
+        assert problem.startswith(f"--prompt_from {wrong}: ") and words in problem
+        assert (
+            "name the final_model folder" in fix and "--model_path" not in fix and "--prompt_from" not in fix
+        )
 
 
 def test_only_what_the_user_typed_is_asked_of_the_hub(folder, monkeypatch):

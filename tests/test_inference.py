@@ -399,11 +399,15 @@ def test_containers_of_notes(specialist):
     expected = specialist.generate_batch(notes, 3)
     frame = pd.DataFrame({"clinical_note": notes}, index=[7, 5])
     column = frame["clinical_note"]
-    for container in (tuple(notes), iter(notes), frame, column, column.values):
+    renamed = frame.rename(columns={"clinical_note": "Clinical Note"})
+    for container in (tuple(notes), iter(notes), frame, renamed, column, column.values):
         assert specialist.generate_batch(container, 3) == expected
     for wrong in ("Fever.", b"Fever.", {"clinical_note": notes}, column.to_frame("a"), set(notes), None, 5):
         with pytest.raises(InputError, match="clinical_notes is a"):
             specialist.generate_batch(wrong)
+    for wrong in (notes, "Fever.", frame):
+        with pytest.raises(InputError, match="not a mapping from numbers to notes"):
+            list(specialist.summarize(wrong))
     results = specialist.generate_batch([None, float("nan"), "Fever."], 3)
     assert [result.get("error") for result in results] == ["the note is not text"] * 2 + [None]
     assert results[0].keys() - {"error"} == results[2].keys()

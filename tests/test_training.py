@@ -382,24 +382,59 @@ def test_a_refusal_takes_two_lines(csv_files, tmp_path, model_folder):
 @pytest.mark.parametrize(
     "name, value, harmless",
     [
-        ("DYNAMO_BACKEND", "INDUCTOR", "NO"),
-        ("MIXED_PRECISION", "bf16", "no"),
-        ("USE_FSDP", "true", "false"),
-        ("USE_DEEPSPEED", "True", "False"),
-        ("USE_MEGATRON_LM", "true", "false"),
-        ("USE_PARALLELISM_CONFIG", "true", "false"),
-        ("IN_TPU_POD", "1", "0"),
-        ("TORCH_DEVICE", "cuda:1", ""),
-        ("SAGEMAKER_DISTRIBUTED_TYPE", "DATA_PARALLEL", "NO"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "NO"),
+        ("ACCELERATE_DYNAMO_MODE", "max-autotune", "default"),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "no"),
+        ("ACCELERATE_DOWNCAST_BF16", "true", "no"),
+        ("ACCELERATE_FP8_BACKEND", "TE", None),
+        ("ACCELERATE_USE_MEGATRON_LM", "", "no"),
+        ("ACCELERATE_USE_FSDP", "true", "false"),
+        ("ACCELERATE_USE_DEEPSPEED", "True", "False"),
+        ("ACCELERATE_IN_TPU_POD", "1", "0"),
+        ("ACCELERATE_USE_SAGEMAKER", "true", "false"),
+        ("ACCELERATE_LOG_LEVEL", "nonsense", "Warning"),
+        ("ACCELERATE_USE_CPU", "perhaps", "True"),
+        ("ACCELERATE_SOMETHING_NEW", "x", "0"),
+        ("FSDP_SHARDING_STRATEGY", "1", "no"),
+        ("PARALLELISM_CONFIG_TP_SIZE", "2", "no"),
     ],
 )
 def test_what_accelerate_hands_down_and_the_loop_does_not_take(monkeypatch, name, value, harmless):
-    monkeypatch.setenv(f"ACCELERATE_{name}", harmless)
+    if harmless:
+        monkeypatch.setenv(name, harmless)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     check_options(TrainConfig())
-    monkeypatch.setenv(f"ACCELERATE_{name}", value)
-    with pytest.raises(InputError, match=f"accelerate's .*ACCELERATE_{name}={value}"):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=rf"does not fit this training loop \({name}={value}\)"):
         check_options(TrainConfig())
+
+
+def test_what_accelerates_launcher_sets_by_itself_is_taken(monkeypatch):
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils import launch
+
+    for flags in (["--cpu"], ["--multi_gpu", "--num_processes", "2"]):
+        arguments = launch_command_parser().parse_args(
+            [
+                *flags,
+                "--num_machines",
+                "1",
+                "--mixed_precision",
+                "no",
+                "--num_cpu_threads_per_process",
+                "1",
+                "train.py",
+            ]
+        )
+        arguments.dynamo_backend = "no"
+        if "--cpu" in flags:
+            _, environment = launch.prepare_simple_launcher_cmd_env(arguments)
+        else:
+            environment = launch.prepare_multi_gpu_env(arguments)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        check_options(TrainConfig())
+        monkeypatch.undo()
 
 
 def test_what_belongs_to_the_whole_program_stays_as_it_was(configured):

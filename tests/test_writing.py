@@ -23,11 +23,11 @@ from sft.grounding.parts import make_parts
 from sft.grounding.selector import quote
 from sft.grounding.sentences import split_sentences
 from sft.inference.chat import left_out, own_words, print_piece, show_evidence
-from sft.inference.checks import fingerprint
+from sft.inference.checks import fingerprint, log_idle_options
 from sft.inference.note_files import check_fingerprint, summarize_file
 from sft.inference.notes import Note
 from sft.inference.results import COMPUTED_NAN, OUT_OF_MEMORY, kinds_of, note_problem
-from sft.inference.writing import Answer, NoteWords, read_selector, write_by_sentence
+from sft.inference.writing import Answer, NoteWords, read_selector, way_of_writing, write_by_sentence
 from sft.options import InferenceConfig, TrainConfig
 from sft.training.parts import learn_writing
 from sft_inference import SFTInference, read_adapter_folder
@@ -303,6 +303,24 @@ def test_quote_loads_a_model_only_when_asked_for_another_way(adapter, verified):
         assert bool(results[0]["sentences"]) == (way == "verified")
     with pytest.raises(InputError, match="choose verified, quote or free"):
         inference.generate_summary("Fever.", writing="fast")
+
+
+def test_weights_that_another_tool_trained_are_used_unless_quotes_are_asked(adapter, capsys):
+    _, sft_config, _ = read_adapter_folder(adapter, adapter)
+    assert way_of_writing(None, sft_config) == "free"
+    assert way_of_writing("verified", sft_config) == "verified"
+    log_idle_options(
+        InferenceConfig(writing=way_of_writing("quote", sft_config), prompt_from="x", model_path="dpo")
+    )
+    assert "the weights in dpo are not used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [{"use_8bit": "yes"}, {"merge": "no"}, {"verify": 3}, {"citations": "x"}, {"writing": "fast"}]
+)
+def test_values_of_the_wrong_kind_from_python(adapter, options):
+    with pytest.raises(InputError, match=f"^{next(iter(options))} is "):
+        SFTInference(adapter, **options)
 
 
 def test_quote_needs_neither_torch_nor_a_base_model(adapter, tmp_path):

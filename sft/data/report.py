@@ -145,9 +145,13 @@ def _text_warnings(rows: Sequence[Row], dataset: SFTDataset, language: str | Non
             why = "cite sentences, which the prompt does not number (--sentence_numbering on does)"
         n_rows = plural(len(dataset.stray), "row")
         yield f"{n_rows} whose summaries {why}; their citations were dropped: {name_rows(dataset.stray)}"
-    n_contradictions = _count_contradictions(rows)
-    if n_contradictions:
-        yield f"{plural(n_contradictions, 'pair')} of note and summary labeled both factual and hallucinated"
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row.note_key, row.summary_key].add(row.label)
+    contradicted = [row.name for row in rows if len(labels[row.note_key, row.summary_key]) > 1]
+    if contradicted:
+        n_pairs = plural(sum(len(given) > 1 for given in labels.values()), "pair")
+        yield f"{n_pairs} of note and summary labeled both factual and hallucinated: {name_rows(contradicted)}"
     for what, repeated in repeated_rows(rows).items():
         n_rows = plural(len(repeated), "row")
         repeat, word = ("repeats", "row") if len(repeated) == 1 else ("repeat", "rows")
@@ -163,14 +167,3 @@ def _same_summary(rows: Sequence[Row]) -> Iterator[str]:
     if count > max(_FEW_NOTES, len(notes) / 5):
         names = [row.name for row in notes.values() if row.summary_key == summary]
         yield f"one summary stands under {count:,} of {len(notes):,} different notes: {name_rows(names)}"
-
-
-def _count_contradictions(rows: Sequence[Row]) -> int:
-    """The number of pairs of note and summary that have both labels."""
-    labels = {}
-    contradictions = set()
-    for row in rows:
-        texts = (row.note_key, row.summary_key)
-        if labels.setdefault(texts, row.label) != row.label:
-            contradictions.add(texts)
-    return len(contradictions)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from sft.option_fields import DATA, GENERATION, MACHINE, MODEL, NAME, RUN, number, option
-from sft.options import DEFAULT_GENERATION_BATCH_SIZE, ColumnOptions, MachineOptions
+from sft.options import DEFAULT_GENERATION_BATCH_SIZE, ColumnOptions, MachineOptions, PromptFromOption
 
 
 @dataclass
-class EvaluationConfig(ColumnOptions, MachineOptions):
+class EvaluationConfig(PromptFromOption, ColumnOptions, MachineOptions):
     """Options of sft_evaluation.py."""
 
     model_path: list[str] = option(["./models/sft_specialist/final_model"], "adapter folders", group=MODEL)

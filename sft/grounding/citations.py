@@ -11,31 +11,45 @@ from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 
 # What may be a citation: text in brackets of any kind; "[Evidence: S1, 2" that never ends, as far as it looks
 # like one; "Evidence: S1", "Source: S1" without brackets
+_SOURCE = (
+    r"(?:ev|sources?+|ref(?:erence)?s?+|see|cite[ds]?+|citations?+|supported\s++by|based\s++on|from|per)\b"
+)
 _CANDIDATE = re.compile(
-    r"\[(?P<square>[^\[\]]*+)\]|【(?P<lenticular>[^\[\]【】]*+)】|\((?P<round>[^()\[\]]*+)\)"
+    r"\[\[(?P<double>[^\[\]]*+)\]\]|⟦(?P<white>[^⟦⟧\[\]]*+)⟧|«(?P<quoted>\s?S\s?\d[^«»()\[\]]*+)»"
+    r"|\[(?P<square>[^\[\]]*+)\]|【(?P<lenticular>[^\[\]【】]*+)】|\((?P<round>[^()\[\]]*+)\)"
     r"|\{(?P<curly>[^{}()\[\]]*+)\}|<(?P<angle>[^<>{}()\[\]]*+)>"
-    r"|[\[{<【]\s*+(?:evidence\b|conf(?:idence)?\b|(?:ev|sources?+|refs?+|see)\b\s*+:?+\s*+S\s?\d)"
+    r"|[\[{<【]\s*+(?:evidence\b|conf(?:idence)?\b|" + _SOURCE + r"\s*+:?+\s*+S\s?\d)"
     r"(?:[\s,;:&/=%.–—-]++|S?\d++|and\b|to\b|conf(?:idence)?\b)*+"
     r"|\b(?P<bare>(?:evidence\s*+:?+|sources?+\s*+:)\s*+S\s?\d++"
     r"(?:[ \t,;:&/=%–—-]++|\.(?=\d)|S?\d++|and\b|to\b|conf(?:idence)?\b)*+)",
     re.IGNORECASE,
 )
-# "see", "source" and "ref" introduce much else: only before the name of a sentence
+# "see", "source", "from" introduce much else: only before the name of a sentence
 _HEAD = re.compile(
     r"\s*+(?:(?P<evidence>evidence|conf(?:idence)?)\b\s*+[:=,;]?+"
-    r"|(?P<source>(?:ev|sources?+|refs?+|see)\b\s*+[:=]?+\s*+(?=S\s?\d|sentence)))?"
+    r"|(?P<source>" + _SOURCE + r"\s*+[:=]?+\s*+(?=S\s?\d|sentence)))?"
     r"\s*+(?P<sentence>sentences?+\b\s*+:?+)?",
     re.IGNORECASE,
 )
-# [1] or [1, 2-3]; whether a sentence ends before it, and right after it
-_PLAIN_NUMBERS = re.compile(r"([.!?]\s?)?\[\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*+\](?=([.!?](?:\s|\Z))?)")
+# [1], [^1] or [1, 2-3]; whether a sentence ends before it, and right after it
+_PLAIN_NUMBERS = re.compile(r"([.!?]\s?)?\[\^?\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*+\](?=([.!?](?:\s|\Z))?)")
 _NUMBERS = re.compile(
-    r"\s*+(?:(?P<range>[–—-]|to\b|through\b)|(?P<and>[,;&+/]|and\b)|(?:S\s*+|sentences?+\s++)?(?P<number>\d++))",
+    r"\s*+(?:(?P<range>[–—-]|to\b|through\b)|(?P<and>[,;&+/|]|and\b|or\b)|(?:S\s*+|sentences?+\s++)?(?P<number>\d++))",
     re.IGNORECASE,
 )
-_CONFIDENCE = re.compile(r"conf|\d?\.\d|\d{1,3}\s?%", re.IGNORECASE)
+_CONFIDENCE = re.compile(
+    r"conf|(?:score|certainty|prob(?:ability)?)\b|\b(?:high|medium|moderate|low)\s++conf|\d?\.\d|\d{1,3}\s?%",
+    re.IGNORECASE,
+)
 _CONFIDENCE_VALUE = re.compile(r"(?:\d{1,3}(?:[.,]\d{1,9})?|\.\d{1,9})\s?%?")
 _SENTENCE_NAME = re.compile(r"(?:\bS\s?|sentence)\d", re.IGNORECASE)
+# In square brackets hardly anything else than a citation, unless it is about nerve roots or heart sounds
+_CITED_NAME = re.compile(r"(?<![\w'’/–-])S\d{1,3}\b")
+_ANATOMY = re.compile(
+    r"\b(?:[CTL]\d|dermatom|roots?\b|nerve|radicul|vertebra|sacr|joint|level|segment|heart|gallop|murmur|sound"
+    r"|normal|audible|split|loud)",
+    re.IGNORECASE,
+)
 _LONGEST_RANGE = 1000  # sentences; no note has more
 
 
@@ -109,20 +123,30 @@ def find_citations(summary: str) -> Iterator[Citation]:
     """What is meant as a citation, in order; `numbers` is empty if it cannot be read."""
     cites_plainly = _cites_plainly(summary)
     for match in _CANDIDATE.finditer(summary):
-        end = match.start() + len(match[0].rstrip())
+        start, end = _with_emphasis(summary, match.start(), match.start() + len(match[0].rstrip()))
         # "[Evidence: S1, 2" that never ends
         if match.lastgroup is None:
-            yield Citation(match.start(), end, [], None)
+            yield Citation(start, end, [], None)
             continue
-        content = match[match.lastgroup]
+        content = match[match.lastgroup].removeprefix("^")
         head = _HEAD.match(content)
         numbers, confidence = _read(content[head.end() :])
         is_plain = cites_plainly and _PLAIN_NUMBERS.fullmatch(match[0]) is not None
         if numbers and (is_plain or _is_named(summary, match, head)):
-            yield Citation(match.start(), end, numbers, confidence)
+            yield Citation(start, end, numbers, confidence)
         # "(evidence: normal X-ray)" is the summary's own
-        elif match.lastgroup not in ("round", "bare") and _is_meant(content, head):
-            yield Citation(match.start(), end, [], None)
+        elif match.lastgroup not in ("round", "bare") and _is_meant(content, head, match[0][0] in "[⟦"):
+            yield Citation(start, end, [], None)
+
+
+def _with_emphasis(summary: str, start: int, end: int) -> tuple[int, int]:
+    """Where a citation begins and ends with the marks of Markdown around it: "*[S1]*"."""
+    for mark in ("***", "**", "*", "_"):
+        begin = max(0, start - len(mark))
+        stands_alone = not summary[max(0, begin - 1) : begin].strip()
+        if summary[begin:start] == mark and summary.startswith(mark, end) and stands_alone:
+            return begin, end + len(mark)
+    return start, end
 
 
 def _cites_plainly(summary: str) -> bool:
@@ -143,15 +167,21 @@ def _is_named(summary: str, match: re.Match, head: re.Match) -> bool:
         begins = after_sentence or not before or before[-1] == "\n"
         is_label = match[0][0] in "ES" and ":" in match[0]
         return (begins or is_label) and not summary[match.end() : match.end() + 1].islower()
-    if any(head.groups()):
+    # "(from S1 to S3)" may be the spine
+    if any(head.groups()) and not (
+        match.lastgroup == "round" and re.match("from|per", head[0].strip(), re.I)
+    ):
         return True
     # "(S1)" is a nerve root or a heart sound, unless it follows a sentence
-    has_name = _SENTENCE_NAME.match(match[match.lastgroup].lstrip()) is not None
+    has_name = _SENTENCE_NAME.match(match[match.lastgroup].lstrip(" \t\n^")) is not None
     return has_name and (match.lastgroup != "round" or after_sentence)
 
 
-def _is_meant(content: str, head: re.Match) -> bool:
-    """Whether text in brackets is meant as a citation: "Evidence: none", not "evidence of pneumonia"."""
+def _is_meant(content: str, head: re.Match, is_square: bool) -> bool:
+    """Whether text in brackets is meant as a citation: "Evidence: none", not "evidence of pneumonia"; in
+    square ones all that names a sentence."""
+    if is_square and _CITED_NAME.search(content) and not _ANATOMY.search(content):
+        return True
     if not head["evidence"]:
         return head["source"] is not None
     return head[0].rstrip()[-1:] in (":", "=", ";", ",") or bool(
@@ -177,7 +207,7 @@ def _read(text: str) -> tuple[list[int], float | None]:
                 numbers += range(numbers[-1] + 1, number)
             numbers.append(number)
         in_range = bool(match["range"])
-    if listed[position:].strip(" \t\n.:;,"):
+    if listed[position:].strip(" \t\n.:;,("):
         numbers = []
     return list(dict.fromkeys(numbers)), _confidence(value[0]) if value else None
 

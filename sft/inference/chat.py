@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 
 from sft.cli import InputError, RunError, is_terminal, log, plural, visible
-from sft.data.text import decode_bytes
+from sft.data.text import decode_bytes, is_blank
 from sft.inference.notes import split_text
 from sft.inference.results import describe_finding, failure, to_json
 from sft.inference.writing import NoteWords
@@ -33,7 +33,7 @@ When typing, end every line except the last with \\.
 COMMAND = re.compile(r"/((temperature|tokens)(\s+\S+)?|evidence|help|quit|exit|q)\s*")
 VALUES = {"/temperature": "a number from 0", "/tokens": "a whole number from 1"}
 
-
+NO_NOTE = ("no note on standard input", "pipe a note with text")
 PASTE_PAUSE = 0.4  # seconds without a further line after which a paste without marks is over
 
 
@@ -78,10 +78,12 @@ def marks_pastes() -> bool:
 
 def read_piped(one_note: str) -> list[str] | None:
     """The notes that are piped in, or None to read them block by block as they arrive. Raises InputError if
-    they look like parts of notes."""
+    there is none, or they look like parts of notes."""
     if one_note == "paragraph":
         return None
     text = decode_bytes(sys.stdin.buffer.read(), "standard input")
+    if is_blank(text):
+        raise InputError(*NO_NOTE)
     if one_note != "auto":
         return [note for _, note in split_text("standard input", text, one_note, "paragraph")]
     lines = ["" if COMMAND.fullmatch(line) else line for line in text.splitlines()]
@@ -138,10 +140,12 @@ def converse(
     summarize: Callable[..., dict], config: InferenceConfig, piped: Sequence[str] | None = None
 ) -> None:
     """The interactive session. `summarize(note, max_new_tokens, temperature, seed=..., on_text=...)` returns
-    a result as SFTInference.generate_summary does. `piped`: notes that have been read already."""
+    a result as SFTInference.generate_summary does. `piped`: notes that have been read already. Raises
+    InputError if nothing comes through a pipe."""
     temperature = config.temperature
     max_new_tokens = config.max_new_tokens
     last_result = None
+    is_empty = not is_terminal(sys.stdin)
     if piped is not None:
         for note in piped:
             _summarize_aloud(summarize, note.strip(), max_new_tokens, temperature, config)
@@ -152,10 +156,13 @@ def converse(
         try:
             block = read_block("note> ").strip()
         except EOFError:
+            if is_empty:
+                raise InputError(*NO_NOTE) from None
             return log()
         except KeyboardInterrupt:
             log("\n(/quit or Ctrl-D leaves)")
             continue
+        is_empty = is_empty and not block
         if block.lower() in ("exit", "quit", "help"):
             block = f"/{block.lower()}"
         if is_terminal(sys.stdin) and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):

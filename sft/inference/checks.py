@@ -67,12 +67,14 @@ def is_conversation(config: InferenceConfig) -> bool:
 
 
 def log_idle_options(config: InferenceConfig) -> None:
-    """Names the options that have no effect, since no model is loaded."""
+    """Names what has no effect, since no model is loaded."""
     names = "base_model dtype quantization use_8bit use_4bit no_merge max_length max_new_tokens temperature seed".split()
     defaults = InferenceConfig()
     idle = [f"--{name}" for name in names if getattr(config, name) != getattr(defaults, name)]
     if config.writing == "quote" and idle:
         log(f"info: --writing quote loads no model, so {preview_list(idle, len(idle))} changes nothing")
+    if config.writing == "quote" and config.prompt_from:
+        log(f"info: --writing quote loads no model: the weights in {config.model_path} are not used")
 
 
 def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note]) -> dict:

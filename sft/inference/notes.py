@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -106,6 +106,20 @@ def split_text(name: str, text: str, one_note: str, default: str) -> list[tuple[
             return units
         one_note = _ask(f"{name}: looks like notes of several {default}s ({reason})")
     return list(_units(text, one_note))
+
+
+def as_notes(container: object) -> list:
+    """What a caller in Python passes as notes, in its order; of a DataFrame the column clinical_note, whose
+    name is read as in files. Raises InputError for what holds no notes, or not in an order."""
+    names = {column_name(str(name)): name for name in getattr(container, "columns", ())}
+    if "clinical_note" in names:
+        return list(container[names["clinical_note"]])
+    # Letters, keys or column names would be taken for notes
+    is_other = isinstance(container, str | bytes | Mapping | Set) or hasattr(container, "columns")
+    if is_other or not isinstance(container, Iterable):
+        fix = 'pass the notes in their order: [note], df["clinical_note"], or list(notes.values())'
+        raise InputError(f"clinical_notes is a {type(container).__name__}, not a list of notes", fix)
+    return list(container)
 
 
 def _ask(problem: str) -> str:

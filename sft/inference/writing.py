@@ -32,9 +32,11 @@ Key = tuple[int, int]
 
 
 def way_of_writing(asked: str | None, sft_config: dict, citations: bool = False) -> str:
-    """ "verified", "quote" or "free": what was `asked` for, else the adapter's default, which for older ones
-    is free. Raises InputError for an adapter that can write freely only, and for citations of free text."""
-    way = asked or sft_config.get("writing", "free")
+    """ "verified", "quote" or "free": what was `asked` for, else the adapter's default. That of older ones is
+    free, and that of weights that another tool trained, which quotes would leave unused. Raises InputError
+    for an adapter that can write freely only, and for citations of free text."""
+    default = "free" if "prompt_from" in sft_config else sft_config.get("writing", "free")
+    way = asked or default
     if way not in ("verified", "quote", "free"):
         raise InputError("writing is none of its choices", "choose verified, quote or free")
     if citations and way == "free":

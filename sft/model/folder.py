@@ -166,7 +166,17 @@ def log_quantization(chosen: str | None, sft_config: dict) -> None:
 
 def _read_foreign_folder(folder: Path, prompt_from: str | Path) -> tuple[Path, dict, dict]:
     """As read_adapter_folder, of an adapter that another tool saved, with the prompt of `prompt_from`."""
-    ours, sft_config, our_config = read_adapter_folder(prompt_from)
+    try:
+        ours, sft_config, our_config = read_adapter_folder(prompt_from)
+    except InputError as error:
+        # Advice on --model_path would lead in a circle
+        is_other = "--prompt_from" in error.fix or "--model_path" in error.fix
+        fix = (
+            "name the final_model folder of this toolkit, as it was before the other tool"
+            if is_other
+            else error.fix
+        )
+        raise InputError(f"--prompt_from {error.problem}", fix) from None
     _check_adapter_files(folder)
     adapter_config = read_json_object(folder / "adapter_config.json")
     if adapter_config.get("peft_type") != "LORA":

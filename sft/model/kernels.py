@@ -146,13 +146,14 @@ class FastDropout(nn.Module):
 # ------------------------------------------------------------------------------- linear layers for inference
 
 
+def refuse_copy(*_, **__):
+    fix = "write it with --merge_to, or load it with SFTInference(..., merge=False)"
+    raise InputError("a model that was packed for inference cannot be saved or copied", fix)
+
+
 class _ForInference(nn.Module):
     """A layer without its weight in standard form. A model with such layers would be saved or copied without
     them: refused instead."""
-
-    def _refuse(self, *_):
-        fix = "write it with --merge_to, or load it with SFTInference(..., merge=False)"
-        raise InputError("a model that was packed for inference cannot be saved or copied", fix)
 
     @property
     def weight(self) -> Tensor:
@@ -161,8 +162,8 @@ class _ForInference(nn.Module):
         products = self(torch.eye(self.in_features))
         return (products if self.bias is None else products - self.bias).t()
 
-    _save_to_state_dict = _refuse  # behind state_dict() and save_pretrained()
-    __reduce_ex__ = _refuse  # behind copy, deepcopy and pickle
+    _save_to_state_dict = refuse_copy  # behind state_dict()
+    __reduce_ex__ = refuse_copy  # behind copy, deepcopy and pickle
 
 
 class PackedLinear(_ForInference):
@@ -268,6 +269,8 @@ def replace_linear_layers(model: nn.Module, kind: type) -> None:
         module = model.get_submodule(name)
         if kind is not PackedLinear or module.weight.dtype == torch.float32:
             model.set_submodule(name, convert_linear(module, kind))
+            # They would make a folder, or a repository, before they ask for the weights
+            model.save_pretrained = model.push_to_hub = refuse_copy
 
 
 def pack_for_inference(model: nn.Module) -> None:

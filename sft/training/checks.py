@@ -2,6 +2,7 @@
 nothing."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -35,31 +36,47 @@ def check_options(config: TrainConfig) -> None:
     check_accelerate()
 
 
-# What accelerate's launcher and configuration hand down that would take over division, clipping, optimizer,
-# dtype or device of the loop; the value that asks for nothing; what to do instead. Harmless, and so not here:
-# gradient accumulation (the loop's own counts), CPU affinity, debug mode, USE_CPU, and the settings of FSDP,
-# DeepSpeed, Megatron and fp8, which are read only with those.
-_ACCELERATE = {
-    "USE_FSDP": ("FSDP", "false", "use accelerate launch --multi_gpu, and --shard_base"),
-    "USE_DEEPSPEED": ("DeepSpeed", "false", "use accelerate launch --multi_gpu, and --shard_base"),
-    "USE_MEGATRON_LM": ("Megatron-LM", "false", "use accelerate launch --multi_gpu, and --shard_base"),
-    "USE_PARALLELISM_CONFIG": ("parallelism_config", "false", "use accelerate launch --multi_gpu"),
-    "DYNAMO_BACKEND": ("dynamo backend", "no", "use accelerate launch --dynamo_backend no"),
-    "MIXED_PRECISION": (
-        "mixed precision",
-        "no",
-        "use accelerate launch --mixed_precision no; --dtype decides",
-    ),
-    "IN_TPU_POD": ("TPU mode", "0", "use a GPU or a CPU"),
-    "SAGEMAKER_DISTRIBUTED_TYPE": ("SageMaker mode", "no", "use torchrun"),
-    "TORCH_DEVICE": ("device", "", "unset it; --device decides"),
+# What accelerate's launcher and configuration hand down is not taken by this loop, which has its own
+# division, clipping, optimizer, dtype and device; what to do instead
+_USE_MULTI_GPU = "use accelerate launch --multi_gpu, and --shard_base"
+_ACCELERATE_FIXES = {
+    "ACCELERATE_USE_FSDP": _USE_MULTI_GPU,
+    "ACCELERATE_USE_DEEPSPEED": _USE_MULTI_GPU,
+    "ACCELERATE_USE_MEGATRON_LM": _USE_MULTI_GPU,
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "use accelerate launch --multi_gpu",
+    "ACCELERATE_DYNAMO_BACKEND": "use accelerate launch --dynamo_backend no",
+    "ACCELERATE_MIXED_PRECISION": "use accelerate launch --mixed_precision no; --dtype decides",
+    "ACCELERATE_TORCH_DEVICE": "unset it; --device decides",
+    "ACCELERATE_IN_TPU_POD": "use a GPU or a CPU",
+    "ACCELERATE_USE_SAGEMAKER": "use torchrun",
+    "ACCELERATE_SAGEMAKER_DISTRIBUTED_TYPE": "use torchrun",
 }
+# Names that are taken, with the values that accelerate can read
+_FLAG = "y|yes|t|true|on|1|n|no|f|false|off|0"
+_ACCELERATE_TAKEN = {
+    "ACCELERATE_USE_CPU": _FLAG,
+    "ACCELERATE_DEBUG_MODE": _FLAG,
+    "ACCELERATE_CPU_AFFINITY": _FLAG,
+    "ACCELERATE_ENABLE_RICH": _FLAG,
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    "ACCELERATE_DYNAMO_MODE": "default",
+    "ACCELERATE_FP8_BACKEND": "(?!)",  # nothing: no value of these two is harmless
+    "ACCELERATE_TORCH_DEVICE": "(?!)",
+    "ACCELERATE_LOG_LEVEL": "debug|info|warning|error|critical",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "[0-9]{1,9}",  # the loop's own counts
+}
+_ASKS_FOR_NOTHING = "0|no|false"  # of the others; on an empty one accelerate fails
 
 
 def check_accelerate() -> None:
     """Raises InputError for a setting of accelerate's that this loop does not take."""
-    for name, (what, off, fix) in _ACCELERATE.items():
-        value = os.environ.get(f"ACCELERATE_{name}", off)
-        if value.lower() not in (off, ""):
-            problem = f"accelerate's {what} does not fit this training loop (ACCELERATE_{name}={value})"
-            raise InputError(problem, fix)
+    names = [name for name in os.environ if re.match("ACCELERATE_|FSDP_|PARALLELISM_CONFIG_", name)]
+    # First what the others belong to
+    for name in sorted(names, key=lambda name: (name not in _ACCELERATE_FIXES, name)):
+        value = os.environ[name]
+        allowed = _ACCELERATE_TAKEN.get(name, _ASKS_FOR_NOTHING)
+        if not re.fullmatch(allowed, value, re.IGNORECASE):
+            problem = f"accelerate's setting does not fit this training loop ({name}={value})"
+            raise InputError(
+                problem, _ACCELERATE_FIXES.get(name, f"unset {name}") if value else f"unset {name}"
+            )
