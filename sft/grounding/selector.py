@@ -47,7 +47,8 @@ _CUES = {
     r"(?! (?:says?|said|reports?|noticed|found|rang|ringing))|cat|dog|"
     r"lives|works|smok\w+|alcohol|drives|retired|school|holiday",
     "past": r"(?<!/)(?:19|20)\d\d|last (?:month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
-    "warning": r"suicid\w*|self-harm|harming|(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
+    "warning": r"(?<!no )(?<!no known )(?<!nil )(?<!true )(?:allerg\w+|anaphyla\w+)|suicid\w*|self-harm|harm(?:ing)?|intrusive|safeguarding|"
+    r"non-?immune|live vaccines?|NSAIDs?|(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
     "trivia": r"lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful|"
     r"pleasant|parking|biscuits?|tea|photo(?:graph)?s?|incidentally|chatty|cheerful|dogs?|cats?|pets?|garden\w*|likes|enjoys|prefers|hobb\w+|"
     r"(?:asks|asking|asked|wonders|know) (?:whether|if|where|about)|own appointment",
@@ -317,7 +318,6 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
 def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[int], list[int]]:
     """What a reader must not miss, the plan, and what matters next, each with the most important first."""
     sentences = [u for u in note.sentences if u.number in scores and u.topic not in ("family", "review")]
-    late = sentences[len(sentences) // 2 :]
     # Of the patient, and of now
     told = [u for u in sentences if not note.cues[u.number] & {"others", "past"}]
 
@@ -354,6 +354,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     essential += best(measured, first=[u for u in measured if re.search(r"\d", u.text)])
     done = [u for u in speaking(told, "done") if u not in plans and "negation" not in note.cues[u.number]]
     essential += best(done, first=speaking(done, "dose", "procedure"))
+    essential += best(speaking(told, "warning"))
     # Actions and treatment first, and short ones: more is said
     todo = plans or speaking(told[len(told) // 3 :], "action", "plan", "treatment", "done")
     todo = [u for u in todo if "trivia" not in note.cues[u.number]]
@@ -361,7 +362,7 @@ def _required(note: _Note, scores: dict[int, float]) -> tuple[list[int], list[in
     wanted = [u.number for u in sorted(todo, key=lambda u: (u.number not in urgent, len(u.text)))]
     # A result begins with its place, and what a note ends with is often its plan
     more = [u.number for u in sentences if u.topic == "result" and u.label_number == u.number][:1]
-    more += findings + tested + came + [u.number for u in speaking(late, "warning")]
+    more += findings + tested + came + best(speaking(sentences, "warning"), 2)
     more += [u.number for u in told[-2:] if "trivia" not in note.cues[u.number] and not u.needs]
     return essential, wanted, more
 
