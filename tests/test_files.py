@@ -194,13 +194,20 @@ def is_folder(descriptor: int) -> bool:
 
 def test_a_file_system_without_permissions_and_without_fsync_of_folders(tmp_path, monkeypatch, capsys):
     """As CIFS, FUSE and some network mounts: nothing that is saved needs either."""
+    open_chmod = os.chmod
     monkeypatch.setattr(os, "fsync", refusing(os.fsync, errno.EINVAL, is_folder))
     monkeypatch.setattr(os, "chmod", refusing(os.chmod, errno.EPERM))
     monkeypatch.setattr(files.Path, "chmod", refusing(files.Path.chmod, errno.EPERM))
     try_saving(make_private_dir(tmp_path / "out" / "run"))
     assert not list((tmp_path / "out" / "run").iterdir())
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr(files.tempfile, "mkdtemp", lambda prefix, dir: os.mkdir(f"{dir}/t") or f"{dir}/t")
+
+    def readable_folder(prefix, dir):
+        os.mkdir(f"{dir}/t")
+        open_chmod(f"{dir}/t", 0o755)
+        return f"{dir}/t"
+
+    monkeypatch.setattr(files.tempfile, "mkdtemp", readable_folder)
     try_saving(tmp_path / "out" / "run")
     assert "keeps no permissions" in capsys.readouterr().err
 

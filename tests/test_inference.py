@@ -371,7 +371,7 @@ def test_an_adapter_is_used_on_the_base_it_was_trained_on(configured, tmp_path, 
     folder = f"{config.output_dir}/final_model"
     inference = SFTInference(folder, device="cpu")
     assert inference.model.get_base_model().is_quantized
-    assert inference.made_by(10, 0, 0)["dtype"] == "4bit"
+    assert inference.made_by("free", 10, 0, 0)["dtype"] == "4bit"
     assert "in 4bit, as in training" in capsys.readouterr().err
     assert not SFTInference(folder, device="cpu", quantization="none").quantization
     assert "trained with the base model in 4bit, used with it in full" in capsys.readouterr().err
