@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import hypothesis
 import pytest
 from tiny import NOTES, tiny_model, tiny_tokenizer, write_csv
 
@@ -21,6 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 # Tiny matrices: two threads only wait for each other
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1")
+
+# The first example of a test loads libraries, and machines are shared: no example has a time limit
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # In the background or from cron these arrive ignored, and the processes that tests start would inherit that
 signal.signal(signal.SIGINT, signal.default_int_handler)
