@@ -248,11 +248,10 @@ class TrainConfig(MachineOptions, DataOptions):
         group=TRAINING,
         may_change=True,
     )
-    part_rows: str = option(
-        "auto",
+    part_rows: bool = option(
+        False,
         "also train on single summary sentences, each with the part of its note that holds its words, for "
-        "--writing verified; auto = if most summary sentences have one",
-        choices=["auto", "on", "off"],
+        "--writing verified",
         group=TRAINING,
     )
     lora_r: int = option(16, "LoRA rank", type=number(int, 1), group=LORA)

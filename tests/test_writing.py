@@ -54,6 +54,7 @@ def trained(model: Path, folder: Path, pairs, on_step=None, **options) -> Path:
     rows = [(f"r{i}", *pair, "factual", "") for i, pair in enumerate(pairs)]
     files = (write_csv(folder / "rows.csv", rows), write_csv(folder / "val.csv", rows[:2]))
     values = {
+        "part_rows": True,
         "num_epochs": 1,
         "batch_size": 8,
         "lora_r": 16,
@@ -85,7 +86,7 @@ def without_confidence(results) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def learned():
-    return learn_writing(rows_of(PAIRS), TrainConfig(), False, None)
+    return learn_writing(rows_of(PAIRS), TrainConfig(part_rows=True), False, None)
 
 
 def written(text: str, *log_probs: float) -> Answer:
@@ -128,7 +129,9 @@ def test_parts_hold_what_their_sentences_say(learned):
     for row in learned.rows:
         words = set(re.findall(r"\w+", row.model_summary.lower()))
         assert words <= set(re.findall(r"\w+", row.clinical_note.lower()))
-    assert learned.digest != learn_writing(rows_of(PAIRS[1:]), TrainConfig(), False, None).digest
+    assert (
+        learned.digest != learn_writing(rows_of(PAIRS[1:]), TrainConfig(part_rows=True), False, None).digest
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,8 +144,8 @@ def test_parts_hold_what_their_sentences_say(learned):
             "kinship 0.0",
         ),
         (PAIRS[:19], {}, False, "19 notes, needs 20"),
-        (PAIRS, {"part_rows": "off"}, False, "--part_rows off"),
-        (PAIRS, {"part_rows": "on"}, True, "numbered sentences"),
+        (PAIRS, {}, False, "quote by default"),
+        (PAIRS, {"part_rows": True}, True, "numbered sentences"),
     ],
 )
 def test_no_parts_and_why(pairs, options, numbered, why, capsys):
@@ -162,8 +165,8 @@ def test_a_run_with_parts_resumes_to_the_bit(model_folder, tmp_path):
     whole = trained(model_folder(), tmp_path / "whole", PAIRS, num_epochs=2)
     with pytest.raises(KeyboardInterrupt):
         trained(model_folder(), tmp_path / "cut", PAIRS, interrupt, num_epochs=2, save_steps=3)
-    with pytest.raises(InputError, match="part_rows was auto, is off"):
-        trained(model_folder(), tmp_path / "cut", PAIRS, num_epochs=2, resume=True, part_rows="off")
+    with pytest.raises(InputError, match="part_rows"):
+        trained(model_folder(), tmp_path / "cut", PAIRS, num_epochs=2, resume=True, part_rows=False)
     resumed = trained(model_folder(), tmp_path / "cut", PAIRS, num_epochs=2, resume=True)
     assert_same_adapter(whole, resumed)
     assert len((whole.parent / "metrics.jsonl").read_text().splitlines()) > 2 * (-(-len(PAIRS) // 8)) + 3

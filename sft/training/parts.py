@@ -53,15 +53,16 @@ def learn_writing(
         "selector": json.loads(selector.to_json()),
         "shorthand": learn_shorthand(pairs),
     }
-    why_not = _why_no_parts(config, supported, is_numbered, checkpoint)
-    part_rows, left_out = ([], Counter()) if why_not else make_part_rows(rows)
+    why_not = _why_no_parts(is_numbered, checkpoint)
+    is_wanted = config.part_rows and not why_not
+    part_rows, left_out = make_part_rows(rows) if is_wanted else ([], Counter())
     counts = {"used": len(part_rows), "of_rows": len(rows), "left_out": dict(left_out)}
     if on_main_process():
         figure = f"kinship {selector.kinship:.2f}, needs {ENOUGH_KIN}; {plural(n_notes, 'note')}, needs {_FEWEST_NOTES}"
         log(f"Writing: {settings['writing']} by default (of summaries to their notes' sentences: {figure})")
-        if why_not:
+        if config.part_rows and why_not:
             log(f"Parts: none: {why_not}")
-        else:
+        elif config.part_rows:
             reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.most_common())
             more = f"; {reasons}" if reasons else ""
             log(f"Parts: {plural(len(part_rows), 'sentence')} of {plural(len(rows), 'row')}{more}")
@@ -73,20 +74,14 @@ def _every(items: Sequence, most: int) -> Sequence:
     return items[:: -(-len(items) // most) or 1]
 
 
-def _why_no_parts(config: TrainConfig, supported: bool, is_numbered: bool, checkpoint: Path | None) -> str:
-    """Why a run trains on whole rows alone; "" if it does not."""
-    if config.part_rows == "off":
-        return "--part_rows off"
+def _why_no_parts(is_numbered: bool, checkpoint: Path | None) -> str:
+    """Why a run cannot train on parts; "" if it can."""
     if checkpoint:
         saved = json.loads((checkpoint / "sft_config.json").read_text(encoding="utf-8"))
         if "part_rows" not in saved.get("training", {}):
             return "the run was begun by a version without them"
     # A part's sentence has no citations, which the instruction asks for
-    if is_numbered:
-        return "the summaries cite numbered sentences"
-    if config.part_rows == "auto" and not supported:
-        return "too few notes, or summaries that are not made of their sentences (--part_rows on tries it)"
-    return ""
+    return "the summaries cite numbered sentences" if is_numbered else ""
 
 
 def make_part_rows(rows: Sequence[Row]) -> tuple[list[Row], Counter]:
