@@ -305,7 +305,7 @@ def test_not_mentioned():
 
 
 def test_quality_of_eight_validation_notes_does_not_fall():
-    """A guard: a loss of quality shows here. Of the references' words .74 are held, one sentence is flagged."""
+    """A guard against a loss of quality: .74 of the references' words are held, one sentence is flagged."""
     with open(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv", encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["label"] == "factual"][:8]
     coverage = []
