@@ -5,17 +5,19 @@ point to places in the note; what stands there must be the same (that the note h
 little). *What holds* for a word: denied or not, certain or not, the patient's or a relative's. *Wording*:
 words that the note lacks, words said more often than there, words joined that it keeps apart, breaks between
 runs of its words. Each sentence gets one sum, its risk; a summary's risk is the sum over its different
-sentences. Time is linear in the length of the texts.
+sentences. What the note says itself, as a whole sentence or line, has none. Time is linear in the length of
+the texts.
 """
 
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 from sft.grounding.citations import Citation, find_citations
 from sft.grounding.places import NotePlaces, pairs
 from sft.grounding.reading import Text
-from sft.grounding.rules import RULES, Finding, Sentence
+from sft.grounding.rules import RULES, WEIGHT, Finding, Sentence
 from sft.grounding.sentences import SENTENCE_VERSION
 from sft.grounding.words import detect_language, is_content, is_telling
 
@@ -30,12 +32,11 @@ _MISSING = 0.35  # for a word that the note lacks
 _MISSING_IN_DIALOGUE = 0.2  # ... of a dialogue, whose everyday words become clinical ones
 _REPEATED = 0.7  # for a word or number said more often than in the note: small models fall into loops
 _POLARITY = 0.2  # for a word that the note affirms where the summary denies it, or the other way round
-_GAP = 0.15  # for two words joined that the note keeps apart
-_BREAK = 0.02  # for two words that do not follow each other in the note, or one that every summary uses
+_GAP = 0.12  # for two words joined that the note keeps apart
+_BREAK = 0.02  # for two words that do not follow each other in the note
 _LENGTH = 10
 _TELLING = 0.5  # the weight of a finding that says something of itself
 _NEAR = 6  # tokens
-_APART = 16
 
 
 @dataclass
@@ -46,8 +47,8 @@ class CheckedSentence:
     end: int
     support: list[int]
     supported_share: float
-    risk: float
-    flagged: bool
+    risk: float = 0.0
+    flagged: bool = False
 
 
 @dataclass
@@ -88,16 +89,16 @@ class PreparedNote:
         language = self._language if self._language != "en" else detect_language(text)
         result = Check(language=language)
         summary = Text(text)
-        cited = self._citation_findings(model_summary, summary, citations) if language == "en" else []
+        cited = _citation_findings(self._note, model_summary, summary, citations)
         risks = {}
         for first, last in summary.ranges:
             if first == last:
                 continue
             sentence = Sentence(self._note, summary, first, last)
-            checked = self._support(sentence)
+            checked = _support(sentence)
             if language == "en":
                 found = [finding for finding in cited if checked.start <= finding.start < checked.end]
-                checked.risk = self._risk(sentence, found, threshold)
+                checked.risk = _risk(sentence, found)
                 checked.flagged = checked.risk >= threshold
                 result.findings += sorted(found, key=lambda one: one.start) if checked.flagged else []
             result.sentences.append(checked)
@@ -106,115 +107,103 @@ class PreparedNote:
         result.risk = sum(risks.values())
         return result
 
-    def _risk(self, sentence: Sentence, found: list[Finding], threshold: float) -> float:
-        """The sum of a sentence; adds the findings that a reader is shown if it is flagged to `found`."""
-        for rule in RULES:
-            found += rule(sentence)
-        wording, risk = self._wording(sentence)
-        drugs = [finding for finding in found if finding.kind == "drug"]
-        wording = [one for one in wording if not any(one.start <= drug.start < one.end for drug in drugs)]
-        risk += sum(finding.weight for finding in found + wording)
-        # A single word that the note lacks is shown only where nothing else explains a flag
-        is_explained = any(finding.weight >= _TELLING for finding in found)
-        found += [one for one in wording if one.weight >= _TELLING or not is_explained]
-        return risk
 
-    def _wording(self, sentence: Sentence) -> tuple[list[Finding], float]:
-        """Findings for words that the note lacks and for words that it keeps apart; the risk of the rest."""
-        note, summary = self._note, sentence.summary
-        spelled_out = note.spelled_out(summary, sentence.first, sentence.last)
-        findings = []
-        missing: list[int] = []
-        risk = _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
-        n_content = 0
-        before = None
-        for index in range(sentence.first, sentence.last):
-            word = summary.words[index]
-            if not is_content(word):
-                continue
-            n_content += 1
-            risk += _POLARITY * note.is_all_denied(summary.stems[index], summary.denied[index])
-            if index in spelled_out or note.has(summary, index):
-                findings += _missing(sentence, missing)
-                missing = []
-                if not is_telling(word):
-                    continue
-                if before is not None and index - before <= 3:
-                    distance = note.distance(summary.stems[before], summary.stems[index])
-                    if distance > _NEAR:
-                        weight = _GAP if distance > _APART else _GAP / 2
-                        findings.append(sentence.finding("misplaced", before, index, weight))
-                before = index
-            elif is_telling(word):
-                missing.append(index)
-            else:
-                risk += _BREAK
-        findings += _missing(sentence, missing)
-        findings += _repeated(sentence)
-        scale = 2 * _LENGTH / (_LENGTH + n_content)
-        for finding in findings:
-            finding.weight *= scale
-        return findings, risk * scale
-
-    def _support(self, sentence: Sentence) -> CheckedSentence:
-        """The note sentences that hold most of the sentence's words, rare words counting more."""
-        note, summary = self._note, sentence.summary
-        votes: Counter[int] = Counter()
-        stems = [summary.stems[i] for i in range(sentence.first, sentence.last) if summary.stems[i]]
-        for word_stem in dict.fromkeys(stems):
-            numbers = {note.text.sentence_of[place] for place in note.of(word_stem)}
-            for number in numbers:
-                votes[number] += 1 / len(numbers)
-        share = sum(word_stem in note.places for word_stem in stems) / len(stems) if stems else 1.0
-        start, end = summary.spans[sentence.first][0], summary.spans[sentence.last - 1][1]
-        support = [
-            number + 1 for number, _ in sorted(votes.items(), key=lambda vote: (-vote[1], vote[0]))[:3]
-        ]
-        return CheckedSentence(start, end, support, share, 0.0, False)
-
-    def _citation_findings(
-        self, model_summary: str, summary: Text, citations: list[Citation]
-    ) -> list[Finding]:
-        """Citations whose sentences hold few of the claim's words that the note has, or do not exist."""
-        note = self._note
-        findings = []
-        position = 0
-        for citation in citations:
-            first = position
-            while position < len(summary.spans) and summary.spans[position][0] < citation.start:
-                position += 1
-            numbers = {number - 1 for number in citation.numbers}
-            known = [stem for stem in set(summary.stems[first:position]) if stem in note.places]
-            n_cited = sum(any(note.text.sentence_of[at] in numbers for at in note.of(stem)) for stem in known)
-            is_wrong = len(known) >= 2 and n_cited < 0.34 * len(known)
-            is_missing = any(not 0 <= number < len(note.text.sentences) for number in numbers)
-            if position > first and numbers and (is_wrong or is_missing):
-                start, end = summary.spans[first][0], summary.spans[position - 1][1]
-                says = model_summary[citation.start : citation.end]
-                findings.append(Finding("citation", start, end, says, weight=2.0))
-        return findings
+def _risk(sentence: Sentence, found: list[Finding]) -> float:
+    """The sum of a sentence; adds the findings that a reader is shown if it is flagged to `found`."""
+    if sentence.is_quoted():
+        return sum(finding.weight for finding in found)
+    for rule in RULES:
+        found += rule(sentence)
+    wording, risk = _wording(sentence)
+    risk += sum(finding.weight for finding in found + wording)
+    # A single word that the note lacks is shown only where nothing else explains a flag
+    is_explained = any(finding.weight >= _TELLING for finding in found)
+    found += [one for one in wording if one.weight >= _TELLING or not is_explained]
+    return risk
 
 
-def _missing(sentence: Sentence, indices: list[int]) -> list[Finding]:
-    """One finding for words in a row that the note lacks."""
-    if not indices:
-        return []
-    weight = _MISSING_IN_DIALOGUE if sentence.note.is_dialogue else _MISSING
-    return [sentence.finding("unsupported", indices[0], indices[-1], weight * len(indices))]
-
-
-def _repeated(sentence: Sentence) -> list[Finding]:
-    """A finding for each telling word or number that comes again, and oftener than in the note."""
+def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
+    """Findings for words that the note lacks, that it keeps apart, or that come too often; the risk of the rest."""
     note, summary = sentence.note, sentence.summary
+    words = [index for index in range(sentence.first, sentence.last) if is_content(summary.words[index])]
+    telling = {index for index in words if is_telling(summary.words[index])}
+    known = note.spelled_out(summary, sentence.first, sentence.last)
+    known |= {index for index in words if note.has(summary, index)}
+    weight = _MISSING_IN_DIALOGUE if note.is_dialogue else _MISSING
+    findings = []
+    for is_known, row in groupby(words, key=known.__contains__):
+        missing = [] if is_known else [index for index in row if index in telling]
+        if missing:
+            findings.append(
+                sentence.finding("unsupported", missing[0], missing[-1], weight=weight * len(missing))
+            )
+    for before, index in pairwise(sorted(telling & known)):
+        places, others = note.of(summary.stems[before]), note.of(summary.stems[index])
+        is_near = any(abs(place - other) <= _NEAR for place in places for other in others)
+        if index - before <= 3 and not is_near:
+            findings.append(sentence.finding("misplaced", before, index, weight=_GAP))
+    findings += _repeated(sentence, sorted(telling))
+    risk = _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
+    risk += _POLARITY * sum(
+        note.is_all_denied(summary.stems[index], summary.denied[index]) for index in words
+    )
+    scale = 2 * _LENGTH / (_LENGTH + len(words))
+    for finding in findings:
+        finding.weight *= scale
+    return findings, risk * scale
+
+
+def _repeated(sentence: Sentence, telling: list[int]) -> list[Finding]:
+    """A finding for each telling word or number that comes again, and oftener than in the note."""
+    note, stems = sentence.note, sentence.summary.stems
+    items = [(stems[index], index, index, len(note.of(stems[index]))) for index in telling]
+    for quantity in sentence.quantities():
+        if not quantity.is_implied:
+            items.append(
+                (quantity.values, quantity.index, quantity.last, len(note.quantities.matches(quantity)))
+            )
     said: Counter = Counter()
     findings = []
-    for index in range(sentence.first, sentence.last):
-        word_stem = summary.stems[index] if is_telling(summary.words[index]) else ""
-        said[word_stem] += word_stem != ""
-        if said[word_stem] > max(1, len(note.of(word_stem))):
-            findings.append(sentence.finding("unsupported", index, index, _REPEATED))
-    for quantity in sentence.quantities():
-        said[quantity.values] += not quantity.is_implied
-        if said[quantity.values] > max(1, len(note.quantities.matches(quantity))):
-            findings.append(sentence.finding("unsupported", quantity.index, quantity.last, _REPEATED))
+    for key, first, last, n_in_note in items:
+        said[key] += 1
+        if said[key] > max(1, n_in_note):
+            findings.append(sentence.finding("unsupported", first, last, weight=_REPEATED))
+    return findings
+
+
+def _support(sentence: Sentence) -> CheckedSentence:
+    """The note sentences that hold most of the sentence's words, rare words counting more."""
+    note, summary = sentence.note, sentence.summary
+    votes: Counter[int] = Counter()
+    stems = [word_stem for word_stem in summary.stems[sentence.first : sentence.last] if word_stem]
+    for word_stem in dict.fromkeys(stems):
+        numbers = {note.text.sentence_of[place] + 1 for place in note.of(word_stem)}
+        for number in numbers:
+            votes[number] += 1 / len(numbers)
+    support = sorted(votes, key=lambda number: (-votes[number], number))[:3]
+    share = sum(word_stem in note.places for word_stem in stems) / len(stems) if stems else 1.0
+    return CheckedSentence(
+        summary.spans[sentence.first][0], summary.spans[sentence.last - 1][1], support, share
+    )
+
+
+def _citation_findings(
+    note: NotePlaces, model_summary: str, summary: Text, citations: list[Citation]
+) -> list[Finding]:
+    """Citations whose sentences hold few of the claim's words that the note has, or do not exist."""
+    findings = []
+    position = 0
+    for citation in citations:
+        first = position
+        while position < len(summary.spans) and summary.spans[position][0] < citation.start:
+            position += 1
+        numbers = {number - 1 for number in citation.numbers}
+        known = [stem for stem in set(summary.stems[first:position]) if stem in note.places]
+        n_cited = sum(any(note.text.sentence_of[at] in numbers for at in note.of(stem)) for stem in known)
+        is_wrong = len(known) >= 2 and n_cited < 0.34 * len(known)
+        is_missing = any(not 0 <= number < len(note.text.ranges) for number in numbers)
+        if position > first and numbers and (is_wrong or is_missing):
+            start, end = summary.spans[first][0], summary.spans[position - 1][1]
+            says = model_summary[citation.start : citation.end]
+            findings.append(Finding("citation", start, end, says, weight=WEIGHT))
     return findings

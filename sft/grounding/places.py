@@ -2,24 +2,20 @@
 
 import re
 from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from sft.grounding.quantities import QuantityIndex
+from sft.grounding.quantities import UNITS, Quantity, QuantityIndex
 from sft.grounding.reading import KIN, Text
 from sft.grounding.sentences import SENTENCE_VERSION
+from sft.grounding.words import word_set
 
 _MOST_PLACES = 24  # of one word, so that time grows with the length of the texts alone
 _REACH = 10  # tokens
 _N_NEIGHBORS = 6  # content words on each side
+_EQUALS = frozenset("is was are were of : =".split())
 _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
-# Nouns and titles first, pronouns where there are none
-_GENDERS = (
-    (
-        r"\b(?:man|male|boy|gentleman|sir|mr|\d\dm)\b",
-        r"\b(?:woman|female|girl|lady|ma'am|miss|m(?:r)?s|\d\df)\b",
-    ),
-    (r"\b(?:he|his|him)\b", r"\b(?:she|her|hers)\b"),
-)
+_SEXES = {"m": word_set("male"), "f": word_set("female")}
 
 
 class NotePlaces:
@@ -34,14 +30,25 @@ class NotePlaces:
         self.words = set(self.text.words)
         self.pairs = set(pairs(self.text, 0, len(self.text.words)))
         self.quantities = QuantityIndex(self.text.quantities)
+        self.named = {name_before(self.text, quantity): quantity for quantity in self.text.quantities}
         self.markers = {kind: tuple(zip(*found)) for kind, found in self.text.markers.items()}
         self.values = {(kind, value) for kind, found in self.text.markers.items() for _, value in found}
         self.is_dialogue = bool(re.search(r"\b[Yy]ou\b", note))
-        self.is_male = _is_male(note.lower(), self.is_dialogue)
+        # Right iliac fossa, left eye: abbreviations that may hold a side
+        self.may_hold_sides = bool(re.search(r"\b[RL][A-Z]{1,3}\b", note))
+        # The words for a man if all that the note has are those for a woman, as in "29F"
+        unused = [
+            words
+            for letter, words in _SEXES.items()
+            if words.isdisjoint(self.words) and not re.search(rf"(?i)\b\d\d{letter}\b", note)
+        ]
+        self.other_sex = unused[0] if len(unused) == 1 else frozenset()
         # "My mother" is the patient where her daughter speaks
         self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
-        # Right iliac fossa, left eye: abbreviations that may hold a side
-        self.may_hold_sides = bool(re.search(r"\b[RL][A-Z]{1,3}\b", note)) and "side" not in self.markers
+        # The first and last tokens of sentences and lines
+        lines = [0, *(match.end() for match in re.finditer("\n", note))]
+        starts = [bisect_left(self.text.spans, (start, 0)) for start in lines]
+        self.edges = {*starts, *(first for first, _ in self.text.ranges), len(self.text.words)}
 
     def of(self, word_stem: str) -> list[int]:
         """At most _MOST_PLACES token numbers where a stem stands, spread over the note."""
@@ -54,6 +61,25 @@ class NotePlaces:
         is_known = denied is not None and bool(found)
         return is_known and all(self.text.denied[place] is (not denied) for place in found)
 
+    def says(self, summary: Text, first: int, last: int) -> bool:
+        """Whether the note holds these words as whole sentences or lines, but for the marks at the end."""
+        while last > first and not summary.words[last - 1][-1].isalnum():
+            last -= 1
+        stems = [index for index in range(first, last) if summary.stems[index]]
+        if not stems:
+            return False
+        rarest = min(stems, key=lambda index: len(self.places.get(summary.stems[index], [])))
+        words = summary.words[first:last]
+        for place in self.of(summary.stems[rarest]):
+            start = place - (rarest - first)
+            end = start + len(words)
+            if start in self.edges and self.text.words[start:end] == words:
+                while end not in self.edges and not self.text.words[end][-1].isalnum():
+                    end += 1
+                if end in self.edges:
+                    return True
+        return False
+
     def has(self, summary: Text, index: int) -> bool:
         """Whether the note holds a word of the summary, or a short form of it."""
         word = summary.words[index]
@@ -63,14 +89,20 @@ class NotePlaces:
         return any(word[:n] in self.words for n in range(3 if len(word) > 6 else 4, min(len(word), 20)))
 
     def spelled_out(self, summary: Text, first: int, last: int) -> set[int]:
-        """The summary's words that together spell an abbreviation of the note: TIA, COPD."""
-        found = _initials(summary, first, last).items()
-        return {index for initials, indices in found if initials in self.words for index in indices}
+        """The summary's words that together spell an abbreviation of the note, two to five letters: TIA, "E K G"."""
+        found: set[int] = set()
+        indices = [index for index in range(first, last) if summary.words[index] not in _SKIPPED_IN_INITIALS]
+        for position in range(len(indices)):
+            letters = ""
+            for n, index in enumerate(indices[position : position + 5], start=1):
+                letters += summary.words[index][0]
+                if n > 1 and letters in self.words:
+                    found.update(indices[position : position + n])
+        return found
 
-    def affinities(self, summary: Text, index: int, places: list[int] | tuple[int, ...]) -> dict[int, float]:
+    def affinities(self, summary: Text, index: int, places: Sequence[int]) -> dict[int, float]:
         """{number in places: how strongly the words around the summary's word `index` point there}."""
         totals: dict[int, float] = {}
-        text = self.text
         for weight, word_stem, is_after in _neighbors(summary, index):
             best: dict[int, float] = {}
             found = self.of(word_stem)
@@ -79,10 +111,8 @@ class NotePlaces:
                 number = bisect_left(places, at - _REACH)
                 while number < len(places) and places[number] <= at + _REACH:
                     place = places[number]
-                    distance = abs(place - at) + 2 * abs(text.clauses[place] - text.clauses[at])
+                    distance = abs(place - at)
                     score = weight / (1 + distance / 3) if distance else 0.0
-                    if text.sentence_of[place] != text.sentence_of[at]:
-                        score *= 0.4
                     # "left hip": the same order in both
                     if (at > place) != is_after:
                         score *= 0.6
@@ -92,25 +122,28 @@ class NotePlaces:
                 totals[number] = totals.get(number, 0.0) + score
         return totals
 
-    def distance(self, first: str, second: str) -> int:
-        """The fewest tokens between any two places of two stems."""
-        nearest = 10_000
-        seconds = self.places.get(second, [])
-        for at in self.of(first):
-            number = bisect_left(seconds, at)
-            for other in seconds[max(0, number - 1) : number + 2]:
-                nearest = min(nearest, abs(other - at) if other != at else nearest)
-        return 0 if first == second else nearest
+    def contest(
+        self, summary: Text, index: int, places: Sequence[int], agrees: Callable[[int], bool | None]
+    ) -> tuple[float, float, int]:
+        """How strongly the words around the summary's word `index` point to the best of the places that agree,
+        and to the best that do not, and the number of that; -1 where there is none."""
+        own = other = 0.0
+        number = -1
+        for at, score in self.affinities(summary, index, places).items():
+            is_same = agrees(at)
+            if is_same:
+                own = max(own, score)
+            elif is_same is False and score > other:
+                other, number = score, at
+        return own, other, number
 
 
-def _is_male(note: str, is_dialogue: bool) -> bool | None:
-    """Whether the patient is male, by the note's words in lower case; None if they do not tell."""
-    # In a dialogue, "he" is somebody else
-    for male, female in _GENDERS[: 1 if is_dialogue else 2]:
-        is_male, is_female = (bool(re.search(pattern, note)) for pattern in (male, female))
-        if is_male or is_female:
-            return is_male if is_male != is_female else None
-    return None
+def name_before(text: Text, quantity: Quantity) -> str:
+    """The stem of the word right before a number, or before its "is", "of" or ":"; "" if there is none."""
+    index = quantity.index - 1
+    index -= text.word(index) in _EQUALS
+    is_same = index >= text.ranges[text.sentence_of[quantity.index]][0] and text.words[index] not in UNITS
+    return text.stems[index] if is_same else ""
 
 
 def pairs(text: Text, first: int, last: int) -> list[tuple[str, str]]:
@@ -119,31 +152,13 @@ def pairs(text: Text, first: int, last: int) -> list[tuple[str, str]]:
     return list(pairwise(words))
 
 
-def _initials(text: Text, first: int, last: int) -> dict[str, list[int]]:
-    """{"copd": [tokens]}: what neighboring words abbreviate to, two to five letters; "E K G" to ekg."""
-    found = {}
-    indices = [index for index in range(first, last) if text.words[index] not in _SKIPPED_IN_INITIALS]
-    for position in range(len(indices)):
-        letters = ""
-        for index in indices[position : position + 5]:
-            if not text.words[index][0].isalpha():
-                break
-            letters += text.words[index][0]
-            found[letters] = indices[position : position + len(letters)]
-    return {letters: indices for letters, indices in found.items() if len(letters) > 1}
-
-
 def _neighbors(text: Text, index: int) -> list[tuple[float, str, bool]]:
     """(weight, stem, whether it follows) of the content words around a word, nearer ones weighing more."""
-    found = []
     first, last = text.ranges[text.sentence_of[index]]
-    for around in (range(index - 1, max(first, index - 40) - 1, -1), range(index + 1, min(last, index + 41))):
-        rank = 0
-        for at in around:
-            if text.stems[at]:
-                crossed = abs(text.clauses[at] - text.clauses[index])
-                found.append((1 / (1 + rank + crossed), text.stems[at], at > index))
-                rank += 1
-                if rank == _N_NEIGHBORS:
-                    break
-    return found
+    before = [stem for stem in reversed(text.stems[max(first, index - 40) : index]) if stem]
+    after = [stem for stem in text.stems[index + 1 : min(last, index + 41)] if stem]
+    return [
+        (1 / (1 + rank), stem, is_after)
+        for stems, is_after in ((before, False), (after, True))
+        for rank, stem in enumerate(stems[:_N_NEIGHBORS])
+    ]

@@ -1,48 +1,37 @@
 """Reads a text once: its words with what holds for each of them (denied, whose), its markers, its numbers."""
 
 import re
-from itertools import accumulate
+from bisect import bisect_left, bisect_right
+from itertools import accumulate, pairwise
 
 from sft.grounding.quantities import UNITS, find_quantities
 from sft.grounding.sentences import SENTENCE_VERSION, sentence_spans
 from sft.grounding.words import LEXICON, TOKEN, groups, is_content, stem, word_set
 
-NEGATIONS = word_set("negations") | {word + "n't" for word in "could should".split()}
+NEGATIONS = word_set("negations")
 HEDGES = word_set("hedges")
 CONDITIONS = word_set("conditions")
-SOFT = word_set("soft") | HEDGES | CONDITIONS
-SELF_NEGATING = word_set("self-negating")
 KIN = {form: name for word, name in groups("kin").items() for form in (word, word + "s")}
-# Words that may stand for any of several relatives
-GENERAL_KIN = {
-    general: frozenset(names.split())
-    for words, names in {
-        "parent parents": "mother father",
-        "sibling siblings": "brother sister",
-        "child children kid kids": "son daughter",
-    }.items()
-    for general in words.split()
-}
+GENERAL_KIN = word_set("general kin")
 # {word: (kind of marker, value)}: a summary's marker must be the one that stands at this place of the note
 MARKERS = {
     word: (name.removeprefix("marker "), value)
     for name in LEXICON
     if name.startswith("marker ")
     for word, value in groups(name).items()
-}
+} | {word: ("kin", name) for word, name in KIN.items()}
 _SELF = frozenset("he she his her i my patient".split())
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
+_LINKS = frozenset("of the a in - her his".split())
 _OPENINGS = frozenset("a an the her his their she he they then now".split()) | HEDGES
-_OR = frozenset(("or", "nor"))
 _UNKNOWN = frozenset("know remember recall".split())
+_OR = frozenset(("or", "nor"))
 _SEPARATORS = frozenset(", or and nor /".split())
 _QUESTIONS = [[verb, subject] for verb in "do have are did has does is".split() for subject in ("you", "any")]
 _END, _PREPOSITIONS, _FINITE = map(word_set, ("end of negation", "prepositions", "finite"))
-_TROUBLES, _HOLDS, _NO, _YES = map(word_set, ("troubles", "holds", "no", "yes"))
-# "All right", "right now", "left the hospital" name no side
-_NO_SIDE = re.compile(
-    r"(?:all|that's|you're|yeah|\.|,|:) right [^\w]|. right (?:now|away)|\S+ left (?:the|her|his|him|over|home)"
-)
+_HOLDS, _NO, _YES = map(word_set, ("holds", "no", "yes"))
+# "Right now", "left the hospital" name no side
+_AFTER_NO_SIDE = frozenset("the her his him over home now away".split())
 
 
 class Text:
@@ -50,7 +39,8 @@ class Text:
 
     `stems`: the stem of a content word, "" for any other token. `denied`: True, False, or None where
     an unanswered question leaves it open. `kin`: the relative of whom the words speak, "" for the patient.
-    `markers`: {class: [(token, value)]} for sides, times, relatives.
+    `clauses`, `phrases`: how many began before a token. `markers`: {class: [(token, value)]} for sides, times,
+    relatives. `ranges`: (first token, one past the last) of each sentence.
     """
 
     def __init__(self, text: str, sentence_version: int = SENTENCE_VERSION):
@@ -60,75 +50,66 @@ class Text:
         self.spans = [match.span() for match in matches]
         self.words = [match.group().replace("’", "'").removesuffix("'s") for match in matches]
         self.stems = [stem(word) if is_content(word) else "" for word in self.words]
-        self.sentences = sentence_spans(text, sentence_version)
-        self.sentence_of = self._number_sentences()
-        gaps = [i > 0 and self.spans[i - 1][1] < start for i, (start, _) in enumerate(self.spans)]
-        self.quantities = find_quantities(self.words, gaps)
-        n = len(self.words)
-        self.denied: list[bool | None] = [False] * n
-        self.kin = [""] * n
-        # How many clauses began before each token: words of other clauses are farther away
+        starts = [start for start, _ in sentence_spans(text, sentence_version)]
+        self.sentence_of = [max(0, bisect_right(starts, start) - 1) for start, _ in self.spans]
+        edges = [bisect_left(self.sentence_of, number) for number in range(len(starts) + 1)]
+        self.ranges = list(pairwise(edges))
+        self.quantities = find_quantities(self.words)
         self.clauses = list(accumulate(word in _CLAUSE for word in self.words))
-        self.markers: dict[str, list[tuple[int, str]]] = {}
-        self.ranges = self._sentence_ranges()
+        breaks = (not root and word not in _LINKS for word, root in zip(self.words, self.stems))
+        self.phrases = list(accumulate(breaks))
+        self.denied: list[bool | None] = []
+        self.kin: list[str] = []
         for first, last in self.ranges:
-            self._read_scopes(first, last)
+            self._read_denials(first, last)
+            self._read_holders(first, last)
         self._answer_questions()
-        self._find_markers()
-        # The first token that names a relative: after it, "he" may be somebody else
-        self.named_relative = next(
-            (i for i, word in enumerate(self.words) if word in KIN or word in GENERAL_KIN), n
-        )
+        # After it, "he" may be somebody else
+        relatives = (i for i, word in enumerate(self.words) if word in KIN or word in GENERAL_KIN)
+        self.named_relative = next(relatives, len(self.words))
+        self.markers: dict[str, list[tuple[int, str]]] = {}
+        for index, word in enumerate(self.words):
+            kind, value = MARKERS.get(word, ("", ""))
+            if kind and self._is_marker(index, kind):
+                self.markers.setdefault(kind, []).append((index, value))
 
-    def _number_sentences(self) -> list[int]:
-        numbers = []
-        number = 0
-        for start, _ in self.spans:
-            while number + 1 < len(self.sentences) and start >= self.sentences[number][1]:
-                number += 1
-            numbers.append(number)
-        return numbers
+    def word(self, index: int) -> str:
+        """The word at `index`, a period outside of the text."""
+        return self.words[index] if 0 <= index < len(self.words) else "."
 
-    def _sentence_ranges(self) -> list[tuple[int, int]]:
-        """(first token, one past the last) of each sentence."""
-        lasts = [0] * len(self.sentences)
-        for index, number in enumerate(self.sentence_of):
-            lasts[number] = index + 1
-        lasts = list(accumulate(lasts, max))
-        return list(zip([0, *lasts], lasts))
+    def near(self, index: int, words: frozenset, reach: int) -> int | None:
+        """The nearest of certain words in the sentence of a token, as far as `reach`, a clause counting as eight
+        tokens; None if there is none."""
+        first, last = self.ranges[self.sentence_of[index]]
+        distances = {
+            at: abs(at - index) + 8 * abs(self.clauses[at] - self.clauses[index])
+            for at in range(max(first, index - reach), min(last, index + reach + 1))
+            if self.words[at] in words
+        }
+        nearest = min(distances, key=distances.get, default=None)
+        return nearest if nearest is not None and distances[nearest] <= reach else None
 
-    def _read_scopes(self, first: int, last: int) -> None:
-        """Marks what a sentence denies, and what it says of a relative."""
-        denied_until = trigger = -1
-        n_denied = 0
+    def _read_denials(self, first: int, last: int) -> None:
+        until = trigger = -1
+        n_denied = 0  # words of this item of a list
         is_open = False
-        holder = ""
         for index in range(first, last):
             word = self.words[index]
-            following = self.words[index + 1] if index + 1 < last else ""
+            following = self.word(index + 1)
             # "Whether or not", "with or without"
-            is_or = word in ("not", "without") and self.words[max(0, index - 1)] == "or"
-            is_idiom = is_or or following in ("by", "pressure")
-            if (word in NEGATIONS or word.endswith("n't")) and not is_idiom:
-                reach = 0 if following == "," else 2 if word in ("non", "free") else 14
-                denied_until, trigger, n_denied, is_open = index + reach, index, 0, False
-            elif index <= denied_until and self._ends_denial(index, last, trigger, n_denied):
-                denied_until = index
-            if word in KIN:
-                is_source = index > first and self.words[index - 1] in ("per", "by", "to")
-                is_holder = not is_source and _HOLDS & set(self.words[index + 1 : min(last, index + 6)])
-                holder = KIN[word] if is_holder else ""
-            elif word in _SELF or word in ";:.!/-":
-                holder = ""
-            if word not in _SEPARATORS:
-                n_denied += bool(self.stems[index] and index > trigger)
-            else:
+            if (word in NEGATIONS or word.endswith("n't")) and self.word(index - 1) != "or":
+                until = index + (0 if following == "," else 2 if word in ("non", "free") else 14)
+                trigger, n_denied, is_open = index, 0, False
+            elif index <= until and self._ends_denial(index, last, trigger, n_denied):
+                until = index
+            if word in _SEPARATORS:
                 n_denied = 0
-                denied_until = max(denied_until, index + 8) if index < denied_until else denied_until
-            self.denied[index] = None if index <= denied_until and is_open else index <= denied_until
+                until = max(until, index + 8) if index < until else until
+            elif self.stems[index] and index > trigger:
+                n_denied += 1
+            self.denied.append(None if index <= until and is_open else index <= until)
             # "No cola, toilet before sleep": without "or" nobody knows
-            is_open |= word == "," and index < denied_until and not _OR & set(self.words[index : index + 16])
-            self.kin[index] = holder
+            is_open |= word == "," and index < until and not _OR & set(self.words[index : index + 16])
 
     def _ends_denial(self, index: int, last: int, trigger: int, n_denied: int) -> bool:
         """Whether what was denied from `trigger` on ends here, after `n_denied` words of this item."""
@@ -136,81 +117,73 @@ class Text:
         # Of each item of a list, three words and no more
         if word in ".;:!?()" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
             return True
-        if word in _END or (n_denied and word in _FINITE):
-            return any(self.stems[trigger + 1 : index]) and self.words[index - 1] not in _TROUBLES
+        if word in _END:
+            return any(self.stems[trigger + 1 : index])
         return word in (",", "and") and self._is_clause(index + 1, last)
 
     def _is_clause(self, first: int, last: int) -> bool:
         """Whether a clause begins here, with a verb or a number, and not the next item of a list."""
-        first += self.words[first : first + 1] == ["and"]
-        if _OPENINGS & set(self.words[first : first + 1]):
-            return True
+        first += self.word(first) == "and"
         for at in range(first, min(last, first + 6)):
-            word, following = self.words[at], "".join(self.words[at + 1 : at + 2])
+            word = self.words[at]
             if word in ",.;" or (word in _SEPARATORS and at > first):
                 return False
             is_participle = word.endswith("ed") and (
-                at > first or following in _PREPOSITIONS or following == "of"
+                at > first or self.word(at + 1) in _PREPOSITIONS | {"of"}
             )
-            if word in _FINITE or is_participle or word[0].isdigit() or word in KIN:
+            is_opening = at == first and word in _OPENINGS
+            if is_opening or word in _FINITE or is_participle or word[0].isdigit() or word in KIN:
                 return True
         return False
+
+    def _read_holders(self, first: int, last: int) -> None:
+        """Marks what a sentence says of a relative: "her sister has dementia"."""
+        holder = ""
+        for index in range(first, last):
+            word = self.words[index]
+            if word in KIN:
+                holder = KIN[word] if _HOLDS & set(self.words[index + 1 : min(last, index + 6)]) else ""
+            elif word in _SELF or word in ";:.!/-":
+                holder = ""
+            self.kin.append(holder)
 
     def _answer_questions(self) -> None:
         """The words of a question, or of several, are denied or affirmed by the turn that follows."""
         answer = None
-        for number in range(len(self.ranges) - 2, -1, -1):
-            first, last = self.ranges[number]
-            start, end = self.ranges[number + 1]
+        for (first, last), (start, end) in reversed(list(pairwise(self.ranges))):
             if not self._is_question(start, end):
-                answer = self._read_answer(start, end)
+                answer = self._read_answer(self._turn(start, end)[:8])
             if last > first and self._is_question(first, last):
                 self.denied[first:last] = [answer] * (last - first)
 
-    def _is_question(self, first: int, last: int) -> bool:
+    def _turn(self, first: int, last: int) -> list[str]:
+        """The words of a sentence without the name of the speaker."""
         words = self.words[first:last]
-        begin = words.index(":") + 1 if ":" in words[:4] else 0
-        return words[-1:] == ["?"] or words[begin : begin + 2] in _QUESTIONS
+        return words[words.index(":") + 1 :] if ":" in words[:4] else words
 
-    def _read_answer(self, first: int, last: int) -> bool | None:
+    def _is_question(self, first: int, last: int) -> bool:
+        words = self._turn(first, last)
+        return words[-1:] == ["?"] or words[:2] in _QUESTIONS
+
+    def _read_answer(self, words: list[str]) -> bool | None:
         """True: "no"; False: "yes"; None: neither, or "no" to a part, as in "No drugs, but I drink"."""
-        words = self.words[first : min(last, first + 8)]
-        words = words[words.index(":") + 1 :] if ":" in words[:4] else words
-        for index, word in enumerate(words[:4]):
-            following = words[index + 1] if index + 1 < len(words) else "."
-            if word in _NO and following in _UNKNOWN:
-                return None
+        for word, following in pairwise([*words[:4], "."]):
             if word in _NO or (word == "not" and not is_content(following)):
-                return None if is_content(following) and word == "no" else True
+                is_part = is_content(following) and (word == "no" or following in _UNKNOWN)
+                return None if is_part else True
             if word in _YES and following != "not":
                 return False
         return None
 
-    def _find_markers(self) -> None:
-        for index, word in enumerate(self.words):
-            before = self.words[index - 1] if index else "."
-            following = self.words[index + 1] if index + 1 < len(self.words) else "."
-            kind, value = MARKERS.get(word, ("", ""))
-            if word in KIN:
-                kind, value = "kin", KIN[word]
-            if kind == "side":
-                # R and L, but not "5 L"
-                is_name = self.text[self.spans[index][0]].isupper() and re.match(r"[a-z]|\d+[a-z]", following)
-                is_unit = before == "/" or before[-1].isdigit() or following in UNITS
-                is_none = len(word) == 1 and (is_unit or not is_name)
-                is_none = is_none or _NO_SIDE.match(f"{before} {word} {following}")
-                kind = "" if is_none or (word == "both" and not following.endswith("s")) else kind
-            elif kind == "month":
-                around = [*self.words[max(0, index - 2) : index], following]
-                is_verb = word in ("may", "march") and not any(
-                    re.fullmatch(r"\d+|of|in|last|next|since", w) for w in around
-                )
-                # So that the month is not taken for the verb
-                self.words[index] = word if is_verb else word.title()
-                kind = "" if is_verb else kind
-            if kind:
-                self.markers.setdefault(kind, []).append((index, value))
-
-    def with_noun(self, index: int) -> tuple[int, int]:
-        """(a token, the word after it if that carries meaning): "left", "knee"."""
-        return index, index + (index + 1 < len(self.stems) and self.stems[index + 1] != "")
+    def _is_marker(self, index: int, kind: str) -> bool:
+        word, before, following = (self.word(at) for at in (index, index - 1, index + 1))
+        if kind == "month" and word in ("may", "march"):
+            is_month = any(re.fullmatch(r"\d+|of|in|last|next|since", w) for w in (before, following))
+            # So that the month is not taken for the verb
+            self.words[index] = word.title() if is_month else word
+            return is_month
+        if kind == "side" and len(word) == 1:
+            # R and L, but not "5 L"
+            is_unit = before == "/" or before[-1].isdigit() or following in UNITS
+            return self.text[self.spans[index][0]].isupper() and following[0].isalpha() and not is_unit
+        return kind != "side" or following not in _AFTER_NO_SIDE
