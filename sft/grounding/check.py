@@ -123,7 +123,7 @@ def _risk(sentence: Sentence, found: list[Finding]) -> float:
 
 
 def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
-    """Findings for words that the note lacks, that it keeps apart, or that come too often; the risk of the rest."""
+    """Findings for words that the note lacks, keeps apart or says less often; the risk of the rest."""
     note, summary = sentence.note, sentence.summary
     words = [index for index in range(sentence.first, sentence.last) if is_content(summary.words[index])]
     telling = {index for index in words if is_telling(summary.words[index])}
@@ -144,9 +144,9 @@ def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
             findings.append(sentence.finding("misplaced", before, index, weight=_GAP))
     findings += _repeated(sentence, sorted(telling))
     risk = _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
-    risk += _POLARITY * sum(
-        note.is_all_denied(summary.stems[index], summary.denied[index]) for index in words
-    )
+    # Words that stand nowhere in the note as here, denied or not
+    states = (({note.text.denied[at] for at in note.of(summary.stems[i])}, summary.denied[i]) for i in words)
+    risk += _POLARITY * sum(in_note == {not denied} for in_note, denied in states if denied is not None)
     scale = 2 * _LENGTH / (_LENGTH + len(words))
     for finding in findings:
         finding.weight *= scale

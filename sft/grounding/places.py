@@ -45,40 +45,16 @@ class NotePlaces:
         self.other_sex = unused[0] if len(unused) == 1 else frozenset()
         # "My mother" is the patient where her daughter speaks
         self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
-        # The first and last tokens of sentences and lines
-        lines = [0, *(match.end() for match in re.finditer("\n", note))]
-        starts = [bisect_left(self.text.spans, (start, 0)) for start in lines]
-        self.edges = {*starts, *(first for first, _ in self.text.ranges), len(self.text.words)}
+        # Whole sentences and whole lines
+        lines = [
+            bisect_left(self.text.spans, (match.start(), 0)) for match in re.finditer(r"^|\Z", note, re.M)
+        ]
+        self.said = {self.text.plain(first, last) for first, last in (*self.text.ranges, *pairwise(lines))}
 
     def of(self, word_stem: str) -> list[int]:
         """At most _MOST_PLACES token numbers where a stem stands, spread over the note."""
         found = self.places.get(word_stem, [])
         return found[:: len(found) // _MOST_PLACES + 1]
-
-    def is_all_denied(self, word_stem: str, denied: bool | None) -> bool:
-        """Whether a stem stands in the note, and nowhere as in the summary: denied there, or not."""
-        found = self.of(word_stem)
-        is_known = denied is not None and bool(found)
-        return is_known and all(self.text.denied[place] is (not denied) for place in found)
-
-    def says(self, summary: Text, first: int, last: int) -> bool:
-        """Whether the note holds these words as whole sentences or lines, but for the marks at the end."""
-        while last > first and not summary.words[last - 1][-1].isalnum():
-            last -= 1
-        stems = [index for index in range(first, last) if summary.stems[index]]
-        if not stems:
-            return False
-        rarest = min(stems, key=lambda index: len(self.places.get(summary.stems[index], [])))
-        words = summary.words[first:last]
-        for place in self.of(summary.stems[rarest]):
-            start = place - (rarest - first)
-            end = start + len(words)
-            if start in self.edges and self.text.words[start:end] == words:
-                while end not in self.edges and not self.text.words[end][-1].isalnum():
-                    end += 1
-                if end in self.edges:
-                    return True
-        return False
 
     def has(self, summary: Text, index: int) -> bool:
         """Whether the note holds a word of the summary, or a short form of it."""
@@ -89,7 +65,7 @@ class NotePlaces:
         return any(word[:n] in self.words for n in range(3 if len(word) > 6 else 4, min(len(word), 20)))
 
     def spelled_out(self, summary: Text, first: int, last: int) -> set[int]:
-        """The summary's words that together spell an abbreviation of the note, two to five letters: TIA, "E K G"."""
+        """The summary's words that spell an abbreviation of the note, two to five letters: TIA, "E K G"."""
         found: set[int] = set()
         indices = [index for index in range(first, last) if summary.words[index] not in _SKIPPED_IN_INITIALS]
         for position in range(len(indices)):
@@ -108,16 +84,13 @@ class NotePlaces:
             found = self.of(word_stem)
             weight /= 1 + 0.15 * len(found)
             for at in found:
-                number = bisect_left(places, at - _REACH)
-                while number < len(places) and places[number] <= at + _REACH:
-                    place = places[number]
-                    distance = abs(place - at)
-                    score = weight / (1 + distance / 3) if distance else 0.0
-                    # "left hip": the same order in both
-                    if (at > place) != is_after:
-                        score *= 0.6
+                # "left hip": the same order in both counts more
+                orders = (1.0, 0.6) if is_after else (0.6, 1.0)
+                first, last = bisect_left(places, at - _REACH), bisect_left(places, at + _REACH + 1)
+                for number in range(first, last):
+                    distance = abs(places[number] - at)
+                    score = weight * orders[at < places[number]] / (1 + distance / 3) if distance else 0.0
                     best[number] = max(score, best.get(number, 0.0))
-                    number += 1
             for number, score in best.items():
                 totals[number] = totals.get(number, 0.0) + score
         return totals
@@ -125,8 +98,8 @@ class NotePlaces:
     def contest(
         self, summary: Text, index: int, places: Sequence[int], agrees: Callable[[int], bool | None]
     ) -> tuple[float, float, int]:
-        """How strongly the words around the summary's word `index` point to the best of the places that agree,
-        and to the best that do not, and the number of that; -1 where there is none."""
+        """(own, other, number): how strongly the words around the summary's word `index` point to the best of
+        the places that agree, and to the best that do not, and which that is; -1 for none."""
         own = other = 0.0
         number = -1
         for at, score in self.affinities(summary, index, places).items():

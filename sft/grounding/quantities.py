@@ -26,6 +26,7 @@ UNITS = {
     for name in group.split("=")[1].split()
 }
 _SHORTHAND = {7: UNITS["day"], 52: UNITS["week"], 12: UNITS["month"], 40: UNITS["week"]}
+_NO_UNIT = ("", 1.0)
 _RATIOS = (["over"], ["by"], ["out", "of"])
 _RANGES = (["to"], ["+"], ["-"], ["–"], ["or"], ["and"])
 _MOST = 24  # quantities of one value that are looked at, so that time grows with length alone
@@ -35,18 +36,10 @@ _MOST = 24  # quantities of one value that are looked at, so that time grows wit
 class Quantity:
     index: int  # of its first token
     last: int  # of its last token
-    values: frozenset  # every way to read it
-    whole: tuple | None = None  # a ratio, a date, ("clock", minutes): compared as a whole
-    unit: tuple | None = None  # (dimension, size)
+    values: frozenset  # every way to read it: numbers; of a ratio, a date or a clock time, one tuple
+    parts: frozenset = frozenset()  # the numbers of a tuple
+    unit: tuple = _NO_UNIT  # (dimension, size)
     is_implied: bool = False  # "twice", "a week": supports a number, is not checked itself
-
-    @property
-    def dimension(self) -> str:
-        return self.unit[0] if self.unit else ""
-
-    def readings(self) -> set:
-        """What stands for it where one is compared with another."""
-        return {self.whole} if self.whole else set(self.values)
 
 
 def find_quantities(words: list[str]) -> list[Quantity]:
@@ -63,17 +56,18 @@ def find_quantities(words: list[str]) -> list[Quantity]:
         if quantity is None and word in _IMPLIED:
             quantity = Quantity(index, index, frozenset([_IMPLIED[word]]), is_implied=True)
         if quantity and not _numbers_item(words, index):
-            quantity.unit = quantity.unit or _unit_after(words, quantity.last + 1)
+            if quantity.unit == _NO_UNIT:
+                quantity.unit = _unit_after(words, quantity.last + 1)
             quantities.append(quantity)
         index = quantity.last + 1 if quantity else index + 1
     for first, second in pairwise(quantities):
         between = words[first.last + 1 : second.index][:3]
-        if between in _RATIOS and not first.whole and not second.whole:
-            first.whole = (max(first.values), max(second.values))
-            first.values |= second.values
+        if between in _RATIOS and not first.parts and not second.parts:
+            first.parts = first.values | second.values
+            first.values = frozenset([(max(first.values), max(second.values))])
         # In "5 to 7 days" the 5 has the unit of the 7
-        elif between in _RANGES:
-            first.unit = first.unit or second.unit
+        elif between in _RANGES and first.unit == _NO_UNIT:
+            first.unit = second.unit
     return quantities
 
 
@@ -89,9 +83,8 @@ def _read_digits(words: list[str], index: int) -> Quantity:
     if ":" in word:
         hour, minute = (int(part[:4]) for part in re.split(r"\D", word)[:2])
         # "11:30" may be said "eleven thirty"
-        values = frozenset([float(hour * 100 + minute if minute else hour)])
-        whole = ("clock", (hour * 60 + minute) % 720) if minute < 60 else (float(hour), float(minute))
-        return Quantity(index, index, values, whole)
+        said = float(hour * 100 + minute if minute else hour)
+        return Quantity(index, index, frozenset([("clock", (hour * 60 + minute) % 720)]), frozenset([said]))
     parts = tuple(min(_readings(part)) for part in word.split("/"))
     if parts == (1, 2):
         return Quantity(index, index, frozenset([0.5]), is_implied=True)
@@ -99,7 +92,7 @@ def _read_digits(words: list[str], index: int) -> Quantity:
     if len(parts) == 2 and parts[1] in _SHORTHAND and parts[0] < 43:
         return Quantity(index, index, frozenset(parts[:1]), unit=_SHORTHAND[parts[1]])
     if len(parts) > 1:
-        return Quantity(index, index, frozenset(parts), parts)
+        return Quantity(index, index, frozenset([parts]), frozenset(parts))
     # "1 250": a space between thousands
     following = words[index + 1] if index + 1 < len(words) else ""
     if re.fullmatch(r"\d{1,3} \d{3}", f"{word} {following}"):
@@ -128,20 +121,17 @@ def _read_words(words: list[str], index: int) -> Quantity | None:
     for position in range(index, min(len(words), index + 12)):
         word = words[position]
         value = _WORDS.get(word)
-        before = words[position - 1] if pieces else ""
+        if value is None and pieces and pieces[-1] % 10 == 0 < pieces[-1] < 100:
+            value = _ORDINALS.get(word)
         if word == "point" and point is None:
             point = len(pieces)
-        elif word in _ORDINALS and pieces and pieces[-1] % 10 == 0 < pieces[-1] < 100:
-            pieces[-1] += _ORDINALS[word]
-            last = position
-        elif value is not None and not (value == 0.5 and before not in ("", "a", "and")):
+        elif value is not None and (value != 0.5 or not pieces or words[position - 1] in ("a", "and")):
             _add_piece(pieces, value, is_new=len(pieces) == point)
             last = position
+        elif not pieces or word not in ("-", "a", "an", "and"):
+            break
         # "A hundred and five", "two and a half", but not "five and six"
-        elif word == "and":
-            if not pieces or (pieces[-1] % 100 and words[position + 1 : position + 2] != ["a"]):
-                break
-        elif word not in ("-", "a", "an") or not pieces:
+        if word == "and" and pieces[-1] % 100 and words[position + 1 : position + 2] != ["a"]:
             break
     if pieces in ([], [1.0]):
         return None
@@ -166,15 +156,15 @@ def _add_piece(pieces: list[float], value: float, is_new: bool) -> None:
         pieces.append(value)
 
 
-def _unit_after(words: list[str], index: int) -> tuple | None:
-    if "old" in words[index : index + 4]:
-        return None
+def _unit_after(words: list[str], index: int) -> tuple:
     while words[index : index + 1] in (["-"], ["–"], ["more"], ["full"]):
         index += 1
+    following = words[index : index + 3]
+    if not following or "old" in following:
+        return _NO_UNIT
     # "M G", spelled out in a dialogue
-    following = words[index : index + 2]
-    spelled = UNITS.get("".join(following)) if following and len(following[0]) == 1 else None
-    return spelled or UNITS.get("".join(following[:1]))
+    spelled = UNITS.get("".join(following[:2])) if len(following[0]) == 1 else None
+    return spelled or UNITS.get(following[0], _NO_UNIT)
 
 
 class QuantityIndex:
@@ -185,7 +175,7 @@ class QuantityIndex:
         self.indices = [quantity.index for quantity in quantities]
         self._found: dict[object, list[Quantity]] = {}
         for quantity in quantities:
-            for key in (*quantity.values, quantity.whole, *_sizes(quantity)):
+            for key in (*quantity.values, *quantity.parts, *_sizes(quantity)):
                 found = self._found.setdefault(key, [])
                 if len(found) < _MOST:
                     found.append(quantity)
@@ -195,18 +185,17 @@ class QuantityIndex:
 
     def matches(self, quantity: Quantity) -> list[Quantity]:
         """The note's quantities that could be this one, whatever their units."""
-        whole = quantity.whole
-        if whole is None:
-            years = [value % 100 for value in quantity.values if 1900 <= value <= 2099]
-            return self._get(*quantity.values) + self.converted(quantity) or self._get(*years)
-        found = self._get(whole)
-        if whole[0] == "clock":
-            return found or self._get(*quantity.values)
-        if found or 30 <= min(whole) < 1900:
+        found = self._get(*quantity.values) + self.converted(quantity)
+        if found:
             return found
-        # A date or a scale, each part of which may be said in its own way
-        parts = [self._get(part, part % 100, 2000 + part, 1900 + part) for part in whole]
-        return parts[0] if all(parts) else []
+        value = max(quantity.values)
+        if not quantity.parts:
+            return self._get(value % 100) if 1900 <= value <= 2099 else []
+        if value[0] == "clock":
+            return self._get(*quantity.parts)
+        # A date or a scale, each part of which may be said in its own way; 130/80 is not 80/130
+        parts = [self._get(part, part % 100, 2000 + part, 1900 + part) for part in value]
+        return parts[0] if all(parts) and not 30 <= min(value) < 1900 else []
 
     def converted(self, quantity: Quantity) -> list[Quantity]:
         """The note's quantities of the same size: 1000 mg is 1 g, two weeks are 14 days."""
@@ -214,8 +203,7 @@ class QuantityIndex:
 
 
 def _sizes(quantity: Quantity) -> list[tuple[str, int]]:
-    """(dimension, size) of each reading: equal, within a twentieth or so, for quantities that are the same."""
-    if not quantity.unit:
-        return []
+    """(dimension, size) of each reading: those of quantities that are the same differ by one at most."""
     dimension, size = quantity.unit
-    return [(dimension, round(math.log(value * size) * 25)) for value in quantity.values if value > 0]
+    numbers = (quantity.parts or quantity.values) if dimension else ()
+    return [(dimension, round(math.log(value * size) * 25)) for value in numbers if value > 0]

@@ -39,8 +39,8 @@ class Text:
 
     `stems`: the stem of a content word, "" for any other token. `denied`: True, False, or None where
     an unanswered question leaves it open. `kin`: the relative of whom the words speak, "" for the patient.
-    `clauses`, `phrases`: how many began before a token. `markers`: {class: [(token, value)]} for sides, times,
-    relatives. `ranges`: (first token, one past the last) of each sentence.
+    `clauses`, `phrases`: how many began before a token. `markers`: {class: [(token, value)]} for sides,
+    times, relatives. `ranges`: (first token, one past the last) of each sentence.
     """
 
     def __init__(self, text: str, sentence_version: int = SENTENCE_VERSION):
@@ -77,9 +77,13 @@ class Text:
         """The word at `index`, a period outside of the text."""
         return self.words[index] if 0 <= index < len(self.words) else "."
 
+    def plain(self, first: int, last: int) -> str:
+        """The words of some tokens, without the marks around them."""
+        return " ".join(self.words[first:last]).strip(" .,;:!?-")
+
     def near(self, index: int, words: frozenset, reach: int) -> int | None:
-        """The nearest of certain words in the sentence of a token, as far as `reach`, a clause counting as eight
-        tokens; None if there is none."""
+        """The nearest of certain words in a token's sentence, None if there is none within `reach` tokens; a
+        clause between counts as eight."""
         first, last = self.ranges[self.sentence_of[index]]
         distances = {
             at: abs(at - index) + 8 * abs(self.clauses[at] - self.clauses[index])
@@ -95,10 +99,9 @@ class Text:
         is_open = False
         for index in range(first, last):
             word = self.words[index]
-            following = self.word(index + 1)
             # "Whether or not", "with or without"
             if (word in NEGATIONS or word.endswith("n't")) and self.word(index - 1) != "or":
-                until = index + (0 if following == "," else 2 if word in ("non", "free") else 14)
+                until = index + (2 if word in ("non", "free") else 14)
                 trigger, n_denied, is_open = index, 0, False
             elif index <= until and self._ends_denial(index, last, trigger, n_denied):
                 until = index

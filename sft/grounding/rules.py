@@ -11,6 +11,7 @@ from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATION
 from sft.grounding.words import is_telling, word_set
 
 WEIGHT = 1.7  # of a finding that by itself flags a sentence
+_LEAD = 0.3  # by which another place must be the likelier one
 # {kind of marker: kind of finding}
 _MARKERS = {
     "kin": "person",
@@ -23,7 +24,6 @@ _NO_DRUGS = word_set("no drugs")
 _SOFT = word_set("soft") | HEDGES | CONDITIONS
 _SELF_NEGATING = word_set("self-negating")
 _RELATIVES = frozenset("family families familial paternal maternal side".split()) | GENERAL_KIN | set(KIN)
-_CONDITIONAL = frozenset("for should on".split())
 
 
 @dataclass
@@ -52,13 +52,10 @@ class Sentence:
 
     def is_quoted(self) -> bool:
         """Whether the note says this as a whole sentence or line, perhaps under a heading of its own."""
-        first, last = self.first, self.last
-        heading = self.summary.words[first : min(first + 6, last)]
-        rest = first + heading.index(":") + 1 if ":" in heading else last
-        is_heading = self.note.words.issuperset(self.summary.words[first:rest])
-        return self.note.says(self.summary, first, last) or (
-            is_heading and self.note.says(self.summary, rest, last)
-        )
+        words = self.summary.words[self.first : self.last]
+        n_heading = words.index(":") + 1 if ":" in words[:6] and self.note.words.issuperset(words[:6]) else 0
+        plain = (self.summary.plain(self.first + n, self.last) for n in (0, n_heading))
+        return not self.note.said.isdisjoint(plain)
 
     def quantities(self) -> list[Quantity]:
         """Those that begin in this sentence."""
@@ -67,10 +64,10 @@ class Sentence:
         return found[begin:end]
 
     def phrases(self) -> Iterator[tuple[int, int]]:
-        """(first word, last telling word) of each phrase: content words, cut where a denial begins."""
+        """(first word, last telling word) of each phrase: content words in a row."""
         text = self.summary
         indices = [index for index in range(self.first, self.last) if text.stems[index]]
-        for _, group in groupby(indices, key=lambda index: (text.phrases[index], text.denied[index])):
+        for _, group in groupby(indices, key=text.phrases.__getitem__):
             phrase = list(group)
             telling = [index for index in phrase if is_telling(text.words[index])]
             if telling:
@@ -105,7 +102,9 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
         for index, value in found[begin:end]:
             same = (value, "bilateral")
             own, lead, number = note.contest(text, index, places, lambda n: values[n] in same)  # noqa: B023
-            is_other = lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > 0.25 or is_missed
+            is_other = (
+                lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_missed
+            )
             if is_other and value != "bilateral":
                 place = _with_noun(note.text, places[number]) if number >= 0 else None
                 yield sentence.finding(_MARKERS[marker], *_with_noun(text, index), place)
@@ -124,18 +123,18 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
             continue
         found = note.quantities.matches(quantity)
         # The same value with another unit does not count
-        agreeing = [other for other in found if not (quantity.unit and (other.unit or other.is_implied))]
+        agreeing = [
+            other for other in found if not (quantity.unit[0] and (other.unit[0] or other.is_implied))
+        ]
         agreeing += note.quantities.converted(quantity)
         lead, rival = _lead(sentence, quantity, agreeing)
-        is_loose = any(other.is_implied and (other.unit or not quantity.unit) for other in found)
-        if agreeing and (is_loose or lead < 0.2):
+        if agreeing and lead < _LEAD:
             continue
-        kind = "number" if not found else "unit" if not agreeing else "misplaced"
-        rival = found[0] if kind == "unit" else rival
-        place = (rival.index, rival.last + (kind == "unit")) if rival and (agreeing or lead > 0.2) else None
-        weight = min(2.0, 3 * lead) if agreeing else WEIGHT
-        kind = "time" if quantity.dimension == "time" else kind
-        yield sentence.finding(kind, quantity.index, quantity.last, place, weight)
+        kind = "misplaced" if agreeing else "unit" if found else "number"
+        rival = found[0] if kind == "unit" else rival if agreeing or lead > _LEAD else None
+        place = (rival.index, rival.last + (kind == "unit")) if rival else None
+        kind = "time" if quantity.unit[0] == "time" else kind
+        yield sentence.finding(kind, quantity.index, quantity.last, place)
 
 
 def _lead(sentence: Sentence, quantity: Quantity, agreeing: list[Quantity]) -> tuple[float, Quantity | None]:
@@ -144,19 +143,15 @@ def _lead(sentence: Sentence, quantity: Quantity, agreeing: list[Quantity]) -> t
     name = name_before(text, quantity)
     named = note.named.get(name) if name and agreeing else None
     names = {name_before(note.text, other) for other in agreeing}
-    if named and named.dimension == quantity.dimension and names.isdisjoint(("", name)):
+    if named and named.unit[0] == quantity.unit[0] and names.isdisjoint(("", name)):
         return 1.0, named
     # One that the sentence states as well, as in "5 to 10 days", is no rival
-    stated = {key for one in sentence.quantities() if one is not quantity for key in one.readings()}
+    stated = {key for one in sentence.quantities() if one is not quantity for key in one.values}
 
     def agrees(number: int) -> bool | None:
         other = note.quantities.quantities[number]
-        is_other_kind = other.is_implied or bool(other.whole) != bool(quantity.whole)
-        if (
-            not is_other_kind
-            and other.dimension == quantity.dimension
-            and stated.isdisjoint(other.readings())
-        ):
+        is_other_kind = other.is_implied or bool(other.parts) != bool(quantity.parts)
+        if not is_other_kind and other.unit[0] == quantity.unit[0] and stated.isdisjoint(other.values):
             return other in agreeing
         return True if other in agreeing else None
 
@@ -168,9 +163,9 @@ def _is_no_claim(sentence: Sentence, quantity: Quantity) -> bool:
     """ "Two different things", "no (0)", the 2 of O2, a number within which the summary ends."""
     text = sentence.summary
     index = quantity.index
-    largest = max(quantity.values)
+    largest = max(quantity.parts or quantity.values)
     is_attached = text.word(index - 1).isalpha() and text.spans[index - 1][1] == text.spans[index][0]
-    is_count = largest <= 3 and not quantity.unit and (text.words[index].isalpha() or is_attached)
+    is_count = largest <= 3 and not quantity.unit[0] and (text.words[index].isalpha() or is_attached)
     is_last = index == len(text.words) - 1
     return (
         is_count
@@ -212,16 +207,15 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
     seen: set[int | None] = {None}
     for index in range(sentence.first, sentence.last):
         places = note.of(text.stems[index]) if is_telling(text.words[index]) else []
+        if not places:
+            continue
         scores = note.affinities(text, index, places)
         best = max(scores, key=scores.get, default=0)
-        if not places or (scores.get(best, 0.0) < 0.25 and len(places) > 1):
-            continue
         condition = note.text.near(places[best], CONDITIONS, 7)
         hedge = note.text.near(places[best], HEDGES, 4)
         if hedge is None and condition is not None and condition > places[best]:
             hedge = condition
-        soft = _SOFT | _CONDITIONAL if hedge == condition else _SOFT
-        if hedge not in seen and text.near(index, soft, 11) is None:
+        if hedge not in seen and text.near(index, _SOFT, 11) is None:
             yield sentence.finding("certainty", index, index, (hedge, hedge))
         seen.add(hedge)
 
