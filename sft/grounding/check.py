@@ -23,7 +23,7 @@ from sft.grounding.words import detect_language, is_content, is_telling
 
 # The sums from which a sentence of a summary is flagged, and, stricter, one of a training summary
 FLAG_THRESHOLD = 1.55
-TRAINING_THRESHOLD = 2.8
+TRAINING_THRESHOLD = 3.0
 
 # What a sentence's wording adds, fitted by hand to the judged set and to phase1's true and changed sentences.
 # Clinicians' long sentences join many facts in words of their own: the more content words a sentence has, the
@@ -33,7 +33,7 @@ _MISSING_IN_DIALOGUE = 0.2  # ... of a dialogue, whose everyday words become cli
 _REPEATED = 0.7  # for a word or number said more often than in the note: small models fall into loops
 _POLARITY = 0.2  # for a word that the note affirms where the summary denies it, or the other way round
 _GAP = 0.12  # for two words joined that the note keeps apart
-_BREAK = 0.02  # for two words that do not follow each other in the note
+_BREAK = 0.02  # for two words that do not follow each other in the note, or one that every summary uses
 _LENGTH = 10
 _TELLING = 0.5  # the weight of a finding that says something of itself
 _NEAR = 6  # tokens
@@ -143,7 +143,8 @@ def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
         if index - before <= 3 and not is_near:
             findings.append(sentence.finding("misplaced", before, index, weight=_GAP))
     findings += _repeated(sentence, sorted(telling))
-    risk = _BREAK * sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
+    n_breaks = sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
+    risk = _BREAK * (n_breaks + len(set(words) - known - telling))
     # Words that stand nowhere in the note as here, denied or not
     states = (({note.text.denied[at] for at in note.of(summary.stems[i])}, summary.denied[i]) for i in words)
     risk += _POLARITY * sum(in_note == {not denied} for in_note, denied in states if denied is not None)
