@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from sft.grounding import PreparedNote, check_summary
 from sft.grounding.check import TRAINING_THRESHOLD
+from sft.grounding.sentences import split_sentences
 
 SHARED = SHARED_DATA.parent / "cases"
 KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
@@ -111,11 +112,23 @@ def test_what_a_finding_says():
 
 
 def test_a_note_supports_itself():
-    check = check_summary(CLINIC, CLINIC)
-    assert check.score > 0.9
+    """Also where a doctor is "she", two sides stand close together, or the order is another one."""
+    note = (
+        f"{CLINIC} His doctor thought it was gout: she may repeat the test if he has pain.\n"
+        "Pain in both legs, left more than right\nPossible gout of the left toe"
+    )
+    check = check_summary(note, note)
     assert [sentence.support[0] for sentence in check.sentences] == list(range(1, len(check.sentences) + 1))
     assert all(sentence.supported_share == 1 for sentence in check.sentences)
-    assert check_summary(CLINIC, "").score == 1
+    for sentence in [
+        *split_sentences(note),
+        *note.split("\n")[1:],
+        "Gout: Pain in both legs, left more than right.",
+    ]:
+        assert check_summary(note, sentence).risk == 0
+    assert check_summary(note, "No fever, no rash [Evidence: S99; Conf: 0.9].").sentences[0].flagged
+    assert check_summary(note, "Gout of the left toe.").sentences[0].flagged
+    assert check_summary(note, "").score == 1
     assert check_summary("", "Fever.").score < 1
 
 
@@ -199,21 +212,7 @@ def test_any_text(note, words):
 
 
 @pytest.mark.parametrize(
-    "unit",
-    [
-        "left ",
-        "no ",
-        "no fever, ",
-        "5 mg ",
-        "one ",
-        "mother ",
-        "[Evidence: S1, 2, ",
-        "1,",
-        "1/2 ",
-        "a/",
-        "pain? No. ",
-        "- ",
-    ],
+    "unit", ["left ", "no fever, ", "5 mg ", "mother ", "[Evidence: S1, 2, ", "1/2 ", "a/", "pain? No. "]
 )
 def test_time_grows_with_length_alone(unit):
     def seconds(n: int) -> float:
