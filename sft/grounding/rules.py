@@ -1,6 +1,7 @@
 """The rules: each compares one kind of statement of a summary with what its note says at that place."""
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -118,6 +119,7 @@ def _with_noun(text: Text, index: int) -> tuple[int, int]:
 def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Numbers that the note lacks, has with another unit, or has elsewhere."""
     note = sentence.note
+    stated = Counter(key for quantity in sentence.quantities() for key in quantity.values)
     for quantity in sentence.quantities():
         if quantity.is_implied or _is_no_claim(sentence, quantity):
             continue
@@ -127,7 +129,7 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
             other for other in found if not (quantity.unit[0] and (other.unit[0] or other.is_implied))
         ]
         agreeing += note.quantities.converted(quantity)
-        lead, rival = _lead(sentence, quantity, agreeing)
+        lead, rival = _lead(sentence, quantity, agreeing, stated)
         if agreeing and lead < _LEAD:
             continue
         kind = "misplaced" if agreeing else "unit" if found else "number"
@@ -137,7 +139,9 @@ def quantity_findings(sentence: Sentence) -> Iterator[Finding]:
         yield sentence.finding(kind, quantity.index, quantity.last, place)
 
 
-def _lead(sentence: Sentence, quantity: Quantity, agreeing: list[Quantity]) -> tuple[float, Quantity | None]:
+def _lead(
+    sentence: Sentence, quantity: Quantity, agreeing: list[Quantity], stated: Counter
+) -> tuple[float, Quantity | None]:
     """(by how much, which): another number of the note stands at this place, or after the same name."""
     note, text = sentence.note, sentence.summary
     name = name_before(text, quantity)
@@ -145,15 +149,14 @@ def _lead(sentence: Sentence, quantity: Quantity, agreeing: list[Quantity]) -> t
     names = {name_before(note.text, other) for other in agreeing}
     if named and named.unit[0] == quantity.unit[0] and names.isdisjoint(("", name)):
         return 1.0, named
-    # One that the sentence states as well, as in "5 to 10 days", is no rival
-    stated = {key for one in sentence.quantities() if one is not quantity for key in one.values}
 
     def agrees(number: int) -> bool | None:
         other = note.quantities.quantities[number]
         is_other_kind = other.is_implied or bool(other.parts) != bool(quantity.parts)
-        if not is_other_kind and other.unit[0] == quantity.unit[0] and stated.isdisjoint(other.values):
-            return other in agreeing
-        return True if other in agreeing else None
+        # One that the sentence states as well, as in "5 to 10 days", is no rival
+        is_stated = any(stated[key] > (key in quantity.values) for key in other.values)
+        is_rival = not is_other_kind and other.unit[0] == quantity.unit[0] and not is_stated
+        return True if other in agreeing else False if is_rival else None
 
     own, lead, number = note.contest(text, quantity.index, note.quantities.indices, agrees)
     return lead - 1.5 * own, note.quantities.quantities[number] if number >= 0 else None
