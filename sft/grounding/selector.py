@@ -133,12 +133,13 @@ class _Note:
 
     def is_plan(self, unit: Unit) -> bool:
         """By its label or heading, or as one of a note's last bullets if these have none."""
-        if unit.topic or not unit.listed or unit.heading >= len(self.units) // 2:
+        n = len(self.units)
+        if unit.topic or not unit.listed or unit.heading >= n // 2 or unit.number <= n // 2:
             return "plan" in unit.topic
-        is_last = (
-            unit.listed in {last.listed for last in self.units[-3:]} and unit.number > len(self.units) // 2
-        )
-        return is_last and "others" not in self.cues[unit.number]
+        # Of bullets that make up the whole note only some are its plan
+        is_last = any(unit.listed == last.listed for last in self.units[-3:])
+        is_plan = is_last and (unit.listed > n // 3 or "action" in self.cues[unit.number])
+        return is_plan and "others" not in self.cues[unit.number]
 
     def heading(self, unit: Unit) -> Unit | None:
         return self.units[unit.heading - 1] if unit.heading else None
@@ -332,7 +333,7 @@ def _required(note: _Note, scores: dict[int, float]) -> list[int]:
     by_worth = best(treatments, len(plans), "dose") + best(of_problems, len(plans), "action")
     for_problems = {u.heading: u for u in reversed(by_worth)}
     required = [
-        *sentences[:1],
+        *[u for u in sentences[:1] if not u.asked],
         *[u for u in sentences if u.names_patient][:1],
         *[u for u in of_topic("reason") if u.label_number == u.number][:1],
         *[

@@ -68,7 +68,7 @@ _OBJECT_AGAIN = re.compile(
 # "This 44-year-old man" and "This is a 26-year-old" name the patient and refer to nothing
 _NAMES_PATIENT = re.compile(
     r"\b\d{1,3} yearold\b|\b\d{1,3}[\s-]*(?:month|week|day|hour)s?[\s-](?:old|girl|boy|baby|[MF]\b)|\b[MF]\s?\d\d\b|"
-    r"\b(?:he|she|boy|girl|man|woman|male|female|lady|gentleman)(?: is| of|,) \d\d?\b|\bborn (?:at )?\d\d\b|"
+    r"\b(?:he|she|boy|girl|man|woman|lady|gentleman)(?: is| of) \d\d?\b|\b(?:male|female), \d\d\b|\bborn (?:at )?\d\d\b|"
     r"\bthis (?:is|patient|lady|gentleman|man|woman|boy|girl|baby)",
     re.IGNORECASE,
 )
