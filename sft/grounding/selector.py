@@ -306,27 +306,28 @@ def _required(note: _Note, scores: dict[int, float]) -> list[int]:
     # Of the patient, and of now
     told = [u for u in sentences if note.cues[u.number].isdisjoint(("others", "trivia"))]
     plans = [u for u in sentences if note.is_plan(u) and not _is_routine(note, u)]
-    reported = [u for u in told if u not in plans]
+    planned = set(plans)
+    reported = [u for u in told if u not in planned]
 
     def about(units: Collection[Unit], cues: str) -> list[Unit]:
         return [u for u in units if not note.cues[u.number].isdisjoint(cues.split())]
 
-    def best(units: Iterable[Unit], n: int = 1, first: str = "") -> list[Unit]:
-        ahead = about(list(units), first)
+    def best(units: Collection[Unit], n: int = 1, first: str = "") -> list[Unit]:
+        ahead = set(about(units, first))
         return sorted(units, key=lambda u: (u not in ahead, -scores[u.number], u.number))[:n]
 
     def of_topic(topic: str) -> list[Unit]:
         return [u for u in sentences if u.topic == topic]
 
-    present = [u for u in told if "negation" not in note.cues[u.number]]
+    present = {u for u in told if "negation" not in note.cues[u.number]}
     findings = best(about(present, "diagnosis finding disease"), 2)
     tests = about(about(told, "test"), "disease finding abnormal")
     tested = best([u for u in tests if u in present] or tests)
-    came = about(told[: max(4, len(told) // 3)], "presentation")
+    came = set(about(told[: max(4, len(told) // 3)], "presentation"))
     first_told = best([u for u in came if len(note.stems[u.number]) > 3], 2)
     # Actions and treatment first, and short ones: more is said
     todo = plans or about(told[len(told) // 3 :], "action done dose")
-    urgent = about(todo, "action dose")
+    urgent = set(about(todo, "action dose"))
     # For each problem of a plan its treatment, else what is to be done, else what it says
     of_problems = [u for u in plans if u.heading and not note.units[u.heading - 1].topic]
     treatments = about([u for u in of_problems if u.topic == "plan"], "action")
@@ -336,11 +337,9 @@ def _required(note: _Note, scores: dict[int, float]) -> list[int]:
         *[u for u in sentences[:1] if not u.asked],
         *[u for u in sentences if u.names_patient][:1],
         *[u for u in of_topic("reason") if u.label_number == u.number][:1],
-        *[
-            u
-            for topic in ("operation", "diagnosis", "result")
-            for u in best(of_topic(topic), first="disease")
-        ],
+        *best(of_topic("operation"), first="disease"),
+        *best(of_topic("diagnosis"), first="disease"),
+        *best(of_topic("result"), first="disease"),
         *for_problems.values(),
         *best(about(told, "diagnosis")),
         *best(about(plans, "action"), 3, first="procedure dose"),

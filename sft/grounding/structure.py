@@ -80,7 +80,7 @@ KIN = re.compile(
 _SHE = re.compile(r"(?:he|she|his|her)\b(?! (?:was|has been|is to be) \w+(?:ed|en)\b)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
     """One sentence of a note and what it stands under; numbers are those of sentences, 0: none."""
 
