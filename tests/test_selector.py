@@ -265,6 +265,7 @@ def test_what_matters_comes_before_small_talk(lines, wanted):
 def test_a_question_that_opens_a_talk_is_not_told():
     note = "Night handover.\nNurse A: Handing over bed 6?\nNurse B: Yes, Mr Cole, 69, day 1 after aneurysm repair."
     assert "Handing" not in quoted(note)
+    assert "Yes." not in quoted(note.replace("Yes, Mr Cole", "Yes. Mr Cole"))
     assert "Mr Cole" in quoted(note)
 
 

@@ -374,7 +374,9 @@ def _group(note: _Note, number: int) -> set[int]:
     group = set()
     while number and not (group and "trivia" in note.cues.get(number, ())):
         unit = note.units[number - 1]
-        if unit.kind != "sentence" or len(group) > 2:
+        # "Handing over bed 6? Yes." only starts the talk
+        is_empty = unit.asked and len(unit.text.split()) < 2 and not _shown_question(note, unit)
+        if unit.kind != "sentence" or is_empty or len(group) > 2:
             return set()
         group.add(number)
         number = unit.needs
