@@ -52,8 +52,8 @@ def test_a_part_is_one_sentence_with_what_it_refers_to():
         Quoted("Plan: chest film in six weeks.", (6, 7)),
     ]
     first, second = make_parts(NOTE, quoted)
-    assert first.source == first.quoted == "Ultrasound showed a right effusion of 4 cm. It was drained."
-    assert first.text == f"Patient: 71F.\n{first.source}"
+    assert first.quoted == "Ultrasound showed a right effusion of 4 cm. It was drained."
+    assert first.text == f"Patient: 71F.\n{first.quoted}"
     assert first.note_sentences == (4, 5)
     assert second.note_sentences == (6, 7)
     # A part that names the patient needs no line

@@ -271,7 +271,7 @@ def test_every_sentence_is_accepted_or_the_notes_own(verified, learned):
             if sentence["source"] == "quoted":
                 assert sentence["text"] == part.quoted
             else:
-                assert accept(part.source, sentence["text"], note, learned.settings["shorthand"]) == []
+                assert accept(part.quoted, sentence["text"], note, learned.settings["shorthand"]) == []
         assert result["made_by"]["writing"] == "verified"
 
 

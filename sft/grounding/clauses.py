@@ -21,18 +21,15 @@ have: has have had
 subject: he she they patient patients pt
 report: report reports reported complains presents presented presenting states stated
 joiners: and but with who which while although though however
-turns: but although though however except while when once
 light: his her their of in on at there also still currently " “ ” ‘ ’ *
 others: i me my mine we us our you your donor donors recipient relative relatives please kindly dr doctor doctors gp gps nurse nurses surgeon surgeons consultant team teams midwife physio therapist paramedic paramedics baby twin staff pharmacist dietitian radiologist oncologist cardiologist neurologist colleague
 scopes: no not never neither cannot
-negations: none nor neg absent negative unlikely
-undone: stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead except until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned
-sides: left right both bilaterally family
-changes: ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse yesterday
+undone: but although though however except while when once stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned
+limits: none nor neg absent negative unlikely left right both bilaterally family ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse yesterday
 future: will plan planned tomorrow tonight due await awaiting awaited pending book booked to should would may might if once when aim target next request requested consider considered repeat
 commands: start stop continue increase reduce refer review return recheck order follow hold avoid switch arrange obtain perform proceed schedule give take check monitor keep remove send ring call discuss restart discharge admit add change commence complete wean transfer use for
 prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times
-adverbs: last largest maximum not now then later previously recently never subsequently again
+leaning: last largest maximum not now then later previously recently never subsequently again but although though however except while once
 own verbs: fell took drank woke tested developed collapsed vomited complained improved remained recovered noticed responded fainted tripped tolerated settled deteriorated survived slipped
 ahead: in at after every within
 times: minute hour day week fortnight month year
@@ -40,14 +37,12 @@ male: he him his man boy mr
 female: she her hers woman girl mrs ms
 """
 WORDS = {name: frozenset(words.split()) for name, words in re.findall("(.+): (.+)", _LISTS)}
-WORDS["undone"] |= CONDITIONS | WORDS["turns"]
+WORDS["undone"] |= CONDITIONS
 # What is said of or to anybody but the patient keeps every word
 OTHERS = WORDS["others"] | frozenset(KIN) | frozenset(GENERAL_KIN)
 # A denial, doubt or condition reaches over what follows; without any of the guards, what stays would say more
 SCOPES = WORDS["scopes"] | HEDGES | CONDITIONS
-GUARDS = frozenset().union(
-    SCOPES, OTHERS, *(WORDS[name] for name in ("negations", "undone", "sides", "changes"))
-)
+GUARDS = SCOPES | OTHERS | WORDS["undone"] | WORDS["limits"]
 GUARDS |= set(map(key, GUARDS))
 BREAKS = frozenset(", ; : . ( ) - – — / ! ? \n".split(" "))
 AUXILIARY = WORDS["be"] | WORDS["have"]
@@ -72,7 +67,6 @@ STATE = re.compile(
     r"unsteady|breathless|comfortable|anxious|confused|jaundiced|depressed|man|woman|yearold|delirious|"
     r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred"
 )
-_MOST_CANDIDATES = 8
 
 
 class Reading:
@@ -82,8 +76,7 @@ class Reading:
         self.words: list[str] = []
         self.content: list[str] = []
         self.gaps: list[list[str]] = [[]]
-        for match in re.finditer(rf"\n|{TOKEN.pattern}", spell_out(text).lower()):
-            word = match.group()
+        for word in re.findall(rf"\n|{TOKEN.pattern}", spell_out(text).lower()):
             self.words.append(key(word))
             # "LMA in," ends with what it says
             if word in BREAKS and self.gaps[-1] and self.gaps[-1][-1] in PLACES:
@@ -106,7 +99,7 @@ class Clause:
     leans: bool  # it says nothing without the clause before it
     words: frozenset[str] = frozenset()
     label: str = ""  # the label that it is, as it stands
-    is_plan: bool = False
+    is_plan: bool = False  # it, or another clause of its sentence
 
 
 def read_clauses(part: str, source: Reading) -> list[Clause]:
@@ -124,7 +117,7 @@ def read_clauses(part: str, source: Reading) -> list[Clause]:
         clauses.append(Clause(index, index + 1, sentence, leans))
     lines = re.split(r"(?<=[.;?!])\s+|\n", part)
     labels = [match[1] for line in lines if (match := _LABEL.match(line))]
-    before, is_plan = None, False
+    before, is_plan, planned = None, False, set()
     for clause in clauses:
         content = source.content[clause.first : clause.last]
         clause.words = frozenset(content) | frozenset(source.gaps[clause.first])
@@ -133,19 +126,20 @@ def read_clauses(part: str, source: Reading) -> list[Clause]:
             clause.label = labels.pop(0)
         clause.leans = clause.leans or (before is not None and not _stands_alone(content, before, is_first))
         is_plan = "plan" in topic_of(clause.label) if clause.label else is_plan
-        clause.is_plan = is_plan or _says_plan(source, clause, content)
+        if is_plan or _says_plan(source, clause, content):
+            planned.add(clause.sentence)
         before = clause
-    _spread_plans(clauses)
+    for clause in clauses:
+        clause.is_plan = clause.sentence in planned
     return clauses
 
 
 def _stands_alone(content: list[str], before: Clause, is_first: bool) -> bool:
     """Whether a clause says something without the one before it, which ends with a comma, or its sentence."""
-    is_done = bool(PARTICIPLE.fullmatch(content[0])) and content[0] not in WORDS["own verbs"]
-    if is_first or before.label or ("yearold" in before.words and not before.leans):
-        return not is_done or bool(before.label)
-    leaning = WORDS["prepositions"] | WORDS["adverbs"] | WORDS["turns"]
-    if content[0][0].isdigit() or content[0] in leaning or PARTICIPLE.fullmatch(content[0]):
+    is_done = bool(PARTICIPLE.fullmatch(content[0]))
+    if is_first or before.label:
+        return bool(before.label) or not is_done or content[0] in WORDS["own verbs"]
+    if content[0][0].isdigit() or content[0] in WORDS["prepositions"] | WORDS["leaning"] or is_done:
         return False
     # "BP 120/80, pulse 76", but not "HIV negative, hepatitis C positive, RNA awaited"
     return all(any(word[0].isdigit() for word in words) for words in (content[1:], before.words))
@@ -156,19 +150,13 @@ def _says_plan(source: Reading, clause: Clause, content: list[str]) -> bool:
     if content[0] in WORDS["commands"] or WORDS["future"] & set(content):
         return True
     for index in range(clause.first, clause.last):
-        after = set(source.content[index + 1 : index + 4])
+        is_time = source.content[index][0].isdigit() and WORDS["times"] & set(
+            source.content[index + 1 : index + 4]
+        )
         before = {*source.gaps[index], *source.content[max(0, index - 1) : index]}
-        is_time = source.content[index][0].isdigit() and after & WORDS["times"] and "ago" not in after
         if is_time and before & WORDS["ahead"]:
             return True
     return False
-
-
-def _spread_plans(clauses: list[Clause]) -> None:
-    """What one clause of a sentence plans, the whole sentence may."""
-    planned = {clause.sentence for clause in clauses if clause.is_plan}
-    for clause in clauses:
-        clause.is_plan = clause.sentence in planned
 
 
 def match_clauses(clauses: list[Clause], part: list[str], words: list[str]) -> list[int] | None:
@@ -182,12 +170,11 @@ def match_clauses(clauses: list[Clause], part: list[str], words: list[str]) -> l
         stack = waiting.get(words[position], [])
         while stack and stack[-1] in used:
             stack.pop()
-        # The next clause first, then the longest of a few
-        candidates = sorted(stack[-_MOST_CANDIDATES:], key=lambda n: clauses[n].first - clauses[n].last)
-        for number in [*range(following, min(following + 1, len(clauses))), *candidates]:
-            clause = clauses[number]
-            end = position + clause.last - clause.first
-            if number not in used and words[position:end] == part[clause.first : clause.last]:
+        # The next clause, else the first that begins with this word
+        for number in [following, *stack[-1:]]:
+            clause = clauses[number] if number < len(clauses) else None
+            end = position + clause.last - clause.first if clause else 0
+            if clause and number not in used and words[position:end] == part[clause.first : clause.last]:
                 break
         else:
             return None

@@ -6,25 +6,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from sft.grounding.citations import strip_citations
-from sft.grounding.selector import Quoted
+from sft.grounding.selector import Quoted, cover
 from sft.grounding.sentences import split_sentences
-from sft.grounding.shorthand import key, spell_out
-from sft.grounding.structure import Unit, read_units, shown_label
+from sft.grounding.shorthand import spell_out
+from sft.grounding.structure import read_units, shown_label
 from sft.grounding.words import TOKEN, is_telling, stem
 
-# Share of a summary sentence's telling words that its part must hold; a number must always stand there
+# Share of a summary sentence's words that its part must hold; a number must always stand there
 _COVERED = 0.85
-_MOST_SENTENCES = 3
 # Where a summary sentence may be cut in two, and what makes a sentence of a piece
 _IS = r"(?=(?:[\w’'-]+\s+){1,6}?(?:is|are|was|were|has|have|had|will)\b)"
-_CUT = re.compile(rf";\s+|,\s+(?:and|but|so)\s+{_IS}|\s+(?:and|but)\s+(?=(?:she|he|the|her|his)\s){_IS}")
-_WHO = re.compile(
-    r"\b\d{1,3}(?:[\s-](?:year|yr|month|week|day)s?[\s-]old|\s?y/?o\b|\s?y\b|\s?[FM]\b)(?:[\s/]*\b(?:F|M|(?!(?:with|who|whose|in|"
-    r"on|of|for|after|came|has|had|is|was|from|and|to|at|by|under|presents|presenting|seen)\b|\w+ed\b)[a-z-]+)\b){0,3}"
-)
+_CUT = re.compile(rf"(;\s+|,\s+(?:and|but|so)\s+{_IS}|\s+(?:and|but)\s+(?=(?:she|he|the|her|his)\s){_IS})")
 _TAIL = re.compile(r",\s|\s+(?:with|and|after|for|because|so)\s")
 _VERB = re.compile(
     r"\b(?:is|are|was|were|has|have|had|will|shows?|takes?|starts?|started|continues?|reports?|admitted|came|remains?|needs?|\w{3,}ed)\b"
+)
+_WHO = re.compile(
+    r"\b\d{1,3}(?:[\s-](?:year|yr|month|week|day)s?[\s-]old|\s?y/?o\b|\s?y\b|\s?[FM]\b)(?:[\s/]*\b(?:F|M|(?!(?:with|who|whose|in|"
+    r"on|of|for|after|came|has|had|is|was|from|and|to|at|by|under|presents|presenting|seen)\b|\w+ed\b)[a-z-]+)\b){0,3}"
 )
 
 
@@ -33,8 +32,7 @@ class Part:
     """What one sentence of a summary is written from."""
 
     text: str  # the line that says who the patient is, if the note says so, then the note's words
-    source: str  # the same without that line: what a written sentence is traced to
-    quoted: str  # the note's own words that stand where the specialist's are refused
+    quoted: str  # the note's words alone, which stand where the specialist's are refused
     note_sentences: tuple[int, ...]  # 1-based
 
 
@@ -52,9 +50,7 @@ def make_parts(note: str, quoted: Sequence[Quoted]) -> list[Part]:
     units = read_units(note)
     groups: list[list[Quoted]] = []
     for one in quoted:
-        needs = units[one.note_sentences[-1] - 1].needs
-        is_needed = groups and needs in groups[-1][-1].note_sentences
-        if is_needed:
+        if groups and units[one.note_sentences[-1] - 1].needs in groups[-1][-1].note_sentences:
             groups[-1].append(one)
         else:
             groups.append([one])
@@ -64,54 +60,50 @@ def make_parts(note: str, quoted: Sequence[Quoted]) -> list[Part]:
     ]
 
 
-def _part(line: str, source: str, numbers: Iterable[int]) -> Part:
-    is_named = not line or line[9:-1] in source
-    return Part(source if is_named else f"{line}\n{source}", source, source, tuple(sorted(numbers)))
-
-
-def _telling(text: str) -> set[str]:
-    """The words and numbers that a part must hold."""
-    words = TOKEN.findall(spell_out(text).lower())
-    return {
-        key(word) if word[0].isdigit() else stem(key(word))
-        for word in words
-        if word[0].isdigit() or is_telling(word)
-    }
+def _part(line: str, quoted: str, numbers: Iterable[int]) -> Part:
+    is_named = not line or line[9:-1] in quoted
+    return Part(quoted if is_named else f"{line}\n{quoted}", quoted, tuple(sorted(numbers)))
 
 
 def training_pairs(note: str, summary: str) -> tuple[list[tuple[Part, str]], Counter]:
     """Pairs of a part and the summary sentence that it covers; what was trimmed or left out, by reason."""
     units = {unit.number: unit for unit in read_units(note) if unit.kind == "sentence"}
-    words = {number: _telling(f"{unit.label} {unit.text}") for number, unit in units.items()}
+    words = {number: _stems(f"{unit.label} {unit.text}") for number, unit in units.items()}
     line = patient_line(note)
-    known = _telling(line)
     pairs, reasons = [], Counter()
-    for sentence in split_sentences(strip_citations(summary)):
-        pieces = _pieces(sentence)
-        for piece in pieces:
-            kept, numbers = _keep(piece, words, known)
-            if not kept:
-                reasons["left out: the note's sentences do not hold it"] += 1
-                continue
-            reasons["trimmed"] += kept != piece
-            sources = [_labeled(units[number]) for number in numbers]
-            pairs.append((_part(line, " ".join(sources), numbers), kept))
+    for piece in (
+        piece for sentence in split_sentences(strip_citations(summary)) for piece in _pieces(sentence)
+    ):
+        kept, numbers = _keep(piece, words, _stems(line))
+        if not kept:
+            reasons["left out: the note's sentences do not hold it"] += 1
+            continue
+        reasons["trimmed"] += kept != piece
+        texts = [(shown_label(units[number].label), units[number].text.rstrip(" ,;:.")) for number in numbers]
+        labeled = [
+            f"{label}: {text}." if label else f"{text[:1].upper()}{text[1:]}." for label, text in texts
+        ]
+        pairs.append((_part(line, " ".join(labeled), numbers), kept))
     return pairs, +reasons
+
+
+def _stems(text: str) -> set[str]:
+    words = TOKEN.findall(spell_out(text).lower())
+    return {
+        word if word[0].isdigit() else stem(word) for word in words if word[0].isdigit() or is_telling(word)
+    }
 
 
 def _pieces(sentence: str) -> list[str]:
     """A sentence cut where its pieces are sentences too."""
-    pieces = [""]
-    end = 0
-    for cut in [*_CUT.finditer(sentence), None]:
-        piece = sentence[end : cut.start() if cut else len(sentence)]
-        pieces[-1] += piece
-        if cut and _VERB.search(pieces[-1]) and _VERB.search(sentence, cut.end()):
-            pieces.append("")
-        elif cut:
-            pieces[-1] += cut.group()
-        end = cut.end() if cut else end
-    return [piece[0].upper() + piece[1:].rstrip(" .,;") + "." for piece in pieces if piece.strip()]
+    first, *others = _CUT.split(sentence.strip())
+    pieces = [first]
+    for cut, piece in zip(others[::2], others[1::2], strict=True):
+        if _VERB.search(pieces[-1]) and _VERB.search(piece):
+            pieces.append(piece)
+        else:
+            pieces[-1] += cut + piece
+    return [piece[0].upper() + piece[1:].rstrip(" .,;") + "." for piece in pieces if piece]
 
 
 def _keep(piece: str, words: dict[int, set[str]], known: set[str]) -> tuple[str, list[int]]:
@@ -119,32 +111,12 @@ def _keep(piece: str, words: dict[int, set[str]], known: set[str]) -> tuple[str,
     ends = [match.start() for match in _TAIL.finditer(piece)]
     for end in [len(piece), *reversed(ends[-12:])]:
         text = piece[:end].rstrip(" .,;") + "."
-        wanted = _telling(text) - known
-        numbers, left = _cover(wanted, words)
+        wanted = _stems(text) - known
+        numbers, left = cover(wanted, words)
         is_held = len(left) <= (1 - _COVERED) * len(wanted) and not any(word[0].isdigit() for word in left)
         if numbers and is_held and (end == len(piece) or (_VERB.search(text[:-4]) and len(text.split()) > 4)):
             return text, numbers
     return "", []
-
-
-def _cover(wanted: set[str], words: dict[int, set[str]]) -> tuple[list[int], set[str]]:
-    """Up to three note sentences that hold most of the words, and the words that none of them holds."""
-    left = wanted
-    numbers = []
-    for _ in range(_MOST_SENTENCES):
-        best = max(words, key=lambda number: (len(words[number] & left), -len(words[number])), default=0)
-        # One word more is no reason for one sentence more
-        if not best or len(words[best] & left) < (2 if numbers else 1):
-            break
-        numbers.append(best)
-        left = left - words[best]
-    return sorted(numbers), left
-
-
-def _labeled(unit: Unit) -> str:
-    label = shown_label(unit.label)
-    text = f"{label}: {unit.text}" if label else unit.text[:1].upper() + unit.text[1:]
-    return text if re.search(r"[.!?][\"”)]?$", text) else text.rstrip(" ,;:") + "."
 
 
 def learn_shorthand(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -154,19 +126,18 @@ def learn_shorthand(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
     creatinine). It counts in two rows at least, and in half of those where the note has it and the summary
     does not.
     """
-    seen, found = Counter(), {}
+    seen, found = Counter(), Counter()
     for note, summary in rows:
         written = re.findall(r"[a-z]+", summary.lower())
         known = set(re.findall(r"[a-z]+", note.lower()))
         lacking = {word for word in known if 2 <= len(word) <= 5}.difference(written)
         seen.update(lacking)
-        for short, long in {pair for i in range(len(written)) for pair in _short_forms(written, i, known)}:
-            if short in lacking:
-                found.setdefault(short, Counter())[long] += 1
+        forms = {pair for i in range(len(written)) for pair in _short_forms(written, i, known)}
+        found.update((short, long) for short, long in forms if short in lacking)
     table = {}
-    for short, counts in sorted(found.items()):
-        longs = [long for long, n in sorted(counts.items()) if n > 1 and n >= seen[short] / 2]
-        table |= {short: longs} if longs else {}
+    for (short, long), n in sorted(found.items()):
+        if n > 1 and n >= seen[short] / 2:
+            table.setdefault(short, []).append(long)
     return table
 
 

@@ -187,7 +187,7 @@ def _sentence(note: str, part: Part, answer: Answer, shorthand: dict) -> dict:
     """The specialist's sentence if it can be traced to its part, else the note's own."""
     refused = [answer.problem] if answer.problem else []
     if answer.text:
-        refused = accept(part.source, answer.text, note, shorthand)
+        refused = accept(part.quoted, answer.text, note, shorthand)
     is_written = bool(answer.text) and not refused
     return {
         "text": answer.text if is_written else part.quoted,

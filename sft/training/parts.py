@@ -16,7 +16,6 @@ from sft.grounding.parts import learn_shorthand, training_pairs
 from sft.grounding.selector import ENOUGH_KIN, fit_selector
 from sft.options import TrainConfig
 
-WRITING = "quote"  # the default of an adapter whose training summaries are made of their notes' sentences
 _FEWEST_NOTES = 20  # of which a selector is fitted that decides by default
 _MOST_FITTED = 500  # rows; a few dozen fit as good a selector
 _MOST_ROWS = 2000  # that parts are made of: more would take minutes at each start
@@ -47,25 +46,28 @@ def learn_writing(
     pairs = [(row.clinical_note, strip_citations(row.model_summary)) for row in rows]
     selector = fit_selector(_every(pairs, _MOST_FITTED))
     n_notes = len({row.note_key for row in rows})
-    supported = selector.supported and n_notes >= _FEWEST_NOTES
-    settings = {
-        "writing": WRITING if supported else "free",
-        "selector": json.loads(selector.to_json()),
-        "shorthand": learn_shorthand(pairs),
-    }
-    why_not = _why_no_parts(is_numbered, checkpoint)
-    is_wanted = config.part_rows and not why_not
-    part_rows, left_out = make_part_rows(rows) if is_wanted else ([], Counter())
-    counts = {"used": len(part_rows), "of_rows": len(rows), "left_out": dict(left_out)}
+    writing = "quote" if selector.supported and n_notes >= _FEWEST_NOTES else "free"
+    figure = f"kinship {selector.kinship:.2f}, needs {ENOUGH_KIN}; {plural(n_notes, 'note')}, needs {_FEWEST_NOTES}"
+    messages = [f"Writing: {writing} by default (of summaries to their notes' sentences: {figure})"]
+    part_rows, left_out = [], Counter()
+    if config.part_rows and (why_not := _why_no_parts(is_numbered, checkpoint)):
+        messages.append(f"Parts: none: {why_not}")
+    elif config.part_rows:
+        for row, pair in zip(rows, pairs, strict=True):
+            sentences, reasons = training_pairs(*pair)
+            left_out += reasons
+            for part, text in sentences:
+                part_rows.append(dataclasses.replace(row, clinical_note=part.text, model_summary=text))
+        reasons = [f"{n:,} {reason}" for reason, n in left_out.most_common()]
+        messages.append(
+            f"Parts: {plural(len(part_rows), 'sentence')} of {plural(len(rows), 'row')}; {', '.join(reasons)}"
+        )
     if on_main_process():
-        figure = f"kinship {selector.kinship:.2f}, needs {ENOUGH_KIN}; {plural(n_notes, 'note')}, needs {_FEWEST_NOTES}"
-        log(f"Writing: {settings['writing']} by default (of summaries to their notes' sentences: {figure})")
-        if config.part_rows and why_not:
-            log(f"Parts: none: {why_not}")
-        elif config.part_rows:
-            reasons = ", ".join(f"{n:,} {reason}" for reason, n in left_out.most_common())
-            more = f"; {reasons}" if reasons else ""
-            log(f"Parts: {plural(len(part_rows), 'sentence')} of {plural(len(rows), 'row')}{more}")
+        for message in messages:
+            log(message.rstrip("; "))
+    shorthand = learn_shorthand(pairs)
+    settings = {"writing": writing, "selector": json.loads(selector.to_json()), "shorthand": shorthand}
+    counts = {"used": len(part_rows), "of_rows": len(rows), "left_out": dict(left_out)}
     return Learned(settings, part_rows, counts)
 
 
@@ -82,16 +84,3 @@ def _why_no_parts(is_numbered: bool, checkpoint: Path | None) -> str:
             return "the run was begun by a version without them"
     # A part's sentence has no citations, which the instruction asks for
     return "the summaries cite numbered sentences" if is_numbered else ""
-
-
-def make_part_rows(rows: Sequence[Row]) -> tuple[list[Row], Counter]:
-    """A row for each summary sentence and the part of its note that holds its words; the number of sentences
-    that were left out or trimmed, by reason."""
-    part_rows = []
-    left_out = Counter()
-    for row in rows:
-        pairs, reasons = training_pairs(row.clinical_note, strip_citations(row.model_summary))
-        left_out += reasons
-        for part, sentence in pairs:
-            part_rows.append(dataclasses.replace(row, clinical_note=part.text, model_summary=sentence))
-    return part_rows, left_out
