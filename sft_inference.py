@@ -412,8 +412,7 @@ def main() -> None:
     log_idle_options(config)
     config.max_new_tokens = config.max_new_tokens or sft_config["max_new_tokens"]
     if config.output_file:
-        belongs_to = functools.partial(fingerprint, config, sft_config, notes)
-        counts = check_output(config.output_file, config.resume, belongs_to, config.review_file)
+        counts = check_output(config, functools.partial(fingerprint, config, sft_config, notes))
         if counts is not None:
             log(f"{config.output_file} exists and is complete: nothing to do")
             return report(counts, "", config)
