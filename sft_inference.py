@@ -16,7 +16,7 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sft import __version__
@@ -32,7 +32,7 @@ from sft.inference.checks import (
     log_idle_options,
 )
 from sft.inference.note_files import check_output, report, summarize_file
-from sft.inference.notes import Note, as_notes
+from sft.inference.notes import as_notes
 from sft.inference.prompts import NotePrompts
 from sft.inference.results import FIXES, failure, note_problem, read_note, text_stream
 from sft.inference.writing import ask_specialist, way_of_writing, write_by_sentence, write_freely
@@ -343,16 +343,6 @@ class SFTInference:
 # ------------------------------------------------------------------------------- command line
 
 
-def write_file(inference: SFTInference, notes: Sequence[Note], config: InferenceConfig) -> None:
-    """Summarizes all notes of input_file. Raises what `summarize_file` does."""
-    # Raises before a file is created if there is no room for any note
-    if config.writing != "quote":
-        inference.prompts.max_note_tokens(config.max_new_tokens)
-    settings = {name: getattr(config, name) for name in "max_new_tokens temperature batch_size seed".split()}
-    summarize = functools.partial(inference.summarize, **settings)
-    summarize_file(notes, config, fingerprint(config, inference.sft_config, notes), summarize)
-
-
 def load_inference(config: InferenceConfig) -> SFTInference:
     if config.writing != "quote":
         from sft.model.base import device_of_process
@@ -412,7 +402,13 @@ def main() -> None:
             return write_merged(config)
         inference = load_inference(config)
         if notes is not None:
-            write_file(inference, notes, config)
+            # Before a file is created: is there room for any note?
+            if config.writing != "quote":
+                inference.prompts.max_note_tokens(config.max_new_tokens)
+            names = ("max_new_tokens", "temperature", "batch_size", "seed")
+            settings = {name: getattr(config, name) for name in names}
+            summarize = functools.partial(inference.summarize, **settings)
+            summarize_file(notes, config, fingerprint(config, sft_config, notes), summarize)
         elif config.clinical_note is not None:
             write_summary(inference.generate_summary, config.clinical_note, config)
         else:

@@ -110,6 +110,8 @@ def test_enormous_notes_are_shortened_and_empty_ones_refused(specialist):
             specialist.generate_summary("Fever.", **values)
     with pytest.raises(InputError, match="batch_size"):
         specialist.generate_batch(["Fever."], batch_size=0)
+    with pytest.raises(InputError, match="at most 1024 tokens"):
+        specialist.generate_summary("Fever.", 5000)
     greedy = specialist.generate_summary("Fever.", 3)
     coldest = specialist.generate_summary("Fever.", 3, temperature=1e-300)
     assert coldest["generated_summary"] == greedy["generated_summary"]
@@ -217,7 +219,6 @@ def test_one_note(adapters, specialist):
         (["--input_file", "a.txt", "--output_file", "b.jsonl", "--json"], "--json is for standard output"),
         (["--device", "John has fever"], "invalid choice: (not shown)"),
         (["--temperature", "John has fever"], "(not shown) is not a number"),
-        ("--clinical_note x --max_new_tokens 5000 --model_path ADAPTER".split(), "at most 1024 tokens"),
     ],
 )
 def test_refusals_on_the_command_line(adapters, arguments, words):

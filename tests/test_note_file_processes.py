@@ -9,18 +9,20 @@ import sys
 import time
 
 import pytest
-from conftest import assert_input_error, run_inference, run_python
+from conftest import run_python
 from tiny import NOTES, write_csv
 
 import sft_inference
-from sft.cli import run_script
+from sft.cli import InputError, run_script
 from sft.inference.notes import read_notes
 
 
-def test_no_file_is_created_if_no_note_fits(adapters, tmp_path):
-    source, target = many_notes(tmp_path / "notes.csv", 2), tmp_path / "out.jsonl"
-    arguments = ["--model_path", adapters(), "--input_file", source, "--output_file", target]
-    assert_input_error(run_inference(*arguments, "--max_new_tokens", 9000), "leaves no room")
+def test_no_file_is_created_if_no_note_fits(adapters, tmp_path, monkeypatch):
+    source = many_notes(tmp_path / "notes.csv", 2)
+    options = f"--device cpu --model_path {adapters()} --max_new_tokens 9000 --input_file {source}".split()
+    monkeypatch.setattr(sys, "argv", ["sft_inference.py", *options, "--output_file", f"{tmp_path}/out.jsonl"])
+    with pytest.raises(InputError, match="leaves no room"):
+        sft_inference.main()
     assert [path.name for path in tmp_path.iterdir()] == ["notes.csv"]
 
 

@@ -17,10 +17,6 @@ def check_files(config: InferenceConfig) -> list[Note] | None:
     for is_wrong, problem, fix in _contradictions(config):
         if is_wrong:
             raise InputError(problem, fix)
-    of_summaries = ("max_new_tokens", "temperature", "max_length", "no_merge")
-    idle = [f"--{name}" for name in of_summaries if getattr(config, name) != getattr(InferenceConfig, name)]
-    if config.merge_to and idle:
-        log(f"info: no effect with --merge_to: {', '.join(idle)}")
     check_new_file("--merge_to", config.merge_to)
     if not config.input_file:
         return None
@@ -68,14 +64,16 @@ def is_conversation(config: InferenceConfig) -> bool:
 
 
 def log_idle_options(config: InferenceConfig) -> None:
-    """Names what has no effect, since no model is loaded."""
-    if config.writing != "quote":
-        return
-    names = "base_model dtype quantization use_8bit use_4bit no_merge max_length max_new_tokens temperature seed".split()
+    """Names what has no effect, since no summary is written or no model loaded."""
+    reason = "--merge_to writes no summary"
+    names = "max_new_tokens temperature max_length no_merge".split()
+    if not config.merge_to:
+        reason = "--writing quote loads no model"
+        names += "base_model dtype quantization use_8bit use_4bit seed".split()
     idle = [f"--{name}" for name in names if getattr(config, name) != getattr(InferenceConfig, name)]
-    if idle:
-        log(f"info: --writing quote loads no model, so {', '.join(idle)} changes nothing")
-    if config.prompt_from:
+    if idle and (config.merge_to or config.writing == "quote"):
+        log(f"info: {reason}, so {', '.join(idle)} changes nothing")
+    if config.prompt_from and config.writing == "quote":
         log(f"info: --writing quote loads no model: the weights in {config.model_path} are not used")
 
 
