@@ -16,7 +16,7 @@ import functools
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from sft import __version__
@@ -24,9 +24,15 @@ from sft.cli import InputError, RunError, as_input_error, is_terminal, log, run_
 from sft.data.prompt import PromptEncoder, PromptTemplate
 from sft.data.text import decode_bytes
 from sft.inference.chat import converse, note_terminal, read_piped, write_summary
-from sft.inference.checks import check_files, fingerprint, is_conversation, log_idle_options
+from sft.inference.checks import (
+    check_files,
+    fingerprint,
+    import_libraries,
+    is_conversation,
+    log_idle_options,
+)
 from sft.inference.note_files import check_output, report, summarize_file
-from sft.inference.notes import Note, as_notes
+from sft.inference.notes import as_notes
 from sft.inference.prompts import NotePrompts
 from sft.inference.results import FIXES, failure, note_problem, read_note, text_stream
 from sft.inference.writing import ask_specialist, way_of_writing, write_by_sentence, write_freely
@@ -81,75 +87,78 @@ class SFTInference:
         check_value("merge", merge, bool, {})
         folder, self.sft_config, adapter_config = read_adapter_folder(model_path, prompt_from, verify=verify)
         log_origin(folder, self.sft_config, prompt_from)
-        quantization = quantization_for(bits, self.sft_config)
         with as_input_error(f"{folder}: its configuration lacks the prompt", "train again"):
             self.template = PromptTemplate.from_dict(self.sft_config["prompt"])
         self.writing = way_of_writing(writing, self.sft_config, citations)
         self.citations = citations or self.template.number_sentences
+        self.quantization = quantization_for(bits, self.sft_config)
         self._turn = threading.Lock()
         self._owner: int | None = None  # the thread whose turn it is
-        options = {"quantization": quantization, "base_model": base_model, "verify": verify}
+        options = {"base_model": base_model, "verify": verify}
         options["tokenizer_folder"] = None if prompt_from is None else Path(prompt_from)
-        self._to_load = (folder, adapter_config, device, dtype, max_length, merge, options)
+        self._load = functools.partial(self._load_now, folder, adapter_config, merge, max_length, options)
+        self._place = (device, dtype)
         if self.writing != "quote":
             self.load()
 
     def load(self) -> None:
         """Loads the model, if that is still to be done."""
-        if self._to_load:
-            self._load(*self._to_load)
-            self._to_load = None
+        if self._load:
+            import_libraries()
+            self._load()
+            self._load = None
 
-    def _load(
-        self,
-        folder: Path,
-        adapter_config: dict,
-        device: str,
-        dtype: str,
-        max_length: int | None,
-        merge: bool,
-        options: dict,
+    def _load_now(
+        self, folder: Path, adapter_config: dict, merge: bool, max_length: int | None, options: dict
     ) -> None:
         """Sets all that belongs to the model; `options` are load_specialist's."""
-        from sft.model.adapter import load_specialist
-        from sft.model.base import pick_device
+        from sft.inference.endings import number_ids
+        from sft.model.adapter import load_specialist, unwrap
+        from sft.model.base import context_window, pick_device
         from sft.model.kernels import has_int8, pack_for_inference
         from sft.model.merged import merge_for_inference
 
-        log_quantization(options["quantization"], self.sft_config)
-        self.placement = pick_device(device, dtype)
+        log_quantization(self.quantization, self.sft_config)
+        self.placement = pick_device(*self._place)
         # Faster and more exact than bitsandbytes on a CPU, but the adapter has to be merged
-        if options["quantization"] == "8bit" and merge and self.placement.device.type == "cpu" and has_int8():
-            options = options | {"quantization": "int8"}
+        if self.quantization == "8bit" and merge and self.placement.device.type == "cpu" and has_int8():
+            self.quantization = "int8"
+        options = {**options, "quantization": self.quantization}
         self.model, self.tokenizer = load_specialist(
             folder, self.sft_config, adapter_config, self.placement, **options
         )
-        self.quantization = options["quantization"]
-        self._read_limits(max_length)
-        if merge:
-            self.model = merge_for_inference(self.model, self.quantization, self.placement.dtype)
-            pack_for_inference(self.model)
-        self._choose_decoder()
-
-    def _read_limits(self, max_length: int | None) -> None:
-        """Sets `prompts`, with what limits them, and `stop_ids`."""
-        from transformers import GenerationConfig
-
-        from sft.model.adapter import unwrap
-        from sft.model.base import context_window
-
         base = unwrap(self.model)
         self.encoder = PromptEncoder(self.tokenizer, self.template)
         window = context_window(base) or math.inf
-        trained_length = self.sft_config["max_length"]
-        self.prompts = NotePrompts(self.encoder, window, max_length or math.inf, trained_length)
-        own_stops = base.generation_config.eos_token_id
-        if not isinstance(own_stops, list):
-            own_stops = [] if own_stops is None else [own_stops]
+        self.prompts = NotePrompts(
+            self.encoder, window, max_length or math.inf, self.sft_config["max_length"]
+        )
+        own_stops = base.generation_config.eos_token_id or []
+        own_stops = own_stops if isinstance(own_stops, list) else [own_stops]
         self.stop_ids = sorted({*self.template.stop_token_ids, *own_stops})
+        self._numbers = number_ids(self.tokenizer)
         # A model's own sampling settings must not leak in
-        base.generation_config = GenerationConfig()
+        base.generation_config = type(base.generation_config)()
         base.config.use_cache = True
+        if merge:
+            self.model = merge_for_inference(self.model, self.quantization, self.placement.dtype)
+            pack_for_inference(self.model)
+        self._base = unwrap(self.model)
+        self._choose_decoder()
+
+    def _choose_decoder(self) -> None:
+        """Sets `decoder` once and for all, before any thread uses the model."""
+        from sft.inference.decoding import decode, enable_kv_cache
+        from sft.inference.generate import decode_apart, decode_with_generate
+        from sft.model.probes import longest_shared
+
+        fits, reason = enable_kv_cache(self._base)
+        self.decoder = decode if fits else decode_with_generate
+        if not fits:
+            log(f"info: using transformers' generate(), which is slower than the built-in decoder: {reason}")
+        limit = longest_shared(self._base, self.prompts.window)
+        if limit < self.prompts.window:
+            self.decoder = functools.partial(decode_apart, self.decoder, limit)
 
     def save_merged(self, folder: str | Path) -> None:
         """Writes base model and adapter as one model (see sft.model.merged), from a specialist that was
@@ -164,24 +173,6 @@ class SFTInference:
         self.model = save_merged(
             self.model, self.tokenizer, self.stop_ids, Path(folder), self.sft_config, encode
         )
-
-    def _choose_decoder(self) -> None:
-        """Sets `decoder` once and for all, before any thread uses the model."""
-        from sft.inference.decoding import decode, enable_kv_cache
-        from sft.inference.endings import number_ids
-        from sft.inference.generate import decode_apart, decode_with_generate
-        from sft.model.adapter import unwrap
-        from sft.model.probes import longest_shared
-
-        self._base = unwrap(self.model)
-        self._numbers = number_ids(self.tokenizer)
-        fits, reason = enable_kv_cache(self._base)
-        self.decoder = decode if fits else decode_with_generate
-        if not fits:
-            log(f"info: using transformers' generate(), which is slower than the built-in decoder: {reason}")
-        limit = longest_shared(self._base, self.prompts.window)
-        if limit < self.prompts.window:
-            self.decoder = functools.partial(decode_apart, self.decoder, limit)
 
     def generate_summary(
         self,
@@ -214,16 +205,11 @@ class SFTInference:
         problem = note_problem(clinical_note)
         if problem:
             raise InputError(problem, "pass a note with text")
+        tell = (lambda _, text: on_text(text)) if on_text else None
         results = self.summarize(
-            {0: clinical_note},
-            max_new_tokens,
-            temperature,
-            writing=writing,
-            batch_size=DEFAULT_GENERATION_BATCH_SIZE,
-            seed=seed,
-            on_text=(lambda _, text: on_text(text)) if on_text else None,
+            {0: clinical_note}, max_new_tokens, temperature, writing=writing, seed=seed, on_text=tell
         )
-        result = dict(results)[0]
+        [(_, result)] = results
         if "error" in result:
             raise RunError(result["error"], FIXES.get(result["error"], ""))
         return result
@@ -323,27 +309,21 @@ class SFTInference:
             return by_sentence()
         from sft.inference.decoding import decode_within_memory
 
+        settings = {**settings, "stop_ids": self.stop_ids, "numbers": self._numbers}
         decode = functools.partial(
-            decode_within_memory,
-            functools.partial(self.decoder, self._base),
-            stop_ids=self.stop_ids,
-            numbers=self._numbers,
-            **settings,
+            decode_within_memory, functools.partial(self.decoder, self._base), **settings
         )
         if way == "verified":
-            ask = functools.partial(ask_specialist, self.prompts, self.tokenizer, decode, max_new_tokens)
-            return by_sentence(ask)
+            return by_sentence(functools.partial(ask_specialist, self.prompts, decode, max_new_tokens))
         stream = text_stream(self.tokenizer, self.stop_ids, on_text) if on_text else None
         decode = functools.partial(decode, on_token=stream)
-        return write_freely(texts, self.prompts, self.tokenizer, decode, max_new_tokens)
+        return write_freely(texts, self.prompts, decode, max_new_tokens)
 
     def made_by(self, writing: str, max_new_tokens: int, temperature: float, seed: int) -> dict:
         """What a summary was made by: all that decides it, without paths or text. `adapter` is the beginning
         of one hash over the adapter folder's files; what belongs to the model is None where none wrote."""
         of_model = {"dtype": None, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        if writing == "quote":
-            of_model = dict.fromkeys(of_model)
-        else:
+        if writing != "quote":
             of_model["dtype"] = self.quantization or self.placement.dtype_name
         return {
             "adapter": self.sft_config["sha256"]["folder"][:12],
@@ -351,7 +331,7 @@ class SFTInference:
             "toolkit": __version__,
             "writing": writing,
             "citations": self.citations,
-            **of_model,
+            **(dict.fromkeys(of_model) if writing == "quote" else of_model),
         }
 
     def prompt_ids(self, note: str, max_new_tokens: int) -> tuple[list[int], list[str]]:
@@ -361,16 +341,6 @@ class SFTInference:
 
 
 # ------------------------------------------------------------------------------- command line
-
-
-def write_file(inference: SFTInference, notes: Sequence[Note], config: InferenceConfig) -> None:
-    """Summarizes all notes of input_file. Raises what `summarize_file` does."""
-    # Raises before a file is created if there is no room for any note
-    if config.writing != "quote":
-        inference.prompts.max_note_tokens(config.max_new_tokens)
-    settings = {name: getattr(config, name) for name in "max_new_tokens temperature batch_size seed".split()}
-    summarize = functools.partial(inference.summarize, **settings)
-    summarize_file(notes, config, fingerprint(config, inference.sft_config, notes), summarize)
 
 
 def load_inference(config: InferenceConfig) -> SFTInference:
@@ -412,8 +382,7 @@ def main() -> None:
     log_idle_options(config)
     config.max_new_tokens = config.max_new_tokens or sft_config["max_new_tokens"]
     if config.output_file:
-        belongs_to = functools.partial(fingerprint, config, sft_config, notes)
-        counts = check_output(config.output_file, config.resume, belongs_to, config.review_file)
+        counts = check_output(config, functools.partial(fingerprint, config, sft_config, notes))
         if counts is not None:
             log(f"{config.output_file} exists and is complete: nothing to do")
             return report(counts, "", config)
@@ -433,9 +402,15 @@ def main() -> None:
             return write_merged(config)
         inference = load_inference(config)
         if notes is not None:
-            write_file(inference, notes, config)
+            # Before a file is created: is there room for any note?
+            if config.writing != "quote":
+                inference.prompts.max_note_tokens(config.max_new_tokens)
+            names = ("max_new_tokens", "temperature", "batch_size", "seed")
+            settings = {name: getattr(config, name) for name in names}
+            summarize = functools.partial(inference.summarize, **settings)
+            summarize_file(notes, config, fingerprint(config, sft_config, notes), summarize)
         elif config.clinical_note is not None:
-            write_summary(inference.generate_summary, config)
+            write_summary(inference.generate_summary, config.clinical_note, config)
         else:
             converse(inference.generate_summary, config, piped)
 

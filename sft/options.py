@@ -383,6 +383,7 @@ class InferenceConfig(PromptFromOption, MachineOptions):
         "file for the summaries of input_file: .jsonl or .csv (default: standard output)",
         group=NOTES,
         metavar="FILE",
+        needs="input_file",
     )
     max_risk: float | None = option(
         None,
@@ -394,7 +395,7 @@ class InferenceConfig(PromptFromOption, MachineOptions):
     review_file: str | None = option(
         None, "file for the summaries that max_risk puts aside: .jsonl or .csv", group=NOTES, metavar="FILE"
     )
-    resume: bool = option(False, "continue an interrupted run (same --output_file)", group=NOTES)
+    resume: bool = option(False, "continue an interrupted run", group=NOTES, needs="output_file")
     fail_on_error: bool = option(
         False,
         "exit with status 1 if any note failed (without it, if all failed)",

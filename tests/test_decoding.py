@@ -16,6 +16,7 @@ from sft.cli import RunError
 from sft.inference import decoding, endings
 from sft.inference.decoding import (
     GeneratedSequence,
+    Settings,
     common_prefix_length,
     decode,
     draft,
@@ -225,7 +226,7 @@ def test_copied_passages_take_fewer_passes_and_change_nothing(monkeypatch, archi
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(0, 4))
 def test_draft_is_what_followed_before(text, n):
-    found = draft(GeneratedSequence(0, text[:1], 0, text[1:]), n)
+    found = draft(GeneratedSequence(0, text[:1], Settings(9, STOPS), text[1:]), n)
     for length in (2, 1):
         ends = [end for end in range(length, len(text)) if text[end - length : end] == text[-length:]]
         if len(text) >= length and ends:
@@ -300,18 +301,19 @@ def test_samples_outlast_rounding():
     """Logits of another batch size differ by rounding, which must not change what is sampled."""
     torch.manual_seed(0)
     logits = torch.randn(400, 30_000) * 3
-    positions = [(s, 0) for s in make_sequences({i: [1] for i in range(400)}, 0)]
-    tokens = sample(logits, 1.0, positions)[0]
+    sequences = make_sequences({i: [1] for i in range(400)}, Settings(9, STOPS, temperature=1.0))
+    positions = [(sequence, 0) for sequence in sequences]
+    tokens = sample(logits, positions)[0]
     assert len(set(tokens)) > 50
-    rounded = sample(logits + torch.randn_like(logits) * 1e-5, 1.0, positions)[0]
+    rounded = sample(logits + torch.randn_like(logits) * 1e-5, positions)[0]
     assert sum(a != b for a, b in zip(tokens, rounded)) <= 1
 
 
 def test_samples_follow_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, -1.0, -torch.inf, 2.0]]).repeat(4000, 1)
-    sequences = make_sequences({i: [1] for i in range(4000)}, 0)
     for temperature in (0.5, 1.0, 2.0):
-        tokens, log_probs = sample(logits, temperature, [(s, 0) for s in sequences])
+        sequences = make_sequences({i: [1] for i in range(4000)}, Settings(9, STOPS, temperature))
+        tokens, log_probs = sample(logits, [(s, 0) for s in sequences])
         share = torch.bincount(torch.tensor(tokens), minlength=5) / 4000
         torch.testing.assert_close(share, (logits[0] / temperature).softmax(-1), rtol=0, atol=0.03)
         assert log_probs == pytest.approx(logits[0].log_softmax(-1)[torch.tensor(tokens)].tolist(), abs=1e-5)

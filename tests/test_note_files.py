@@ -1,30 +1,26 @@
-"""Files of notes: formats, windows, resuming after a kill, several processes."""
+"""Files of notes: formats, windows, resuming after an interruption."""
 
 import csv
 import errno
 import json
-import multiprocessing
 import os
 import random
 import signal
 import sys
-import time
 
 import pytest
-from conftest import assert_input_error, run_inference, run_python
 from tiny import NOTES, write_csv
 
 import sft_inference
-from sft.cli import InputError, RunError, Stopped, run_script
+from sft.cli import InputError, RunError, Stopped
 from sft.inference.note_files import check_output, report, summarize_file
 from sft.inference.notes import Note, read_notes
-from sft.inference.results import defuse, failure
+from sft.inference.results import failure
 from sft.options import InferenceConfig
 
 
-@pytest.mark.parametrize("kind", [".txt", ".csv", ".jsonl"])
-@pytest.mark.parametrize("out", [".jsonl", ".csv"])
-def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
+@pytest.mark.parametrize("kind, out", [(".txt", ".jsonl"), (".csv", ".csv"), (".jsonl", ".csv")])
+def test_files_in_and_out(adapters, specialist, tmp_path, monkeypatch, capsys, kind, out):
     source = tmp_path / f"notes{kind}"
     target = tmp_path / f"summaries{out}"
     notes = [note.replace("\n", " ") for note, _ in NOTES[:4]]
@@ -39,9 +35,11 @@ def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
             write_csv(source, rows, header=["id", "clinical_note"])
         else:
             source.write_text("".join(json.dumps({"id": i, "clinical_note": n}) + "\n" for i, n in rows))
-    arguments = ["--model_path", adapters(), "--input_file", source, "--output_file", target]
-    result = run_inference(*arguments, "--max_new_tokens", 15, "--batch_size", 2)
-    assert result.returncode == 0, result.stderr
+    arguments = f"--device cpu --model_path {adapters()} --max_new_tokens 15 --batch_size 2".split()
+    arguments += ["--input_file", str(source), "--output_file", str(target)]
+    monkeypatch.setattr(sys, "argv", ["sft_inference.py", *arguments])
+    sft_inference.main()
+    err = capsys.readouterr().err
     written = target.read_text(encoding="utf-8-sig").splitlines(keepends=True)
     assert target.read_bytes().startswith(b"\xef\xbb\xbf") == (out == ".csv")
     lines = list(csv.DictReader(written)) if out == ".csv" else [json.loads(line) for line in written]
@@ -53,60 +51,9 @@ def test_files_in_and_out(adapters, specialist, tmp_path, kind, out):
     assert {frozenset(line.keys() - {"error"}) for line in lines} == {frozenset(lines[0].keys() - {"error"})}
     n_failed = 0 if kind == ".txt" else 1
     assert len(lines) == 4 + n_failed
-    assert f"4 notes summarized (0 of the notes shortened), {n_failed} failed" in result.stderr
-    assert f"notes/s; written to {target}" in result.stderr
+    assert f"4 notes summarized (0 of the notes shortened), {n_failed} failed" in err
+    assert f"notes/s; written to {target}" in err
     assert not list(tmp_path.glob("*.partial"))
-    assert target.stat().st_mode & 0o077 == 0
-
-
-def test_spreadsheet_formulas_are_defused():
-    cells = [
-        "=1+1",
-        "+1+1",
-        "-1e5x",
-        "-1+2",
-        "@x",
-        "\uff1d1",
-        "\uff0b1+1",
-        "\uff0d1+1",
-        "\uff20x",
-        "\u200b=1",
-        " \ufeff-x",
-        "\tx",
-    ]
-    assert [defuse(cell) for cell in cells] == [f"'{cell}" for cell in cells]
-    harmless = ["fine", "", -1.5, "-7", "-7.5", "+5", "-1e5", "+1,5E-3", "a=b", None]
-    assert [defuse(cell) for cell in harmless] == harmless
-
-
-def test_bad_rows_of_input_files(tmp_path):
-    # A record without a note fails alone
-    (tmp_path / "a.jsonl").write_text('{"clinical_note": "ok"}\n{"text": 1}\n')
-    assert [note.text for note in read_notes(tmp_path / "a.jsonl")] == ["ok", ""]
-    write_csv(tmp_path / "a.csv", [(1,)], header=["text"])
-    with pytest.raises(
-        InputError, match=r"must name clinical_note \(id optional\); or use --note_column text"
-    ):
-        read_notes(tmp_path / "a.csv")
-
-
-def test_rows_with_more_fields_than_columns_are_refused(tmp_path):
-    """An unquoted comma would leave the summary of half a note."""
-    (tmp_path / "a.csv").write_text(
-        "id,clinical_note\n11,no fever\n12,fever, cough\n13,well,\nJo Doe,pain, severe\n"
-    )
-    with pytest.raises(
-        InputError, match=r"more fields .*: row 3 \(id 12\), row 5 \(id \(not shown\)\)"
-    ) as refused:
-        read_notes(tmp_path / "a.csv")
-    assert not any(word in str(refused.value) for word in ("fever", "cough", "Doe", "pain"))
-
-
-@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
-def test_any_line_ends(tmp_path, end):
-    (tmp_path / "a.txt").write_bytes(end.join(["Fever.", "", "Cough.", ""]).encode())
-    notes = [(note.row, note.id, note.text.strip()) for note in read_notes(tmp_path / "a.txt")]
-    assert notes == [(1, None, "Fever."), (3, None, "Cough.")]
 
 
 def made_notes(*texts):
@@ -177,7 +124,8 @@ def test_failures_and_warnings_are_summed_up(tmp_path, capsys):
         summarize_file(notes, config, {}, warned)
     assert len((tmp_path / "b.jsonl").read_text().splitlines()) == 3
     # Also where the complete file is found again
-    counts = check_output(config.output_file, True, dict)
+    config.resume = True
+    counts = check_output(config, dict)
     with pytest.raises(RunError, match="1 note failed"):
         report(counts, "", config)
     with pytest.raises(RunError, match="all 1 note failed"):
@@ -210,15 +158,6 @@ def test_a_second_signal_stops_a_stuck_run(tmp_path, capsys):
     with pytest.raises(KeyboardInterrupt):
         summarize_file(made_notes("x", "y"), options(tmp_path / "a.jsonl"), {}, stuck)
     assert "partial holds 1 of 2 notes" in capsys.readouterr().err
-
-
-def test_a_link_or_a_folder_is_no_output_file(tmp_path):
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
-    (tmp_path / "folder.jsonl").mkdir()
-    for name, words in (("link.jsonl", "is a symbolic link"), ("folder.jsonl", "exists")):
-        for resume in (False, True):
-            with pytest.raises(InputError, match=words):
-                check_output(str(tmp_path / name), resume, dict)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
@@ -289,14 +228,48 @@ def interrupted_later(window, should_stop):
     yield from made_up(window, should_stop)
 
 
-def test_a_partial_file_of_an_older_version_is_refused(tmp_path):
-    target = tmp_path / "out.jsonl"
-    partial = tmp_path / "out.jsonl.partial"
-    for content in ('{"id": "1", "generated_summary": "x"}\n', "id,generated_summary\n", "short"):
+@pytest.mark.parametrize(
+    "content", ['{"id": "1", "generated_summary": "x"}\n', "id,generated_summary\n", "short"]
+)
+def test_what_is_no_partial_file_is_refused(tmp_path, content):
+    target, partial = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    partial.write_text(content)
+    with pytest.raises(InputError, match="cannot be matched to it"):
+        summarize_file(made_notes("x"), options(target), {}, made_up)
+    assert partial.read_text() == content
+    # All that a run leaves that was killed before its first line
+    for content in ("", '{"fingerprint": {"part of'):
         partial.write_text(content)
-        with pytest.raises(InputError, match="cannot be matched to it"):
-            summarize_file([Note(1, "1", "x")], options(target, resume=True), {}, made_up)
-        assert partial.read_text() == content
+        summarize_file(made_notes("x"), options(target), {}, made_up)
+        assert target.stat().st_mode & 0o077 == 0
+        target.unlink()
+
+
+def test_names_that_are_no_output_file(tmp_path):
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    names = {"link": "is a symbolic link", "folder": "exists", "a" * 240: "too long"}
+    for name, words in names.items():
+        for resume in (False, True):
+            with pytest.raises(InputError, match=words):
+                check_output(options(tmp_path / f"{name}.jsonl", resume), dict)
+
+
+def test_partial_files_of_other_runs_are_refused(tmp_path):
+    notes = made_notes(*"x" * 30)
+    target = tmp_path / "out.jsonl"
+    ours = {"adapter": "a", "seed": 1}
+    with pytest.raises(KeyboardInterrupt):
+        summarize_file(notes, options(target), ours, interrupted_later)
+    with pytest.raises(InputError, match="--resume"):
+        check_output(options(target), dict)
+    for part, other, words in (
+        (notes, {"adapter": "b", "seed": 2}, "adapter, seed"),
+        (notes[:-1], ours, "part of the notes"),
+    ):
+        with pytest.raises(InputError, match=f"different {words}"):
+            summarize_file(part, options(target), other, made_up)
+    assert "x" not in (tmp_path / "out.jsonl.partial").read_text().splitlines()[0]  # no text of a note
 
 
 def test_finished_summaries_survive_an_interruption(tmp_path, capsys):
@@ -322,36 +295,11 @@ def test_finished_summaries_survive_an_interruption(tmp_path, capsys):
         computed.extend(window)
         return made_up(window, should_stop)
 
-    # With other batches the finished ones of the window are not computed again
+    # Windows are computed again whole
     summarize_file(notes, InferenceConfig(output_file=str(target), resume=True, batch_size=3), {}, noted)
-    assert computed == [*range(8, 11), *range(16, 30)]
+    assert computed == list(range(30))
     assert "Resuming after 13 of 30 notes" in capsys.readouterr().err
     assert [json.loads(line)["row"] for line in target.read_text().splitlines()] == list(range(30))
-
-
-def test_partial_files_of_other_runs_are_refused(tmp_path):
-    notes = [Note(i, str(i), "x") for i in range(30)]
-    target = tmp_path / "out.jsonl"
-    with pytest.raises(KeyboardInterrupt):
-        fingerprint = {"adapter": "a", "seed": 1}
-        summarize_file(notes, options(target, resume=True), fingerprint, interrupted_later)
-    with pytest.raises(InputError, match="--resume"):
-        summarize_file(notes, options(target), {"adapter": "a", "seed": 1}, made_up)
-    with pytest.raises(InputError, match="different adapter, seed"):
-        summarize_file(notes, options(target, resume=True), {"adapter": "b", "seed": 2}, made_up)
-    with pytest.raises(InputError, match="different part of the notes"):
-        summarize_file(notes[:-1], options(target, resume=True), {"adapter": "a", "seed": 1}, made_up)
-    assert "x" not in (tmp_path / "out.jsonl.partial").read_text().splitlines()[0]  # no text of a note
-
-
-@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
-def test_a_partial_file_killed_before_its_first_record(tmp_path, kind):
-    target, partial = tmp_path / f"out{kind}", tmp_path / f"out{kind}.partial"
-    for content in ("", '{"fingerprint": {"part of'):
-        partial.write_text(content)
-        summarize_file([Note(1, "1", "x")], options(target, resume=True), {}, made_up)
-        assert target.stat().st_mode & 0o077 == 0
-        target.unlink()
 
 
 def risky(window, should_stop):
@@ -372,7 +320,7 @@ def test_risky_summaries_are_put_aside(tmp_path, capsys, kind):
         config = InferenceConfig(
             output_file=str(target), max_risk=2.4, review_file=str(review), resume=resume, batch_size=1
         )
-        check_output(config.output_file, resume, dict, config.review_file)
+        check_output(config, dict)
         summarize_file(notes, config, {}, risky)
 
     def ids(path):
@@ -414,10 +362,10 @@ def test_only_files_of_its_own_are_touched(tmp_path):
     for name in strangers:
         (tmp_path / name).write_text("{}")
     with pytest.raises(InputError, match=r"partial-1-of-2 exists: the earlier run used a different number"):
-        check_output(str(target), False, dict)
+        check_output(options(target), dict)
     (tmp_path / strangers[-1]).unlink()
     summarize_file(notes, options(target), {"seed": 1}, made_up)
-    assert check_output(str(target), True, lambda: {"seed": 1})["done"] == 1
+    assert check_output(options(target, True), lambda: {"seed": 1})["done"] == 1
     assert all((tmp_path / name).read_text() == "{}" for name in strangers[:-1])
 
     elsewhere = tmp_path / "elsewhere"
@@ -457,11 +405,6 @@ def test_two_processes_cannot_write_one_file(tmp_path):
     assert len(target.read_text().splitlines()) == 1
 
 
-def test_a_name_with_no_room_for_its_partial_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="too long"):
-        check_output(str(tmp_path / ("a" * 240 + ".jsonl")), False, dict)
-
-
 def test_a_complete_file_of_another_run_is_refused(tmp_path):
     target = tmp_path / "out.jsonl"
     left = tmp_path / "out.jsonl.partial"
@@ -469,21 +412,21 @@ def test_a_complete_file_of_another_run_is_refused(tmp_path):
     record = {"fingerprint": {"adapter": "a", "seed": 1, "part of the notes": [0, 1]}}
     left.write_text(json.dumps(record) + "\n")
     with pytest.raises(InputError, match="different seed"):
-        check_output(str(target), True, lambda: {"adapter": "a", "seed": 2})
+        check_output(options(target, True), lambda: {"adapter": "a", "seed": 2})
     assert left.exists()
-    assert check_output(str(target), True, lambda: {"adapter": "a", "seed": 1})
+    assert check_output(options(target, True), lambda: {"adapter": "a", "seed": 1})
     assert not left.exists()
     with pytest.raises(InputError, match="exists"):
-        check_output(str(target), False, lambda: {"adapter": "a", "seed": 1})
+        check_output(options(target), lambda: {"adapter": "a", "seed": 1})
     for record in ("{", "5", None):
         if record is None:
             (tmp_path / ".out.jsonl.done.json").unlink()
         else:
             (tmp_path / ".out.jsonl.done.json").write_text(record)
         with pytest.raises(InputError, match=r"its record .* is missing or unreadable"):
-            check_output(str(target), True, lambda: {"adapter": "a", "seed": 1})
+            check_output(options(target, True), lambda: {"adapter": "a", "seed": 1})
     target.unlink()
-    assert check_output(str(target), True, dict) is None
+    assert check_output(options(target, True), dict) is None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -505,110 +448,3 @@ def test_a_signal_stops_at_the_next_token(tmp_path, number, capsys):
     assert "--resume" not in capsys.readouterr().err  # the script logs it, once
     summarize_file(notes, options(target, resume=True), {}, made_up)
     assert len(target.read_text().splitlines()) == 20
-
-
-def test_no_file_is_created_if_no_note_fits(adapters, tmp_path):
-    source, target = many_notes(tmp_path / "notes.csv", 2), tmp_path / "out.jsonl"
-    arguments = ["--model_path", adapters(), "--input_file", source, "--output_file", target]
-    assert_input_error(run_inference(*arguments, "--max_new_tokens", 9000), "leaves no room")
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.csv"]
-
-
-def many_notes(path, n=60):
-    source = random.Random(0)
-    texts = [
-        " ".join(source.choices([note for note, _ in NOTES], k=source.randrange(1, 6))) for _ in range(n)
-    ]
-    return write_csv(path, enumerate(texts), header=["id", "clinical_note"])
-
-
-def run_cli(arguments, stderr, environment):
-    """sft_inference.py in a process that has its imports already."""
-    os.environ.update(environment)
-    os.dup2(os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    sys.argv = ["sft_inference.py", "--device", "cpu", *arguments]
-    run_script(sft_inference.main)
-
-
-@pytest.fixture
-def start(tmp_path):
-    """start(*arguments, **environment): (process, file of its standard error). They are forked from a server
-    that only imports, since starting Python and torch takes most of the time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["sft_inference", "sft.inference.generate", "sft.model.adapter"])
-
-    def make(*arguments, **environment):
-        stderr = tmp_path / f"stderr-{time.monotonic_ns()}"
-        arguments = [str(argument) for argument in arguments]
-        process = context.Process(target=run_cli, args=(arguments, stderr, environment))
-        process.start()
-        return process, stderr
-
-    return make
-
-
-def finished(process, stderr):
-    process.join(120)
-    return process.exitcode, stderr.read_text()
-
-
-def test_kills_and_terminations(adapters, tmp_path, start):
-    """SIGKILL and SIGTERM while the file is being written. Sampled summaries, since greedy ones would hide a
-    mistake in the seeds."""
-    source = many_notes(tmp_path / "notes.csv")
-    whole = tmp_path / "whole.jsonl"
-    target = tmp_path / "out.jsonl"
-    arguments = ["--model_path", adapters(), "--input_file", source]
-    arguments += ["--max_new_tokens", 20, "--batch_size", 1, "--temperature", 0.7]
-    status, err = finished(*start(*arguments, "--output_file", whole))
-    assert status == 0, err
-    assert "60 notes summarized" in err
-    partial = tmp_path / "out.jsonl.partial"
-    sizes = []
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        before = partial.stat().st_size if partial.exists() else 0
-        process, stderr = start(*arguments, "--output_file", target, "--resume")
-        deadline = time.monotonic() + 120
-        while not (partial.exists() and partial.stat().st_size > before):
-            assert process.is_alive() and time.monotonic() < deadline, stderr.read_text()
-            time.sleep(0.01)
-        os.kill(process.pid, number)
-        status, err = finished(process, stderr)
-        sizes.append(partial.stat().st_size)
-        assert not target.exists()
-        assert status == (-9 if number == signal.SIGKILL else 143)
-    assert err.count("--resume to continue") == 1
-    assert NOTES[0][0] not in err
-    assert "Traceback" not in err
-    assert 0 < sizes[0] < sizes[1]
-    status, err = finished(*start(*arguments, "--output_file", target))
-    assert status == 2
-    assert "--resume" in err
-    status, err = finished(*start(*arguments, "--output_file", target, "--resume"))
-    assert status == 0, err
-    assert "Resuming after" in err
-    assert "60 notes summarized" in err
-    assert target.read_bytes() == whole.read_bytes()
-    status, err = finished(*start(*arguments, "--output_file", target, "--resume"))
-    assert status == 0, err
-    assert "complete" in err
-    status, err = finished(*start(*arguments, "--output_file", target, "--resume", "--seed", 1))
-    assert status == 2
-    assert "different seed" in err
-
-
-def test_several_processes(adapters, specialist, tmp_path):
-    source = many_notes(tmp_path / "notes.csv", 7)
-    target = tmp_path / "out.csv"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]
-    options = ["--model_path", adapters(), "--input_file", source, "--output_file", target]
-    options += ["--device", "cpu", "--max_new_tokens", 8, "--batch_size", 1, "--temperature", 0.7]
-    result = run_python(*torchrun, "sft_inference.py", *options)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("7 notes summarized") == 1
-    with open(target, newline="", encoding="utf-8-sig") as file:
-        written = [(row["id"], row["generated_summary"].removeprefix("'")) for row in csv.DictReader(file)]
-    ids, notes = zip(*((note.id, note.text) for note in read_notes(source)))
-    expected = specialist.generate_batch(notes, 8, 0.7, batch_size=1)
-    assert written == list(zip(ids, (result["generated_summary"] for result in expected)))
-    assert not list(tmp_path.glob("*.partial*"))

@@ -130,6 +130,34 @@ def test_odd_json(tmp_path):
     assert read_notes(path, InferenceConfig(keep_columns=["k"]))[0][2:] == ("", {"k": ""})
 
 
+def test_bad_rows_of_input_files(tmp_path):
+    # A record without a note fails alone
+    (tmp_path / "a.jsonl").write_text('{"clinical_note": "ok"}\n{"text": 1}\n')
+    assert [note.text for note in read_notes(tmp_path / "a.jsonl")] == ["ok", ""]
+    write_csv(tmp_path / "a.csv", [(1,)], header=["text"])
+    with pytest.raises(InputError, match=r"must name clinical_note .*; or use --note_column text"):
+        read_notes(tmp_path / "a.csv")
+
+
+def test_rows_with_more_fields_than_columns_are_refused(tmp_path):
+    """An unquoted comma would leave the summary of half a note."""
+    (tmp_path / "a.csv").write_text(
+        "id,clinical_note\n11,no fever\n12,fever, cough\n13,well,\nJo Doe,pain, severe\n"
+    )
+    with pytest.raises(
+        InputError, match=r"more fields .*: row 3 \(id 12\), row 5 \(id \(not shown\)\)"
+    ) as refused:
+        read_notes(tmp_path / "a.csv")
+    assert not any(word in str(refused.value) for word in ("fever", "cough", "Doe", "pain"))
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n"])
+def test_any_line_ends(tmp_path, end):
+    (tmp_path / "a.txt").write_bytes(end.join(["Fever.", "", "Cough.", ""]).encode())
+    notes = [(note.row, note.id, note.text.strip()) for note in read_notes(tmp_path / "a.txt")]
+    assert notes == [(1, None, "Fever."), (3, None, "Cough.")]
+
+
 # ------------------------------------------------------------------------------- what one note is
 
 
@@ -160,7 +188,7 @@ def test_several_files_are_one_note_each(tmp_path, capsys):
     assert read_notes([tmp_path / "b.txt", tmp_path / "a.txt"])[0].text == "Dear colleague,\nabout b.txt\n"
     with pytest.raises(InputError, match=r"readme\.md: not \.txt"):
         read_notes([tmp_path / "b.txt", tmp_path / "readme.md"])
-    with pytest.raises(InputError, match="sentences run on"):
+    with pytest.raises(InputError, match="looks like notes"):
         read_notes(tmp_path / "a.txt")
     assert [note.id for note in read_notes(tmp_path / "a.txt", InferenceConfig(one_note="file"))] == ["a"]
 

@@ -9,6 +9,7 @@ from sft.grounding.citations import parse_citations
 from sft.grounding.sentences import split_sentences
 from sft.inference.results import (
     check_result,
+    defuse,
     describe_finding,
     failure,
     kinds_of,
@@ -126,3 +127,10 @@ def test_how_far_a_sentence_rests_on_its_note(specialist):
     (alone, _), *_ = sentence_support(specialist._base, specialist.encoder, note, summary)
     assert alone == pytest.approx(with_note[0], abs=1e-4)
     assert sentence_support(specialist._base, specialist.encoder, note, "") == []
+
+
+def test_spreadsheet_formulas_are_defused():
+    cells = "=1+1|+1+1|-1e5x|-1+2|@x|\uff1d1|\uff0b1+1|\uff0d1+1|\uff20x|\u200b=1| \ufeff-x|\tx".split("|")
+    assert [defuse(cell) for cell in cells] == [f"'{cell}" for cell in cells]
+    harmless = ["fine", "", -1.5, "-7", "-7.5", "+5", "-1e5", "+1,5E-3", "a=b", None]
+    assert [defuse(cell) for cell in harmless] == harmless

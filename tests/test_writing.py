@@ -16,7 +16,7 @@ from tiny import NOTES, rows_of, write_csv
 
 from sft.cli import InputError
 from sft.data.text import clean_text
-from sft.files import write_checksums
+from sft.files import sha256, write_checksums
 from sft.grounding.acceptance import accept
 from sft.grounding.citations import parse_citations, strip_citations
 from sft.grounding.parts import make_parts
@@ -308,8 +308,12 @@ def test_quote_loads_a_model_only_when_asked_for_another_way(adapter, verified):
         inference.generate_summary("Fever.", writing="fast")
 
 
-def test_weights_that_another_tool_trained_are_used_unless_quotes_are_asked(adapter, capsys):
-    _, sft_config, _ = read_adapter_folder(adapter, adapter)
+def test_weights_that_another_tool_trained_are_used_unless_quotes_are_asked(adapter, capsys, monkeypatch):
+    read_again = []
+    hashed = "sft.model.folder.remembered_sha256"
+    monkeypatch.setattr(hashed, lambda path, again: read_again.append(again) or sha256(path))
+    _, sft_config, _ = read_adapter_folder(adapter, adapter, verify=True)
+    assert read_again and all(read_again)
     assert way_of_writing(None, sft_config) == "free"
     assert way_of_writing("verified", sft_config) == "verified"
     log_idle_options(

@@ -176,7 +176,7 @@ class SystemFile:
         if not missing:
             return
         make_private_dir(self.path.parent)
-        out = PartialFile(self.path, self.fingerprint, 0, resume=True)
+        out = PartialFile(self.path, self.fingerprint)
         progress = Progress(len(numbers), "note", done=len(numbers) - len(missing), interval=20)
         n_first = _N_FIRST if on_first else len(missing)
         try:

@@ -11,7 +11,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
+from dataclasses import replace
+from functools import partial
 
 from sft.cli import InputError, RunError, is_terminal, log, plural, visible
 from sft.data.text import decode_bytes, is_blank
@@ -128,29 +129,21 @@ def _more_lines_wait() -> bool:
     return False
 
 
-def split_block(block: str) -> tuple[str, str]:
-    """(note, command) of what was typed; either may be empty. A command is the last line."""
-    note, _, last_line = block.rpartition("\n")
-    if COMMAND.fullmatch(last_line):
-        return note.strip(), last_line
-    return block.strip(), ""
-
-
 def converse(
     summarize: Callable[..., dict], config: InferenceConfig, piped: Sequence[str] | None = None
 ) -> None:
     """The interactive session. `summarize(note, max_new_tokens, temperature, seed=..., on_text=...)` returns
     a result as SFTInference.generate_summary does. `piped`: notes that have been read already. Raises
     InputError if nothing comes through a pipe."""
-    temperature = config.temperature
-    max_new_tokens = config.max_new_tokens
-    last_result = None
-    is_empty = not is_terminal(sys.stdin)
+    config = replace(config)
+    for note in piped or ():
+        _summarize_aloud(summarize, note.strip(), config)
     if piped is not None:
-        for note in piped:
-            _summarize_aloud(summarize, note.strip(), max_new_tokens, temperature, config)
         return
-    if is_terminal(sys.stdin):
+    last_result = None
+    on_screen = is_terminal(sys.stdin)
+    is_empty = not on_screen
+    if on_screen:
         log("Paste a clinical note and press Enter. /help for help, /quit to leave.")
     while True:
         try:
@@ -165,87 +158,71 @@ def converse(
         is_empty = is_empty and not block
         if block.lower() in ("exit", "quit", "help"):
             block = f"/{block.lower()}"
-        if is_terminal(sys.stdin) and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):
+        if on_screen and re.fullmatch(r"/.*", block) and not COMMAND.fullmatch(block):
             log("no such command; /help lists them")
             continue
-        note, command = split_block(block)
-        if note:
-            result = _summarize_aloud(summarize, note, max_new_tokens, temperature, config)
-            last_result = result or last_result
-        word, *values = command.split() or [""]
-        value = values[0] if values else ""
-        try:
-            if word in ("/quit", "/exit", "/q"):
-                return
-            elif word == "/temperature":
-                temperature = number(float, 0)(value)
-            elif word == "/tokens":
-                max_new_tokens = number(int, 1)(value)
-            elif word == "/evidence":
-                log(show_evidence(last_result) if last_result else "no summary yet")
-            elif word == "/help":
-                log(HELP.format(temperature=temperature, max_new_tokens=max_new_tokens))
-        except argparse.ArgumentTypeError:
-            log(f"error: {word} takes {VALUES[word]}")
+        # A command is the last line
+        note, _, command = block.rpartition("\n")
+        if not COMMAND.fullmatch(command):
+            note, command = block, ""
+        if note.strip():
+            last_result = _summarize_aloud(summarize, note.strip(), config) or last_result
+        if command and _obey(*command.split(), config=config, last_result=last_result):
+            return
 
 
-def _summarize_aloud(
-    summarize: Callable[..., dict],
-    note: str,
-    max_new_tokens: int,
-    temperature: float,
-    config: InferenceConfig,
-) -> dict | None:
-    """Prints a summary, on a terminal as it is written, or its complete result as JSON; None if it was
-    stopped or failed, which does not end the conversation."""
+def _obey(word: str, value: str = "", *, config: InferenceConfig, last_result: dict | None) -> bool:
+    """Does what a command says, and changes `config` by it; whether it ends the conversation."""
+    if word in ("/quit", "/exit", "/q"):
+        return True
+    try:
+        if word == "/temperature":
+            config.temperature = number(float, 0)(value)
+        elif word == "/tokens":
+            config.max_new_tokens = number(int, 1)(value)
+    except argparse.ArgumentTypeError:
+        log(f"error: {word} takes {VALUES[word]}")
+    if word == "/evidence":
+        log(show_evidence(last_result) if last_result else "no summary yet")
+    elif word == "/help":
+        log(HELP.format(temperature=config.temperature, max_new_tokens=config.max_new_tokens))
+    return False
+
+
+def write_summary(summarize: Callable[..., dict], note: str, config: InferenceConfig) -> dict:
+    """Prints the summary of a note, on a terminal as it is written, or its complete result as JSON, and logs
+    what is to be known of it; `summarize` as in `converse`. Returns the result."""
     started = time.perf_counter()
     streams = not config.json and is_terminal(sys.stdout)
     on_text = print_piece if streams else None
+    settings = (config.max_new_tokens, config.temperature)
+    result = summarize(note, *settings, seed=config.seed, on_text=on_text)
+    text = "" if streams else visible(result["generated_summary"], sys.stdout)
+    print(to_json(result, sys.stdout) if config.json else text, flush=True)
+    log_result(result, time.perf_counter() - started, config)
+    return result
+
+
+def _summarize_aloud(summarize: Callable[..., dict], note: str, config: InferenceConfig) -> dict | None:
+    """The same in a conversation, which no failure ends: None if it was stopped or failed."""
     try:
-        result = summarize(note, max_new_tokens, temperature, seed=config.seed, on_text=on_text)
+        return write_summary(summarize, note, config)
     except KeyboardInterrupt:
         print(flush=True)
         log("(stopped)")
     except (InputError, RunError) as error:
         if config.json:
             print(to_json(failure(error.problem), sys.stdout), flush=True)
-        log(f"error: {_as_command(error.problem)}")
+        log(f"error: {_as_command(error.problem, config)}")
         if error.fix:
-            log(f"fix:   {_as_command(error.fix)}")
-    else:
-        text = "" if streams else visible(result["generated_summary"], sys.stdout)
-        print(to_json(result, sys.stdout) if config.json else text, flush=True)
-        log_result(
-            {**result, "warnings": map(_as_command, result["warnings"])}, time.perf_counter() - started
-        )
-        return result
+            log(f"fix:   {_as_command(error.fix, config)}")
     return None
 
 
-def write_summary(summarize: Callable[..., dict], config: InferenceConfig) -> None:
-    """Summarizes clinical_note to standard output, as it is written if that is a terminal; `summarize` as in
-    `converse`, whose errors end this."""
-    started = time.perf_counter()
-    streams = not config.json and is_terminal(sys.stdout)
-    result = summarize(
-        config.clinical_note,
-        config.max_new_tokens,
-        config.temperature,
-        seed=config.seed,
-        on_text=print_piece if streams else None,
-    )
-    if config.json:
-        print(to_json(result, sys.stdout), flush=True)
-    else:
-        print("" if streams else result["generated_summary"], flush=True)
-    log_result(result, time.perf_counter() - started)
-
-
-def _as_command(words: str) -> str:
-    """Advice as it can be followed here: by a command on a terminal, by the option through a pipe."""
-    if not is_terminal(sys.stdin):
-        return words
-    return re.sub("(--)?max_new_tokens", "/tokens", words)
+def _as_command(words: str, config: InferenceConfig) -> str:
+    """Advice as it can be followed in a conversation on a terminal: by a command."""
+    is_typed = config.clinical_note is None and is_terminal(sys.stdin)
+    return re.sub("(--)?max_new_tokens", "/tokens", words) if is_typed else words
 
 
 def print_piece(text: str) -> None:
@@ -276,28 +253,24 @@ def show_evidence(result: dict) -> str:
 def own_words(result: dict) -> str:
     """How many of a summary's sentences are the note's own words; "" for one that was written freely."""
     sources = [sentence["source"] for sentence in result["sentences"]]
-    if not sources:
-        return ""
     n_quoted = sources.count("quoted")
-    which = f"{n_quoted} of {plural(len(sources), 'sentence')}"
-    return f"{which} {'is' if n_quoted == 1 else 'are'} the note's own words (--writing free writes freely)"
+    which = f"{n_quoted} of {plural(len(sources), 'sentence')} {'is' if n_quoted == 1 else 'are'}"
+    return f"{which} the note's own words (--writing free writes freely)" if sources else ""
 
 
 def left_out(result: dict, with_text: bool) -> str:
     """What a summary does not mention, by sentence; without text, which is the patient's, by kind."""
     items = result["not_mentioned"]
-    if not items:
-        return ""
-    if not with_text:
-        kinds = Counter(item["kind"] for item in items)
-        return f"not mentioned: {', '.join(f'{n} {kind}' for kind, n in sorted(kinds.items()))}"
-    texts = (
-        f"{textwrap.shorten(item['text'], 80, placeholder=' …')} (S{item['note_sentence']})" for item in items
-    )
-    return f"not mentioned: {'; '.join(islice(texts, 5))}" + (f"; {len(items) - 5} more" * (len(items) > 5))
+    kinds = Counter(item["kind"] for item in items)
+    parts = [f"{n} {kind}" for kind, n in sorted(kinds.items())]
+    if with_text:
+        shorten = partial(textwrap.shorten, width=80, placeholder=" …")
+        parts = [f"{shorten(item['text'])} (S{item['note_sentence']})" for item in items[:5]]
+        parts += [f"{len(items) - 5} more"] if len(items) > 5 else []
+    return f"not mentioned: {('; ' if with_text else ', ').join(parts)}" if items else ""
 
 
-def log_result(result: dict, seconds: float) -> None:
+def log_result(result: dict, seconds: float, config: InferenceConfig) -> None:
     """Logs timing, warnings, findings, whose words a summary is in, and what it does not mention."""
     if result["n_new_tokens"]:
         prompt = f"{result['n_prompt_tokens']:,} prompt tokens"
@@ -308,6 +281,6 @@ def log_result(result: dict, seconds: float) -> None:
         if line:
             log(line)
     for warning in result["warnings"]:
-        log(f"warning: {warning}")
+        log(f"warning: {_as_command(warning, config)}")
     for finding in result.get("findings", ()):
         log(f"check: {finding['kind']}: {describe_finding(finding)}", is_colored=True)

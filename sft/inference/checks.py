@@ -1,10 +1,10 @@
 """What a run of the inference script checks before a model is loaded, and what identifies its results."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sft.cli import InputError, is_terminal, log, preview_list, processes
+from sft.cli import InputError, as_input_error, is_terminal, log, processes
 from sft.files import check_new_file
 from sft.inference.notes import Note, notes_digest, read_notes
 from sft.model.folder import quantization_for
@@ -14,45 +14,9 @@ from sft.options import InferenceConfig, quantization_of
 def check_files(config: InferenceConfig) -> list[Note] | None:
     """The notes of input_file, once it is clear that they can be read and their summaries written. Raises
     InputError for options that contradict each other."""
-    if config.clinical_note is not None and config.input_file:
-        raise InputError("--clinical_note cannot be combined with --input_file", "choose one")
-    if config.output_file and not config.input_file:
-        fix = "add --input_file with the notes; one note's summary goes to standard output"
-        raise InputError("--output_file requires --input_file", fix)
-    of_notes = [
-        name for name in ("clinical_note", "input_file", "json") if getattr(config, name) not in (None, False)
-    ]
-    of_notes += ["one_note"] if config.one_note != "auto" else []
-    if config.merge_to and of_notes:
-        raise InputError(f"--merge_to cannot be combined with --{of_notes[0]}", "merge first, then summarize")
-    of_summaries = ("max_new_tokens", "temperature", "max_length", "no_merge")
-    idle = [f"--{name}" for name in of_summaries if getattr(config, name) != getattr(InferenceConfig, name)]
-    if config.merge_to and idle:
-        log(f"info: no effect with --merge_to: {', '.join(idle)}")
-    if config.clinical_note is not None and config.one_note != "auto":
-        raise InputError("--one_note has no effect with --clinical_note, which is one", "leave it out")
-    if config.resume and not config.output_file:
-        raise InputError("--resume requires --output_file", "specify the file to continue with --output_file")
-    if (config.max_risk is None) != (config.review_file is None) or (
-        config.review_file and not config.output_file
-    ):
-        fix = "give all three: summaries with a higher risk go to --review_file, the others to --output_file"
-        raise InputError("--max_risk, --review_file and --output_file belong together", fix)
-    if config.review_file and Path(config.review_file).resolve() == Path(config.output_file).resolve():
-        raise InputError("--review_file is --output_file", "name another file")
-    if config.json and config.output_file:
-        raise InputError("--json is for standard output", "leave it out: a .jsonl file has complete results")
-    if config.json and is_conversation(config) and is_terminal(sys.stdin):
-        raise InputError(
-            "--json is not for a conversation", "add --clinical_note or --input_file, or pipe notes"
-        )
-    if processes()[1] > 1 and not config.output_file:
-        problem = "running several processes requires --input_file and --output_file"
-        raise InputError(problem, "add both, or start one process")
-    quantization = quantization_of(vars(config))
-    if config.merge_to and quantization:
-        problem = f"--merge_to cannot be combined with --quantization {quantization}"
-        raise InputError(problem, "merge into the unquantized base model, then quantize")
+    for is_wrong, problem, fix in _contradictions(config):
+        if is_wrong:
+            raise InputError(problem, fix)
     check_new_file("--merge_to", config.merge_to)
     if not config.input_file:
         return None
@@ -62,19 +26,62 @@ def check_files(config: InferenceConfig) -> list[Note] | None:
     return notes
 
 
+def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is so, problem, fix) of options that do not go together."""
+    one = config.clinical_note is not None
+    out, review = (name and Path(name).resolve() for name in (config.output_file, config.review_file))
+    yield one and config.input_file, "--clinical_note cannot be combined with --input_file", "choose one"
+    has_one_note = config.one_note != "auto"
+    of_notes = {
+        "clinical_note": one,
+        "input_file": config.input_file,
+        "json": config.json,
+        "one_note": has_one_note,
+    }
+    for name, is_given in of_notes.items():
+        problem = f"--merge_to cannot be combined with --{name}"
+        yield config.merge_to and is_given, problem, "merge first, then summarize"
+    yield one and has_one_note, "--one_note has no effect with --clinical_note, which is one", "leave it out"
+    problem = "--max_risk, --review_file and --output_file belong together"
+    fix = "give all three: summaries with a higher risk go to --review_file, the others to --output_file"
+    yield (config.max_risk is None) != (review is None) or (review and not out), problem, fix
+    yield review and review == out, "--review_file is --output_file", "name another file"
+    fix = "leave it out: a .jsonl file has complete results"
+    yield config.json and out, "--json is for standard output", fix
+    fix = "add --clinical_note or --input_file, or pipe notes"
+    is_typed = is_conversation(config) and is_terminal(sys.stdin)
+    yield config.json and is_typed, "--json is not for a conversation", fix
+    problem = "running several processes requires --input_file and --output_file"
+    yield processes()[1] > 1 and not out, problem, "add both, or start one process"
+    quantization = quantization_of(vars(config))
+    problem = f"--merge_to cannot be combined with --quantization {quantization}"
+    fix = "merge into the unquantized base model, then quantize"
+    yield config.merge_to and quantization, problem, fix
+
+
 def is_conversation(config: InferenceConfig) -> bool:
     return config.clinical_note is None and not config.input_file and not config.merge_to
 
 
 def log_idle_options(config: InferenceConfig) -> None:
-    """Names what has no effect, since no model is loaded."""
-    names = "base_model dtype quantization use_8bit use_4bit no_merge max_length max_new_tokens temperature seed".split()
-    defaults = InferenceConfig()
-    idle = [f"--{name}" for name in names if getattr(config, name) != getattr(defaults, name)]
-    if config.writing == "quote" and idle:
-        log(f"info: --writing quote loads no model, so {preview_list(idle, len(idle))} changes nothing")
-    if config.writing == "quote" and config.prompt_from:
+    """Names what has no effect, since no summary is written or no model loaded."""
+    reason = "--merge_to writes no summary"
+    names = "max_new_tokens temperature max_length no_merge".split()
+    if not config.merge_to:
+        reason = "--writing quote loads no model"
+        names += "base_model dtype quantization use_8bit use_4bit seed".split()
+    idle = [f"--{name}" for name in names if getattr(config, name) != getattr(InferenceConfig, name)]
+    if idle and (config.merge_to or config.writing == "quote"):
+        log(f"info: {reason}, so {', '.join(idle)} changes nothing")
+    if config.prompt_from and config.writing == "quote":
         log(f"info: --writing quote loads no model: the weights in {config.model_path} are not used")
+
+
+def import_libraries() -> None:
+    """Raises InputError if they cannot be imported, as with a setting that they do not know."""
+    fix = "unset what the environment sets for it, as ACCELERATE_LOG_LEVEL, or install requirements_training.txt again"
+    with as_input_error("a library of the model cannot be imported", fix):
+        import sft.model.adapter  # noqa: F401
 
 
 def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note]) -> dict:

@@ -7,7 +7,6 @@ prompt. The prefix that all prompts share is computed once. When few sequences a
 also verifies drafts copied from their prompts. `enable_kv_cache` finds out whether a model can work this way;
 sft/inference/generate.py is for the rest."""
 
-import functools
 import math
 import random
 from collections import deque
@@ -18,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from sft.cli import RunError, is_out_of_memory
+from sft.cli import RunError, first_line, is_out_of_memory
 from sft.inference.endings import repeated_from
 from sft.model.attention import KVCache, attention_window
 from sft.model.probes import logits_problem, probe_failure, reference_attention
@@ -37,59 +36,72 @@ GREEDY_BELOW = 0.01
 # ------------------------------------------------------------------------------- sequences
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How sequences are written."""
+
+    max_new_tokens: int
+    stop_ids: Sequence[int]
+    temperature: float = 0.0
+    seed: int = 0
+    batch_size: int = DEFAULT_GENERATION_BATCH_SIZE  # sequences at a time, at most
+    numbers: Set[int] = frozenset()  # the tokens that are digits
+    on_token: Callable | None = None  # called with a GeneratedSequence after each of its tokens
+    # Asked after each forward pass; once it is true, the sequences that are still running are left
+    should_stop: Callable[[], bool] | None = None
+
+
 @dataclass
 class GeneratedSequence:
     """One sequence: its prompt's number and what has been generated so far."""
 
     index: int
     prompt: list[int]
-    seed: int
+    settings: Settings
     ids: list[int] = field(default_factory=list)  # with the end token, once it has come
     log_probs: list[float] = field(default_factory=list)  # of each token, at temperature 1
-    numbers: Set[int] = frozenset()  # the tokens that are digits
     n_kept: int | None = None  # of a loop's ids: those before it is repeated
     # "stop", "loop", "length", "nan" (the model computed it), or "" while it is running
     finish_reason: str = ""
 
-    @property
-    def n_cached(self) -> int:
-        """Tokens whose keys and values are in the KV cache: all but the newest, once a token has been
-        generated."""
-        return len(self.prompt) + len(self.ids) - 1
-
     def gumbel_noise(self, ahead: int, n: int) -> torch.Tensor:
         """Gumbel noise (n,) to sample the token after the next `ahead` ones with. It depends on seed, prompt
         number and position alone, so that neither batch size nor order changes a sample."""
-        seed = random.Random(f"{self.seed} {self.index} {len(self.ids) + ahead}").getrandbits(63)
-        exponential = torch.empty(n).exponential_(generator=torch.Generator().manual_seed(seed))
+        name = f"{self.settings.seed} {self.index} {len(self.ids) + ahead}"
+        generator = torch.Generator().manual_seed(random.Random(name).getrandbits(63))
+        exponential = torch.empty(n).exponential_(generator=generator)
         return -exponential.clamp_(min=1e-30).log_()
 
-    def add(self, token: int, log_prob: float, stop_ids: Sequence[int], max_new_tokens: int) -> None:
-        if not math.isfinite(log_prob):
+    def add(self, token: int, log_prob: float) -> None:
+        if math.isfinite(log_prob):
+            self.ids.append(token)
+            self.log_probs.append(log_prob)
+            self._finish()
+        else:
             self.finish_reason = "nan"
-            return
-        self.ids.append(token)
-        self.log_probs.append(log_prob)
-        if token in stop_ids:
+        if self.settings.on_token:
+            self.settings.on_token(self)
+
+    def _finish(self) -> None:
+        """Sets `finish_reason` if the newest token is the last one."""
+        if self.ids[-1] in self.settings.stop_ids:
             self.finish_reason = "stop"
-        elif (n_kept := repeated_from(self.ids, self.numbers)) is not None:
+        elif (n_kept := repeated_from(self.ids, self.settings.numbers)) is not None:
             self.finish_reason = "loop"
             self.n_kept = n_kept
-        elif len(self.ids) == max_new_tokens:
+        elif len(self.ids) == self.settings.max_new_tokens:
             self.finish_reason = "length"
 
 
-def make_sequences(
-    prompts: dict[int, list[int]], seed: int, numbers: Set[int] = frozenset()
-) -> list[GeneratedSequence]:
+def make_sequences(prompts: dict[int, list[int]], settings: Settings) -> list[GeneratedSequence]:
     """A sequence for each numbered prompt, the longest first, so that too little memory shows at the
     start."""
-    sequences = [GeneratedSequence(i, prompt, seed, numbers=numbers) for i, prompt in prompts.items()]
+    sequences = [GeneratedSequence(i, prompt, settings) for i, prompt in prompts.items()]
     return sorted(sequences, key=lambda sequence: -len(sequence.prompt))
 
 
 def sample(
-    logits: torch.Tensor, temperature: float, positions: Sequence[tuple[GeneratedSequence, int]]
+    logits: torch.Tensor, positions: Sequence[tuple[GeneratedSequence, int]]
 ) -> tuple[list[int], list[float]]:
     """A token for each position (sequence, tokens ahead) and its log-probability at temperature 1.
 
@@ -97,6 +109,7 @@ def sample(
     softmax, which rounding rarely changes."""
     logits = logits.float()
     scores = logits
+    temperature = positions[0][0].settings.temperature
     if temperature >= GREEDY_BELOW:
         noise = [sequence.gumbel_noise(ahead, logits.shape[-1]) for sequence, ahead in positions]
         scores = logits / temperature + torch.stack(noise).to(logits.device)
@@ -133,38 +146,36 @@ def common_prefix_length(prompts: Sequence[list[int]]) -> int:
 
 
 class Chunk(NamedTuple):
-    """Several tokens of one sequence in a forward pass: a prompt that enters, or the newest token and its
-    draft."""
+    """Tokens of one sequence in a forward pass: a prompt that enters, or the newest token and its draft."""
 
     slot: int
     first: int  # position of the first token
     ids: list[int]
     n_logits: int  # logits wanted: after the last so many tokens
 
+    @property
+    def drafted(self) -> list[int]:
+        return self.ids[len(self.ids) - self.n_logits + 1 :]
 
-def forward(
-    model, cache: KVCache, running: Sequence[GeneratedSequence], chunks: Sequence[Chunk]
-) -> torch.Tensor:
-    """One pass over one row of tokens without padding:
 
-        | newest token of each running sequence | first chunk | second chunk | ...
-          slot 0, slot 1, ..., slot running - 1   chunk.slot    chunk.slot
+def forward(model, cache: KVCache, chunks: Sequence[Chunk], n_single: int = 0) -> torch.Tensor:
+    """One pass over one row of tokens without padding, chunk after chunk. The first `n_single` chunks are one
+    token each, in the slots 0, 1, ...: their attention is computed together.
 
-    Returns logits (n, vocabulary) in the order of the row: one after each running sequence's token,
-    `n_logits` in each chunk."""
+    Returns logits (n, vocabulary) in the order of the row, `n_logits` of each chunk."""
     device = model.get_input_embeddings().weight.device
-    tokens = [sequence.ids[-1] for sequence in running]
-    positions = [sequence.n_cached for sequence in running]
-    cache.plan_pass(positions, [(chunk.slot, chunk.first, len(chunk.ids)) for chunk in chunks], device)
-    kept = list(range(len(running)))
-    row_positions = list(positions)
+    tokens = []
+    positions = []
+    kept = []
     for chunk in chunks:
         tokens += chunk.ids
-        row_positions += range(chunk.first, chunk.first + len(chunk.ids))
+        positions += range(chunk.first, chunk.first + len(chunk.ids))
         kept += range(len(tokens) - chunk.n_logits, len(tokens))
+    spans = [(chunk.slot, chunk.first, len(chunk.ids)) for chunk in chunks[n_single:]]
+    cache.plan_pass(positions[:n_single], spans, device)
     return model(
         input_ids=torch.tensor([tokens], device=device),
-        position_ids=torch.tensor([row_positions], device=device),
+        position_ids=torch.tensor([positions], device=device),
         logits_to_keep=torch.tensor(kept, device=device),
         kv_cache=cache,
         use_cache=False,
@@ -176,74 +187,64 @@ def forward(
 
 @torch.inference_mode()
 def decode(
-    model,
-    prompts: dict[int, list[int]],
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    *,
-    temperature: float = 0.0,
-    batch_size: int = DEFAULT_GENERATION_BATCH_SIZE,
-    seed: int = 0,
-    numbers: Set[int] = frozenset(),
-    on_token: Callable[[GeneratedSequence], None] | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    model, prompts: dict[int, list[int]], max_new_tokens: int, stop_ids: Sequence[int], **options
 ) -> Iterator[GeneratedSequence]:
-    """Continues each numbered prompt (one token or more) and yields the sequences as they end, at most
-    `batch_size` of them running at a time. `numbers`: the tokens that are digits. `on_token` is called after
-    each token; once `should_stop`, asked after each forward pass, is true, the generator ends without the
-    sequences that are still running.
+    """Continues each numbered prompt (one token or more) and yields the sequences as they end. `options`: the
+    other fields of Settings.
 
     `model` is a base model (not a PeftModel) that `enable_kv_cache` accepted, else ValueError is raised."""
     if model.config._attn_implementation != "kv_cache":
         raise ValueError("decode needs a model that enable_kv_cache has accepted")
-    waiting = deque(make_sequences(prompts, seed, numbers))
+    settings = Settings(max_new_tokens, stop_ids, **options)
+    waiting = deque(make_sequences(prompts, settings))
     running: list[GeneratedSequence] = []
-    n_slots = min(batch_size, len(waiting))
+    n_slots = min(settings.batch_size, len(waiting))
     capacity = max(map(len, prompts.values()), default=0) + max_new_tokens
 
     # The prefix that all prompts share is computed once, in the last slot, and copied from there
     n_shared = common_prefix_length(list(prompts.values()))
     cache = KVCache(n_slots + bool(n_shared), capacity)
     if n_shared:
-        forward(model, cache, [], [Chunk(n_slots, 0, waiting[0].prompt[:n_shared], 1)])
+        forward(model, cache, [Chunk(n_slots, 0, waiting[0].prompt[:n_shared], 1)])
 
     while waiting or running:
-        # 1. Draft what the running sequences may go on to copy
-        drafts = draft_all(running, max_new_tokens)
+        # 1. The running sequences go on, with drafts of what they may copy
+        chunks = next_chunks(running)
+        n_single = 0 if any(chunk.drafted for chunk in chunks) else len(chunks)
 
         # 2. Admit waiting prompts to free slots
-        entering = admit(waiting, n_slots - len(running), n_shared)
+        for sequence in admit(waiting, n_slots - len(running), n_shared):
+            if n_shared:
+                cache.copy(n_slots, len(running), n_shared)
+            chunks.append(Chunk(len(running), n_shared, sequence.prompt[n_shared:], 1))
+            running.append(sequence)
 
         # 3. Run the model, and sample at every position whose logits were kept
-        logits = run_pass(model, cache, running, drafts, entering, n_shared)
-        running += entering
-        drafts += [[] for _ in entering]
-        positions = [(s, ahead) for s, drafted in zip(running, drafts) for ahead in range(len(drafted) + 1)]
-        samples = zip(*sample(logits, temperature, positions))
+        logits = forward(model, cache, chunks, n_single)
+        positions = [(s, ahead) for s, chunk in zip(running, chunks) for ahead in range(chunk.n_logits)]
+        samples = zip(*sample(logits, positions))
 
         # 4. Accept tokens as far as the drafts were right
-        for sequence, drafted in zip(running, drafts):
-            own_samples = list(islice(samples, len(drafted) + 1))
-            for token, log_prob in accepted(drafted, own_samples):
-                sequence.add(token, log_prob, stop_ids, max_new_tokens)
-                if on_token:
-                    on_token(sequence)
-                if sequence.finish_reason:
-                    break
+        for sequence, chunk in zip(running, chunks):
+            accept(sequence, chunk.drafted, list(islice(samples, chunk.n_logits)))
 
         # 5. Retire the sequences that have ended
         yield from retire(running, cache)
-        if should_stop and should_stop():
+        if settings.should_stop and settings.should_stop():
             return
 
 
-def draft_all(running: Sequence[GeneratedSequence], max_new_tokens: int) -> list[list[int]]:
-    """A draft for each running sequence, empty if there is nothing to copy or too many are running to share a
-    pass."""
+def next_chunks(running: Sequence[GeneratedSequence]) -> list[Chunk]:
+    """The newest token of each running sequence and its draft, if there is something to copy and few enough
+    are running to share a pass. Keys and values of the tokens before are in the cache."""
     share = DRAFT_TOKENS // max(len(running), 1)
-    if share < 2:
-        return [[] for _ in running]
-    return [draft(sequence, min(share, max_new_tokens - len(sequence.ids) - 1)) for sequence in running]
+    chunks = []
+    for slot, sequence in enumerate(running):
+        n_left = sequence.settings.max_new_tokens - len(sequence.ids) - 1
+        drafted = draft(sequence, min(share, n_left)) if share >= 2 else []
+        first = len(sequence.prompt) + len(sequence.ids) - 1
+        chunks.append(Chunk(slot, first, [sequence.ids[-1], *drafted], 1 + len(drafted)))
+    return chunks
 
 
 def admit(waiting: deque[GeneratedSequence], n_free: int, n_shared: int) -> list[GeneratedSequence]:
@@ -257,37 +258,12 @@ def admit(waiting: deque[GeneratedSequence], n_free: int, n_shared: int) -> list
     return entering
 
 
-def run_pass(
-    model,
-    cache: KVCache,
-    running: list[GeneratedSequence],
-    drafts: list[list[int]],
-    entering: list[GeneratedSequence],
-    n_shared: int,
-) -> torch.Tensor:
-    """Logits after each running sequence's newest token and after each token of its draft, then after each
-    prompt that enters. With drafts, all running sequences enter the pass as chunks."""
-    newest = running
-    chunks = []
-    if any(drafts):
-        newest = []
-        for slot, (sequence, drafted) in enumerate(zip(running, drafts)):
-            chunks.append(Chunk(slot, sequence.n_cached, [sequence.ids[-1], *drafted], len(drafted) + 1))
-    for slot, sequence in enumerate(entering, len(running)):
-        if n_shared:
-            cache.copy(cache.n_slots - 1, slot, n_shared)
-        chunks.append(Chunk(slot, n_shared, sequence.prompt[n_shared:], 1))
-    return forward(model, cache, newest, chunks)
-
-
-def accepted(drafted: list[int], samples: list[tuple[int, float]]) -> Iterator[tuple[int, float]]:
-    """The samples up to the first that differs from the draft: what the model computed after it followed
-    another token.
-
-    `samples` are (token, log-probability), one more than there are drafted tokens."""
+def accept(sequence: GeneratedSequence, drafted: list[int], samples: list[tuple[int, float]]) -> None:
+    """Adds the samples (token, log-probability), one more than there are drafted tokens, up to the first that
+    differs from the draft: what the model computed after it followed another token."""
     for expected, (token, log_prob) in zip([*drafted, None], samples):
-        yield token, log_prob
-        if token != expected:
+        sequence.add(token, log_prob)
+        if sequence.finish_reason or token != expected:
             return
 
 
@@ -305,7 +281,7 @@ def retire(running: list[GeneratedSequence], cache: KVCache) -> list[GeneratedSe
             last = running.pop()
             if slot < len(running):
                 running[slot] = last
-                cache.copy(len(running), slot, last.n_cached)
+                cache.copy(len(running), slot, len(last.prompt) + len(last.ids) - 1)
     return ended
 
 
@@ -315,9 +291,7 @@ def retire(running: list[GeneratedSequence], cache: KVCache) -> list[GeneratedSe
 def decode_within_memory(
     decoder: Callable,
     prompts: dict[int, list[int]],
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    *,
+    *arguments,
     batch_size: int,
     on_token: Callable[[GeneratedSequence], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -327,23 +301,29 @@ def decode_within_memory(
     memory, half as many sequences at a time are tried; a prompt that does not even fit alone gives (number,
     None).
 
-    Raises RunError if the model fails for another reason, and what `on_token` raises as it is.
-    """
+    Raises RunError if the model fails for another reason, and what `on_token` raises as it is."""
+    of_caller = []
+
+    def tell(sequence: GeneratedSequence) -> None:
+        try:
+            on_token(sequence)
+        except Exception as error:
+            of_caller.append(error)
+            raise
+
+    options |= {"should_stop": should_stop, "on_token": tell if on_token else None}
     waiting = dict(prompts)
-    options["should_stop"] = should_stop
-    if on_token:
-        options["on_token"] = functools.partial(_call, on_token)
     while waiting and not (should_stop and should_stop()):
         try:
-            for sequence in decoder(
-                dict(waiting), max_new_tokens, stop_ids, batch_size=batch_size, **options
-            ):
+            for sequence in decoder(dict(waiting), *arguments, batch_size=batch_size, **options):
                 del waiting[sequence.index]
                 yield sequence.index, sequence
-        except _OfCaller as error:
-            raise error.__cause__ from None
         except (MemoryError, RuntimeError, OSError) as error:
-            _raise_unless_out_of_memory(error)
+            if error in of_caller or not (is_out_of_memory(error) or isinstance(error, RuntimeError)):
+                raise
+            if not is_out_of_memory(error):
+                problem = f"the model failed ({type(error).__name__}: {first_line(error)})"
+                raise RunError(problem, "check the device and its driver") from error
             if batch_size > 1 and len(waiting) > 1:
                 batch_size = min(batch_size, len(waiting)) // 2
             else:
@@ -351,28 +331,6 @@ def decode_within_memory(
                 longest = max(waiting, key=lambda number: len(waiting[number]))
                 del waiting[longest]
                 yield longest, None
-
-
-class _OfCaller(Exception):
-    """Holds an exception that is not the model's, as its cause."""
-
-
-def _call(on_token: Callable[[GeneratedSequence], None], sequence: GeneratedSequence) -> None:
-    try:
-        on_token(sequence)
-    except Exception as error:
-        raise _OfCaller from error
-
-
-def _raise_unless_out_of_memory(error: Exception) -> None:
-    """Raises a RuntimeError as RunError, with the first line of its message, and any other error as it is."""
-    if is_out_of_memory(error):
-        return
-    if not isinstance(error, RuntimeError):
-        raise error
-    reason = str(error).partition("\n")[0]
-    problem = f"the model failed ({type(error).__name__}: {reason})"
-    raise RunError(problem, "check the device and its driver") from error
 
 
 # ------------------------------------------------------------------------------- can a model do it?
@@ -405,46 +363,28 @@ def _probe(model) -> str:
 
     Three prompts enter together and share a prefix, then two tokens are written after each: longer than an
     attention window of up to 512 tokens. Of a longer one it is only checked that the layers hand it over."""
-    device = model.get_input_embeddings().weight.device
-    sequences = _probe_sequences(model.config.get_text_config())
+    text = model.config.get_text_config()
+    window = attention_window(text)
+    longest = 9 + (window if window and window <= 512 else 0)
+    prompts = [[5, 2, *((7 * k + 3 * n) % text.vocab_size for k in range(n))] for n in (longest, 7, 4)]
     before = model.config._attn_implementation
     model.config._attn_implementation = "kv_cache"
-    cache = KVCache(len(sequences) + 1, len(sequences[0].prompt) + 2)
-    found = _probe_logits(model, sequences, cache)
+    cache = KVCache(4, longest + 4)
+    forward(model, cache, [Chunk(3, 0, [5, 2], 1)])
+    for slot in range(3):
+        cache.copy(3, slot, 2)
+    found = [forward(model, cache, [Chunk(slot, 2, prompt[2:], 1) for slot, prompt in enumerate(prompts)])]
+    for _ in range(2):
+        newest = [Chunk(slot, len(prompt), [slot + 11], 1) for slot, prompt in enumerate(prompts)]
+        found.append(forward(model, cache, newest, n_single=3))
+        for chunk in newest:
+            prompts[chunk.slot] += chunk.ids
     model.config._attn_implementation = before
     with reference_attention(model):
-        for sequence in sequences:
-            tokens = torch.tensor([sequence.prompt + sequence.ids], device=device)
+        for slot, prompt in enumerate(prompts):
+            tokens = torch.tensor([prompt], device=found[0].device)
             expected = model(input_ids=tokens, use_cache=False).logits[0, -3:]
-            problem = logits_problem(found[:, sequence.index], expected, model)
+            problem = logits_problem(torch.stack(found)[:, slot], expected, model)
             if problem:
                 return problem
-    window = attention_window(model.config.get_text_config())
     return "" if window in (None, *cache.windows) else f"its window of {window} tokens is in its mask alone"
-
-
-def _probe_sequences(text_config) -> list[GeneratedSequence]:
-    window = attention_window(text_config) or 0
-    longest = (window if window <= 512 else 0) + 9
-    shared = [5, 2]
-    prompts = {
-        i: shared + [(7 * k + 3 * n) % text_config.vocab_size for k in range(n)]
-        for i, n in enumerate((longest, 7, 4))
-    }
-    return make_sequences(prompts, seed=0)
-
-
-def _probe_logits(model, sequences: list[GeneratedSequence], cache: KVCache) -> torch.Tensor:
-    """Logits (3, sequences, vocabulary) after each prompt and after each of two tokens that are then written
-    to it."""
-    shared = sequences[0].prompt[:2]
-    forward(model, cache, [], [Chunk(len(sequences), 0, shared, 1)])
-    for slot in range(len(sequences)):
-        cache.copy(len(sequences), slot, len(shared))
-    prompts = [Chunk(slot, 2, sequence.prompt[2:], 1) for slot, sequence in enumerate(sequences)]
-    logits = [forward(model, cache, [], prompts)]
-    for _ in range(2):
-        for sequence in sequences:
-            sequence.ids.append((sequence.index + 11) % model.config.get_text_config().vocab_size)
-        logits.append(forward(model, cache, sequences, []))
-    return torch.stack(logits)

@@ -4,8 +4,8 @@ Notes are summarized in windows of WINDOW batches, sorted by length inside a win
 output is FILE.partial, JSON Lines: first the run's fingerprint (hashes and settings, no text), then
 {"number", "result"} for each summary as it ends. At the end they are written to FILE in the order of the
 notes, and .FILE.done.json keeps the fingerprint. The batch that a note is in moves the last digit of its
-confidence now and then: a window that was interrupted is therefore computed again whole, unless --batch_size
-changed, and its finished summaries stay as they are, so that a resumed file is identical to the byte."""
+confidence now and then: a window that was interrupted is therefore computed again whole, and its finished
+summaries stay as they are, so that a resumed file is identical to the byte."""
 
 import contextlib
 import filecmp
@@ -18,18 +18,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO
 
-from sft.cli import (
-    InputError,
-    Progress,
-    RunError,
-    Stopped,
-    log,
-    noted_signals,
-    plural,
-    processes,
-)
+from sft.cli import InputError, Progress, RunError, Stopped, log, noted_signals, plural, processes
 from sft.files import check_new_file, lock, sync_dir, write_json
 from sft.inference.notes import Note
 from sft.inference.results import csv_columns, csv_row, format_result, kinds_of, needs_review, to_json
@@ -54,46 +44,42 @@ class StandardOutput:
         self.next = 0
 
     def add(self, number: int, result: dict) -> None:
+        self.done.add(number)
         self.waiting[number] = result
         while self.next in self.waiting:
-            self._print(self.waiting.pop(self.next))
+            self._print(self.next)
             self.next += 1
-        self.done.add(number)
 
-    def _print(self, result: dict) -> None:
+    def _print(self, number: int) -> None:
+        result = self.waiting.pop(number)
         self.counts.update(kinds_of(result))
         sys.stdout.write(format_result(result, self.kind, sys.stdout))
         sys.stdout.flush()
 
     def sync(self) -> None:
-        pass
-
-    def close(self) -> None:
-        # After an interruption: finished ones behind a gap
+        """Prints what an interruption left behind a gap."""
         for number in sorted(self.waiting):
-            self._print(self.waiting.pop(number))
+            self._print(number)
+
+    close = sync
 
 
 class PartialFile:
-    """FILE.partial, locked. `done`: the numbers of the notes whose results it holds. `batch_size`: that of
-    the run that began it.
+    """FILE.partial, locked. `done`: the numbers of the notes whose results it holds. Raises InputError for a
+    link, and for the file of another run."""
 
-    Raises InputError if a partial file exists and `resume` is false, or if it is another run's."""
-
-    def __init__(self, path: Path, fingerprint: dict, batch_size: int, resume: bool):
+    def __init__(self, path: Path, fingerprint: dict):
         self.path = path
-        self.batch_size = batch_size
         self.done: set[int] = set()
         if path.is_symlink():
             fix = "rename or move it: summaries are written to a file of their own"
             raise InputError(f"{path} is a symbolic link", fix)
-        _check_resume(path, resume)
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
         self.file = os.fdopen(os.open(path, flags, 0o600), "r+b")
         try:
             fix = "wait for it, or choose another --output_file"
             lock(self.file, f"another process is writing {path}", fix)
-            first_line = to_json({"fingerprint": fingerprint, "batch_size": batch_size}).encode() + b"\n"
+            first_line = to_json({"fingerprint": fingerprint}).encode() + b"\n"
             n_bytes = self._read_done(first_line, fingerprint)
         except BaseException:
             self.file.close()
@@ -107,19 +93,17 @@ class PartialFile:
             self.sync()
 
     def _read_done(self, first_line: bytes, fingerprint: dict) -> int:
-        """Reads `done`; returns how many bytes are complete lines. Raises InputError for another run's
-        file."""
+        """Reads `done`; returns how many bytes are complete lines."""
         line = self.file.readline()
         # All that a run leaves that was killed before its first line
         if not line.endswith(b"\n") and first_line.startswith(line):
             return 0
-        header = parse_line(line)
-        if not isinstance(header.get("fingerprint"), dict):
+        recorded = parse_line(line).get("fingerprint")
+        if not isinstance(recorded, dict):
             problem = f"{self.path} exists, but does not begin with the record of a run of this version"
             raise InputError(f"{problem}, so this run cannot be matched to it", "rename or move it")
         fix = "use the same files and options, or delete it to start over"
-        check_fingerprint(self.path, header["fingerprint"], fingerprint, fix)
-        self.batch_size = header.get("batch_size", self.batch_size)
+        check_fingerprint(self.path, recorded, fingerprint, fix)
         n_bytes = len(line)
         for number, _, line in read_results(self.file):
             self.done.add(number)
@@ -127,11 +111,9 @@ class PartialFile:
         return n_bytes
 
     def add(self, number: int, result: dict) -> None:
-        """Appends a result; a second one of the same note is the same and is left out."""
-        if number not in self.done:
-            self.file.write(to_json({"number": number, "result": result}).encode(errors="replace") + b"\n")
-            self.file.flush()
-            self.done.add(number)
+        self.file.write(to_json({"number": number, "result": result}).encode(errors="replace") + b"\n")
+        self.file.flush()
+        self.done.add(number)
 
     def sync(self) -> None:
         self.file.flush()
@@ -162,12 +144,6 @@ def read_results(file) -> Iterator[tuple[int, dict, bytes]]:
         yield entry["number"], entry["result"], line
 
 
-def _check_resume(partial: Path, resume: bool) -> None:
-    if partial.exists() and not resume:
-        fix = "add --resume to continue it, or delete it"
-        raise InputError(f"{partial} exists: an earlier run was interrupted", fix)
-
-
 # ------------------------------------------------------------------------------- records and names
 
 
@@ -194,31 +170,32 @@ def existing_partials(target: Path) -> list[Path]:
     return sorted(path for path in target.parent.iterdir() if pattern.fullmatch(path.name))
 
 
-def check_output(
-    output_file: str, resume: bool, fingerprint: Callable[[], dict], review_file: str | None = None
-) -> Counter | None:
-    """The counts of the output file if it is complete already. Raises InputError if it, or `review_file`,
-    cannot be written, or is another run's."""
-    target = Path(output_file)
+def check_output(config: InferenceConfig, fingerprint: Callable[[], dict]) -> Counter | None:
+    """The counts of config.output_file if it is complete already. Raises InputError if it, or the review
+    file, cannot be written, or is another run's."""
+    target = Path(config.output_file)
     if target.is_symlink():
         raise InputError(f"--output_file {target} is a symbolic link", "name the file that it points to")
-    if resume and target.is_file():
+    if config.resume and target.is_file():
         return _check_complete(target, fingerprint())
-    check_new_file("--output_file", output_file, (".jsonl", ".csv"))
-    # One that a killed run left is compared at the end with what this run would write
-    if not (resume and existing_partials(target)):
-        check_new_file("--review_file", review_file, (".jsonl", ".csv"))
     # The names of the partial files and their records must fit too
-    for option_name, path in (("--output_file", target), ("--review_file", Path(review_file or ""))):
-        if len(os.fsencode(path.name)) > 200:
+    for option_name, name in (("--output_file", target.name), ("--review_file", config.review_file or "")):
+        if len(os.fsencode(Path(name).name)) > 200:
             raise InputError(f"{option_name}: the name is too long", "choose one of at most 200 bytes")
+    check_new_file("--output_file", target, (".jsonl", ".csv"))
+    partials = existing_partials(target)
+    # A review file that a killed run left is compared at the end with what this run would write
+    if not (config.resume and partials):
+        check_new_file("--review_file", config.review_file, (".jsonl", ".csv"))
     rank, n_processes = processes()
-    expected = {partial_path(target, i, n_processes) for i in range(n_processes)}
-    others = [path for path in existing_partials(target) if path not in expected]
+    others = set(partials) - {partial_path(target, i, n_processes) for i in range(n_processes)}
     if others:
-        problem = f"{others[0].name} exists: the earlier run used a different number of processes"
+        problem = f"{min(others).name} exists: the earlier run used a different number of processes"
         raise InputError(problem, "use the same number with --resume, or delete it")
-    _check_resume(partial_path(target, rank, n_processes), resume)
+    partial = partial_path(target, rank, n_processes)
+    if partial.exists() and not config.resume:
+        fix = "add --resume to continue it, or delete it"
+        raise InputError(f"{partial} exists: an earlier run was interrupted", fix)
     return None
 
 
@@ -231,15 +208,17 @@ def _check_complete(target: Path, fingerprint: dict) -> Counter:
     except (FileNotFoundError, ValueError, TypeError):
         problem = f"{target} exists, but its record {done_path(target).name} is missing or unreadable"
         raise InputError(f"{problem}, so this run cannot be matched to it", fix) from None
-    counts = Counter(recorded.pop("counts", {}))
     check_fingerprint(target, recorded, fingerprint, fix)
     for partial in existing_partials(target):
         # Without an intact record it is not known to be this run's, and stays
         with open(partial, "rb") as file:
             found = parse_line(file.readline()).get("fingerprint")
-        if isinstance(found, dict) and recorded.items() <= found.items():
+        if isinstance(found, dict) and fingerprint.items() <= found.items():
             partial.unlink()
-    return counts
+    return Counter(recorded.get("counts", {}))
+
+
+# ------------------------------------------------------------------------------- joining
 
 
 def join_partials(partials: list[Path], config: InferenceConfig, fingerprint: dict) -> Counter:
@@ -248,52 +227,52 @@ def join_partials(partials: list[Path], config: InferenceConfig, fingerprint: di
     after its record; returns the counts. Raises InputError if another file has appeared there."""
     targets = [Path(name) for name in (config.output_file, config.review_file) if name]
     joined = [target.with_name(f".{target.name}.joined") for target in targets]
-    counts = Counter()
     try:
-        with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(_new_private_file(path)) for path in joined]
-            for result in _in_order(partials):
-                is_first = not counts
-                is_for_review = needs_review(result, config.max_risk)
-                counts.update([*kinds_of(result), *["for review"] * is_for_review])
-                for file, target, is_here in zip(files, targets, (not is_for_review, is_for_review)):
-                    kind = target.suffix.lower()
-                    if kind == ".csv" and is_first:
-                        # Excel takes a file for UTF-8 only with the mark
-                        file.write("\ufeff" + csv_row(csv_columns(result)))
-                    if is_here:
-                        file.write(format_result(result, kind))
-            for file in files:
-                file.flush()
-                os.fsync(file.fileno())
-        _put_in_place(joined, targets, {**fingerprint, "counts": counts})
+        counts = _write_joined(partials, joined, targets, config.max_risk)
+        for new, target in zip(joined, targets):
+            # A review file with the same content is what an interrupted run left
+            is_output = target == targets[0]
+            if target.exists() and (is_output or not filecmp.cmp(new, target, shallow=False)):
+                fix = "rename or move it, then run the same command with --resume to continue"
+                raise InputError(f"{target} has appeared while its summaries were written", fix)
+        write_json(done_path(targets[0]), {**fingerprint, "counts": counts})
+        for new, target in reversed(list(zip(joined, targets))):
+            os.replace(new, target)
+            sync_dir(target.parent, with_files=False)
     finally:
         for path in joined:
             path.unlink(missing_ok=True)
-    for target in targets:
-        sync_dir(target.parent, with_files=False)
     for partial in partials:
         partial.unlink()
     return counts
 
 
-def _new_private_file(path: Path) -> IO[str]:
-    path.unlink(missing_ok=True)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    return open(descriptor, "w", encoding="utf-8", errors="replace", newline="")
-
-
-def _put_in_place(joined: list[Path], targets: list[Path], record: dict) -> None:
-    """Gives complete files their names, the output's last. A review file with the same content is what an
-    interrupted run left. Raises InputError, before anything is changed, for any other file there."""
-    output = targets[0]
-    for new, target in zip(joined, targets):
-        if target.exists() and (target == output or not filecmp.cmp(new, target, shallow=False)):
-            fix = "rename or move it, then run the same command with --resume to continue"
-            raise InputError(f"{target} has appeared while its summaries were written", fix)
-    write_json(done_path(output), record)
-    for new, target in reversed(list(zip(joined, targets))):
-        os.replace(new, target)
+def _write_joined(
+    partials: list[Path], joined: list[Path], targets: list[Path], max_risk: float | None
+) -> Counter:
+    """Writes new private files with the contents of `targets`; returns the counts."""
+    counts = Counter()
+    with contextlib.ExitStack() as stack:
+        files = []
+        for path in joined:
+            path.unlink(missing_ok=True)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            files.append(
+                stack.enter_context(open(descriptor, "w", encoding="utf-8", errors="replace", newline=""))
+            )
+        kinds = [target.suffix.lower() for target in targets]
+        for result in _in_order(partials):
+            for file, kind in zip(files, kinds):
+                if kind == ".csv" and not counts:
+                    # Excel takes a file for UTF-8 only with the mark
+                    file.write("\ufeff" + csv_row(csv_columns(result)))
+            place = int(needs_review(result, max_risk))
+            files[place].write(format_result(result, kinds[place]))
+            counts.update([*kinds_of(result), *["for review"] * place])
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+    return counts
 
 
 def _in_order(partials: list[Path]) -> Iterator[dict]:
@@ -310,6 +289,30 @@ def _in_order(partials: list[Path]) -> Iterator[dict]:
                 yield parse_line(file.readline())["result"]
 
 
+def _join_when_all_are_done(config: InferenceConfig, fingerprint: dict) -> Counter:
+    """Joins the partial files of all processes, on the first of them. Raises RunError if another one ends
+    before."""
+    rank, n_processes = processes()
+    if n_processes > 1:
+        from datetime import timedelta
+
+        import torch.distributed
+
+        # Python's own handler would wait for the others too; all that is written is complete
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        try:
+            torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
+        except RuntimeError:
+            fix = "run the same command with --resume to continue"
+            raise RunError("another process ended before its notes were done", fix) from None
+    if rank > 0:
+        return Counter()
+    partials = [partial_path(Path(config.output_file), i, n_processes) for i in range(n_processes)]
+    return join_partials(partials, config, fingerprint)
+
+
 # ------------------------------------------------------------------------------- the run
 
 
@@ -323,25 +326,21 @@ def summarize_file(
     true. With several processes each takes a part of the notes, and the first joins their files. Raises
     Stopped after SIGTERM or Ctrl-C, RunError at the end if all notes failed (with fail_on_error: if any)."""
     rank, n_processes = processes()
-    bounds = [len(notes) * i // n_processes for i in range(n_processes + 1)]
-    numbers = range(*bounds[rank : rank + 2])
-    target = Path(config.output_file) if config.output_file else None
-    if target:
-        part = {"part of the notes": [numbers.start, numbers.stop]}
-        partial = partial_path(target, rank, n_processes)
-        out = PartialFile(partial, {**fingerprint, **part}, config.batch_size, config.resume)
-    else:
-        out = StandardOutput(".jsonl" if config.json else ".txt")
+    first, last = (len(notes) * i // n_processes for i in (rank, rank + 1))
+    out = StandardOutput(".jsonl" if config.json else ".txt")
+    if config.output_file:
+        partial = partial_path(Path(config.output_file), rank, n_processes)
+        out = PartialFile(partial, {**fingerprint, "part of the notes": [first, last]})
     n_before = len(out.done)
     if n_before:
-        log(f"Resuming after {n_before:,} of {plural(len(numbers), 'note')}")
+        log(f"Resuming after {n_before:,} of {plural(last - first, 'note')}")
     started = time.perf_counter()
     try:
-        _write_windows(notes, numbers, config.batch_size, out, summarize)
+        _write_windows(notes, range(first, last), config.batch_size, out, summarize)
     except BaseException as error:
-        state = f"{len(out.done):,} of {plural(len(numbers), 'note')}"
+        state = f"{len(out.done):,} of {plural(last - first, 'note')}"
         message = f"stopped: {state} summarized, the others are not"
-        if target:
+        if config.output_file:
             message = f"not complete: {partial} holds {state}; run the same command with --resume to continue"
         if isinstance(error, Stopped):
             raise Stopped(error.signal, message) from None
@@ -349,8 +348,8 @@ def summarize_file(
         raise
     finally:
         out.close()
-    rate = f"; {(len(numbers) - n_before) / (time.perf_counter() - started):.2f} notes/s"
-    counts = out.counts if not target else _join(config, fingerprint)
+    rate = f"; {(last - first - n_before) / (time.perf_counter() - started):.2f} notes/s"
+    counts = _join_when_all_are_done(config, fingerprint) if config.output_file else out.counts
     if rank == 0:
         report(counts, rate if n_processes == 1 else "", config)
 
@@ -363,81 +362,48 @@ def _write_windows(
     summarize: Callable,
 ) -> None:
     """Summarizes the notes with these numbers in windows; each result goes to `out` as it ends."""
-    progress = Progress(len(numbers), "note", done=len(out.done), interval=60)
     # On a screen or in a pipe the next results are waited for
-    is_file = isinstance(out, PartialFile)
-    size = batch_size * (WINDOW if is_file else 1)
-    same_batches = is_file and out.batch_size == batch_size
-    try:
-        with noted_signals("finished summaries are kept") as noted:
-            for start in range(numbers.start, numbers.stop, size):
-                window = range(start, min(start + size, numbers.stop))
-                missing = [number for number in window if number not in out.done]
-                if not missing:
-                    continue
-                texts = {number: notes[number].text for number in (window if same_batches else missing)}
-                for number, result in summarize(texts, should_stop=lambda: bool(noted)):
-                    if number not in out.done:
-                        note = notes[number]
-                        out.add(number, {"id": note.id, "row": note.row, **note.kept, **result})
-                        progress.advance()
-                if not out.done.issuperset(missing):
-                    raise Stopped(noted[0], "stopped: not all summaries are written")
-                out.sync()
-    finally:
-        progress.close()
+    size = batch_size * (WINDOW if isinstance(out, PartialFile) else 1)
+    with (
+        contextlib.closing(Progress(len(numbers), "note", done=len(out.done), interval=60)) as progress,
+        noted_signals("finished summaries are kept") as noted,
+    ):
+        for start in range(numbers.start, numbers.stop, size):
+            window = range(start, min(start + size, numbers.stop))
+            if out.done.issuperset(window):
+                continue
+            texts = {number: notes[number].text for number in window}
+            for number, result in summarize(texts, should_stop=lambda: bool(noted)):
+                if number not in out.done:
+                    note = notes[number]
+                    out.add(number, {"id": note.id, "row": note.row, **note.kept, **result})
+                    progress.advance()
+            if not out.done.issuperset(window):
+                raise Stopped(noted[0], "stopped: not all summaries are written")
+            out.sync()
 
 
 def report(counts: Counter, rate: str, config: InferenceConfig) -> None:
     """Logs what came of the notes, by kind. Raises RunError as `summarize_file` says."""
     n_failed = counts["failed"]
-    shortened = f"{counts['note shortened']:,} of the notes shortened"
-    done = f"{plural(counts['done'], 'note')} summarized ({shortened})"
-    why = ' (see "error")' if config.output_file and n_failed else ""
-    written = f"; written to {config.output_file}" if config.output_file else ""
-    n_quoted, n_written = counts["sentence quoted"], counts["sentence written"]
+    n_quoted = counts["sentence quoted"]
+    n_sentences = n_quoted + counts["sentence written"]
     apart = {"done", "failed", "flagged", "for review", "sentence quoted", "sentence written"}
     for kind in sorted(counts.keys() - apart):
         log(f"warning: {plural(counts[kind], 'note')}: {kind}")
-    if n_quoted or n_written:
-        log(f"{n_quoted:,} of {plural(n_quoted + n_written, 'sentence')} are the notes' own words")
+    if n_sentences:
+        log(f"{n_quoted:,} of {plural(n_sentences, 'sentence')} are the notes' own words")
     if counts["flagged"]:
         share = counts["flagged"] / counts["done"]
         log(f"The check flagged {counts['flagged']:,} of {counts['done']:,} summaries ({share:.0%})")
     if config.review_file:
-        why_there = (
-            f"with a check_risk above {config.max_risk:g}, or not checked, are in {config.review_file}"
-        )
-        log(f"{counts['for review']:,} of the summaries, {why_there}")
-    log(f"{done}, {n_failed:,} failed{why}{rate}{written}")
+        why = f"with a check_risk above {config.max_risk:g}, or not checked, are in {config.review_file}"
+        log(f"{counts['for review']:,} of the summaries, {why}")
+    shortened = f"{counts['note shortened']:,} of the notes shortened"
+    see = ' (see "error")' if config.output_file and n_failed else ""
+    written = f"; written to {config.output_file}" if config.output_file else ""
+    done = f"{plural(counts['done'], 'note')} summarized ({shortened})"
+    log(f"{done}, {n_failed:,} failed{see}{rate}{written}")
     if n_failed and (config.fail_on_error or not counts["done"]):
         n = f"all {plural(n_failed, 'note')}" if not counts["done"] else plural(n_failed, "note")
         raise RunError(f"{n} failed", 'see "error" in the output for the reasons')
-
-
-def _join(config: InferenceConfig, fingerprint: dict) -> Counter:
-    """Joins the partial files of all processes, on the first of them."""
-    rank, n_processes = processes()
-    if n_processes > 1:
-        _wait_for_all()
-    if rank > 0:
-        return Counter()
-    partials = [partial_path(Path(config.output_file), i, n_processes) for i in range(n_processes)]
-    return join_partials(partials, config, fingerprint)
-
-
-def _wait_for_all() -> None:
-    """Waits until every process is here. Raises RunError if one ends before."""
-    from datetime import timedelta
-
-    import torch.distributed
-
-    # Python's own handler would wait for the others too; all that is written is complete
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        torch.distributed.init_process_group("gloo", timeout=timedelta(days=30))
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    except RuntimeError:
-        fix = "run the same command with --resume to continue"
-        raise RunError("another process ended before its notes were done", fix) from None

@@ -43,23 +43,20 @@ def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = No
     paths = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     check_words("--input_file", list(map(str, paths)), {})
     is_one = len(paths) == 1 and not paths[0].is_dir()
-    kind = paths[0].suffix.lower()
-    if (not is_one or kind == ".txt") and (config.id_column or config.note_column or config.keep_columns):
-        raise InputError(
-            "--id_column, --note_column and --keep_columns need a table (.csv, .tsv, .json or .jsonl)",
-            "leave them out",
-        )
+    kind = paths[0].suffix.lower() if is_one else ".txt"
+    if kind == ".txt" and (config.id_column or config.note_column or config.keep_columns):
+        problem = "--id_column, --note_column and --keep_columns need a table (.csv, .tsv, .json or .jsonl)"
+        raise InputError(problem, "leave them out")
+    if config.one_note != "auto" and (kind != ".txt" or not (is_one or config.one_note == "file")):
+        problem = f"--one_note {config.one_note} is for one .txt; tables have one note per row, several files one each"
+        raise InputError(problem, "leave it out")
     if not is_one:
-        notes = _read_letters(paths, config.one_note)
+        notes = [Note(i, file.stem, decode_text(file)) for i, file in enumerate(_text_files(paths), 1)]
     elif kind == ".txt":
         units = split_text(str(paths[0]), decode_text(paths[0]), config.one_note, "line")
-        is_whole = config.one_note == "file"
-        notes = [Note(row, paths[0].stem if is_whole else None, text) for row, text in units]
-    elif kind in TABLES:
-        if config.one_note != "auto":
-            raise InputError(
-                f"--one_note is for .txt, not {kind}, which has one note per row", "leave it out"
-            )
+        file_id = paths[0].stem if config.one_note == "file" else None
+        notes = [Note(row, file_id, text) for row, text in units]
+    elif kind in (".csv", ".tsv", ".json", ".jsonl"):
         notes = list(_read_table(paths[0], config))
     else:
         fix = "use .txt, .csv, .tsv, .json, .jsonl (one JSON object per line), or a folder of .txt files"
@@ -78,19 +75,19 @@ def notes_digest(notes: Sequence[Note]) -> str:
 # ------------------------------------------------------------------------------- texts
 
 
-def _read_letters(paths: Sequence[Path], one_note: str) -> list[Note]:
-    if one_note not in ("auto", "file"):
-        raise InputError(f"--one_note {one_note} is for one file; several have one note each", "leave it out")
+def _text_files(paths: Sequence[Path]) -> list[Path]:
+    """Files and those of folders, which have to be .txt; others in a folder are left out, which is logged."""
     files = []
     for path in paths:
         found = sorted(path.iterdir()) if path.is_dir() else [path]
-        files += [file for file in found if file.suffix.lower() == ".txt" and not file.name.startswith(".")]
-        n_others = len(found) - sum(file in files for file in found)
+        texts = [file for file in found if file.suffix.lower() == ".txt" and not file.name.startswith(".")]
+        files += texts
+        n_others = len(found) - len(texts)
         if not path.is_dir() and n_others:
             raise InputError(f"{path}: not .txt", "of several files, each has to be a .txt")
         if n_others and on_main_process():
             log(f"warning: {path}: {plural(n_others, 'file')} without the extension .txt left out")
-    return [Note(i, file.stem, decode_text(file)) for i, file in enumerate(files, 1)]
+    return files
 
 
 def split_text(name: str, text: str, one_note: str, default: str) -> list[tuple[int, str]]:
@@ -137,22 +134,17 @@ def _ask(problem: str) -> str:
 
 def _units(text: str, one_note: str) -> Iterator[tuple[int, str]]:
     lines = list(enumerate(io.StringIO(text, newline=None), 1))
-    if one_note == "line":
-        yield from ((number, line) for number, line in lines if line.strip())
-        return
     unit = []
     for number, line in [*lines, (0, "")]:
-        if line.strip() or (unit and number and one_note == "file"):
-            unit.append((number, line))
-        elif unit:
+        ends_unit = one_note == "line" or not number or (one_note == "paragraph" and not line.strip())
+        if unit and ends_unit:
             yield unit[0][0], "".join(line for _, line in unit)
             unit = []
+        if line.strip() or unit:
+            unit.append((number, line))
 
 
 # ------------------------------------------------------------------------------- tables
-
-
-TABLES = (".csv", ".tsv", ".json", ".jsonl")
 
 
 def _read_table(path: Path, config: InferenceConfig) -> Iterator[Note]:
@@ -164,8 +156,7 @@ def _read_table(path: Path, config: InferenceConfig) -> Iterator[Note]:
         problem = f"--keep_columns {preview_list(taken)}: the output has a column of this name already"
         raise InputError(problem, "rename the column, or leave it out")
     bad = []
-    columns = None
-    for row_number, cells, too_many in read_table(path, ("clinical_note",), columns=names):
+    for i, (row_number, cells, too_many) in enumerate(read_table(path, ("clinical_note",), columns=names)):
         row_id = clean_text(cells.get("id", ""))
         row_id = None if is_blank(row_id) else row_id
         # As programs write a large number; 12345e67 is an id of hexadecimal digits
@@ -174,9 +165,8 @@ def _read_table(path: Path, config: InferenceConfig) -> Iterator[Note]:
             raise InputError(problem, "write ids as text")
         if too_many:
             bad.append(f"row {row_number:,}" + (f" (id {safe_id(row_id)})" if row_id else ""))
-        if columns is None:
-            columns = list(cells)
-            _check_columns(path, columns, keep)
+        if i == 0:
+            _check_columns(path, list(cells), keep)
         kept = {name: cells.get(column) for name, column in keep.items()}
         yield Note(row_number, row_id, cells.get("clinical_note", ""), kept)
     if bad:

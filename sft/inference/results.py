@@ -52,23 +52,11 @@ def read_note(note: str, language: str | None) -> tuple[str, list[str]]:
 
 def failure(reason: str) -> dict:
     """The result of a note that could not be summarized: the keys of make_result, and `error`."""
-    return {
-        "generated_summary": "",
-        "sentences": [],
-        "not_mentioned": [],
-        "evidence": [],
-        "check_score": None,
-        "check_risk": None,
-        "findings": [],
-        "n_findings": {},
-        "support": [],
-        "confidence": None,
-        "warnings": [],
-        "n_prompt_tokens": None,
-        "n_new_tokens": None,
-        "finish_reason": None,
-        "error": reason,
-    }
+    lists = {name: [] for name in ("sentences", "not_mentioned", "evidence")}
+    checked = {"check_score": None, "check_risk": None, "findings": [], "n_findings": {}, "support": []}
+    counts = {"n_prompt_tokens": None, "n_new_tokens": None, "finish_reason": None}
+    written = {"confidence": None, "warnings": [], **counts}
+    return {"generated_summary": "", **lists, **checked, **written, "error": reason}
 
 
 def make_result(
@@ -78,7 +66,6 @@ def make_result(
     model computed NaN. `sentence_version`: of the note's sentence numbers."""
     if sequence.finish_reason == "nan":
         return failure(COMPUTED_NAN)
-    n_new_tokens = len(sequence.ids)
     summary, ending = ended_text(sequence, functools.partial(tokenizer.decode, skip_special_tokens=True))
     warnings = prompt_warnings + ending
     evidence = parse_citations(summary, note, sentence_version)
@@ -92,12 +79,17 @@ def make_result(
         "not_mentioned": missing_facts(note, [strip_citations(summary)]),
         "evidence": evidence,
         **checked,
-        "confidence": round(math.exp(sum(sequence.log_probs) / n_new_tokens), 4),
+        "confidence": mean_probability(sequence.log_probs),
         "warnings": warnings,
         "n_prompt_tokens": len(sequence.prompt),
-        "n_new_tokens": n_new_tokens,
+        "n_new_tokens": len(sequence.ids),
         "finish_reason": sequence.finish_reason,
     }
+
+
+def mean_probability(log_probs: Sequence[float]) -> float:
+    """The geometric mean of the probabilities."""
+    return round(math.exp(sum(log_probs) / len(log_probs)), 4)
 
 
 def missing_facts(note: str, sentences: Sequence[str]) -> list[dict]:
@@ -122,52 +114,42 @@ def check_result(note: str, summary: str, sentence_version: int = SENTENCE_VERSI
 
 def describe_finding(finding: dict) -> str:
     """ "says 'left knee'; the note says 'right' (S4)": a finding in plain words, with the texts' own."""
-    says = f"'{' '.join(finding['says'].split())}'"
+    says, note_says = (" ".join((finding[name] or "").split()) for name in ("says", "note_says"))
     if finding["kind"] == "citation":
-        return f"cites {says}, which does not support the words before it"
+        return f"cites '{says}', which does not support the words before it"
     if finding["note_says"] is not None:
-        note_says = " ".join(finding["note_says"].split())
-        return f"says {says}; the note says '{note_says}' (S{finding['note_sentence']})"
-    return (
-        f"joins {says}, which the note keeps apart"
-        if finding["kind"] == "misplaced"
-        else f"not in the note: {says}"
-    )
+        return f"says '{says}'; the note says '{note_says}' (S{finding['note_sentence']})"
+    if finding["kind"] == "misplaced":
+        return f"joins '{says}', which the note keeps apart"
+    return f"not in the note: '{says}'"
 
 
 def summary_warnings(summary: str, evidence: Sequence[dict]) -> list[str]:
     """What is wrong with a summary's form and citations. A warning is a kind, or "KIND: details"."""
-    warnings = []
-    if not summary:
-        warnings.append("the model wrote nothing")
     sentences = split_sentences(strip_citations(summary))
-    if len(set(sentences)) < len(sentences):
-        warnings.append("the summary repeats itself")
     missing = [f"S{n}" for citation in evidence for n in citation["missing"]]
-    if missing:
-        warnings.append(f"cites sentences that are not in the note: {preview_list(missing)}")
     n_unreadable = len(unreadable_citations(summary))
-    if n_unreadable:
-        warnings.append(f"{plural(n_unreadable, 'citation')} cannot be read")
-    return warnings
+    warnings = {
+        "the model wrote nothing": not summary,
+        "the summary repeats itself": len(set(sentences)) < len(sentences),
+        f"cites sentences that are not in the note: {preview_list(missing)}": missing,
+        f"{plural(n_unreadable, 'citation')} cannot be read": n_unreadable,
+    }
+    return [warning for warning, is_so in warnings.items() if is_so]
 
 
 def kinds_of(result: dict) -> Iterator[str]:
     """What is counted of a result: "done" or "failed", "flagged", its error, each kind of its warnings, of
     its findings and of what it does not mention once, and each sentence as "sentence quoted" or "sentence
     written"."""
-    yield "failed" if "error" in result else "done"
-    if result.get("n_findings"):
-        yield "flagged"
-    yield from (f"the check found: {kind}" for kind in result.get("n_findings", ()))
-    if "error" in result:
-        yield result["error"]
-    yield from sorted({f"not mentioned: {missing['kind']}" for missing in result.get("not_mentioned", [])})
+    yield from ("failed", result["error"]) if "error" in result else ("done",)
+    findings = result.get("n_findings", ())
+    yield from ["flagged"] if findings else []
+    yield from (f"the check found: {kind}" for kind in findings)
+    yield from {f"not mentioned: {missing['kind']}": 1 for missing in result.get("not_mentioned", [])}
     yield from (f"sentence {sentence['source']}" for sentence in result.get("sentences", []))
-    yield from {
-        re.sub(r"(?<![\w.])\d[\d,]*(?!\w)", "N", warning.partition(":")[0])
-        for warning in result.get("warnings", [])
-    }
+    kinds = (warning.partition(":")[0] for warning in result.get("warnings", []))
+    yield from {re.sub(r"(?<![\w.])\d[\d,]*(?!\w)", "N", kind) for kind in kinds}
 
 
 def needs_review(result: dict, max_risk: float | None) -> bool:

@@ -3,8 +3,7 @@ they are ("quote") or in the specialist's words where these can be traced to the
 torch."""
 
 import json
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sft.cli import InputError
@@ -20,12 +19,12 @@ from sft.inference.results import (
     check_result,
     failure,
     make_result,
+    mean_probability,
     missing_facts,
 )
 
 SENTENCE_TOKENS = 96  # no sentence of a summary needs more
 _LONG_SENTENCE = 100  # words: hardly one
-CONFIDENCE_OF_QUOTED = 1.0  # in a citation: the words are the note's
 
 # (number of the note, number of the part)
 Key = tuple[int, int]
@@ -59,21 +58,19 @@ def read_selector(sft_config: dict) -> Selector:
 
 
 def write_freely(
-    texts: Mapping[int, str],
-    prompts: NotePrompts,
-    tokenizer,
-    decode: Callable[..., Iterator],
-    max_new_tokens: int,
+    texts: Mapping[int, str], prompts: NotePrompts, decode: Callable[..., Iterator], max_new_tokens: int
 ) -> Iterator[tuple[int, dict]]:
     """Yields (number, result) of each text's summary, written from the whole of it. `decode` is
     decode_within_memory with its model and settings."""
     encoded = {number: prompts.ids(text, max_new_tokens) for number, text in texts.items()}
-    version = prompts.encoder.template.sentence_version
+    encoder = prompts.encoder
     for number, sequence in decode({number: ids for number, (ids, _) in encoded.items()}, max_new_tokens):
         if sequence is None:
             yield number, failure(OUT_OF_MEMORY)
         else:
-            yield number, make_result(texts[number], sequence, tokenizer, encoded[number][1], version)
+            warnings = encoded[number][1]
+            version = encoder.template.sentence_version
+            yield number, make_result(texts[number], sequence, encoder.tokenizer, warnings, version)
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,6 @@ class Answer:
 
 def ask_specialist(
     prompts: NotePrompts,
-    tokenizer,
     decode: Callable[..., Iterator],
     max_new_tokens: int,
     parts: Mapping[Key, Part],
@@ -96,23 +92,23 @@ def ask_specialist(
     """Yields (key, answer) of each part, all of them decoded together; `decode` as in write_freely."""
     max_new_tokens = min(max_new_tokens, SENTENCE_TOKENS)
     limit = prompts.max_note_tokens(max_new_tokens)
-    texts = [prompts.encoder.template.render_note(part.text) for part in parts.values()]
+    encoder = prompts.encoder
     encoded = {}
-    for key, ids in zip(parts, prompts.encoder.encode_texts(texts)):
+    texts = [encoder.template.render_note(part.text) for part in parts.values()]
+    for key, ids in zip(parts, encoder.encode_texts(texts)):
         if len(ids) > limit:
             yield key, Answer("too long for the model")
         else:
-            encoded[key] = prompts.encoder.prompt(ids)
+            encoded[key] = encoder.prompt(ids)
     for key, sequence in decode(encoded, max_new_tokens):
-        yield key, Answer(OUT_OF_MEMORY) if sequence is None else _answer(sequence, tokenizer)
-
-
-def _answer(sequence, tokenizer) -> Answer:
-    is_whole = sequence.finish_reason == "stop"
-    written = tokenizer.decode(sequence.ids[:-1], skip_special_tokens=True) if is_whole else ""
-    text = " ".join(strip_citations(written).split())
-    problem = COMPUTED_NAN if sequence.finish_reason == "nan" else "" if text else "not finished"
-    return Answer(problem, text, tuple(sequence.log_probs), len(sequence.prompt))
+        if sequence is None:
+            yield key, Answer(OUT_OF_MEMORY)
+            continue
+        is_whole = sequence.finish_reason == "stop"
+        written = encoder.tokenizer.decode(sequence.ids[:-1], skip_special_tokens=True) if is_whole else ""
+        text = " ".join(strip_citations(written).split())
+        problem = COMPUTED_NAN if sequence.finish_reason == "nan" else "" if text else "not finished"
+        yield key, Answer(problem, text, tuple(sequence.log_probs), len(sequence.prompt))
 
 
 # ------------------------------------------------------------------------------- sentence by sentence
@@ -128,8 +124,14 @@ class _Summary:
 
     note: str
     parts: list[Part]
-    answers: list[Answer | None]
+    answers: dict[int, Answer] = field(default_factory=dict)
     sentences: list[dict] = field(default_factory=list)
+
+    def next_sentences(self, shorthand: dict) -> Iterator[dict]:
+        """Adds and yields the sentences that are next and have their answers."""
+        while (i := len(self.sentences)) in self.answers:
+            self.sentences.append(_sentence(self.note, self.parts[i], self.answers[i], shorthand))
+            yield self.sentences[i]
 
 
 def write_by_sentence(
@@ -142,45 +144,28 @@ def write_by_sentence(
 ) -> Iterator[tuple[int, dict]]:
     """Yields (number, result) of each text as its sentences are complete: the note's own, or what `ask` (see
     ask_specialist) has for them where it can be traced to the note. `on_text` gets (number, sentence) in the
-    order of the summary; `should_stop` is asked after each note if there is no `ask`."""
+    order of the summary; `should_stop` is asked before each note if there is no `ask`."""
     selector = read_selector(sft_config)
-
-    def begin(text: str) -> _Summary:
-        parts = make_parts(text, quote(text, selector) or [_beginning(text)])
-        return _Summary(text, parts, [None] * len(parts))
-
-    def go_on(number: int, summary: _Summary) -> bool:
-        """Adds the sentences that are next and have their answers; whether all are there."""
-        while (i := len(summary.sentences)) < len(summary.parts) and summary.answers[i]:
-            sentence = _sentence(
-                summary.note, summary.parts[i], summary.answers[i], sft_config.get("shorthand", {})
-            )
-            summary.sentences.append(sentence)
-            if on_text:
-                kind = NoteWords if sentence["source"] == "quoted" else str
-                on_text(number, kind((" " if i else "") + shown(sentence, citations)))
-        return len(summary.sentences) == len(summary.parts)
-
-    if ask is None:
-        for number, text in texts.items():
-            if should_stop and should_stop():
-                return
-            summary = begin(text)
-            summary.answers = [Answer() for _ in summary.parts]
-            go_on(number, summary)
-            yield number, _result(summary, citations, selector.supported)
-        return
-    summaries = {number: begin(text) for number, text in texts.items()}
-    parts = {(n, i): part for n, summary in summaries.items() for i, part in enumerate(summary.parts)}
-    for (number, i), answer in ask(parts):
-        summaries[number].answers[i] = answer
-        if go_on(number, summaries[number]):
-            yield number, _result(summaries.pop(number), citations, selector.supported)
-
-
-def _beginning(note: str) -> Quoted:
-    """Of a note in which nothing is a sentence to quote."""
-    return Quoted(split_sentences(note)[0], (1,))
+    shorthand = sft_config.get("shorthand", {})
+    for group in [texts] if ask else ({number: text} for number, text in texts.items()):
+        if not ask and should_stop and should_stop():
+            return
+        summaries = {}
+        for number, text in group.items():
+            # Of a note in which nothing is a sentence to quote, its beginning
+            quoted = quote(text, selector) or [Quoted(split_sentences(text)[0], (1,))]
+            summaries[number] = _Summary(text, make_parts(text, quoted))
+        parts = {(n, i): part for n, summary in summaries.items() for i, part in enumerate(summary.parts)}
+        for (number, i), answer in ask(parts) if ask else ((key, Answer()) for key in parts):
+            summary = summaries[number]
+            summary.answers[i] = answer
+            for sentence in summary.next_sentences(shorthand):
+                if on_text:
+                    space = " " if sentence is not summary.sentences[0] else ""
+                    kind = NoteWords if sentence["source"] == "quoted" else str
+                    on_text(number, kind(space + shown(sentence, citations)))
+            if len(summary.sentences) == len(summary.parts):
+                yield number, _result(summaries.pop(number), citations, selector.supported)
 
 
 def _sentence(note: str, part: Part, answer: Answer, shorthand: dict) -> dict:
@@ -193,13 +178,10 @@ def _sentence(note: str, part: Part, answer: Answer, shorthand: dict) -> dict:
         "text": answer.text if is_written else part.quoted,
         "source": "written" if is_written else "quoted",
         "note_sentences": list(part.note_sentences),
-        "confidence": _mean_probability(answer.log_probs) if is_written else CONFIDENCE_OF_QUOTED,
+        # In a citation: the words are the note's
+        "confidence": mean_probability(answer.log_probs) if is_written else 1.0,
         "refused": refused,
     }
-
-
-def _mean_probability(log_probs: Sequence[float]) -> float:
-    return round(math.exp(sum(log_probs) / len(log_probs)), 4)
 
 
 def shown(sentence: dict, citations: bool) -> str:
@@ -224,8 +206,9 @@ def _result(summary: _Summary, citations: bool, supported: bool) -> dict:
         }
         for sentence in sentences
     ]
-    pairs = list(zip(sentences, summary.answers))
-    log_probs = [p for one, answer in pairs if one["source"] == "written" for p in answer.log_probs]
+    answers = [summary.answers[i] for i in range(len(sentences))]
+    written = [answer for answer, s in zip(answers, sentences) if s["source"] == "written"]
+    log_probs = [log_prob for answer in written for log_prob in answer.log_probs]
     warnings = [
         fault for fault in (COMPUTED_NAN, OUT_OF_MEMORY) if any(fault in s["refused"] for s in sentences)
     ]
@@ -241,9 +224,9 @@ def _result(summary: _Summary, citations: bool, supported: bool) -> dict:
         "not_mentioned": missing_facts(summary.note, [sentence["text"] for sentence in sentences]),
         "evidence": evidence if citations else [],
         **check_result(summary.note, text),
-        "confidence": _mean_probability(log_probs) if log_probs else None,
+        "confidence": mean_probability(log_probs) if log_probs else None,
         "warnings": warnings,
-        "n_prompt_tokens": sum(answer.n_prompt_tokens for answer in summary.answers),
-        "n_new_tokens": sum(len(answer.log_probs) for answer in summary.answers),
+        "n_prompt_tokens": sum(answer.n_prompt_tokens for answer in answers),
+        "n_new_tokens": sum(len(answer.log_probs) for answer in answers),
         "finish_reason": "stop",
     }

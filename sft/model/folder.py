@@ -59,7 +59,7 @@ def read_adapter_folder(
         fix = "train first (python stage_a_sft_training.py), or pass an adapter folder with --model_path"
         raise InputError(f"{folder}: no such folder", fix)
     if prompt_from is not None:
-        return _read_foreign_folder(folder, prompt_from)
+        return _read_foreign_folder(folder, prompt_from, verify)
     is_merged = (folder / "config.json").is_file() and (folder / "sft_config.json").is_file()
     if not is_merged:
         _check_adapter_files(folder)
@@ -164,10 +164,10 @@ def log_quantization(chosen: str | None, sft_config: dict) -> None:
 # ------------------------------------------------------------------------------- other tools' adapters
 
 
-def _read_foreign_folder(folder: Path, prompt_from: str | Path) -> tuple[Path, dict, dict]:
+def _read_foreign_folder(folder: Path, prompt_from: str | Path, verify: bool) -> tuple[Path, dict, dict]:
     """As read_adapter_folder, of an adapter that another tool saved, with the prompt of `prompt_from`."""
     try:
-        ours, sft_config, our_config = read_adapter_folder(prompt_from)
+        ours, sft_config, our_config = read_adapter_folder(prompt_from, verify=verify)
     except InputError as error:
         # Advice on --model_path would lead in a circle
         is_other = "--prompt_from" in error.fix or "--model_path" in error.fix
