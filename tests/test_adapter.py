@@ -357,9 +357,12 @@ def test_an_adapter_on_a_tied_output_layer_is_merged_into_that_layer_alone(archi
         assert (rounded(IDS).logits - expected).norm() <= 0.05 * expected.norm()
 
 
-def test_a_merge_that_changes_the_logits_is_undone(monkeypatch):
+def test_a_merge_that_changes_the_logits_is_undone_or_refused(monkeypatch):
     model, expected = tied_model("llama", ("lm_head", "q_proj"))
     monkeypatch.setattr(merged_module, "_untie", lambda model: None)
     kept, problem = merge(model)
     assert kept is model and "its logits differ" in problem
     torch.testing.assert_close(kept(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(merged_module, "replace_linear_layers", lambda base, kind: model.unload())
+    with pytest.raises(InputError, match=r"in 8 bit, its logits differ[\s\S]*use --quantization none"):
+        merge_into_int8(model, torch.float32)

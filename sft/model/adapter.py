@@ -61,17 +61,15 @@ def add_lora(
     c_attn), or all linear layers if PEFT has none. Raises InputError for any other layers that the model does
     not have."""
     # An image or sound encoder of a multimodal model sees no token here
-    encoders = {
-        name for name, _ in model.named_modules() if re.search(r"(vision|visual|image|audio)[^.]*$", name)
-    }
+    encoders = r".*(vision|visual|image|audio).*"
+    has_encoders = any(re.fullmatch(encoders, name) for name, _ in model.named_modules())
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=_lora_targets(model, target_modules),
-        exclude_modules=rf"({'|'.join(sorted(encoders))})(\..*)?" if encoders else None,
-        bias="none",
+        exclude_modules=encoders if has_encoders else None,
     )
     torch.manual_seed(seed)
     try:

@@ -82,8 +82,7 @@ def _causal_attention(query, key, value, *, window, scaling, softcap=None, dropo
     n_before = n_keys - n_queries
     fits_window = window is None or n_keys <= window
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
-    many_queries = softcap is None and n_queries > n_keys // 4
-    if many_queries and fits_window:
+    if softcap is None and fits_window and n_queries > n_keys // 4:
         # is_causal, the fastest, needs as many queries as keys: those added are dropped again
         padded = F.pad(query, (0, 0, n_before, 0)) if n_before else query
         return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **options)[:, :, n_before:]
@@ -91,9 +90,6 @@ def _causal_attention(query, key, value, *, window, scaling, softcap=None, dropo
     if n_queries > 1 or not fits_window:
         positions = torch.arange(n_before, n_keys, device=query.device)
         mask = causal_mask(positions, n_keys, window)[None, None]
-    if many_queries:
-        # The mask would have to be repeated for the groups of `_attention`
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     return _attention(query, key, value, mask, scaling=scaling, softcap=softcap, dropout=dropout)
 
 

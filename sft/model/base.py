@@ -102,10 +102,8 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
 
 
 def device_of_process(device: str) -> str:
-    """The --device of this process: of several processes on GPUs, each has a GPU of its own.
-
-    Raises InputError if there are more processes than GPUs.
-    """
+    """The --device of this process: of several processes on GPUs, each has a GPU of its own. Raises
+    InputError if there are more processes than GPUs."""
     if processes()[1] == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -127,9 +125,8 @@ def peak_memory_mb(device: torch.device) -> float:
         return 0.0
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
-    return peak * bytes_per_unit / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, else in KiB
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # ------------------------------------------------------------------------------- where it comes from
@@ -268,13 +265,12 @@ def _convert_gguf(source: Path, folder: Path) -> None:
 def portable_name(model_name: str, folder: Path) -> str:
     """How an adapter names its base model: a Hub id, or the path from the repository's root; never an
     absolute path."""
-    if is_local(model_name):
-        # Of a folder on another Windows drive the name has to do; inference then needs --base_model
-        try:
-            return Path(os.path.relpath(folder, ROOT)).as_posix()
-        except ValueError:
-            return folder.name
-    return model_name
+    if not is_local(model_name):
+        return model_name
+    # Of a folder on another Windows drive the name has to do; inference then needs --base_model
+    with contextlib.suppress(ValueError):
+        return Path(os.path.relpath(folder, ROOT)).as_posix()
+    return folder.name
 
 
 def is_local(model_name: str) -> bool:

@@ -91,10 +91,9 @@ def _check_adapter_files(folder: Path) -> None:
         fix = f"use {inside[0].parent if inside else 'a final_model folder'}"
         raise InputError(f"{folder}: no adapter here (no adapter_config.json)", fix)
     if not (folder / "adapter_model.safetensors").is_file():
-        fix = _FIX
-        if (folder / "adapter_model.bin").is_file():
-            fix = "use a safetensors version of this adapter (pickle files are not loaded, for security)"
-        raise InputError(f"{folder}: no adapter_model.safetensors", fix)
+        is_pickle = (folder / "adapter_model.bin").is_file()
+        safe = "use a safetensors version of this adapter (pickle files are not loaded, for security)"
+        raise InputError(f"{folder}: no adapter_model.safetensors", safe if is_pickle else _FIX)
 
 
 def _is_complete(sft_config: dict, adapter_config: dict) -> bool:

@@ -130,10 +130,9 @@ class FrozenLoraLinear(LoraLinear):
     def forward(self, x: Tensor, **kwargs) -> Tensor:
         if self.disable_adapters or self.merged or kwargs:
             return super().forward(x, **kwargs)
-        weights = (self.base_layer.weight, self.base_layer.bias)
         lora = (self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"])
         p = getattr(self.lora_dropout["default"], "p", 0.0) if self.training else 0.0
-        return _LoraProduct.apply(x, *weights, *lora, p)
+        return _LoraProduct.apply(x, self.base_layer.weight, self.base_layer.bias, *lora, p)
 
 
 def dropout_mask(shape: tuple[int, int], p: float) -> tuple[Tensor, float]:
@@ -153,14 +152,17 @@ def use_frozen_kernels(model: nn.Module) -> None:
     if not has_onednn():
         return
     for module in model.modules():
-        is_frozen = type(module) is nn.Linear and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        )
-        if is_frozen and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        if type(module) is nn.Linear and not is_trained and _is_float32_on_cpu(module):
             module.__class__ = FrozenLinear
     for module in model.modules():
         if type(module) is LoraLinear and type(module.base_layer) is FrozenLinear:
             module.__class__ = FrozenLoraLinear
+
+
+def _is_float32_on_cpu(module: nn.Module) -> bool:
+    weight = next(module.parameters())
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 @functools.cache
@@ -296,8 +298,7 @@ def replace_linear_layers(model: nn.Module, kind: type) -> None:
 
 def pack_for_inference(model: nn.Module) -> None:
     """PackedLinear for a float32 model without adapter on an x86 CPU; leaves other models as they are."""
-    parameter = next(model.parameters())
     has_adapter = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32
-    if fits and not has_adapter and not getattr(model, "is_quantized", False) and has_onednn():
+    is_plain = not has_adapter and not getattr(model, "is_quantized", False)
+    if is_plain and _is_float32_on_cpu(model) and has_onednn():
         replace_linear_layers(model, PackedLinear)
