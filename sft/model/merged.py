@@ -69,11 +69,11 @@ def merge_into_int8(model: PeftModel, dtype: torch.dtype):
     expected = _probe_logits(model)
     base = unwrap(model)
     replace_linear_layers(base, Int8Linear)
-    # transformers sets this for its own quantized models. Ours must count as one too: `logits_problem` then
-    # allows for rounded weights, and `save_merged` refuses to write them
+    # As transformers marks its own: `save_merged` refuses to write it
     base.is_quantized = True
     base = base.to(dtype)
-    problem = logits_problem(_probe_logits(base), expected, base)
+    # Rounding changed up to 5e-2 of the largest logit, a missing adapter 0.1 to 0.8 (17 models)
+    problem = logits_problem(_probe_logits(base), expected, base, bound=0.1)
     if problem:
         raise InputError(f"merged in 8 bit, {problem}", "use --quantization none, or --no_merge")
     return base
