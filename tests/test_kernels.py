@@ -90,7 +90,9 @@ needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
     "shape, n_out, bias",
     [((1, 1), 1, False), ((1, 7, 33), 20, True), ((300, 64), 129, True), ((2, 5, 96), 48, False)],
 )
-def test_frozen_linear(shape, n_out, bias):
+@pytest.mark.parametrize("is_amd", [False, True])
+def test_frozen_linear(shape, n_out, bias, is_amd, monkeypatch):
+    monkeypatch.setattr(kernels, "_is_amd", lambda: is_amd)
     torch.manual_seed(n_out)
     layer = nn.Linear(shape[-1], n_out, bias=bias).requires_grad_(False)
     reference = copy.deepcopy(layer).double()

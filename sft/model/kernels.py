@@ -13,8 +13,10 @@ has_int8() is False and 8 bit goes through bitsandbytes.
 import functools
 import math
 import platform
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -66,23 +68,33 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
+@functools.cache
+def _is_amd() -> bool:
+    """torch gives float32 products to MKL. On an AMD CPU with AVX-512 that uses half of the vector units, and
+    oneDNN is twice as fast; on one of Intel's a training step took 13 % less time with MKL."""
+    about = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (about.read_text() if about.is_file() else platform.processor())
+
+
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in float32, without a gradient, by the faster library."""
+    return onednn_linear(x, weight, bias) if _is_amd() else F.linear(x, weight, bias)
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
-        return onednn_linear(x, weight, bias)
+        return frozen_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return onednn_linear(grad, weight.t(), None), None, None
+        return frozen_product(grad, weight.t(), None), None, None
 
 
 class FrozenLinear(nn.Linear):
-    """nn.Linear with a float32 weight that is not trained, by oneDNN, on a CPU.
-
-    torch gives float32 products to MKL, which uses half of the vector units of an AMD CPU with AVX-512.
-    """
+    """nn.Linear with a float32 weight that is not trained, on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenProduct.apply(x, self.weight, self.bias)
@@ -96,7 +108,7 @@ class _LoraProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale, p):
-        output = onednn_linear(x, weight, bias)
+        output = frozen_product(x, weight, bias)
         rows = x.reshape(-1, x.shape[-1])
         kept = None
         if p:
@@ -119,7 +131,7 @@ class _LoraProduct(torch.autograd.Function):
         grad_a = grad_narrow.t() @ (rows * kept)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = onednn_linear(grad, weight.t(), None)
+            grad_x = frozen_product(grad, weight.t(), None)
             grad_x.view(rows.shape).add_((grad_narrow @ lora_a).mul_(kept))
         return grad_x, None, None, grad_a, grad_b, None, None
 
