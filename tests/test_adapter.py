@@ -24,7 +24,6 @@ from sft.files import FORMAT_VERSION, write_checksums
 from sft.model.adapter import (
     add_lora,
     load_specialist,
-    merge_into_int8,
     read_state,
     save_adapter,
     set_gradient_checkpointing,
@@ -40,7 +39,7 @@ from sft.model.base import (
 )
 from sft.model.folder import read_adapter_folder
 from sft.model.kernels import Int8Linear, has_int8
-from sft.model.merged import merge
+from sft.model.merged import merge, merge_into_int8
 from sft.model.probes import enable_packing
 from stage_a_sft_training import summed_loss
 
@@ -237,7 +236,7 @@ EXTRA = {"base_model.model.extra.lora_A.weight": torch.ones(2)}
     "damage, words",
     [
         (change_weights(lambda w: dict(list(w.items())[1:])), "lacks 1 of the 8"),
-        (change_weights(lambda w: {**w, **EXTRA}), "holds 1 unexpected weight, the first"),
+        (change_weights(lambda w: {**w, **EXTRA}), "holds 1 others, the first base_model.model.extra"),
         (change_weights(lambda w: {k: torch.zeros_like(v) for k, v in w.items()}), "all weights are zero"),
         (change_weights(lambda w: {k: v * float("nan") for k, v in w.items()}), "NaN"),
         (change_weights(lambda w: {k: v[..., :1].contiguous() for k, v in w.items()}), "shape"),
@@ -358,9 +357,12 @@ def test_an_adapter_on_a_tied_output_layer_is_merged_into_that_layer_alone(archi
         assert (rounded(IDS).logits - expected).norm() <= 0.05 * expected.norm()
 
 
-def test_a_merge_that_changes_the_logits_is_undone(monkeypatch):
+def test_a_merge_that_changes_the_logits_is_undone_or_refused(monkeypatch):
     model, expected = tied_model("llama", ("lm_head", "q_proj"))
-    monkeypatch.setattr(merged_module, "untie", lambda model: None)
+    monkeypatch.setattr(merged_module, "_untie", lambda model: None)
     kept, problem = merge(model)
     assert kept is model and "its logits differ" in problem
     torch.testing.assert_close(kept(IDS).logits, expected, atol=1e-4, rtol=1e-4)
+    monkeypatch.setattr(merged_module, "replace_linear_layers", lambda base, kind: model.unload())
+    with pytest.raises(InputError, match=r"in 8 bit, its logits differ[\s\S]*use --quantization none"):
+        merge_into_int8(model, torch.float32)

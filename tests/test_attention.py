@@ -1,14 +1,11 @@
 """sft/model/attention.py: packed rows and the KV cache against the model's own attention, and the probes."""
 
 import math
-from itertools import combinations, pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from lora import gradients_of, tiny_examples, with_lora
 from tiny import tiny_model
 from transformers import AttentionInterface
@@ -218,23 +215,6 @@ def test_packed_rows_without_a_kv_cache_are_refused():
     model.set_attn_implementation("kv_cache")
     with pytest.raises(ValueError, match="packed rows only with a KVCache"):
         model(input_ids=torch.arange(5)[None], position_ids=torch.tensor([[0, 1, 2, 0, 1]]), use_cache=False)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 50), max_size=7), st.integers(0, 60))
-def test_runs_of_similar_length_are_the_cheapest(lengths, keys_per_call):
-    runs = group_by_length(lengths, keys_per_call)
-    assert [slot for first, last, _ in runs for slot in range(first, last)] == list(range(len(lengths)))
-    assert all(longest == max(lengths[first:last]) for first, last, longest in runs)
-    splits = [
-        [0, *cuts, len(lengths)]
-        for n in range(len(lengths))
-        for cuts in combinations(range(1, len(lengths)), n)
-    ]
-    costs = [sum(max(lengths[a:b]) * (b - a) + keys_per_call for a, b in pairwise(split)) for split in splits]
-    cost = sum(longest * (last - first) + keys_per_call for first, last, longest in runs)
-    assert cost == min(costs, default=0)
-    assert len(group_by_length(lengths, math.inf)) == bool(lengths)
 
 
 # ------------------------------------------------------------------------------- probes

@@ -216,7 +216,7 @@ def test_a_base_that_is_quantized_already(model_folder, tmp_path, capsys):
     assert "not quantized" not in capsys.readouterr().err
     base.model.layers[0].mlp.experts = torch.nn.Parameter(torch.zeros(4, 128, 256))
     log_unquantized(base)
-    assert "of the base model's weights are not quantized" in capsys.readouterr().err
+    assert "of the base model's bytes are not quantized" in capsys.readouterr().err
 
 
 def test_a_multimodal_folder_that_cannot_be_loaded_says_so(base_copy):

@@ -7,17 +7,21 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from lora import with_lora
+from lora import gradients_of, with_lora
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from tiny import tiny_model
 from torch import nn
 
 from sft.model import kernels
+from sft.model.adapter import set_gradient_checkpointing
 from sft.model.kernels import (
-    FastDropout,
     FrozenLinear,
+    FrozenLoraLinear,
     Int8Linear,
     PackedLinear,
     SummedCrossEntropy,
+    dropout_mask,
     has_int8,
     has_onednn,
     replace_linear_layers,
@@ -61,27 +65,21 @@ def test_a_loss_that_is_not_finite_stays_so():
     assert SummedCrossEntropy.apply(logits, torch.tensor([0, 1, 2])).isnan()
 
 
-@pytest.mark.parametrize("p, shape", [(0.05, (300, 577)), (0.5, (1, 100, 1001)), (0.9, (100_003,))])
-def test_dropout(p, shape):
-    dropout = FastDropout(p)
-    x = torch.rand(shape).add_(1).requires_grad_()
+@pytest.mark.parametrize("p, shape", [(0.05, (300, 577)), (0.5, (100, 1001)), (0.9, (1, 100_003))])
+def test_what_dropout_keeps(p, shape):
     torch.manual_seed(3)
-    y = dropout(x)
-    dropped = y == 0
-    n = x.numel()
+    kept, share = dropout_mask(shape, p)
+    dropped = ~kept.flatten()
+    n = dropped.numel()
+    assert kept.shape == shape
+    assert abs(share - (1 - p)) < 2**-16
     assert abs(dropped.float().mean().item() - p) < 5 * (p * (1 - p) / n) ** 0.5 + 2**-16
-    torch.testing.assert_close(y[~dropped], x[~dropped] / (1 - p), rtol=1e-4, atol=0)
-    y.sum().backward()
-    assert torch.equal(x.grad == 0, dropped)
-    assert x.grad[~dropped].unique().numel() == 1
-    torch.manual_seed(3)
-    assert torch.equal(dropout(x), y)  # the seed decides
-    assert not torch.equal(dropout(x), y)
     # Neighbors are drawn independently
-    both_dropped = (dropped.flatten()[1:] & dropped.flatten()[:-1]).float().mean().item()
+    both_dropped = (dropped[1:] & dropped[:-1]).float().mean().item()
     assert abs(both_dropped - p * p) < 6 * (p * p / n) ** 0.5 + 1e-4
-    assert dropout.eval()(x) is x
-    assert FastDropout(0.0)(x) is x
+    torch.manual_seed(3)
+    assert torch.equal(dropout_mask(shape, p)[0], kept)  # the seed decides
+    assert not torch.equal(dropout_mask(shape, p)[0], kept)
 
 
 needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
@@ -92,7 +90,9 @@ needs_onednn = pytest.mark.skipif(not has_onednn(), reason="no oneDNN here")
     "shape, n_out, bias",
     [((1, 1), 1, False), ((1, 7, 33), 20, True), ((300, 64), 129, True), ((2, 5, 96), 48, False)],
 )
-def test_frozen_linear(shape, n_out, bias):
+@pytest.mark.parametrize("is_amd", [False, True])
+def test_frozen_linear(shape, n_out, bias, is_amd, monkeypatch):
+    monkeypatch.setattr(kernels, "_is_amd", lambda: is_amd)
     torch.manual_seed(n_out)
     layer = nn.Linear(shape[-1], n_out, bias=bias).requires_grad_(False)
     reference = copy.deepcopy(layer).double()
@@ -131,6 +131,105 @@ def test_a_frozen_layer_is_copied_pickled_and_printed():
         assert type(again) is FrozenLinear
         assert torch.equal(again(x), layer(x))
     assert repr(layer) == "FrozenLinear(in_features=8, out_features=5, bias=True)"
+
+
+# ------------------------------------------------------------------------------- LoRA
+
+
+def lora_model(architecture: str, **options):
+    """A tiny model with PEFT's own LoRA on all its linear layers, an effect in each of them."""
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", **options)
+    model = get_peft_model(tiny_model(architecture), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return model.train()
+
+
+@needs_onednn
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    "architecture, options",
+    [
+        ("llama", {"r": 16, "lora_alpha": 32}),
+        ("qwen2", {"r": 1, "lora_alpha": 3, "use_rslora": True}),
+        ("gemma2", {"r": 4, "lora_alpha": 1}),
+        ("phi3", {"r": 7, "lora_alpha": 16, "use_rslora": True}),
+    ],
+)
+def test_lora_layers_are_pefts(architecture, options, checkpointing):
+    """In loss, gradients and what is saved."""
+    ids = torch.arange(40).view(2, 20)
+    found = []
+    for ours in (False, True):
+        model = lora_model(architecture, **options)
+        if ours:
+            use_frozen_kernels(model)
+            n_linear = sum(isinstance(module, LoraLayer) for module in model.modules())
+            assert sum(isinstance(module, FrozenLoraLinear) for module in model.modules()) == n_linear
+        if checkpointing:
+            set_gradient_checkpointing(model)
+        loss = F.cross_entropy(model(ids).logits.flatten(0, 1), ids.flatten())
+        loss.backward()
+        found.append((loss, gradients_of(model), get_peft_model_state_dict(model)))
+    (loss, gradients, saved), (our_loss, our_gradients, our_saved) = found
+    torch.testing.assert_close(our_loss, loss, rtol=1e-5, atol=1e-6)
+    assert gradients.keys() == our_gradients.keys() and saved.keys() == our_saved.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+@needs_onednn
+def test_lora_dropout():
+    """Of one layer and one seed, a map that is linear in x, A and B: the gradients are its differences. Over
+    seeds the mean is the layer without dropout."""
+    layer = nn.Sequential(nn.Linear(40, 24))
+    config = LoraConfig(target_modules=["0"], r=4, lora_alpha=8, lora_dropout=0.3)
+    model = get_peft_model(layer, config)
+    use_frozen_kernels(model)
+    layer = model.base_model.model[0]
+    weights = (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+    nn.init.normal_(weights[1])
+    x = torch.randn(2, 5, 40, requires_grad=True)
+
+    def output(seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return layer(x)
+
+    direction = torch.randn(2, 5, 24)
+    gradients = torch.autograd.grad((output(0) * direction).sum(), (x, *weights))
+    with torch.no_grad():
+        before = output(0)
+        for changed, gradient in zip((x, *weights), gradients):
+            step = torch.randn_like(changed)
+            changed.add_(step)
+            difference = ((output(0) - before) * direction).sum()
+            changed.sub_(step)
+            torch.testing.assert_close(difference, (gradient * step).sum(), rtol=1e-3, atol=1e-2)
+        draws = torch.stack([output(seed) for seed in range(400)])
+        expected = layer.eval()(x)
+        error = (draws.mean(0) - expected).abs() / (draws.std(0) / 20)
+        assert error.max() < 5 and error.mean() < 1  # in standard errors; 0.8 of them on average
+        torch.testing.assert_close(layer(x), expected)
+
+
+@needs_onednn
+def test_a_disabled_adapter_has_no_effect():
+    model = lora_model("llama", lora_dropout=0.5).eval()
+    use_frozen_kernels(model)
+    ids = torch.arange(20)[None]
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(ids).logits, tiny_model()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lora_over_16_bits_stays_pefts(dtype):
+    model = with_lora(tiny_model().to(dtype))
+    use_frozen_kernels(model)
+    assert not any(isinstance(module, FrozenLoraLinear) for module in model.modules())
 
 
 @needs_onednn
@@ -232,13 +331,6 @@ def test_models_that_read_a_weight_find_it(kind, exact):
     weight = torch.randn(64, 96)
     found = kind(weight, torch.randn(64)).weight
     torch.testing.assert_close(found, weight, atol=1e-5 if exact else 0.03, rtol=0)
-
-
-@pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI instructions")
-def test_zeros_in_8_bit():
-    layer = Int8Linear(torch.zeros(8, 16), None)
-    for x in (torch.zeros(3, 16), torch.ones(3, 16)):
-        assert torch.equal(layer(x), torch.zeros(3, 8))
 
 
 def test_a_cpu_whose_sums_overflow_is_noticed(monkeypatch):

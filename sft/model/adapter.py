@@ -8,14 +8,12 @@ configuration, SHA-256s), a model card, SHA256SUMS over all of them and, in a ch
 import io
 import os
 import re
-from collections import Counter
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from sft.cli import (
     InputError,
@@ -23,7 +21,6 @@ from sft.cli import (
     first_line,
     log,
     on_main_process,
-    plural,
     preview_list,
     safe_id,
 )
@@ -40,9 +37,9 @@ from sft.model.base import (
     resolve_model,
 )
 from sft.model.folder import read_sft_config
-from sft.model.kernels import FastDropout, Int8Linear, convert_linear, replace_linear_layers
 from sft.options import BUNDLED_MODEL
 
+_FIX_WEIGHTS = "restore it from a backup, or train again"
 _FIX_BASE_MODEL = "pass --base_model with the model this adapter was trained on (a folder or Hub id)"
 
 # ------------------------------------------------------------------------------- on the model
@@ -64,36 +61,25 @@ def add_lora(
     c_attn), or all linear layers if PEFT has none. Raises InputError for any other layers that the model does
     not have."""
     # An image or sound encoder of a multimodal model sees no token here
-    encoders = {
-        name for name, _ in model.named_modules() if re.search(r"(vision|visual|image|audio)[^.]*$", name)
-    }
+    encoders = r".*(vision|visual|image|audio).*"
+    has_encoders = any(re.fullmatch(encoders, name) for name, _ in model.named_modules())
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=_lora_targets(model, target_modules),
-        exclude_modules=rf"({'|'.join(sorted(encoders))})(\..*)?" if encoders else None,
-        bias="none",
+        exclude_modules=encoders if has_encoders else None,
     )
     torch.manual_seed(seed)
     try:
-        model = get_peft_model(model, config, autocast_adapter_dtype=True)  # float32, also on a 16-bit base
+        return get_peft_model(model, config, autocast_adapter_dtype=True)  # float32, also on a 16-bit base
     except ValueError as error:
-        raise _refusal(error, dropout) from None
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and dropout:
-            module.lora_dropout["default"] = FastDropout(dropout)
-    return model
-
-
-def _refusal(error: ValueError, dropout: float) -> InputError:
-    """What PEFT refuses, and what works instead."""
-    if "lora_dropout" in str(error):
-        problem = f"--lora_dropout {dropout:g}: PEFT has no dropout for a mixture of experts"
-        return InputError(problem, "use --lora_dropout 0")
-    fix = "name other layers with --target_modules"
-    return InputError(f"LoRA does not fit these layers: {first_line(error)}", fix)
+        if "lora_dropout" in str(error):
+            problem = f"--lora_dropout {dropout:g}: PEFT has no dropout for a mixture of experts"
+            raise InputError(problem, "use --lora_dropout 0") from None
+        problem = f"LoRA does not fit these layers: {first_line(error)}"
+        raise InputError(problem, "name other layers with --target_modules") from None
 
 
 # Layers of state-space models whose weights are read beside them, so that an adapter there would be missed.
@@ -115,14 +101,11 @@ def _lora_targets(model, wanted: list[str]) -> list[str] | str:
         return all_linear
     if wanted == ["q_proj", "v_proj"] and not linear.intersection(wanted):
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type, ())
-        known = () if not_called.intersection(known) else known
+        wanted = [] if not_called.intersection(known) else list(known)
         if on_main_process():
-            log(
-                f"This model has no q_proj and v_proj: LoRA on {', '.join(known) if known else 'all linear layers'}"
-            )
-        if not known:
+            log(f"This model has no q_proj and v_proj: LoRA on {', '.join(wanted) or 'all linear layers'}")
+        if not wanted:
             return all_linear
-        wanted = list(known)
     absent = [name for name in wanted if name not in linear]
     if absent:
         fix = f"choose from {preview_list(sorted(linear), 12)}, or all-linear"
@@ -210,37 +193,34 @@ def load_adapter_weights(model: PeftModel, folder: Path, *, may_be_zero: bool = 
     whole is zero and so does nothing (unless it `may_be_zero`, as in a checkpoint of a run that has just
     begun)."""
     file = folder / "adapter_model.safetensors"
-    fix = "restore it from a backup, or train again"
-    with as_input_error(f"{file}: not a readable safetensors file", fix), safe_open(file, "pt") as weights:
-        saved = {key: weights.get_tensor(key) for key in weights.keys()}  # noqa: SIM118 (no mapping)
+    with as_input_error(f"{file}: not a readable safetensors file", _FIX_WEIGHTS):
+        saved = load_file(file)
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _check_weights(file, saved, expected, may_be_zero)
+    problem, fix = _weights_problem(saved, expected, may_be_zero)
+    if problem:
+        raise InputError(f"{file}: {problem}", fix)
     with torch.no_grad():
         for key, tensor in expected.items():
             tensor.copy_(saved[key])
 
 
-def _check_weights(file: Path, saved: dict, expected: dict, may_be_zero: bool) -> None:
-    fix = "restore it from a backup, or train again"
+def _weights_problem(saved: dict, expected: dict, may_be_zero: bool) -> tuple[str, str]:
+    """(what is wrong with an adapter's weights, "" if nothing is; the fix)."""
     missing = sorted(expected.keys() - saved.keys())
-    if missing:
-        problem = f"{file}: lacks {len(missing)} of the {len(expected)} weights its configuration names"
-        raise InputError(f"{problem}, the first {missing[0]}", fix)
     extra = sorted(saved.keys() - expected.keys())
-    if extra:
-        problem = f"{file}: holds {plural(len(extra), 'unexpected weight')}, the first {extra[0]}"
-        raise InputError(problem, fix)
+    if missing or extra:
+        problem = f"lacks {len(missing)} of the {len(expected)} weights its configuration names"
+        return f"{problem} and holds {len(extra)} others, the first {(missing + extra)[0]}", _FIX_WEIGHTS
     for key, tensor in expected.items():
-        found = tuple(saved[key].shape)
-        if found != tuple(tensor.shape):
-            problem = f"{file}: {key} has shape {found}, not {tuple(tensor.shape)}"
+        if saved[key].shape != tensor.shape:
+            problem = f"{key} has shape {tuple(saved[key].shape)}, not {tuple(tensor.shape)}"
             fix = "check that the base model is the one this adapter was trained on (--base_model)"
-            raise InputError(problem, fix)
+            return problem, fix
     if not may_be_zero and not any(tensor.any() for key, tensor in saved.items() if "lora_B" in key):
-        raise InputError(f"{file}: all weights are zero, so the adapter does nothing", fix)
+        return "all weights are zero, so the adapter does nothing", _FIX_WEIGHTS
     if not all(torch.isfinite(tensor).all() for tensor in saved.values()):
-        problem = f"{file}: some weights are NaN or infinite"
-        raise InputError(problem, f"{fix} with a lower --learning_rate")
+        return "some weights are NaN or infinite", f"{_FIX_WEIGHTS} with a lower --learning_rate"
+    return "", ""
 
 
 @own_settings()
@@ -287,9 +267,8 @@ def _check_base(folder: Path, base_folder: Path, sft_config: dict, verify: bool,
     problem = ""
     if base_weights_sha256(base_folder, again=verify) != sft_config["sha256"]["base_weights"]:
         problem = "does not have the weights this adapter was trained on"
-    elif "base_config" in sft_config:
-        differing = base_config_problem(base_folder, sft_config["base_config"])
-        problem = differing and f"is not as in training: {differing} differs"
+    elif differing := base_config_problem(base_folder, sft_config.get("base_config")):
+        problem = f"is not as in training: {differing} differs"
     if problem:
         raise InputError(f"{folder}: the base model in {base_folder.name} {problem}", _FIX_BASE_MODEL)
 
@@ -301,9 +280,8 @@ def _find_base_model(folder: Path, sft_config: dict, adapter_config: dict, base_
         if base_model is not None:
             return resolve_model(base_model, _FIX_BASE_MODEL)
         if "other_base" in adapter_config:
-            problem = (
-                f"{folder} was trained on {adapter_config['other_base']}, the prompt's adapter on another"
-            )
+            other = adapter_config["other_base"]
+            problem = f"{folder} was trained on {other}, the prompt's adapter on another"
             raise InputError(problem, "pass --base_model with the model it was trained on")
         name = adapter_config["base_model_name_or_path"]
         if name == os.path.relpath(BASE_FOLDER / BUNDLED_MODEL, ROOT):
@@ -314,44 +292,3 @@ def _find_base_model(folder: Path, sft_config: dict, adapter_config: dict, base_
     except InputError as error:
         problem = f"the adapter's base model is not available: {error.problem}"
         raise InputError(problem, error.fix) from None
-
-
-# ------------------------------------------------------------------------------- merging
-
-
-def untie(model: PeftModel) -> None:
-    """Gives each layer with an adapter a weight of its own: merged into an output layer that shares the
-    embeddings' (tied), the adapter would change these too."""
-    base = unwrap(model)
-    owners = Counter(
-        id(weight)
-        for module in base.modules()
-        if not isinstance(module, LoraLayer)
-        for weight in module.parameters(recurse=False)
-    )
-    for layer in [module for module in base.modules() if isinstance(module, LoraLayer)]:
-        own = layer.get_base_layer()
-        if owners[id(getattr(own, "weight", None))] > 1:
-            own.weight = torch.nn.Parameter(own.weight.detach().clone(), requires_grad=False)
-            base.config.tie_word_embeddings = False
-            base.config.get_text_config().tie_word_embeddings = False
-
-
-def merge_into_int8(model: PeftModel, dtype: torch.dtype):
-    """The base model with the adapter merged into its linear layers and these in 8 bit (Int8Linear), on a
-    CPU; the rest in `dtype`. Layer by layer in float32, so that each weight is rounded once and memory holds
-    one such copy."""
-    untie(model)
-    base = unwrap(model)
-    # Names alone are kept, so that the old weights are freed one by one
-    names = [name for name, module in base.named_modules() if isinstance(module, LoraLayer)]
-    for name in names:
-        module = base.get_submodule(name)
-        linear = module.get_base_layer().float()
-        module.merge(safe_merge=True)
-        base.set_submodule(name, convert_linear(linear, Int8Linear))
-    replace_linear_layers(base, Int8Linear)
-    # transformers sets this for its own quantized models. Ours must count as one too: `logits_problem` then
-    # allows for rounded weights, and `save_merged` refuses to write them
-    base.is_quantized = True
-    return base.to(dtype)

@@ -1,4 +1,4 @@
-"""Everything that touches transformers' attention: three implementations, their masks, the probes' checks.
+"""Everything that touches transformers' attention: three implementations and their masks.
 
     per_example    training: packed rows, one call of PyTorch's attention per example
     varlen         training on a CUDA GPU in 16 bit: packed rows in one FlashAttention call
@@ -8,7 +8,7 @@ A model gets one of them once, when it is loaded and after a probe (`enable_pack
 sft/inference/decoding.py); nothing switches it during a call. All have the signature of transformers'
 AttentionInterface (https://huggingface.co/docs/transformers/attention_interface): query (batch, heads,
 tokens, head_dim), key and value (batch, key-value heads, keys, head_dim) -> (batch, tokens, heads, head_dim)
-and None.
+and None; they raise ValueError for what they do not compute.
 
 transformers builds no mask for an attention without a mask function of that name, and then drops the caller's
 padding mask too (masking_utils.py). Packed rows need no mask; kv_cache registers a mask function for passes
@@ -42,13 +42,8 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
 
 
 def attention_window(text_config) -> int | None:
-    """The sliding window that a configuration says some layers have; None if none has."""
-    window = getattr(text_config, "sliding_window", None)
-    layer_types = getattr(text_config, "layer_types", None) or ["sliding_attention"]
-    is_used = getattr(text_config, "use_sliding_window", True) and any(
-        "sliding" in kind for kind in layer_types
-    )
-    return window if is_used else None
+    """The sliding window of some layers; None if all see all tokens."""
+    return getattr(text_config, "sliding_window", None) or None
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -87,8 +82,7 @@ def _causal_attention(query, key, value, *, window, scaling, softcap=None, dropo
     n_before = n_keys - n_queries
     fits_window = window is None or n_keys <= window
     options = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
-    many_queries = softcap is None and n_queries > n_keys // 4
-    if many_queries and fits_window:
+    if softcap is None and fits_window and n_queries > n_keys // 4:
         # is_causal, the fastest, needs as many queries as keys: those added are dropped again
         padded = F.pad(query, (0, 0, n_before, 0)) if n_before else query
         return F.scaled_dot_product_attention(padded, key, value, is_causal=True, **options)[:, :, n_before:]
@@ -96,81 +90,52 @@ def _causal_attention(query, key, value, *, window, scaling, softcap=None, dropo
     if n_queries > 1 or not fits_window:
         positions = torch.arange(n_before, n_keys, device=query.device)
         mask = causal_mask(positions, n_keys, window)[None, None]
-    if many_queries:
-        # The mask would have to be repeated for the groups of `_attention`
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
     return _attention(query, key, value, mask, scaling=scaling, softcap=softcap, dropout=dropout)
 
 
-def _refuse_unsupported(arguments: dict) -> None:
-    """Raises ValueError for what a model hands its attention and these functions do not compute."""
-    for name in ("softcap", "s_aux", "position_bias", "cache"):
+def _options(arguments: dict, *more: str) -> dict:
+    """The options of `_causal_attention` from what a model hands its attention. Raises ValueError for what
+    is not computed; `more` is."""
+    for name in {"softcap", "s_aux", "position_bias", "cache"}.difference(more):
         if arguments.get(name) is not None:
             raise ValueError(f"this attention does not compute {name}")
+    options = {"window": arguments.get("sliding_window"), "dropout": arguments.get("dropout", 0.0)}
+    return options | {name: arguments.get(name) for name in ("scaling", *more)}
 
 
 # ------------------------------------------------------------------------------- packed rows
 
 
-def per_example_attention(
-    module,
-    query,
-    key,
-    value,
-    mask,
-    *,
-    example_lengths,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    **kwargs,
-):
+def per_example_attention(module, query, key, value, mask, *, example_lengths: list[int], **arguments):
     """Causal attention inside each example of one packed row, no example seeing another, without a dense
-    mask.
-
-    `example_lengths` are Python integers that add up to the row's tokens. Raises ValueError for what is not
-    computed."""
-    _refuse_unsupported(kwargs)
+    mask. `example_lengths` add up to the row's tokens."""
+    options = _options(arguments)
     dtype = query.dtype
     # A CPU's 16-bit attention is slower than that in float32
     if query.device.type == "cpu":
         query, key, value = query.float(), key.float(), value.float()
     examples = zip(*(states.split(example_lengths, dim=2) for states in (query, key, value)))
-    options = {"window": sliding_window, "scaling": scaling, "dropout": dropout}
     outputs = [_causal_attention(*states, **options) for states in examples]
     return torch.cat(outputs, dim=2).to(dtype).transpose(1, 2).contiguous(), None
 
 
-def varlen_attention(
-    module,
-    query,
-    key,
-    value,
-    mask,
-    *,
-    example_starts,
-    example_lengths,
-    scaling=None,
-    dropout=0.0,
-    sliding_window=None,
-    **kwargs,
-):
-    """per_example_attention in one FlashAttention call, on a CUDA GPU in 16 bit.
+def varlen_attention(module, query, key, value, mask, *, example_starts, example_lengths, **arguments):
+    """per_example_attention in one FlashAttention call, on a CUDA GPU in 16 bit, without dropout.
 
-    `example_starts` (examples + 1,) is an int32 tensor on the GPU. Raises ValueError for what is not
-    computed."""
+    `example_starts` (examples + 1,) is an int32 tensor on the GPU."""
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse_unsupported(kwargs)
-    if dropout:
+    options = _options(arguments)
+    if options["dropout"]:
         raise ValueError("varlen_attention has no dropout")
     # (tokens, heads, head_dim)
     q, k, v = (states[0].transpose(0, 1).contiguous() for states in (query, key, value))
     longest = max(example_lengths)
-    keys_before = -1 if sliding_window is None else sliding_window - 1  # -1: all
+    keys_before = -1 if options["window"] is None else options["window"] - 1  # -1: all
     ends = (example_starts, example_starts, longest, longest)  # of the queries, of the keys
-    options = {"scale": scaling, "window_size": (keys_before, 0), "enable_gqa": q.shape[1] != k.shape[1]}
-    output = varlen_attn(q, k, v, *ends, **options)
+    grouped = q.shape[1] != k.shape[1]
+    sees = (keys_before, 0)
+    output = varlen_attn(q, k, v, *ends, scale=options["scaling"], window_size=sees, enable_gqa=grouped)
     return output[None], None
 
 
@@ -246,8 +211,6 @@ def group_by_length(lengths: list[int], keys_per_call: float) -> list[tuple[int,
 
     Attention over a run reads as many keys of each sequence as of the longest. This is the cheapest split if
     a call costs as much as reading `keys_per_call` keys."""
-    if math.isinf(keys_per_call):
-        return [(0, len(lengths), max(lengths))] if lengths else []
     # For the first 0, 1, 2, ... slots: the cost in keys, and the runs
     cheapest = [(0, [])]
     for last in range(1, len(lengths) + 1):
@@ -271,37 +234,27 @@ def lazy_zeros(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
-def kv_cache_attention(
-    module,
-    query,
-    key,
-    value,
-    mask,
-    *,
-    kv_cache: KVCache | None = None,
-    scaling=None,
-    sliding_window=None,
-    softcap=None,
-    dropout=0.0,
-    **kwargs,
-):
+def kv_cache_attention(module, query, key, value, mask, *, kv_cache: KVCache | None = None, **arguments):
     """Attention of one row of tokens as laid out by `KVCache.plan_pass`, each to the keys of its own
     sequence.
 
-    Without `kv_cache`, as in a plain forward pass or `generate`, the model's ordinary attention: by the mask
-    if there is one, else causal. Raises ValueError for what is not computed."""
-    _refuse_unsupported(kwargs)
-    options = {"scaling": scaling, "softcap": softcap, "dropout": dropout}
+    Without `kv_cache`, as in a plain forward pass or `generate`, the model's ordinary attention, by the mask
+    that transformers makes for its "sdpa"; None lets each query see the keys up to its own place, or a single
+    one all keys."""
+    options = _options(arguments, "softcap")
+    window = options.pop("window")
     if kv_cache is None:
-        if mask is None:
-            output = _causal_attention(query, key, value, window=sliding_window, **options)
-        elif mask.numel() == 0:
+        n_queries = query.shape[2]
+        if mask is not None and mask.numel() == 0:
             raise ValueError("kv_cache attention takes packed rows only with a KVCache")
+        if mask is None and n_queries > 1:
+            key, value = key[:, :, :n_queries], value[:, :, :n_queries]
+            output = _causal_attention(query, key, value, window=None, **options)
         else:
             output = _attention(query, key, value, mask, **options)
         return output.transpose(1, 2).contiguous(), None
     outputs = []
-    kv_cache.windows.add(sliding_window)
+    kv_cache.windows.add(window)
     keys, values = kv_cache.layer(module.layer_idx, key, value)
     start = kv_cache.n_running
     if start:
@@ -311,7 +264,7 @@ def kv_cache_attention(
         for run in kv_cache.runs:
             first, last, n_keys = run
             seen = (states[first:last, :, :n_keys] for states in (keys, values))
-            run_mask = kv_cache.mask(run, sliding_window, query.dtype)
+            run_mask = kv_cache.mask(run, window, query.dtype)
             output = _attention(newest[first:last], *seen, run_mask, **options)
             outputs.append(output[:, :, 0][None])
     for slot, position, n_tokens in kv_cache.chunks:
@@ -320,7 +273,7 @@ def kv_cache_attention(
         keys[slot, :, position:end] = key[0, :, tokens]
         values[slot, :, position:end] = value[0, :, tokens]
         seen = (states[slot : slot + 1, :, :end] for states in (keys, values))
-        output = _causal_attention(query[:, :, tokens], *seen, window=sliding_window, **options)
+        output = _causal_attention(query[:, :, tokens], *seen, window=window, **options)
         outputs.append(output.transpose(1, 2))
         start += n_tokens
     return torch.cat(outputs, dim=1), None
@@ -331,18 +284,10 @@ _PACKED_POSITIONS = torch.empty(1, 1, 1, 0)
 
 
 def _kv_cache_mask(*, attention_mask=None, allow_is_causal_skip=True, **pattern) -> torch.Tensor | None:
-    """The mask transformers hands to kv_cache_attention, called like `sdpa_mask` with the padding (batch,
-    keys): None if it is causal and the queries are the last of the keys, else Boolean (batch, 1, queries,
-    keys), the window in it."""
-    n_after = pattern["kv_offset"] + pattern["kv_length"] - pattern["q_offset"] - pattern["q_length"]
-    queries_are_last = bool(n_after == 0)
-    # transformers found positions that are not one sequence's
-    if attention_mask is None and not allow_is_causal_skip and queries_are_last and pattern["q_length"] > 1:
+    """`sdpa_mask`, which is called like this, but for positions that are not one sequence's."""
+    if attention_mask is None and not allow_is_causal_skip and pattern["q_length"] > 1:
         return _PACKED_POSITIONS
-    has_padding = attention_mask is not None and not bool(attention_mask.all())
-    if allow_is_causal_skip and queries_are_last and not has_padding:
-        return None
-    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=False, **pattern)
+    return sdpa_mask(attention_mask=attention_mask, allow_is_causal_skip=allow_is_causal_skip, **pattern)
 
 
 AttentionInterface.register("per_example", per_example_attention)

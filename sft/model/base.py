@@ -30,19 +30,13 @@ BUNDLED_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 BUNDLED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 BASE_FOLDER = ROOT / "models" / "base"
 
-# Common wrong Hub ids, and the right ones
-_WRONG_IDS = {
-    "mistralai/mistral-7b": "mistralai/Mistral-7B-v0.3",
-    "mistralai/mistral-7b-instruct": "mistralai/Mistral-7B-Instruct-v0.3",
-    "meta-llama/llama-2-7b": "meta-llama/Llama-2-7b-hf",
-    "meta-llama/llama-2-7b-chat": "meta-llama/Llama-2-7b-chat-hf",
-    "meta-llama/llama-2-13b": "meta-llama/Llama-2-13b-hf",
-    "meta-llama/llama-2-13b-chat": "meta-llama/Llama-2-13b-chat-hf",
-    "meta-llama/llama-2-70b": "meta-llama/Llama-2-70b-hf",
-    "meta-llama/llama-3-8b": "meta-llama/Meta-Llama-3-8B",
-    "meta-llama/llama-3-8b-instruct": "meta-llama/Meta-Llama-3-8B-Instruct",
-    "meta-llama/llama-3.1-8b-hf": "meta-llama/Llama-3.1-8B",
-}
+# Common wrong Hub ids (in any case), and the right ones
+_WRONG_IDS = (
+    (r"(mistralai/mistral-7b(-instruct)?)", r"\1-v0.3"),
+    (r"(meta-llama/llama-2-\d+b(-chat)?)", r"\1-hf"),
+    (r"meta-llama/(llama-3-8b(-instruct)?)", r"meta-llama/Meta-\1"),
+    (r"(meta-llama/llama-3.1-8b)-hf", r"\1"),
+)
 
 
 @contextlib.contextmanager
@@ -87,35 +81,29 @@ class Placement:
 def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
     """The device and dtype to run on, and why. Raises InputError if the requested device is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = device.partition(":")[0]
     if device == "auto":
-        kind = next(name for name in available if available[name])
+        kind = device = next(name for name in available if available[name])
+        why = {"cuda": "found a CUDA GPU", "mps": "found an Apple GPU", "cpu": "found no GPU"}[kind]
+        if kind == "cpu" and dtype == "auto" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+            why += "; --dtype bfloat16 would be faster on this CPU"
     else:
-        kind = device.partition(":")[0]
-    if kind not in available:
-        raise InputError(f"device {device!r} is unknown", "use auto, cuda, mps or cpu")
-    if not available[kind]:
-        problem = f"--device {device}: torch {torch.__version__} finds no such device"
-        raise InputError(problem, "use --device auto or cpu")
-    why = {"cuda": "found a CUDA GPU", "mps": "found an Apple GPU", "cpu": "found no GPU"}[kind]
-    if kind == "cpu" and dtype == "auto" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-        why += "; --dtype bfloat16 would be faster on this CPU"
-    if device != "auto":
         why = "as requested"
-    if dtype != "auto":
-        chosen = getattr(torch, dtype)
-    elif kind == "cuda":
-        # bfloat16 has the range of float32, so that losses need no scaling
-        chosen = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    else:
-        chosen = torch.float32
-    return Placement(torch.device(kind if device == "auto" else device), chosen, why)
+    if not available.get(kind):
+        problem = f"--device {device}: unknown, or torch {torch.__version__} finds no such device"
+        raise InputError(problem, "use --device auto, cuda, mps or cpu")
+    if dtype == "auto":
+        dtype = "float32"
+        if kind == "cuda":
+            # bfloat16 has the range of float32, so that losses need no scaling
+            has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            dtype = "bfloat16" if has_bfloat16 else "float16"
+    return Placement(torch.device(device), getattr(torch, dtype), why)
 
 
 def device_of_process(device: str) -> str:
-    """The --device of this process: of several processes on GPUs, each has a GPU of its own.
-
-    Raises InputError if there are more processes than GPUs.
-    """
+    """The --device of this process: of several processes on GPUs, each has a GPU of its own. Raises
+    InputError if there are more processes than GPUs."""
     if processes()[1] == 1 or device not in ("auto", "cuda") or not torch.cuda.is_available():
         return device
     rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -137,9 +125,8 @@ def peak_memory_mb(device: torch.device) -> float:
         return 0.0
     import resource  # not on Windows
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    bytes_per_unit = 1 if sys.platform == "darwin" else 2**10
-    return peak * bytes_per_unit / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, else in KiB
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 # ------------------------------------------------------------------------------- where it comes from
@@ -164,9 +151,10 @@ def resolve_model(
         if not (folder / "config.json").is_file():
             raise InputError(f"{model_name}: no transformers model in this folder (no config.json)", fix)
         return folder.resolve()
-    right = _WRONG_IDS.get(model_name.lower())
-    if right:
-        raise InputError(f"{model_name} is not a model transformers can load", f"use {right}")
+    for wrong, right in _WRONG_IDS:
+        if match := re.fullmatch(wrong, model_name, re.IGNORECASE):
+            problem = f"{model_name} is not a model transformers can load"
+            raise InputError(problem, f"use {match.expand(right)}")
     if model_name.startswith((".", "/", "~")) or model_name.count("/") != 1:
         raise InputError(f"{model_name}: no such folder", fix)
     return _hub_model(model_name, may_download)
@@ -207,16 +195,13 @@ def _hub_model(model_id: str, may_download: bool) -> Path:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, whether they are there or not. Raises InputError if its index names a
-    pickle file, or one outside the folder."""
+    """The safetensors files of a model, whether they are there or not. Raises InputError if its index names
+    another kind of file, or one outside the folder."""
     names = {file.name for file in folder.glob("*.safetensors")}
-    for index in folder.glob("*.index.json"):
+    for index in folder.glob("*.safetensors.index.json"):
         weight_map = read_json_object(index).get("weight_map")
-        named = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-        is_pickle_index = index.name.startswith("pytorch_model")
-        for name in () if is_pickle_index else named:
-            is_plain = isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")
-            if not is_plain:
+        for name in weight_map.values() if isinstance(weight_map, dict) else [None]:
+            if not (isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors")):
                 problem = f"{index}: it names a file that is not a safetensors file of this folder"
                 raise InputError(problem, "use a safetensors version of this model, from a source you trust")
             names.add(name)
@@ -246,23 +231,17 @@ def bundled_model() -> Path:
         with disk_full_as_input_error(folder):
             _convert_gguf(source, temporary)
             sync_dir(temporary)
-        make_readable([BASE_FOLDER.parent, BASE_FOLDER, temporary, *temporary.iterdir()])
+        for path in (BASE_FOLDER.parent, BASE_FOLDER, temporary, *temporary.iterdir()):
+            with contextlib.suppress(OSError):  # of another user
+                path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
         try:
             temporary.rename(folder)
         except OSError:
-            another_was_first = (folder / "config.json").is_file()
-            if not another_was_first:
+            if not (folder / "config.json").is_file():
                 raise
     finally:
         remove([temporary])
     return folder
-
-
-def make_readable(paths: list[Path]) -> None:
-    """Lets every user of the machine read files and folders, as far as they are this user's."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            path.chmod(path.stat().st_mode | (0o755 if path.is_dir() else 0o644))
 
 
 @own_settings()
@@ -286,13 +265,12 @@ def _convert_gguf(source: Path, folder: Path) -> None:
 def portable_name(model_name: str, folder: Path) -> str:
     """How an adapter names its base model: a Hub id, or the path from the repository's root; never an
     absolute path."""
-    if is_local(model_name):
-        # Of a folder on another Windows drive the name has to do; inference then needs --base_model
-        try:
-            return Path(os.path.relpath(folder, ROOT)).as_posix()
-        except ValueError:
-            return folder.name
-    return model_name
+    if not is_local(model_name):
+        return model_name
+    # Of a folder on another Windows drive the name has to do; inference then needs --base_model
+    with contextlib.suppress(ValueError):
+        return Path(os.path.relpath(folder, ROOT)).as_posix()
+    return folder.name
 
 
 def is_local(model_name: str) -> bool:
@@ -328,20 +306,18 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     """
     settings = read_json_object(folder / "config.json")
     is_quantized = "quantization_config" in settings
-    if is_quantized and quantization in ("8bit", "4bit"):
+    by_bitsandbytes = quantization in ("8bit", "4bit")
+    if is_quantized and by_bitsandbytes:
         fix = "leave out --quantization, --use_8bit and --use_4bit"
         raise InputError(f"{folder}: this base model is quantized already", fix)
-    by_bitsandbytes = quantization in ("8bit", "4bit")
-    arguments = {
-        "dtype": "auto" if quantization == "int8" and not is_quantized else dtype,
-        "local_files_only": True,
-        "trust_remote_code": False,
-        "use_safetensors": True,
-    }
+    arguments = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    arguments["dtype"] = "auto" if quantization == "int8" and not is_quantized else dtype
     if by_bitsandbytes or is_quantized:
         arguments["device_map"] = {"": device}
     if by_bitsandbytes:
-        arguments["quantization_config"] = _bitsandbytes_config(quantization, dtype)
+        kind = {"load_in_8bit": True} if quantization == "8bit" else {"load_in_4bit": True}
+        four_bit = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        arguments["quantization_config"] = BitsAndBytesConfig(**kind, **four_bit)
     fix = "check the model folder"
     if "vision_config" in settings:
         fix = "use a text-only version of this multimodal model"
@@ -350,43 +326,33 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     with as_input_error(f"{folder}: the model cannot be loaded", fix):
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     # transformers would fill these with random numbers
-    bad = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    bad = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if bad:
         problem = f"{folder}: {len(bad)} of the model's weights are missing or have the wrong shape, the first {bad[0]}"
         raise InputError(problem, "download or copy the model again")
     model.requires_grad_(False)
+    if not (by_bitsandbytes or is_quantized):
+        return model.to(device)
     # bitsandbytes would repack 4-bit weights for this CPU, and those pass no gradient back
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    if not (by_bitsandbytes or is_quantized):
-        return model.to(device)
     log_unquantized(model)
     return model
 
 
 def log_unquantized(model) -> None:
-    """A warning if more than a tenth of a quantized model's weights are not: bitsandbytes knows linear layers
-    alone, and not, as an example, experts that are one parameter. Embeddings and output layer stay as a
-    rule."""
-    tables = {
-        id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer
-    }
-    counts = {True: 0, False: 0}  # of weights, by whether they are quantized
-    for parameter in model.parameters():
-        if id(parameter) not in tables:
-            packed = parameter.element_size() == 1
-            counts[packed] += parameter.numel() * (2 if type(parameter).__name__ == "Params4bit" else 1)
-    share = counts[False] / max(1, sum(counts.values()))
-    if share > 0.1 and on_main_process():
-        size = sum(parameter.nbytes for parameter in model.parameters()) / 2**30
-        log(f"warning: {share:.0%} of the base model's weights are not quantized: it takes {size:,.2f} GiB")
-
-
-def _bitsandbytes_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    """A warning if more than 30 % of a quantized model's bytes are not quantized: bitsandbytes knows linear
+    layers alone, and not, as an example, experts that are one parameter. Embeddings and output layer stay as
+    a rule."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    as_a_rule = {id(getattr(table, "weight", None)) for table in tables}
+    weights = [weight for weight in model.parameters() if id(weight) not in as_a_rule]
+    share = sum(weight.nbytes for weight in weights if weight.element_size() > 1)
+    share /= max(1, sum(weight.nbytes for weight in weights))
+    if share > 0.3 and on_main_process():
+        size = model.get_memory_footprint() / 2**30
+        log(f"warning: {share:.0%} of the base model's bytes are not quantized: it takes {size:,.2f} GiB")
 
 
 def context_window(model) -> int | None:
@@ -425,18 +391,20 @@ def _of_output(config: dict) -> dict:
     }
 
 
-def base_config_problem(folder: Path, recorded: dict) -> str:
-    """ "" if a model's `base_config` is the one that training recorded, else what differs.
+def base_config_problem(folder: Path, recorded: dict | None) -> str:
+    """ "" if a model's `base_config` is the one that training recorded (older versions recorded none), else
+    what differs.
 
     Both are filled in by the installed transformers, so that another version's new keys and names do not
     count."""
     found = base_config(folder)
-    if found == recorded:
+    if recorded in (None, found):
         return ""
     if found["eos_token_id"] != recorded.get("eos_token_id"):
         return "generation_config.json: eos_token_id"
     with as_input_error(f"{folder}: its config.json cannot be read", "check the model folder"):
-        filled_in = [AutoConfig.for_model(**values["config"]).to_dict() for values in (found, recorded)]
-    one, other = map(_of_output, filled_in)
+        one, other = (
+            _of_output(AutoConfig.for_model(**values["config"]).to_dict()) for values in (found, recorded)
+        )
     differing = [key for key in sorted(one.keys() | other.keys()) if one.get(key) != other.get(key)]
     return f"config.json: {preview_list(differing)}" if differing else ""

@@ -15,18 +15,24 @@ from sft.options import OLDER_MAX_NEW_TOKENS, quantization_of
 _FIX = "restore it from a backup, or train again"
 # Files of these kinds decide nothing of what a summary says: model cards, the training state, file managers'
 _DECIDE_NOTHING = (".md", ".pt", ".db", ".ini")
+_RECORDED_BEFORE = {
+    "adapter": "adapter_model.safetensors",
+    "adapter_config": "adapter_config.json",
+    "tokenizer": "tokenizer.json",
+}
 
 
 def read_json_object(file: Path) -> dict:
     """Raises InputError if the file is missing or holds something else."""
+    problem = f"{file.parent}: {file.name} is not valid JSON"
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{file.parent}: no {file.name}", "restore the file from a backup") from None
+        value = None
+        problem = f"{file.parent}: no {file.name}"
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        problem = f"{file.parent}: {file.name} is not valid JSON"
         raise InputError(problem, "restore the file from a backup")
     return value
 
@@ -85,19 +91,17 @@ def _check_adapter_files(folder: Path) -> None:
         fix = f"use {inside[0].parent if inside else 'a final_model folder'}"
         raise InputError(f"{folder}: no adapter here (no adapter_config.json)", fix)
     if not (folder / "adapter_model.safetensors").is_file():
-        fix = _FIX
-        if (folder / "adapter_model.bin").is_file():
-            fix = "use a safetensors version of this adapter (pickle files are not loaded, for security)"
-        raise InputError(f"{folder}: no adapter_model.safetensors", fix)
+        is_pickle = (folder / "adapter_model.bin").is_file()
+        safe = "use a safetensors version of this adapter (pickle files are not loaded, for security)"
+        raise InputError(f"{folder}: no adapter_model.safetensors", safe if is_pickle else _FIX)
 
 
 def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
     try:
-        prompt = sft_config["prompt"]
-        hashes = [sft_config["sha256"][name] for name in ("base_weights", "adapter")]
-        base_name = adapter_config["base_model_name_or_path"] if adapter_config else ""
-        are_texts = all(isinstance(text, str) for text in (*hashes, base_name))
-        return are_texts and isinstance(prompt, dict) and isinstance(sft_config["max_length"], int)
+        texts = [sft_config["sha256"][name] for name in ("base_weights", "adapter")]
+        texts += [adapter_config["base_model_name_or_path"]] if adapter_config else []
+        of_kinds = isinstance(sft_config["prompt"], dict) and isinstance(sft_config["max_length"], int)
+        return of_kinds and all(isinstance(text, str) for text in texts)
     except (KeyError, TypeError):
         return False
 
@@ -110,17 +114,10 @@ def _changed_file(folder: Path, sft_config: dict, verify: bool) -> str | None:
         hash_file = functools.partial(remembered_sha256, again=verify)
         return checksum_problem(folder, _DECIDE_NOTHING, hash_file)
     # What older versions recorded
-    files = {
-        "adapter": "adapter_model.safetensors",
-        "adapter_config": "adapter_config.json",
-        "tokenizer": "tokenizer.json",
-    }
-    for name, file in files.items():
+    for name, file in _RECORDED_BEFORE.items():
         recorded = sft_config["sha256"].get(name)
-        if recorded and not (folder / file).is_file():
-            return f"{file} is missing"
-        if recorded and sha256(folder / file) != recorded:
-            return f"{file} is not the file that training wrote (SHA-256 differs)"
+        if recorded and not ((folder / file).is_file() and sha256(folder / file) == recorded):
+            return f"{file} is not the file that training wrote (missing, or SHA-256 differs)"
     return None
 
 
@@ -135,7 +132,7 @@ def _folder_hash(folder: Path, prompt_hash: str = "") -> str:
     return hashlib.sha256("\n".join((*hashes, prompt_hash)).encode()).hexdigest()
 
 
-def trained_quantization(sft_config: dict) -> str | None:
+def _trained_quantization(sft_config: dict) -> str | None:
     """How training loaded the base model; None for a merged folder, which holds full weights."""
     return None if "merged" in sft_config else quantization_of(sft_config.get("training", {}))
 
@@ -143,18 +140,18 @@ def trained_quantization(sft_config: dict) -> str | None:
 def quantization_for(options: dict, sft_config: dict) -> str | None:
     """How inference loads the base model: by `options` (see `quantization_of`), if they are "auto" as in
     training, where that can be."""
-    is_auto = not quantization_of(options) and options.get("quantization", "auto") == "auto"
-    can = find_spec("bitsandbytes") is not None
-    return trained_quantization(sft_config) if is_auto and can else quantization_of(options)
+    typed = quantization_of(options)
+    is_auto = typed is None and options.get("quantization", "auto") == "auto"
+    return _trained_quantization(sft_config) if is_auto and find_spec("bitsandbytes") else typed
 
 
 def log_quantization(chosen: str | None, sft_config: dict) -> None:
-    as_trained = trained_quantization(sft_config)
-    if as_trained and chosen == as_trained:
-        log(
-            f"info: the base model is in {chosen}, as in training; --quantization none loads its full weights"
-        )
-    elif as_trained:
+    as_trained = _trained_quantization(sft_config)
+    if as_trained is None:
+        return
+    if chosen == as_trained:
+        log(f"info: the base model is in {chosen}, as in training (--quantization none: its full weights)")
+    else:
         log(
             f"warning: trained with the base model in {as_trained}, used with it in {chosen or 'full'}: its loss is "
             "not the one that training reported (--quantization auto takes the same, where bitsandbytes is)"
@@ -169,22 +166,18 @@ def _read_foreign_folder(folder: Path, prompt_from: str | Path, verify: bool) ->
     try:
         ours, sft_config, our_config = read_adapter_folder(prompt_from, verify=verify)
     except InputError as error:
-        # Advice on --model_path would lead in a circle
-        is_other = "--prompt_from" in error.fix or "--model_path" in error.fix
-        fix = (
-            "name the final_model folder of this toolkit, as it was before the other tool"
-            if is_other
-            else error.fix
-        )
+        fix = error.fix
+        # Advice on these options would lead in a circle
+        if "--prompt_from" in fix or "--model_path" in fix:
+            fix = "name the final_model folder of this toolkit, as it was before the other tool"
         raise InputError(f"--prompt_from {error.problem}", fix) from None
     _check_adapter_files(folder)
     adapter_config = read_json_object(folder / "adapter_config.json")
     if adapter_config.get("peft_type") != "LORA":
         raise InputError(f"{folder}: not a LoRA adapter", "merge it with the tool that wrote it")
     if "merged" in sft_config:
-        raise InputError(
-            f"--prompt_from {ours}: a merged model", "pass the adapter folder it was merged from"
-        )
+        problem = f"--prompt_from {ours}: a merged model"
+        raise InputError(problem, "pass the adapter folder it was merged from")
     theirs = adapter_config.get("base_model_name_or_path")
     if _same_model(theirs, our_config["base_model_name_or_path"]):
         adapter_config = our_config
@@ -202,8 +195,7 @@ def _same_model(one, other: str) -> bool:
     repository."""
     if not isinstance(one, str) or not one:
         return False
-    place = (ROOT / other).resolve()
-    return one == other or place in (Path(one).resolve(), (ROOT / one).resolve())
+    return one == other or (ROOT / other).resolve() in (Path(one).resolve(), (ROOT / one).resolve())
 
 
 def log_origin(folder: Path, sft_config: dict, prompt_from: str | Path | None) -> None:

@@ -1,23 +1,23 @@
-"""Replacements for operations of PyTorch that are slower, or take more memory, than they need to.
+"""Replacements for operations of PyTorch and PEFT that are slower, or take more memory, than they need to.
 
-For training: cross-entropy summed in place, products with frozen weights, dropout from few random bits. For
-inference on a CPU: linear layers with packed or 8-bit weights. tests/test_kernels.py compares each with
-PyTorch's own, those for training with their gradients.
+For training: cross-entropy summed in place; linear layers with a frozen weight, alone or with LoRA. For
+inference on a CPU: linear layers with packed or 8-bit weights. tests/test_kernels.py compares each with the
+libraries' own, those for training with their gradients.
 
-Four operators of PyTorch are not part of its public interface; torch.compile puts them into its code for x86
-CPUs:
-
-    operator                         checked with    what happens without it mkldnn._linear_pointwise
-    torch 2.13.0    has_onednn() is False: nn.Linear stays, slower on some CPUs mkldnn._reorder_linear_weight
-    torch 2.13.0    the same onednn.qlinear_prepack           torch 2.13.0    has_int8() is False: 8 bit goes
-    through bitsandbytes onednn.qlinear_pointwise         torch 2.13.0    the same
+torch.ops.mkldnn._linear_pointwise and _reorder_linear_weight, and torch.ops.onednn.qlinear_prepack and
+qlinear_pointwise (torch 2.13.0) are no public interface: torch.compile puts them into its code for x86 CPUs.
+Where the first two are missing, has_onednn() is False and the libraries' layers stay; where the others are,
+has_int8() is False and 8 bit goes through bitsandbytes.
 """
 
 import functools
+import math
 import platform
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -68,38 +68,113 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
 
 
+@functools.cache
+def _is_amd() -> bool:
+    """torch gives float32 products to MKL. On an AMD CPU with AVX-512 that uses half of the vector units, and
+    oneDNN is twice as fast; on one of Intel's a training step took 13 % less time with MKL."""
+    about = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (about.read_text() if about.is_file() else platform.processor())
+
+
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in float32, without a gradient, by the faster library."""
+    return onednn_linear(x, weight, bias) if _is_amd() else F.linear(x, weight, bias)
+
+
 class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(weight)
-        return onednn_linear(x, weight, bias)
+        return frozen_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
-        return onednn_linear(grad, weight.t(), None), None, None
+        return frozen_product(grad, weight.t(), None), None, None
 
 
 class FrozenLinear(nn.Linear):
-    """nn.Linear with a float32 weight that is not trained, by oneDNN, on a CPU.
-
-    torch gives float32 products to MKL, which uses half of the vector units of an AMD CPU with AVX-512.
-    """
+    """nn.Linear with a float32 weight that is not trained, on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenProduct.apply(x, self.weight, self.bias)
 
 
+class _LoraProduct(torch.autograd.Function):
+    """x W' + bias + scale dropout(x) A' B': the frozen product and the adapter's, added in place.
+
+    For backward it keeps x, which layers with the same input share, the dropout's mask (one byte per element)
+    and dropout(x) A', which is r wide."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, p):
+        output = frozen_product(x, weight, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        kept = None
+        if p:
+            kept, kept_share = dropout_mask(rows.shape, p)
+            scale = scale / kept_share
+        narrow = (rows if kept is None else torch.where(kept, rows, 0.0)) @ lora_a.t()
+        output.view(-1, output.shape[-1]).addmm_(narrow, lora_b.t(), alpha=scale)
+        ctx.save_for_backward(rows, weight, lora_a, lora_b, narrow, kept)
+        ctx.scale = scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        rows, weight, lora_a, lora_b, narrow, kept = ctx.saved_tensors
+        grad_rows = grad.reshape(-1, grad.shape[-1])
+        grad_narrow = (grad_rows @ lora_b).mul_(ctx.scale)
+        grad_b = (narrow.t() @ grad_rows).t().mul(ctx.scale)
+        # Multiplying by numbers is faster than by Booleans
+        kept = 1.0 if kept is None else kept.to(rows.dtype)
+        grad_a = grad_narrow.t() @ (rows * kept)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = frozen_product(grad, weight.t(), None)
+            grad_x.view(rows.shape).add_((grad_narrow @ lora_a).mul_(kept))
+        return grad_x, None, None, grad_a, grad_b, None, None
+
+
+class FrozenLoraLinear(LoraLinear):
+    """PEFT's LoRA layer over a FrozenLinear, in one step."""
+
+    def forward(self, x: Tensor, **kwargs) -> Tensor:
+        if self.disable_adapters or self.merged or kwargs:
+            return super().forward(x, **kwargs)
+        lora = (self.lora_A["default"].weight, self.lora_B["default"].weight, self.scaling["default"])
+        p = getattr(self.lora_dropout["default"], "p", 0.0) if self.training else 0.0
+        return _LoraProduct.apply(x, self.base_layer.weight, self.base_layer.bias, *lora, p)
+
+
+def dropout_mask(shape: tuple[int, int], p: float) -> tuple[Tensor, float]:
+    """(a Boolean mask of what dropout keeps on a CPU, the share that is kept): from 16 random bits per
+    element, so that this is `1 - p` to within 1 / 65,536."""
+    n = math.prod(shape)
+    # Four 16-bit numbers from each 64-bit one, from -2^15 to 2^15 - 1
+    words = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None)
+    n_dropped = round(p * 2**16)  # of the 2^16 numbers
+    kept = words.view(torch.int16)[:n] >= n_dropped - 2**15
+    return kept.view(shape), 1 - n_dropped / 2**16
+
+
 def use_frozen_kernels(model: nn.Module) -> None:
-    """Turns the frozen float32 nn.Linear layers of a model on an x86 CPU into FrozenLinear."""
+    """Turns the frozen float32 nn.Linear layers of a model on an x86 CPU into FrozenLinear, and PEFT's LoRA
+    layers over them into FrozenLoraLinear. On a GPU, quantized or in 16 bit they stay the libraries' own."""
     if not has_onednn():
         return
     for module in model.modules():
-        is_frozen = type(module) is nn.Linear and not any(
-            parameter.requires_grad for parameter in module.parameters()
-        )
-        if is_frozen and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32:
+        is_trained = any(parameter.requires_grad for parameter in module.parameters())
+        if type(module) is nn.Linear and not is_trained and _is_float32_on_cpu(module):
             module.__class__ = FrozenLinear
+    for module in model.modules():
+        if type(module) is LoraLinear and type(module.base_layer) is FrozenLinear:
+            module.__class__ = FrozenLoraLinear
+
+
+def _is_float32_on_cpu(module: nn.Module) -> bool:
+    weight = next(module.parameters())
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 @functools.cache
@@ -116,31 +191,6 @@ def has_onednn() -> bool:
         return all(torch.allclose(product, expected, rtol=1e-3, atol=1e-3) for product in found)
     except (RuntimeError, AttributeError, TypeError):
         return False
-
-
-# ------------------------------------------------------------------------------- dropout
-
-
-class FastDropout(nn.Module):
-    """Dropout whose mask is drawn from 16 random bits per element, two and a half times as fast as nn.Dropout
-    on a CPU, and kept in one byte per element, not four. The fraction of zeros is `p` to within 1 / 65,536;
-    what is kept is scaled by 1 / (1 - p)."""
-
-    def __init__(self, p: float):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.p:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        # Four 16-bit numbers from each 64-bit one, from -2^15 to 2^15 - 1
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        numbers = words.view(torch.int16)[: x.numel()]
-        n_dropped = round(self.p * 2**16)  # of the 2^16 numbers
-        kept = (numbers >= n_dropped - 2**15).view(x.shape)
-        return x * kept * (1 / (1 - n_dropped / 2**16))
 
 
 # ------------------------------------------------------------------------------- linear layers for inference
@@ -203,33 +253,16 @@ class Int8Linear(_ForInference):
         levels, scale = quantize_rows(x.flatten(0, -2).float(), 127 * 256)
         # levels = 256 (upper - 128) + (lower - 128)
         shifted = levels.add_(128).to(torch.int16)
-        upper = (shifted >> 8) + 128
-        lower = shifted & 255
-        sums = self._product(torch.cat([upper, lower]).to(torch.uint8))
-        upper_sums, lower_sums = sums.chunk(2)
-        out = lower_sums.add_(upper_sums, alpha=256).mul_(scale)
+        halves = torch.cat([(shifted >> 8) + 128, shifted & 255]).to(torch.uint8)
+        # Halves (2 rows, in) stand for themselves less 128; the output is float32, without anything after it
+        weight = (self.packed, self.scale, self.zero)
+        after = (1.0, 0, torch.float32, "none", [], "")
+        sums = torch.ops.onednn.qlinear_pointwise(halves, 1.0, 128, *weight, None, *after)
+        upper, lower = sums.chunk(2)
+        out = lower.add_(upper, alpha=256).mul_(scale)
         if self.bias is not None:
             out = out.add_(self.bias)
         return out.to(x.dtype).view(*x.shape[:-1], -1)
-
-    def _product(self, halves: Tensor) -> Tensor:
-        """(rows, out) in float32: `halves` (rows, in), which stand for themselves less 128, times the
-        weight."""
-        return torch.ops.onednn.qlinear_pointwise(
-            qx=halves,
-            x_scale=1.0,
-            x_zero_point=128,
-            qw=self.packed,
-            w_scale=self.scale,
-            w_zero_point=self.zero,
-            bias=None,
-            output_scale=1.0,
-            output_zero_point=0,
-            output_dtype=torch.float32,
-            post_op_name="none",
-            post_op_args=[],
-            post_op_algorithm="",
-        )
 
 
 def quantize_rows(x: Tensor, highest: int) -> tuple[Tensor, Tensor]:
@@ -250,33 +283,34 @@ def has_int8() -> bool:
         return False
 
 
-def convert_linear(module: nn.Module, kind: type) -> nn.Module:
-    """A layer of `kind` (PackedLinear or Int8Linear) with the weight of a linear layer; GPT-2's Conv1D has it
-    transposed."""
-    weight = module.weight.t() if isinstance(module, Conv1D) else module.weight
-    return kind(weight, module.bias)
-
-
 def replace_linear_layers(model: nn.Module, kind: type) -> None:
-    """Replaces the linear layers of a model on a CPU with layers of `kind`; it then gives no gradient and
-    cannot be saved. PackedLinear takes only float32: oneDNN refuses 16 bits on CPUs without the
-    instructions."""
+    """Replaces the linear layers of a model on a CPU, each with its LoRA adapter if it has one, with layers
+    of `kind` (PackedLinear or Int8Linear); it then gives no gradient and cannot be saved. PackedLinear takes
+    only float32: oneDNN refuses 16 bits on CPUs without the instructions."""
     # Names alone are kept, so that the old weights are freed one by one
     names = [
-        name for name, module in model.named_modules() if type(module) in (nn.Linear, FrozenLinear, Conv1D)
+        name
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, FrozenLinear, Conv1D, LoraLinear)
+        and ".lora_" not in name
+        and not name.endswith(".base_layer")
     ]
     for name in names:
         module = model.get_submodule(name)
-        if kind is not PackedLinear or module.weight.dtype == torch.float32:
-            model.set_submodule(name, convert_linear(module, kind))
-            # They would make a folder, or a repository, before they ask for the weights
-            model.save_pretrained = model.push_to_hub = refuse_copy
+        linear = module.get_base_layer() if isinstance(module, LoraLinear) else module
+        weight = linear.weight
+        if kind is PackedLinear and weight.dtype != torch.float32:
+            continue
+        if isinstance(module, LoraLinear):
+            weight = weight.float() + module.get_delta_weight("default")
+        model.set_submodule(name, kind(weight.t() if isinstance(linear, Conv1D) else weight, linear.bias))
+        # They would make a folder, or a repository, before they ask for the weights
+        model.save_pretrained = model.push_to_hub = refuse_copy
 
 
 def pack_for_inference(model: nn.Module) -> None:
     """PackedLinear for a float32 model without adapter on an x86 CPU; leaves other models as they are."""
-    parameter = next(model.parameters())
     has_adapter = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    fits = parameter.device.type == "cpu" and parameter.dtype == torch.float32
-    if fits and not has_adapter and not getattr(model, "is_quantized", False) and has_onednn():
+    is_plain = not has_adapter and not getattr(model, "is_quantized", False)
+    if is_plain and _is_float32_on_cpu(model) and has_onednn():
         replace_linear_layers(model, PackedLinear)

@@ -5,6 +5,7 @@ A probe that fails says why. A programming error of ours is raised, and never be
 
 import contextlib
 import math
+import re
 import traceback
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from sft.model.adapter import unwrap
 from sft.model.attention import OWN_ATTENTION, PACKED_ATTENTION
 
 
-def logits_problem(found: torch.Tensor, expected: torch.Tensor, model) -> str:
-    """ "" if `found` are `expected` to within rounding, else how they differ. The bound is 1e-3 of the
-    largest logit for a model in float32, 5e-2 in fewer bits or quantized."""
+def logits_problem(found: torch.Tensor, expected: torch.Tensor, model, bound: float | None = None) -> str:
+    """ "" if `found` are `expected` to within rounding, else how they differ. Without `bound` they may
+    differ by 1e-3 of the largest logit for a model in float32, by 5e-2 in fewer bits or quantized."""
     if found.shape != expected.shape:
         return f"its logits have shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    bound = 1e-3 if is_exact else 5e-2
+    bound = bound or (1e-3 if is_exact else 5e-2)
     difference = (found.float() - expected.float()).abs().max().item()
     largest = expected.float().abs().max().item()
     # "not <=" is true for NaN too
@@ -67,33 +68,42 @@ def enable_packing(model, max_length: int) -> tuple[bool, str]:
     per_example_attention was taken). A model that cannot is left as it was."""
     base = unwrap(model)
     before = base.config._attn_implementation
+    device = base.get_input_embeddings().weight.device
     if before in PACKED_ATTENTION:
         return True, ""
-    device = base.get_input_embeddings().weight.device
     if device.type == "mps":
         return False, "packed rows have not been tested on Apple GPUs"
-    was_training = base.training
     problems = []
     fits = False
-    base.eval()
     try:
         for attention in PACKED_ATTENTION if device.type == "cuda" else ("per_example",):
-            try:
-                problem = _packing_problem(base, attention, max_length)
-            except Exception as error:
-                problem = probe_failure(error)
+            with _evaluating(base):
+                try:
+                    problem = _packing_problem(base, attention, max_length)
+                except Exception as error:
+                    problem = probe_failure(error)
             fits = not problem
             if fits:
                 break
             problems.append(f"{attention}: {problem}")
     finally:
-        base.train(was_training)
         if not fits:
             base.set_attn_implementation(before)
     return fits, "; ".join(problems)
 
 
-@torch.no_grad()
+@contextlib.contextmanager
+def _evaluating(base):
+    """Inside, the model is in evaluation mode and computes no gradients."""
+    was_training = base.training
+    base.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        base.train(was_training)
+
+
 def _packing_problem(base, attention: str, max_length: int) -> str:
     """ "" if the model, which is left with `attention` set, computes a packed row right, else what is
     wrong."""
@@ -101,13 +111,11 @@ def _packing_problem(base, attention: str, max_length: int) -> str:
     device = base.get_input_embeddings().weight.device
     names = ("sliding_window", "attention_chunk_size", "attention_window_size")
     windows = [getattr(text, name, None) or 0 for name in names]
-    longest_window = max((window for window in windows if window < max_length), default=0)
-    lengths = [5, longest_window + 9]
+    lengths = [5, 9 + max((window for window in windows if window < max_length), default=0)]
     examples = [torch.arange(n, device=device) * 7 % text.vocab_size for n in lengths]
     kept = torch.arange(1, sum(lengths), 2, device=device)
     with reference_attention(base):
         logits = [base(input_ids=ids[None], use_cache=False).logits[0] for ids in examples]
-    expected = torch.cat(logits).float()[kept]
     base.set_attn_implementation(attention)
     if base.config._attn_implementation != attention:
         return "transformers cannot replace this model's attention"
@@ -119,7 +127,7 @@ def _packing_problem(base, attention: str, max_length: int) -> str:
         "example_lengths": lengths,
         "example_starts": torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32, device=device),
     }
-    problem = logits_problem(base(**row).logits[0], expected, base)
+    problem = logits_problem(base(**row).logits[0], torch.cat(logits)[kept], base)
     if not problem:
         # What a kernel refuses in training alone, as dropout
         base.train()
@@ -130,7 +138,6 @@ def _packing_problem(base, attention: str, max_length: int) -> str:
 # ------------------------------------------------------------------------------- what shares a pass
 
 
-@torch.no_grad()
 def longest_shared(model, max_length: float) -> float:
     """Sequences of more tokens than this need forward passes of their own; infinite if any may share one.
 
@@ -139,36 +146,17 @@ def longest_shared(model, max_length: float) -> float:
     the configuration changes something: a few tokens, beside others at positions beyond it."""
     base = unwrap(model)
     text = base.config.get_text_config()
-    device = base.get_input_embeddings().weight.device
-    limits = {limit for limit in _original_lengths(text.to_dict()) if limit < max_length}
-    ids = torch.arange(6, device=device)[None] * 7 % text.vocab_size
-    positions = torch.arange(6, device=device)[None]
-    was_training = base.training
-    base.eval()
-    try:
-        with reference_attention(base):
-            for limit in sorted(limits):
-                alone = base(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
-                pair = {
-                    "input_ids": ids.repeat(2, 1),
-                    "position_ids": torch.cat([positions, positions + limit]),
-                }
-                if logits_problem(base(**pair, use_cache=False).logits[0], alone, base):
-                    return limit
-    finally:
-        base.train(was_training)
+    lengths = re.findall(r'"original_max_position_embeddings": (\d+)', text.to_json_string(use_diff=False))
+    positions = torch.arange(6, device=base.get_input_embeddings().weight.device)[None]
+    ids = positions * 7 % text.vocab_size
+    with _evaluating(base), reference_attention(base):
+        for limit in sorted({int(length) for length in lengths if int(length) < max_length}):
+            alone = base(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+            both = torch.cat([positions, positions + limit])
+            beside = base(input_ids=ids.repeat(2, 1), position_ids=both, use_cache=False).logits[0]
+            if logits_problem(beside, alone, base):
+                return limit
     return math.inf
-
-
-def _original_lengths(config: dict) -> set[int]:
-    """The context windows that a configuration's position embeddings had before they were extended."""
-    found = set()
-    for name, value in config.items():
-        if isinstance(value, dict):
-            found |= _original_lengths(value)
-        elif name == "original_max_position_embeddings" and isinstance(value, int):
-            found.add(value)
-    return found
 
 
 @torch.no_grad()
