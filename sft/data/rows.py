@@ -68,6 +68,10 @@ class Row:
     def summary_key(self) -> bytes:
         return _same_text_key(self.model_summary)
 
+    @property
+    def texts_key(self) -> tuple[bytes, bytes]:
+        return self.note_key, self.summary_key
+
 
 def _same_text_key(text: str) -> bytes:
     """Equal for texts that differ in case and white space alone. A digest, since it takes less memory."""
@@ -229,6 +233,14 @@ def leaked_rows(train: Sequence[Row], validation: Sequence[Row]) -> list[tuple[R
     return [(row, *twins[row.note_key]) for row in validation if row.note_key in twins]
 
 
+def contradicted_texts(rows: Iterable[Row]) -> set[tuple[bytes, bytes]]:
+    """The note and summary (`Row.texts_key`) of rows that are labeled both factual and hallucinated."""
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row.texts_key].add(row.label)
+    return {texts for texts, given in labels.items() if len(given) > 1}
+
+
 def repeated_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """By what they repeat, the rows that have an earlier row's note and summary, or its id for another
     note."""
@@ -236,14 +248,13 @@ def repeated_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
     texts = set()
     repeated = defaultdict(list)
     for row in rows:
-        text = (row.note_key, row.summary_key)
         # Several summaries of one note may share its id; two files may count their rows alike
         known = notes.setdefault((row.source, row.id), row.note_key) if row.id else row.note_key
-        if text in texts:
+        if row.texts_key in texts:
             repeated["the note and summary of an earlier row"].append(row)
         elif known != row.note_key:
             repeated["the id of an earlier row with another note"].append(row)
-        texts.add(text)
+        texts.add(row.texts_key)
     return repeated
 
 
