@@ -256,9 +256,9 @@ def _checked_columns(
         raise InputError(*_missing_columns(path, columns, first_row, missing, required))
     repeated = [name for name in COLUMNS if columns.count(name) > 1]
     if repeated:
-        verb = "appears" if len(repeated) == 1 else "appear"
-        problem = f"column {preview_list(repeated)} {verb} more than once in the header"
-        raise InputError(f"{path}: {problem}", "keep one of each")
+        raise InputError(
+            f"{path}: more than once in the header: {preview_list(repeated)}", "keep one of each"
+        )
     return columns
 
 
