@@ -15,6 +15,7 @@ from sft.cli import InputError, log, plural, run_script, safe_id
 from sft.data.dataset import (
     SFTCollator,
     SFTDataset,
+    cites_sentences,
     create_sft_dataloaders,
     file_names,
     load_datasets,
@@ -23,9 +24,8 @@ from sft.data.dataset import (
 from sft.data.preferences import export_pairs, find_pairs
 from sft.data.prompt import PromptTemplate
 from sft.data.report import log_data_warnings, log_unsupported_summaries
-from sft.data.rows import Row, drop_stray_citations, shown_kinds
+from sft.data.rows import Row, drop_stray_citations, factual_rows, shown_kinds
 from sft.files import ROOT, check_new_file, sha256
-from sft.grounding.citations import has_citation
 from sft.options import ReportConfig, parse_options, typed_names
 
 __all__ = ["SFTCollator", "SFTDataset", "create_sft_dataloaders"]
@@ -98,34 +98,21 @@ def prompt_source(
         return load_tokenizer(config.model_name), None
     from sft.model.folder import read_adapter_folder
 
+    for name in ("model_name", "max_length", "sentence_numbering", "instruction"):
+        if name in typed:
+            problem = f"--{name} cannot be combined with --model_path"
+            raise InputError(problem, f"leave out --{name}: the adapter's own is used")
     if Path(config.model_path).is_dir() and not (Path(config.model_path) / "sft_config.json").is_file():
         problem = f"{config.model_path}: no sft_config.json: not written by this toolkit"
         raise InputError(problem, "pass the adapter folder of this toolkit that it was trained further from")
     folder, sft_config, _ = read_adapter_folder(config.model_path)
     template = PromptTemplate.from_dict(sft_config["prompt"])
-    numbering = "v1" if template.sentence_version == 1 else "on"
-    numbering = numbering if template.number_sentences else "off"
-    trained = {
-        "max_length": sft_config["max_length"],
-        "sentence_numbering": numbering,
-        "instruction": sft_config["training"].get("instruction"),
-    }
-    summaries = [row.model_summary for row in rows if row.label == "factual"]
-    are_cited = sum(map(has_citation, summaries)) > len(summaries) / 2
-    asks = "sentence_numbering" not in typed or config.sentence_numbering == "auto"
-    if asks and are_cited != template.number_sentences:
+    config.max_length = sft_config["max_length"]
+    are_cited = cites_sentences(factual_rows(rows))
+    was_automatic = sft_config["training"].get("sentence_numbering", "auto") == "auto"
+    if was_automatic and are_cited != template.number_sentences:
         problem = f"most summaries {'cite' if are_cited else 'do not cite'} sentences, unlike the adapter's"
-        fix = f"use the rows it was trained on, or pass --sentence_numbering {numbering}"
-        raise InputError(f"{file_names(config)[0]}: {problem}", fix)
-    if "model_name" in typed:
-        raise InputError(
-            "--model_name cannot be combined with --model_path", "the adapter names its base model"
-        )
-    for name, value in trained.items():
-        if name in typed and getattr(config, name) not in ("auto", value):
-            problem = f"--{name} is not what the adapter at --model_path was trained with"
-            raise InputError(problem, f"leave out --{name} or --model_path")
-        setattr(config, name, value)
+        raise InputError(f"{file_names(config)[0]}: {problem}", "use the rows that it was trained on")
     return load_tokenizer(folder), template
 
 
@@ -153,8 +140,7 @@ def report(
     encoder = datasets[0].encoder
     if config.export_preferences:
         # Neither side has citations that the prompt or the note does not support, as in training
-        version = encoder.template.sentence_version if encoder.template.number_sentences else None
-        supported, _ = drop_stray_citations(rows[0], version)
+        supported, _ = drop_stray_citations(rows[0], encoder.template.cited_version)
         pairs = find_pairs(file_names(config)[0], supported, encoder, config.max_length)
     for path, part, dataset in zip(file_names(config), rows, datasets):
         if part:

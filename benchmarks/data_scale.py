@@ -3,8 +3,8 @@
     python benchmarks/data_scale.py [--rows 2000 20000 200000] [--model_name smollm2-135m-instruct]
 
 Rows are invented from word lists, always the same: notes of 4 to 45 sentences, one row in ten hallucinated.
-Each start is a process of its own, the first without a token cache, the second with it; the baseline is a
-process with the tokenizer alone. Before the table: the search for near-copies alone.
+Each start is a process of its own; the baseline is a process with the tokenizer alone. Before the table: the
+search for near-copies alone.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def start(folder: Path, model_name: str) -> dict:
     times = [time.perf_counter()]
     rows = read_data(options)
     times.append(time.perf_counter())
-    datasets = load_datasets(rows, tokenizer, options, folder / "token_cache")
+    datasets = load_datasets(rows, tokenizer, options)
     times.append(time.perf_counter())
     log_data_warnings(rows, datasets, options)
     times.append(time.perf_counter())
@@ -141,31 +141,28 @@ def main() -> None:
         "rows",
         "CSV, MB",
         "tokens",
-        "start",
         "read and check, s",
-        "tokenize or cache, s",
+        "tokenize, s",
         "warnings, s",
         "first batch, s",
         "peak memory, MB",
     ]
     print(f"| {' | '.join(columns)} |")
-    print("|---:|---:|---:|---|---:|---:|---:|---:|---:|")
+    print("|---:|---:|---:|---:|---:|---:|---:|---:|")
     for n in arguments.rows:
         with tempfile.TemporaryDirectory() as folder:
             write_rows(Path(folder) / "train.csv", n)
             write_rows(Path(folder) / "val.csv", max(1, n // 20), seed=1)
             megabytes = sum(path.stat().st_size for path in Path(folder).glob("*.csv")) / 1e6
-            for name in ("first", "with cache"):
-                result = run_start(folder, model_name)
-                cells = [
-                    f"{n:,}",
-                    f"{megabytes:,.1f}",
-                    f"{result['n_tokens']:,}",
-                    name,
-                    *(f"{seconds:.2f}" for seconds in result["seconds"]),
-                    f"{result['memory']:,.0f}",
-                ]
-                print(f"| {' | '.join(cells)} |", flush=True)
+            result = run_start(folder, model_name)
+            cells = [
+                f"{n:,}",
+                f"{megabytes:,.1f}",
+                f"{result['n_tokens']:,}",
+                *(f"{seconds:.2f}" for seconds in result["seconds"]),
+                f"{result['memory']:,.0f}",
+            ]
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

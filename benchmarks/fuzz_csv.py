@@ -119,7 +119,7 @@ def check_data(path: Path, tokenizer) -> None:
     """Everything that a user's file goes through before training."""
     options = DataOptions(train_csv=str(path), val_csv=str(path), max_length=256)
     rows = read_data(options)
-    datasets = load_datasets(rows, tokenizer, options, path.parent / "cache")
+    datasets = load_datasets(rows, tokenizer, options)
     describe_rows(path, rows[0], datasets[0])
     log_data_warnings(rows, datasets, options)
 

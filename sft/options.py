@@ -5,7 +5,6 @@ Options that several scripts share are declared in groups that the scripts' conf
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from sft.cli import InputError
 from sft.option_fields import (
@@ -316,11 +315,6 @@ class TrainConfig(MachineOptions, DataOptions):
         group=RUN,
         may_change=True,
     )
-
-    @property
-    def token_cache(self) -> Path:
-        """The folder that keeps the rows as tokens for the next start."""
-        return Path(self.output_dir) / "token_cache"
 
 
 @dataclass

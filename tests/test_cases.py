@@ -72,9 +72,9 @@ def test_01_long_dialogue():
 
 
 def test_06_labels():
-    with pytest.raises(InputError, match="no row has a known label; found 2 kinds: no, yes") as error:
+    with pytest.raises(InputError, match="no row has a known label; found 2 kinds: 4 no, 4 yes") as error:
         read_rows(CASES / "06_labels.csv")
-    assert "--label_map no=factual,yes=hallucinated" in error.value.fix
+    assert "--label_map no=hallucinated,yes=factual" in error.value.fix
     rows = read_rows(CASES / "06_labels.csv", DataOptions(label_map="NO=factual, yes = hallucinated"))
     assert [row.label for row in rows[:2]] == ["factual", "hallucinated"]
     with pytest.raises(InputError, match="does not map"):
@@ -153,7 +153,7 @@ def test_preference_pairs(capfd, name, ids):
     assert all(pair["shortened"] == (pair["id"] == "6") for pair in pairs)
     logged = capfd.readouterr().err
     if name == "both_labels":
-        assert "whose summary another row of the same note calls factual: 3" in logged
+        assert "whose summary another row of the same note calls factual: id 3" in logged
     else:
         assert "2 hallucinated rows without a factual summary of the same note" in logged
     if not ids:

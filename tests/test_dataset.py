@@ -24,8 +24,6 @@ from tiny import (
 from sft.cli import InputError
 from sft.data.dataset import (
     IGNORE_INDEX,
-    Encoded,
-    Refused,
     SFTCollator,
     SFTDataset,
     create_sft_dataloaders,
@@ -122,29 +120,24 @@ def test_a_row_that_would_lose_a_cited_sentence_is_refused():
     assert not SFTDataset(rows[1:], encoder, dataset.refused[0][1]).refused
 
 
-@pytest.mark.parametrize("max_length", [64, 160, 512])
-def test_a_dataset_holds_what_each_row_gives_alone(max_length):
+def test_a_dataset_holds_what_each_row_gives_alone():
     rows = many_rows(1203)
     encoder = encoder_for("chatml")
-    dataset = SFTDataset(rows, encoder, max_length)
-    encoded = []
-    refused = []
+    dataset = SFTDataset(rows, encoder, 160)
+    examples = iter(dataset.examples)
+    refused = dict(dataset.refused)
     for row, lengths in zip(rows, dataset.lengths.tolist()):
         note, summary = encoder.encode_texts([row.clinical_note, row.model_summary])
         assert lengths == [len(note), len(summary)]
-        result = encode_example(row, note, summary, encoder, max_length)
-        if isinstance(result, Refused):
-            refused.append((row.id, result.needed))
+        alone = encode_example(row, note, summary, encoder, 160)
+        if isinstance(alone, int):
+            assert refused[row.id] == alone
         else:
-            encoded.append((row.id, result))
-    assert dataset.refused == refused
-    assert [
-        (example.row_id, Encoded(example.input_ids, example.n_prompt, example.shortened))
-        for example in dataset.examples
-    ] == encoded
-    for example in dataset.examples:
-        assert example.tokens.dtype == np.int32
-        assert example.n_tokens == len(example.labels) <= max_length
+            example = next(examples)
+            assert (example.row_id, example.input_ids, example.labels, example.shortened) == (
+                *(row.id, alone.input_ids, alone.labels, alone.shortened),
+            )
+            assert example.tokens.dtype == np.int32
 
 
 def work(n: int, max_length: int, numbered: bool = False) -> tuple[int, int, int]:
@@ -293,9 +286,9 @@ def test_warnings_read_naturally_for_one_row(capfd):
     dataset = SFTDataset(rows[:1], encoder_for("none", number_sentences=True), 512)
     log_data_warnings((rows, rows[:1]), (dataset, dataset), options_for("x.csv", "y.csv"))
     assert capfd.readouterr().err.splitlines() == [
-        "warning: x.csv: 1 pair of note and summary labeled both factual and hallucinated: ids a, b",
-        "warning: x.csv: 1 row repeats the note and summary of an earlier row: row 3",
-        "warning: 1 validation row shares its note, or nearly, with training rows, so validation loss will look"
+        "warning: x.csv: 2 rows whose note and summary are labeled both factual and hallucinated: ids a, b",
+        "warning: x.csv: 1 row with the note and summary of an earlier row: row 3",
+        "warning: 1 validation row with the note of a training row, or nearly, so validation loss will look"
         " better than it is: a (100% like a); remove them from one file",
     ]
 
@@ -314,7 +307,7 @@ def test_warnings_about_many_rows(capfd):
         "warning: x.csv: 2 rows left out, with 0.4% of the text of all notes: the summary and any sentences"
         " it cites do not fit in"
         f" --max_length 160; {whole}: ids r7, r8",
-        "warning: x.csv: 2 rows repeat the note and summary of an earlier row: rows 11, 12",
+        "warning: x.csv: 2 rows with the note and summary of an earlier row: rows 11, 12",
         "warning: x.csv: one summary stands under 7 of 9 different notes: ids r9, r10, r2, r3, r4 and 2 more",
     ]
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -15,7 +14,6 @@ from sft.data.dataset import SFTDataset
 from sft.data.preferences import differing_texts, end_of_turn, find_pairs, preference_pairs
 from sft.data.prompt import PromptEncoder, build_template
 from sft.data.rows import Row, factual_rows
-from sft.files import write_checksums
 
 
 def rows_of_labels(*texts) -> list[Row]:
@@ -103,8 +101,8 @@ def test_what_is_left_out_is_counted_and_named(capfd):
     pairs = preference_pairs(rows, encoder_for("chatml"), 200)
     assert [(pair["id"], pair["factual_id"]) for pair in pairs] == [("r2", "r0")]
     said = capfd.readouterr().err
-    assert "1 hallucinated row without a factual summary of the same note: r3" in said
-    assert "1 hallucinated row whose note and factual summary do not fit --max_length: r5" in said
+    assert "1 hallucinated row without a factual summary of the same note: id r3" in said
+    assert "1 hallucinated row whose note and factual summary do not fit --max_length: id r5" in said
     assert not any(row.model_summary.strip() in said for row in rows)
 
 
@@ -117,7 +115,7 @@ def test_a_summary_with_both_labels_is_on_neither_side(capfd):
     )
     pairs = preference_pairs(rows, encoder_for("chatml"), 256)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("Has fever.", "No fever.")]
-    assert "whose summary another row of the same note calls factual: r2" in capfd.readouterr().err
+    assert "whose summary another row of the same note calls factual: id r2" in capfd.readouterr().err
     with pytest.raises(InputError, match="no pair"):
         find_pairs("x.csv", rows[:1] + rows[2:3], encoder_for("chatml"), 256)
 
@@ -142,35 +140,16 @@ def test_the_prompt_is_the_adapters_own(adapters, csv_files, tmp_path, monkeypat
     assert "<s>" + pair["prompt"] == prompt["prefix"] + NOTES[0][0] + prompt["suffix"]
     assert pair["chosen_ids"][-1] == prompt["end_token_id"]
 
-    # Nothing else than what the adapter was trained with; what is typed counts, also a default
-    wrongs = [["--sentence_numbering=on"], ["--max_length=512"], ["--instruction=Sum up."]]
-    for wrong in (*wrongs, ["--model_name=smollm2-135m-instruct"]):
-        with pytest.raises(InputError, match=rf"{wrong[0].partition('=')[0]} .*--model_path"):
-            run_script(monkeypatch, *arguments, *wrong)
-    run_script(monkeypatch, *arguments, "--sentence_numbering=off", "--max_length=256")
+    for wrong in ("--sentence_numbering=on", "--max_length=512", "--instruction=Sum up.", "--model_name=x"):
+        with pytest.raises(InputError, match=rf"{wrong.partition('=')[0]} cannot be combined"):
+            run_script(monkeypatch, *arguments, wrong)
+    run_script(monkeypatch, *arguments)
     (adapter / "sft_config.json").rename(tmp_path / "sft_config.json")
     try:
         with pytest.raises(InputError, match="folder of this toolkit that it was trained further from"):
             run_script(monkeypatch, *arguments)
     finally:
         (tmp_path / "sft_config.json").rename(adapter / "sft_config.json")
-
-
-def test_numbering_by_the_rules_of_earlier_versions_is_v1(finished, tmp_path, monkeypatch):
-    run = finished(sentence_numbering="on", num_epochs=1)
-    folder = shutil.copytree(f"{run.output_dir}/final_model", tmp_path / "old")
-    sft_config = json.loads((folder / "sft_config.json").read_text())
-    sft_config["prompt"]["sentence_version"] = 1
-    (folder / "sft_config.json").write_text(json.dumps(sft_config))
-    write_checksums(folder)
-    rows = [
-        (f"r{i}", note, f"{summary} [Evidence: S1]", "factual", "") for i, (note, summary) in enumerate(NOTES)
-    ]
-    path = write_csv(tmp_path / "cited.csv", rows)
-    arguments = ["--train_csv", path, "--model_path", folder]
-    run_script(monkeypatch, *arguments, "--sentence_numbering=v1")
-    with pytest.raises(InputError, match="--sentence_numbering is not what"):
-        run_script(monkeypatch, *arguments, "--sentence_numbering=on")
 
 
 def test_rows_with_citations_are_not_for_an_adapter_without(adapters, tmp_path, monkeypatch):

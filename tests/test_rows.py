@@ -56,7 +56,7 @@ def test_values_are_unchanged_text(tmp_path):
         ),
         (
             b"id,clinical_note,clinical_note,model_summary,label\n1,a,b,c,factual\n",
-            ["column clinical_note appears more than once"],
+            ["more than once in the header: clinical_note"],
         ),
         (None, ["no such file"]),
     ],
@@ -255,9 +255,12 @@ def quotes_swallow(position: int) -> str:
         ),
         (
             table(header=["ID", "id", "clinical_note", "model_summary", "label"]),
-            ["column id appears more than once"],
+            ["more than once in the header: id"],
         ),
-        (table([("7", "SECRET", "SECRET", "non-factual", "")]), ["no row has a known label; found 1 kind"]),
+        (
+            table([("7", "SECRET", "SECRET", "non-factual", "")]),
+            ["no row has a known label; found 1 kind: not shown"],
+        ),
         (table([*GOOD, ("7", "SECRET", "SECRET", "non-factual", "")]), ["row 4 (id 7)", "label"]),
         (table([("\u200b", "SECRET", "", "factual", "")]), ["row 2: model_summary is empty"]),
         (table([("7", " \u200b\t", "SECRET\0", "factual", "")]), ["row 2 (id 7)", "clinical_note is empty"]),

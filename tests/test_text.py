@@ -42,10 +42,9 @@ def test_other_code_pages_are_refused(note, encoding):
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"])
-@pytest.mark.parametrize("length", [10, (1 << 20) - 1, 1 << 20, 3 << 20])
-def test_the_byte_that_is_not_text_is_found(start, length):
+def test_the_byte_that_is_not_text_is_found(start):
     line_ends = b"\n" * 3
-    data = start + b"a" * length + line_ends + "é".encode() + b"a\xff\x00"
+    data = start + b"a" * 10 + line_ends + "é".encode() + b"a\xff\x00"
     with pytest.raises(InputError, match=r"byte 0xff on line 4" if start else "a binary file"):
         decode_bytes(data, "a.txt")
     with pytest.raises(InputError, match=r"byte 0xff on line 4"):

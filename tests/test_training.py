@@ -156,7 +156,6 @@ def test_the_files_of_a_run(finished):
         "training_stats.json",
         "metrics.jsonl",
         "loss_curve.png",
-        "token_cache",
     }
     needed = {
         "epoch",
@@ -235,7 +234,7 @@ def test_a_fraction_set_apart_is_written_down_and_kept_on_resume(configured, cap
 
 
 def test_what_a_run_says(configured, capfd, tmp_path):
-    """In this order, and no patient's text, nor in any file but the token cache."""
+    """In this order, and no patient's text, nor in any file."""
     stats = train(configured())
     logged = capfd.readouterr().err
     assert stats == stats_of(configured())

@@ -5,22 +5,15 @@ torch and numpy are imported inside functions, so that input errors are instant.
 
 import dataclasses
 import itertools
-from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sft.cli import InputError, plural
-from sft.data.prompt import (
-    PromptEncoder,
-    PromptTemplate,
-    build_template,
-    pad_token_id,
-    set_chat_template,
-)
+from sft.data.prompt import PromptEncoder, PromptTemplate, build_template, pad_token_id, set_chat_template
 from sft.data.rows import Row, drop_stray_citations, factual_rows, name_rows, read_rows, split_rows
-from sft.data.token_cache import cache_key, read_cache, write_cache
+from sft.data.table import source_name
 from sft.grounding.citations import cited_sentence_numbers, has_citation
 from sft.grounding.sentences import SENTENCE_VERSION
 from sft.options import (
@@ -50,9 +43,9 @@ class Example:
     """One training example: prompt, summary and end token, of which the last two carry loss."""
 
     row_id: str  # the row's name in messages
-    tokens: "np.ndarray"  # int32 (n_tokens,), a view into the dataset's
+    tokens: "np.ndarray"  # int32 (n_tokens,): a list takes nine times as much memory
     n_prompt: int  # the first n_prompt tokens carry no loss
-    shortened: bool = False
+    shortened: bool = False  # whether the note lost sentences
 
     @property
     def n_tokens(self) -> int:
@@ -71,72 +64,32 @@ class Example:
         return [IGNORE_INDEX] * self.n_prompt + self.input_ids[self.n_prompt :]
 
 
-class Encoded(NamedTuple):
-    """A row as tokens."""
-
-    ids: list[int]  # prompt, summary and end token
-    n_prompt: int
-    shortened: bool  # whether the note lost sentences
-
-
-class Refused(NamedTuple):
-    """A row that does not fit."""
-
-    needed: int  # the max_length that would hold it
-
-
 def encode_example(
     row: Row, note_ids: list[int], summary_ids: list[int], encoder: PromptEncoder, max_length: int
-) -> Encoded | Refused:
-    """One row as at most `max_length` tokens. `note_ids`, `summary_ids`: its whole note and its summary.
+) -> Example | int:
+    """One row as at most `max_length` tokens, or the max_length that would hold it. `note_ids`,
+    `summary_ids`: its whole note and its summary.
 
     The note alone is shortened, at a sentence boundary; the template, the summary and its end token never
     are. A row is refused if its summary leaves no room for a note, or cites a sentence that would be cut off.
     """
-    room = max_length - encoder.n_template_tokens - len(summary_ids) - 1
-    n_without_note = max_length - room
+    import numpy as np
+
+    n_without_note = encoder.n_template_tokens + len(summary_ids) + 1
+    room = max_length - n_without_note
     shortened = len(note_ids) > room
     if shortened:
         if room < MIN_NOTE_TOKENS:
-            return Refused(n_without_note + min(len(note_ids), MIN_NOTE_TOKENS))
+            return n_without_note + min(len(note_ids), MIN_NOTE_TOKENS)
         kept_ids, n_kept = encoder.shorten(row.clinical_note, room)
-        if encoder.template.number_sentences:
-            last_cited = max(cited_sentence_numbers(row.model_summary), default=0)
-            if last_cited > n_kept:
-                return Refused(n_without_note + len(note_ids))
+        if encoder.template.number_sentences and n_kept < max(
+            cited_sentence_numbers(row.model_summary), default=0
+        ):
+            return n_without_note + len(note_ids)
         note_ids = kept_ids
     prompt = encoder.prompt(note_ids)
-    return Encoded(prompt + summary_ids + [encoder.template.end_token_id], len(prompt), shortened)
-
-
-def tokenize(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> dict[str, "np.ndarray"]:
-    """All rows as int32 arrays, 4 bytes per token where a Python list takes 36.
-
-    `tokens`: the examples end to end; `examples` (n_examples, 4): row, n_tokens, n_prompt, shortened;
-    `refused` (n_refused, 2): row, the max_length it needs; `lengths` (n_rows, 2): tokens of the whole note
-    and of the summary.
-    """
-    import numpy as np
-
-    tokens, examples, refused, lengths = (array("i") for _ in range(4))
-    for start in range(0, len(rows), _ROWS_PER_CALL):
-        part = rows[start : start + _ROWS_PER_CALL]
-        notes = encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in part])
-        summaries = encoder.encode_texts([row.model_summary for row in part])
-        for i, (row, note_ids, summary_ids) in enumerate(zip(part, notes, summaries), start):
-            lengths.extend((len(note_ids), len(summary_ids)))
-            result = encode_example(row, note_ids, summary_ids, encoder, max_length)
-            if isinstance(result, Refused):
-                refused.extend((i, result.needed))
-            else:
-                tokens.extend(result.ids)
-                examples.extend((i, len(result.ids), result.n_prompt, result.shortened))
-    return {
-        "tokens": np.asarray(tokens),
-        "examples": np.asarray(examples).reshape(-1, 4),
-        "refused": np.asarray(refused).reshape(-1, 2),
-        "lengths": np.asarray(lengths).reshape(-1, 2),
-    }
+    tokens = np.array(prompt + summary_ids + [encoder.template.end_token_id], np.int32)
+    return Example(row.name, tokens, len(prompt), shortened)
 
 
 class SFTDataset:
@@ -145,42 +98,36 @@ class SFTDataset:
     Works in torch's DataLoader and in Hugging Face's Trainer, with `SFTCollator`. `dataset[i]` is a dict of
     `input_ids` and `labels` (lists of equal length, -100 for a token without loss).
 
-    rows         what it was made of
-    examples     the same, with the rows' names
+    rows         what it was made of, without citations that the prompt or the note does not support
+    stray        the names of the rows whose citations were dropped
+    examples     the rows that fit, as tokens
     row_indices  of each example's row in `rows`
     refused      (the row's name, the max_length it needs) of each row that does not fit
-    shortened    the names of the rows whose notes were shortened
     lengths      int32 (n_rows, 2): tokens of each row's whole note and of its summary
-    stray        the names of the rows whose citations were dropped
-
-    With `cache`, a file, the tokens are kept there, and read from there if rows, tokenizer, prompt and
-    max_length are the same.
     """
 
-    def __init__(
-        self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int, cache: Path | None = None
-    ):
-        self.rows = rows
+    def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int):
+        import numpy as np
+
+        self.rows, self.stray = drop_stray_citations(rows, encoder.template.cited_version)
         self.encoder = encoder
         self.max_length = max_length
-        self.stray: list[str] = []
-        key = cache_key(rows, encoder, max_length) if cache else None
-        arrays = read_cache(cache, key) if key else None
-        if arrays is None:
-            arrays = tokenize(rows, encoder, max_length)
-            if key and len(arrays["examples"]):
-                write_cache(cache, key, arrays)
-        self.lengths = arrays["lengths"]
-        self.refused: list[tuple[str, int]] = [
-            (rows[i].name, needed) for i, needed in arrays["refused"].tolist()
-        ]
-        self.row_indices: list[int] = arrays["examples"][:, 0].tolist()
         self.examples: list[Example] = []
-        start = 0
-        for i, n_tokens, n_prompt, shortened in arrays["examples"].tolist():
-            tokens = arrays["tokens"][start : start + n_tokens]
-            self.examples.append(Example(rows[i].name, tokens, n_prompt, bool(shortened)))
-            start += n_tokens
+        self.row_indices: list[int] = []
+        self.refused: list[tuple[str, int]] = []
+        self.lengths = np.empty((len(self.rows), 2), np.int32)
+        for start in range(0, len(self.rows), _ROWS_PER_CALL):
+            part = self.rows[start : start + _ROWS_PER_CALL]
+            notes = encoder.encode_texts([encoder.template.render_note(row.clinical_note) for row in part])
+            summaries = encoder.encode_texts([row.model_summary for row in part])
+            for i, (row, note_ids, summary_ids) in enumerate(zip(part, notes, summaries), start):
+                self.lengths[i] = len(note_ids), len(summary_ids)
+                example = encode_example(row, note_ids, summary_ids, encoder, max_length)
+                if isinstance(example, int):
+                    self.refused.append((row.name, example))
+                else:
+                    self.examples.append(example)
+                    self.row_indices.append(i)
 
     @property
     def whole_length(self) -> int:
@@ -213,34 +160,31 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
         raise InputError("--val_csv cannot be combined with --val_fraction", "choose one")
     if options.label and (options.label_column or options.label_map):
         raise InputError("--label cannot be combined with --label_column or --label_map", "choose one")
-    files = options.train_files
     # What was typed may be the default on purpose
-    is_default = isinstance(options.train_csv, list) and "train_csv" not in typed_names()
-    is_default = is_default and options.train_csv == [BUNDLED_TRAIN_FILE]
+    is_default = isinstance(options.train_csv, list) and options.train_csv == [BUNDLED_TRAIN_FILE]
+    is_default = is_default and "train_csv" not in typed_names()
     if is_default and options.val_csv is not None and str(options.val_csv) != BUNDLED_VALIDATION_FILE:
         problem = "--val_csv without --train_csv: other notes would validate training on the bundled notes"
         raise InputError(problem, f"pass --train_csv FILE (the bundled notes: {BUNDLED_TRAIN_FILE})")
     train = []
-    for file in files:
-        rows = _read_factual(file, options)
-        if len(files) > 1:
-            rows = [dataclasses.replace(row, source=Path(file).name) for row in rows]
-        train += rows
-    val_file = options.val_file
-    if val_file is None and options.val_fraction is None and validate:
+    for file in options.train_files:
+        source = Path(file).name if len(options.train_files) > 1 else ""
+        train += [dataclasses.replace(row, source=source) for row in _read_factual(file, options)]
+    if options.val_fraction is not None:
+        return split_rows(train, options.val_fraction, options.seed)
+    if options.val_file is not None:
+        return train, _read_factual(options.val_file, options)
+    if validate:
         problem = "--train_csv without --val_csv: the bundled validation notes say nothing about other notes"
         fix = "pass --val_csv FILE, or --val_fraction 0.1 to set a tenth of the notes apart"
         raise InputError(problem, fix)
-    if options.val_fraction is not None:
-        return split_rows(train, options.val_fraction, options.seed)
-    return train, _read_factual(val_file, options) if val_file is not None else []
+    return train, []
 
 
 def _read_factual(source: "str | Path | pd.DataFrame", options: DataOptions) -> list[Row]:
     rows = read_rows(source, options)
     if not factual_rows(rows):
-        name = source if isinstance(source, str | Path) else "the DataFrame"
-        problem = f"{name}: no row is labeled factual ({plural(len(rows), 'row')})"
+        problem = f"{source_name(source)}: no row is labeled factual ({plural(len(rows), 'row')})"
         raise InputError(problem, "Stage A trains on factual rows only: label them 'factual'")
     return rows
 
@@ -249,62 +193,48 @@ def load_datasets(
     rows: tuple[list[Row], list[Row]],
     tokenizer,
     options: DataOptions,
-    cache_dir: Path | None = None,
     template: PromptTemplate | None = None,
     is_untrained: Callable[[int], bool] = lambda token: False,
 ) -> tuple[SFTDataset, SFTDataset]:
     """The training and the validation set of what `read_data` read, with one prompt template for both:
     `template`, or the tokenizer's (see `build_template` for `is_untrained`).
 
-    `cache_dir` keeps the tokens for the next start. Raises InputError if no row of a file fits.
+    Raises InputError if no row of a file fits.
     """
     train, validation = (factual_rows(part) for part in rows)
-    if options.sentence_numbering == "auto":
-        is_numbered = _cites_evidence(train)
-    else:
-        is_numbered = options.sentence_numbering != "off"
+    numbering = options.sentence_numbering
     set_chat_template(tokenizer, options.chat_template)
     template = template or build_template(
         tokenizer,
         thinking=options.thinking == "on",
         is_untrained=is_untrained,
         instruction=options.instruction,
-        number_sentences=is_numbered,
-        sentence_version=1 if options.sentence_numbering == "v1" else SENTENCE_VERSION,
+        number_sentences=cites_sentences(train) if numbering == "auto" else numbering != "off",
+        sentence_version=1 if numbering == "v1" else SENTENCE_VERSION,
     )
     encoder = PromptEncoder(tokenizer, template)
-
-    def load(name: str, path: str, part: list[Row]) -> SFTDataset:
-        part, stray = drop_stray_citations(
-            part, template.sentence_version if template.number_sentences else None
-        )
-        if stray and options.stray_citations == "refuse":
-            problem = f"{path}: citations that the prompt or the note does not support: {name_rows(stray)}"
+    datasets = tuple(SFTDataset(part, encoder, options.max_length) for part in (train, validation))
+    for path, dataset in zip(file_names(options), datasets):
+        if dataset.stray and options.stray_citations == "refuse":
+            where = f"citations that the prompt or the note does not support: {name_rows(dataset.stray)}"
             fix = "correct them, number all summaries with --sentence_numbering on, or use --stray_citations drop"
-            raise InputError(problem, fix)
-        cache = cache_dir / f"{name}.tokens" if cache_dir else None
-        dataset = SFTDataset(part, encoder, options.max_length, cache)
-        dataset.stray = stray
-        if part and not dataset.examples:
-            lost = f"all of the notes' text ({dataset.lengths[:, 0].sum():,} tokens in {plural(len(part), 'row')})"
-            problem = f"{path}: no row fits --max_length {options.max_length}, so {lost} is lost"
-            raise InputError(problem, f"--max_length {dataset.whole_length} would hold all rows whole")
-        return dataset
-
-    names = file_names(options)
-    return load("train", names[0], train), load("validation", names[1], validation)
+            raise InputError(f"{path}: {where}", fix)
+        if dataset.rows and not dataset.examples:
+            n_lost = f"{dataset.lengths[:, 0].sum():,} tokens in {plural(len(dataset.rows), 'row')}"
+            problem = f"{path}: no row fits --max_length {options.max_length}"
+            fix = f"--max_length {dataset.whole_length} would hold all rows whole"
+            raise InputError(f"{problem}, so all of the notes' text ({n_lost}) is lost", fix)
+    return datasets
 
 
 def file_names(options: DataOptions) -> tuple[str, str]:
     """What messages call the training and the validation rows."""
-    files = [str(f) if isinstance(f, str | Path) else "the DataFrame" for f in options.train_files]
-    train = ", ".join(files)
-    if options.val_fraction is not None:
-        return train, f"{train} (validation)"
-    return train, str(options.val_file) if isinstance(options.val_file, str | Path) else "the DataFrame"
+    train = ", ".join(map(source_name, options.train_files))
+    is_split = options.val_fraction is not None
+    return train, f"{train} (validation)" if is_split else source_name(options.val_file)
 
 
-def _cites_evidence(rows: Sequence[Row]) -> bool:
+def cites_sentences(rows: Sequence[Row]) -> bool:
     """Whether most summaries carry citations, so that the notes' sentences should be numbered."""
     return sum(has_citation(row.model_summary) for row in rows) > len(rows) / 2
 
@@ -356,19 +286,12 @@ def packed_batch(examples: Sequence[Example]) -> Batch:
 
 def padded_batch(examples: Sequence[Example], pad_token_id: int) -> Batch:
     """The same for models that cannot take packed rows: one example per row, padded on the right."""
-    import torch
-
-    rows = [torch.tensor(example.tokens, dtype=torch.long) for example in examples]
-    input_ids, attention_mask = _pad(rows, pad_token_id)
-    longest = input_ids.shape[1]
-    targets = []
-    positions = []
-    for i, (example, row) in enumerate(zip(examples, rows)):
-        targets.append(row[example.n_prompt :])
-        # The token before predicts a token
-        positions.append(i * longest + torch.arange(example.n_prompt, example.n_tokens) - 1)
-    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    return Batch(inputs, torch.cat(targets), torch.cat(positions))
+    items = [{"input_ids": example.input_ids, "labels": example.labels} for example in examples]
+    inputs = SFTCollator(pad_token_id)(items)
+    labels = inputs.pop("labels").flatten()
+    positions = (labels != IGNORE_INDEX).nonzero()[:, 0]
+    # The token before predicts a token
+    return Batch(inputs, labels[positions], positions - 1)
 
 
 class SFTCollator:
@@ -383,21 +306,16 @@ class SFTCollator:
 
     def __call__(self, items: Sequence[dict[str, list[int]]]) -> dict:
         import torch
+        from torch.nn.utils.rnn import pad_sequence
 
-        input_ids, attention_mask = _pad(
-            [torch.tensor(item["input_ids"]) for item in items], self.pad_token_id
-        )
-        labels, _ = _pad([torch.tensor(item["labels"]) for item in items], IGNORE_INDEX)
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+            return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
 
-
-def _pad(rows: "list[torch.Tensor]", value: int) -> "tuple[torch.Tensor, torch.Tensor]":
-    """(rows padded on the right, mask of what is not padding): LongTensors (n_rows, longest)."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    return pad_sequence(rows, batch_first=True, padding_value=value), mask
+        return {
+            "input_ids": pad([item["input_ids"] for item in items], self.pad_token_id),
+            "attention_mask": pad([[1] * len(item["input_ids"]) for item in items], 0),
+            "labels": pad([item["labels"] for item in items], IGNORE_INDEX),
+        }
 
 
 def create_sft_dataloaders(

@@ -6,37 +6,37 @@ unclosed tags), nor is striprtf, so RTF is only warned of.
 """
 
 import html
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
 
-_BLOCKS = (
-    "p|br|hr|div|h[1-6]|li|ul|ol|dl|dt|dd|tr|table|tbody|thead|caption|html|body|head|title|pre|blockquote"
-    "|section|component|text|paragraph|list|item"
+# What a text is by its beginning
+_JSON = r'(?:\{\s*"[^"\n]*"\s*:|\[\s*[\[{]\s*[\[{"])'
+_FORMATS = (
+    (r"\{\\rtf", "RTF"),
+    (r"%PDF-", "PDF"),
+    (r"(?:MSH|FHS|BHS|MSA|EVN|PID|PV1|ORC|OBR|OBX|NTE|TXA)\|[^|\n]*\|", "an HL7 v2 message"),
+    (rf'{_JSON}(?s:.*)"resourceType"|\{{\s*"resourceType"', "JSON (FHIR?)"),
+    (_JSON, "JSON"),
 )
+_BLOCKS = "p|br|hr|div|h[1-6]|li|ul|ol|dl|dt|dd|tr|table|tbody|thead|html|body|head|title|pre|blockquote"
+_BLOCKS_OF_XML = "caption|section|component|text|paragraph|list|item"
+_INLINE = "td|th|meta|span|font|b|i|u|em|strong|sup|sub|small|center|a|img|style|script"
 # Nothing, or attributes: "<a few and >b" is no tag
 _END = r"(?:\s*/?>|\s[^<>=]*=[^<>]*>)"
-_BLOCK_TAG = re.compile(rf"</?(?:{_BLOCKS}){_END}", re.IGNORECASE)
-_HTML_TAG = re.compile(
-    r"</?(?:p|br|hr|div|h[1-6]|li|ul|ol|dl|dt|dd|tr|td|th|table|tbody|thead|html|body|head|meta|title|pre"
-    rf"|blockquote|span|font|b|i|u|em|strong|sup|sub|small|center|a|img|style|script){_END}|<!doctype\b[^<>]*>",
-    re.IGNORECASE,
-)
+_HTML_TAG = re.compile(rf"</?(?:{_BLOCKS}|{_INLINE}){_END}|<!doctype\b[^<>]*>", re.IGNORECASE)
 # One such tag is enough; <b> and <i> may be placeholders
 _SURE_TAG = re.compile(rf"<(?:/\w+|p|br|hr|div|span|html|body|table|h[1-6]|ul|ol|li){_END}", re.IGNORECASE)
-_ANY_TAG = re.compile(rf"</?[A-Za-z_][\w:.-]*{_END}|<[?!][^<>]*>")
 _END_TAG = re.compile(r"</[A-Za-z_][\w:.-]*\s*>")
+_XML_START = re.compile(r"<\?xml\b(?!.{0,300}<html)|<(\w+:)?ClinicalDocument\b", re.IGNORECASE | re.DOTALL)
 _ENTITY = re.compile(r"&(?:nbsp|amp|lt|gt|quot|apos|deg|#\d{2,6}|#x[\da-f]{2,5});", re.IGNORECASE)
-_HIDDEN = tuple(
-    (re.compile(start, re.IGNORECASE), re.compile(end, re.IGNORECASE))
-    for start, end in (("<!--", "-->"), (r"<style\b", r"</style\s*>"), (r"<script\b", r"</script\s*>"))
-)
-_STARTS = (
-    ("{\\rtf", "RTF"),
-    ("%PDF-", "PDF"),
-)
-_HL7 = re.compile(r"(MSH|FHS|BHS|MSA|EVN|PID|PV1|ORC|OBR|OBX|NTE|TXA)\|[^|\n]*\|")
+_HIDDEN = (("<!--", "-->"), (r"<style\b", r"</style\s*>"), (r"<script\b", r"</script\s*>"))
+# What stands in the place of tags: lines, spaces, nothing
+_BLOCK_TAG = (rf"</?(?:{_BLOCKS}|{_BLOCKS_OF_XML}){_END}", "\n")
+_REPLACED = {
+    "HTML": (_BLOCK_TAG, (rf"</?t[dh]{_END}", " "), (_HTML_TAG.pattern, "")),
+    "XML": ((r"<!\[CDATA\[|\]\]>", ""), _BLOCK_TAG, (rf"</?[A-Za-z_][\w:.-]*{_END}|<[?!][^<>]*>", " ")),
+}
 _RULER = re.compile(r"^[-=]{20,}$", re.MULTILINE)
 _WORD = re.compile(r"[^\W\d_]+")
 _BEYOND_LATIN = re.compile(r"[\u0370-\u1dff\u2c00-\ud7ff\uf900-\uffef]")
@@ -58,11 +58,7 @@ _FUNCTION_WORDS = {
     "fi": "ja ei oli hän että mutta sekä kuin joka myös ole ilman jälkeen kanssa",
     "nl": "het een van met niet voor zijn geen naar bij ook werd wordt sinds maar op heeft en dat zij",
 }
-_LANGUAGE_OF = {
-    word: [name for name, words in _FUNCTION_WORDS.items() if word in words.split()]
-    for words in _FUNCTION_WORDS.values()
-    for word in words.split()
-}
+_FUNCTION_WORDS = {language: frozenset(words.split()) for language, words in _FUNCTION_WORDS.items()}
 _MIN_FUNCTION_WORDS = 4  # different ones, or the language is unknown: telegraphic notes have few
 _MIN_ALONE = 3  # where no word is another language's
 _MIN_WORDS = 8  # without a function word of English
@@ -74,47 +70,49 @@ def strip_markup(text: str) -> tuple[str, str | None]:
     no text beside its tags. Tags that HTML does not have stay: "plt <a few and >b" is no tag."""
     if not ("<" in text or "&" in text) or _other_format(text):
         return text, None
-    kind = _find_markup(text)
     plain = text
-    if kind is None:
-        if not _ENTITY.search(text):
-            return text, None
+    kind = _find_markup(text)
+    if kind is None and _ENTITY.search(text):
         # "&lt;p&gt;" is HTML that was escaped once more; "&gt; 38&deg;C" has no tags
         plain = html.unescape(text).replace("\xa0", " ")
         kind = _find_markup(plain)
     if kind:
+        # Before the last end, so that every start finds one, in linear time
         for start, end in _HIDDEN:
-            plain = _without(plain, start, end)
-        plain = plain.replace("<![CDATA[", "").replace("]]>", "") if kind == "XML" else plain
-        plain = _BLOCK_TAG.sub("\n", plain)
-        plain = re.sub(rf"</?t[dh]{_END}", " ", plain, flags=re.IGNORECASE)
-        plain = _ANY_TAG.sub(" ", plain) if kind == "XML" else _HTML_TAG.sub("", plain)
-        plain = html.unescape(plain)
-        plain = "\n".join(filter(None, (" ".join(line.split()) for line in plain.split("\n"))))
-    return (plain, kind or "HTML") if plain.strip() else (text, None)
+            last = max((match.end() for match in re.finditer(end, plain, re.IGNORECASE)), default=0)
+            plain = (
+                re.sub(f"{start}.*?{end}", "", plain[:last], flags=re.IGNORECASE | re.DOTALL) + plain[last:]
+            )
+        for pattern, replacement in _REPLACED[kind]:
+            plain = re.sub(pattern, replacement, plain, flags=re.IGNORECASE)
+        lines = html.unescape(plain).split("\n")
+        plain = "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
+    return (plain, kind or "HTML") if plain.strip() and plain != text else (text, None)
 
 
 def _find_markup(text: str) -> str | None:
     start = text[:_MOST_CHARACTERS].lstrip("\ufeff \t\r\n")
-    if re.match(r"<\?xml\b(?!.{0,300}<html)|<(\w+:)?ClinicalDocument\b", start, re.IGNORECASE | re.DOTALL):
+    if _XML_START.match(start):
         return "XML"
-    if _SURE_TAG.search(start) or len(_HTML_TAG.findall(start)) >= 2:
-        # Placeholders such as <name> have no end, so the ends tell
-        ends = [bool(_HTML_TAG.match(end)) for end in _END_TAG.findall(start)]
-        is_html = _HTML_TAG.search(start) and (not ends or 2 * sum(ends) > len(ends))
-        return "HTML" if is_html or re.match(r"<!doctype html", start, re.IGNORECASE) else "XML"
-    return None
+    if not _SURE_TAG.search(start) and len(_HTML_TAG.findall(start)) < 2:
+        return None
+    # Placeholders such as <name> have no end, so the ends tell
+    ends = [bool(_HTML_TAG.match(end)) for end in _END_TAG.findall(start)]
+    is_html = _HTML_TAG.search(start) and (not ends or 2 * sum(ends) > len(ends))
+    return "HTML" if is_html or re.match(r"<!doctype html", start, re.IGNORECASE) else "XML"
 
 
-def _without(text: str, start: re.Pattern, end: re.Pattern) -> str:
-    """The text without what stands from each `start` to its `end`; all that follows one without an end
-    stays."""
-    kept = []
-    position = 0
-    while (begin := start.search(text, position)) and (close := end.search(text, begin.end())):
-        kept.append(text[position : begin.start()])
-        position = close.end()
-    return "".join(kept) + text[position:]
+def _other_format(text: str) -> str | None:
+    """What a text is that is neither a note nor markup."""
+    start = text[:_MOST_CHARACTERS].lstrip("\ufeff \t\r\n\x0b")
+    return next((name for pattern, name in _FORMATS if re.match(pattern, start)), None)
+
+
+def kind_of_file(start: str) -> str | None:
+    """What a file that begins so is, if no CSV: "RTF", "HTML", "JSON" and so on."""
+    start = start.lstrip("\ufeff \t\r\n")
+    kind = _find_markup(start) if start.startswith("<") else _other_format(start)
+    return kind or ("JSON" if start.startswith(("{", "[")) else None)
 
 
 def describe_problem(text: str, language: str | None = None) -> str | None:
@@ -123,46 +121,16 @@ def describe_problem(text: str, language: str | None = None) -> str | None:
     With `language`, that of the training notes (`find_language`), another one is a problem too.
     """
     kind = _other_format(text) or _find_markup(text)
+    start = text[:_MOST_CHARACTERS].strip()
+    if not kind and len(_RULER.findall(start)) > 2:
+        kind = "a printed record (Synthea?)"
     if kind:
         return f"looks like {kind}"
-    start = text[:_MOST_CHARACTERS].strip()
-    if len(_RULER.findall(start)) > 2:
-        return "looks like a printed record (Synthea?)"
     # Chinese and others put no spaces between words
     if len(start.split(maxsplit=1)) == 1 and not _BEYOND_LATIN.search(start):
         return "is a single word"
     found = find_language(start, language) if language else None
     return "is in another language than the training notes" if found not in (None, language) else None
-
-
-def kind_of_file(start: str) -> str | None:
-    """What a file that begins so is, if no CSV: "RTF", "HTML", "JSON" and so on."""
-    start = start.lstrip("\ufeff \t\r\n")
-    if start[:1] == "<":
-        return _find_markup(start)
-    return _other_format(start) or ("JSON" if start[:1] in ("{", "[") else None)
-
-
-def _other_format(text: str) -> str | None:
-    """What a text is that is neither a note nor markup."""
-    start = text[:_MOST_CHARACTERS].lstrip("\ufeff \t\r\n\x0b")
-    for mark, name in _STARTS:
-        if start.startswith(mark):
-            return name
-    if _HL7.match(start):
-        return "an HL7 v2 message"
-    if start[:1] in ("{", "[") and _is_json(text, start):
-        return "JSON (FHIR?)" if '"resourceType"' in start else "JSON"
-    return None
-
-
-def _is_json(text: str, start: str) -> bool:
-    if len(start) >= _MOST_CHARACTERS:
-        return bool(re.match(r'[\[{]\s*[\[{"]', start))
-    try:
-        return isinstance(json.loads(text), dict | list) and '"' in start
-    except (ValueError, RecursionError):
-        return False
 
 
 def find_language(text: str, expected: str | None = None) -> str | None:
@@ -171,19 +139,16 @@ def find_language(text: str, expected: str | None = None) -> str | None:
     text = text[:_MOST_FOR_LANGUAGE]
     if not text.isascii() and 2 * len(_BEYOND_LATIN.findall(text)) > len(re.sub(r"[\W\d_]", "", text)):
         return "?"
-    counts = dict.fromkeys(_FUNCTION_WORDS, 0)
     words = set(_WORD.findall(text))
-    for word in {word.lower() for word in words}:
-        for name in _LANGUAGE_OF.get(word, ()):
-            counts[name] += 1
+    lower = {word.lower() for word in words}
+    counts = {language: len(lower & function_words) for language, function_words in _FUNCTION_WORDS.items()}
     second, first = sorted(counts, key=counts.get)[-2:]
-    enough = max(_MIN_FUNCTION_WORDS, 2 * counts[second]) if counts[second] else _MIN_ALONE
-    if counts[first] >= enough:
+    if counts[first] >= (max(_MIN_FUNCTION_WORDS, 2 * counts[second]) if counts[second] else _MIN_ALONE):
         return first
     # Names are capitalized, and may be accented in English too
-    lower = {word for word in words if word.islower()}
-    is_other = expected == "en" and not counts["en"] and len(lower) >= _MIN_WORDS
-    return "?" if is_other and sum(map(bool, map(_ACCENTED.search, lower))) > 1 else None
+    uncapitalized = [word for word in words if word.islower()]
+    is_other = expected == "en" and not counts["en"] and len(uncapitalized) >= _MIN_WORDS
+    return "?" if is_other and sum(map(bool, map(_ACCENTED.search, uncapitalized))) > 1 else None
 
 
 def main_language(texts: Sequence[str]) -> str | None:

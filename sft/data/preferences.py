@@ -12,13 +12,13 @@ those.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from sft.cli import InputError, log, plural, preview_list, safe_id
-from sft.data.dataset import Refused, encode_example
+from sft.data.dataset import encode_example
 from sft.data.prompt import PromptEncoder
-from sft.data.rows import Row
+from sft.data.rows import Row, contradicted_texts, factual_rows, name_rows
 from sft.files import write_atomic
 
 
@@ -27,49 +27,27 @@ def preference_pairs(rows: Sequence[Row], encoder: PromptEncoder, max_length: in
     hallucinated rows are left out, and why.
 
     A summary that has both labels for the same note is used on neither side."""
-    labels = defaultdict(set)
-    for row in rows:
-        labels[row.note_key, row.summary_key].add(row.label)
-    is_contradicted = {texts for texts, given in labels.items() if len(given) > 1}
-
+    contradicted = contradicted_texts(rows)
     factual = {}
-    for row in rows:
-        if row.label == "factual" and (row.note_key, row.summary_key) not in is_contradicted:
+    for row in factual_rows(rows):
+        if row.texts_key not in contradicted:
             factual.setdefault(row.note_key, row)
-
     pairs = []
-    left_out = {"contradicted": [], "alone": [], "too_long": []}
+    left_out = defaultdict(list)
     for row in rows:
         if row.label != "hallucinated":
             continue
-        chosen = factual.get(row.note_key)
-        if (row.note_key, row.summary_key) in is_contradicted:
-            left_out["contradicted"].append(row.id)
-        elif chosen is None:
-            left_out["alone"].append(row.id)
+        if row.texts_key in contradicted:
+            left_out["whose summary another row of the same note calls factual"].append(row.name)
+        elif row.note_key not in factual:
+            left_out["without a factual summary of the same note"].append(row.name)
+        elif pair := _encode_pair(row, factual[row.note_key], encoder, max_length):
+            pairs.append(pair)
         else:
-            pair = _encode_pair(row, chosen, encoder, max_length)
-            if pair:
-                pairs.append(pair)
-            else:
-                left_out["too_long"].append(row.id)
-    _log_left_out(left_out)
+            left_out["whose note and factual summary do not fit --max_length"].append(row.name)
+    for reason, names in left_out.items():
+        log(f"warning: no pair for {plural(len(names), 'hallucinated row')} {reason}: {name_rows(names)}")
     return pairs
-
-
-def _log_left_out(left_out: dict[str, list[str]]) -> None:
-    reasons = {
-        "contradicted": "whose summary another row of the same note calls factual",
-        "alone": "without a factual summary of the same note",
-        "too_long": "whose note and factual summary do not fit --max_length",
-    }
-    for name, ids in left_out.items():
-        if ids:
-            log(f"warning: no pair for {plural(len(ids), 'hallucinated row')} {reasons[name]}: {_ids(ids)}")
-
-
-def _ids(ids: Iterable[str]) -> str:
-    return preview_list(map(safe_id, ids))
 
 
 def _encode_pair(rejected: Row, chosen: Row, encoder: PromptEncoder, max_length: int) -> dict | None:
@@ -81,9 +59,9 @@ def _encode_pair(rejected: Row, chosen: Row, encoder: PromptEncoder, max_length:
         [note, chosen.model_summary, rejected.model_summary]
     )
     encoded = encode_example(chosen, note_ids, chosen_ids, encoder, max_length)
-    if isinstance(encoded, Refused):
+    if isinstance(encoded, int):
         return None
-    prompt_ids = encoded.ids[: encoded.n_prompt]
+    prompt_ids = encoded.input_ids[: encoded.n_prompt]
     if encoded.shortened:
         kept = prompt_ids[len(encoder.prefix_ids) : len(prompt_ids) - len(encoder.suffix_ids)]
         note = tokenizer.decode(kept, clean_up_tokenization_spaces=False)
@@ -114,14 +92,12 @@ def end_of_turn(encoder: PromptEncoder) -> str:
 def differing_texts(pairs: Sequence[dict], encoder: PromptEncoder) -> list[str]:
     """The ids of the pairs whose texts do not give their token ids, tokenized as TRL does."""
     end = end_of_turn(encoder)
-    differing = []
-    for pair in pairs:
-        for answer in ("chosen", "rejected"):
-            ids = encoder.tokenizer(pair["prompt"] + pair[answer] + end).input_ids
-            if ids != pair["prompt_ids"] + pair[f"{answer}_ids"]:
-                differing.append(pair["id"])
-                break
-    return differing
+
+    def differs(pair: dict, answer: str) -> bool:
+        ids = encoder.tokenizer(pair["prompt"] + pair[answer] + end).input_ids
+        return ids != pair["prompt_ids"] + pair[f"{answer}_ids"]
+
+    return [pair["id"] for pair in pairs if differs(pair, "chosen") or differs(pair, "rejected")]
 
 
 def find_pairs(path: str, rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> list[dict]:
@@ -138,20 +114,15 @@ def export_pairs(path: Path, pairs: Sequence[dict], encoder: PromptEncoder) -> N
     """Writes the pairs as JSON Lines, and says what Stage B must know about them."""
     write_atomic(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs))
     n_shortened = sum(pair["shortened"] for pair in pairs)
-    longest = max(
-        len(pair["prompt_ids"]) + max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs
-    )
-    log(
-        f"Wrote {plural(len(pairs), 'preference pair')} to {path}: {plural(n_shortened, 'note')} shortened,"
-        f" {longest:,} tokens at most"
-    )
+    answers = [max(len(pair["chosen_ids"]), len(pair["rejected_ids"])) for pair in pairs]
+    longest = max(len(pair["prompt_ids"]) + answer for pair, answer in zip(pairs, answers))
+    counts = f"{plural(n_shortened, 'note')} shortened, {longest:,} tokens at most"
+    log(f"Wrote {plural(len(pairs), 'preference pair')} to {path}: {counts}")
     end = end_of_turn(encoder)
     if end != encoder.tokenizer.eos_token:
         log(f'info: in Stage B set tokenizer.eos_token = "{end}", which ends a summary (guide, section 11)')
     differing = differing_texts(pairs, encoder)
     if differing:
-        n_pairs = plural(len(differing), "pair")
-        log(
-            f"warning: the texts of {n_pairs} have other tokens than in Stage A: {_ids(differing)};"
-            " train on the columns prompt_ids, chosen_ids, rejected_ids (guide, section 11)"
-        )
+        named = f"{plural(len(differing), 'pair')} ({preview_list(map(safe_id, differing))})"
+        advice = "train on the columns prompt_ids, chosen_ids, rejected_ids (guide, section 11)"
+        log(f"warning: the texts of {named} have other tokens than in Stage A; {advice}")

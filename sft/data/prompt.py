@@ -71,6 +71,11 @@ class PromptTemplate:
         check_format_version(folder, sft_config)
         return cls.from_dict(sft_config["prompt"])
 
+    @property
+    def cited_version(self) -> int | None:
+        """Of the sentence numbers that a summary may cite; None if the prompt has none."""
+        return self.sentence_version if self.number_sentences else None
+
     def render_note(self, note: str) -> str:
         return "\n".join(number_sentences(note, self.sentence_version)) if self.number_sentences else note
 
@@ -92,28 +97,26 @@ def build_template(
     """
     # Stripped as chat templates do with a message
     instruction = (instruction or (EVIDENCE_INSTRUCTION if number_sentences else INSTRUCTION)).strip()
+    end = eos = tokenizer.eos_token_id
     if tokenizer.chat_template:
-        render = functools.partial(_render, tokenizer, thinking=thinking)
-        messages = _chat_messages(tokenizer, instruction, render)
-        prefix, suffix, after = _around_answer(render, messages)
-        end_of_turn = _end_of_turn(tokenizer, after)
-        end = tokenizer.eos_token_id if end_of_turn is None else end_of_turn
+        prefix, suffix, after = _around_answer(tokenizer, instruction, thinking)
+        # The control token after an answer, <|im_end|> or <|eot_id|>, is often not the tokenizer's EOS
+        first = tokenizer(after.lstrip(), add_special_tokens=False).input_ids[:1]
+        end = next((token for token in first if token in control_token_ids(tokenizer)), eos)
     else:
         prefix = f"### Instruction:\n{instruction}\n\n### Clinical note:\n"
         suffix = "\n\n### Summary:\n"
-        end = tokenizer.eos_token_id
     if end is None:
         fix = "set eos_token in its tokenizer_config.json"
         raise InputError("the tokenizer has no end-of-sequence token", fix)
-    stops = [end] if tokenizer.eos_token_id in (None, end) else [end, tokenizer.eos_token_id]
+    stops = [end] if eos in (None, end) else [end, eos]
     if is_untrained(end):
         said = f"the base model never learned {tokenizer.convert_ids_to_tokens(end)}, the end of an answer"
         end = next((token for token in stops if not is_untrained(token)), end)
-        then = f"info: {said}: summaries end with {tokenizer.eos_token}"
         if end == stops[0]:
-            then = f"warning: {said}: summaries may not end; use an instruct model"
-        if on_main_process():
-            log(then)
+            _log_on_main(f"warning: {said}: summaries may not end; use an instruct model")
+        else:
+            _log_on_main(f"info: {said}: summaries end with {tokenizer.eos_token}")
     return PromptTemplate(
         prefix=prefix,
         suffix=suffix,
@@ -143,10 +146,19 @@ def set_chat_template(tokenizer, name_or_file: str | None) -> None:
         tokenizer.chat_template = own[name]
 
 
-def _chat_messages(tokenizer, instruction: str, render: Callable) -> list[dict[str, str]]:
-    """Instruction and the note's place as chat messages: system and user, or one user message if the template
-    knows no system role."""
+def _around_answer(tokenizer, instruction: str, thinking: bool) -> tuple[str, str, str]:
+    """(text before the note, text between note and answer, text after the answer) of the chat template, with
+    system and user, or one user message if the template knows no system role.
+
+    The text before the answer is the template's prompt, with what it writes between prompt and answer once
+    the answer is known: a channel's name, an empty block of thoughts. A block of thoughts that the prompt
+    opens, and that is not in an answered conversation, is left out."""
     from jinja2 import TemplateError
+
+    def render(messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        # Templates that know no thinking ignore that argument
+        options = {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinking}
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     choices = (
         [{"role": "system", "content": instruction}, {"role": "user", "content": _NOTE_MARK}],
@@ -155,58 +167,32 @@ def _chat_messages(tokenizer, instruction: str, render: Callable) -> list[dict[s
     reason = "it leaves out the user's message"
     for messages in choices:
         try:
-            text = render(messages, add_generation_prompt=True)
+            prompt = render(messages, True)
         # As if there is no system role
         except (TemplateError, ValueError) as error:
             reason = first_line(error)
             continue
-        if instruction in text and text.count(_NOTE_MARK) == 1:
-            return messages
-    raise InputError(
-        f"the tokenizer's chat template cannot be used: {reason}",
-        "pass another with --chat_template FILE, or use another model",
-    )
-
-
-def _around_answer(render: Callable, messages: list[dict[str, str]]) -> tuple[str, str, str]:
-    """(text before the note, text between note and answer, text after the answer).
-
-    The text before the answer is the template's prompt, with what it writes between prompt and answer once
-    the answer is known: a channel's name, an empty block of thoughts. A block of thoughts that the prompt
-    opens, and that is not in an answered conversation, is left out."""
-    prompt = render(messages, add_generation_prompt=True)
-    answered = [*messages, {"role": "assistant", "content": _ANSWER_MARK}]
-    before, mark, after = render(answered, add_generation_prompt=False).rpartition(_ANSWER_MARK)
+        if instruction in prompt and prompt.count(_NOTE_MARK) == 1:
+            break
+    else:
+        fix = "pass another with --chat_template FILE, or use another model"
+        raise InputError(f"the tokenizer's chat template cannot be used: {reason}", fix)
+    answered = render([*messages, {"role": "assistant", "content": _ANSWER_MARK}], False)
+    before, mark, after = answered.rpartition(_ANSWER_MARK)
     opens_thoughts = prompt.startswith(before) and _OPEN_THOUGHTS.search(prompt[len(before) :])
     # A blank alone would be a token of its own before the summary's first word
     if mark and (opens_thoughts or (before.startswith(prompt) and before[len(prompt) :].strip())):
         prompt = before
-    elif mark and before.rstrip() != prompt.rstrip() and on_main_process():
-        log(
-            "info: the chat template writes an answered conversation otherwise than its prompt and the answer;"
-            " the summary follows the prompt"
-        )
+    elif mark and before.rstrip() != prompt.rstrip():
+        said = "the chat template writes an answered conversation otherwise than its prompt and the answer"
+        _log_on_main(f"info: {said}; the summary follows the prompt")
     prefix, suffix = prompt.split(_NOTE_MARK)
     return prefix, suffix, after if mark else ""
 
 
-def _end_of_turn(tokenizer, after: str) -> int | None:
-    """The control token that begins what the chat template writes after an answer: <|im_end|>, <|eot_id|>,
-    <end_of_turn>.
-
-    Often not the tokenizer's EOS. None if there is none.
-    """
-    if not after.strip():
-        return None
-    ids = tokenizer(after.lstrip(), add_special_tokens=False).input_ids
-    return ids[0] if ids and ids[0] in control_token_ids(tokenizer) else None
-
-
-def _render(tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool, thinking: bool) -> str:
-    """The chat template's text (templates that know no thinking ignore that argument)."""
-    return tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
-    )
+def _log_on_main(message: str) -> None:
+    if on_main_process():
+        log(message)
 
 
 # ------------------------------------------------------------------------------- special tokens
@@ -309,15 +295,11 @@ class PromptEncoder:
             ends = [end for _, end in sentence_spans(note, self.template.sentence_version)]
         ids, n_kept = self._longest_that_fits(text, ends, room)
         if not n_kept:
-            word_ends = [match.end() for match in re.finditer(r"\S+", text)]
-            ids, _ = self._longest_that_fits(text, word_ends, room)
+            ids, _ = self._longest_that_fits(text, [word.end() for word in re.finditer(r"\S+", text)], room)
         # Text without blanks, as Chinese
         if not n_kept and len(ids) < room // 2:
-            ends = [end for end in range(1, len(text)) if not unicodedata.combining(text[end])] + [len(text)]
-            n_characters = bisect.bisect_right(
-                ends, room, key=lambda end: len(self.encode_texts([text[:end]])[0])
-            )
-            ids = self.encode_texts([text[: ([0, *ends])[n_characters]]])[0]
+            between = [end for end in range(1, len(text)) if not unicodedata.combining(text[end])]
+            ids, _ = self._longest_that_fits(text, [*between, len(text)], room)
         return ids, n_kept
 
     def _longest_that_fits(self, text: str, ends: list[int], room: int) -> tuple[list[int], int]:
@@ -327,23 +309,15 @@ class PromptEncoder:
         def encode(n_kept: int) -> list[int]:
             return self.encode_texts([text[: ends[n_kept - 1]]])[0] if n_kept else []
 
-        def fits(n_kept: int) -> bool:
-            return len(encode(n_kept)) <= room
-
-        n_kept = self._estimate(text, ends, room)
-        is_longest = fits(n_kept) and (n_kept == len(ends) or not fits(n_kept + 1))
-        # Rare, except with a slow tokenizer
-        if not is_longest:
-            candidates = range(1, len(ends) + 1)
-            n_kept = bisect.bisect_right(candidates, room, key=lambda n_kept: len(encode(n_kept)))
+        # By the whole text's tokens, unless the tokenizer is slow and knows no places of tokens
+        if self.tokenizer.is_fast:
+            offsets = self._tokenize(text, return_offsets_mapping=True).offset_mapping
+            n_kept = bisect.bisect_right(ends, offsets[room][0]) if len(offsets) > room else len(ends)
+        else:
+            n_kept = bisect.bisect_right(range(1, len(ends) + 1), room, key=lambda n: len(encode(n)))
+        # The end of a text may change its tokens
+        while n_kept and len(encode(n_kept)) > room:
+            n_kept -= 1
+        while n_kept < len(ends) and len(encode(n_kept + 1)) <= room:
+            n_kept += 1
         return encode(n_kept), n_kept
-
-    def _estimate(self, text: str, ends: list[int], room: int) -> int:
-        """How many of `ends` the first `room` tokens of the whole text reach.
-
-        Wrong only if the end of a text changes its tokens; 0 with a slow tokenizer, which knows no offsets.
-        """
-        if not self.tokenizer.is_fast:
-            return 0
-        offsets = self._tokenize(text, return_offsets_mapping=True).offset_mapping
-        return bisect.bisect_right(ends, offsets[room][0]) if len(offsets) > room else len(ends)

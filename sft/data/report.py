@@ -6,9 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
 from sft.cli import Progress, log, on_main_process, plural, preview_list
-from sft.data.dataset import SFTDataset, file_names
+from sft.data.dataset import Example, SFTDataset, file_names
 from sft.data.formats import describe_problem, main_language
-from sft.data.rows import Row, factual_rows, leaked_rows, name_rows, repeated_rows
+from sft.data.rows import Row, contradicted_texts, factual_rows, leaked_rows, name_rows, repeated_rows
 from sft.grounding.check import TRAINING_THRESHOLD, PreparedNote
 from sft.grounding.citations import strip_citations, unreadable_citations
 from sft.options import DataOptions
@@ -35,11 +35,9 @@ def log_data_warnings(
         f"{row.name} ({share:.0%} like {twin.name})" for row, twin, share in leaked_rows(train, validation)
     ]
     if leaks:
-        share = "shares its" if len(leaks) == 1 else "share their"
-        log(
-            f"warning: {plural(len(leaks), 'validation row')} {share} note, or nearly, with training rows, so"
-            f" validation loss will look better than it is: {preview_list(leaks)}; remove them from one file"
-        )
+        what = "with the note of a training row, or nearly, so validation loss will look better than it is"
+        n_rows = plural(len(leaks), "validation row")
+        log(f"warning: {n_rows} {what}: {preview_list(leaks)}; remove them from one file")
 
 
 def log_unsupported_summaries(path: str, rows: Sequence[Row]) -> None:
@@ -61,109 +59,82 @@ def log_unsupported_summaries(path: str, rows: Sequence[Row]) -> None:
         progress.advance()
     progress.close()
     if len(rows) < n_rows:
-        log(
-            f"info: {path}: checked a sample of {len(rows):,} of {n_rows:,} training summaries against their notes"
-        )
+        sample = f"a sample of {len(rows):,} of {n_rows:,} training summaries"
+        log(f"info: {path}: checked {sample} against their notes")
     if n_other:
-        log(
-            f"info: {path}: {plural(n_other, 'row')} not checked against the note: the check reads English only"
-        )
+        unchecked = f"{plural(n_other, 'row')} not checked against the note"
+        log(f"info: {path}: {unchecked}: the check reads English only")
     if risks:
-        worst = sorted(risks, key=lambda name: -risks[name])
+        worst = sorted(risks, key=risks.get, reverse=True)
         found = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
-        log(
-            f"warning: {path}: {len(risks):,} of {plural(len(rows), 'training row')} have summaries that may state what the note does not"
-            f" support, which teaches a model to invent; read them ({found}): {name_rows(worst, 20)}"
-        )
+        what = "may state what the note does not support, which teaches a model to invent"
+        n_found = f"{len(risks):,} of {plural(len(rows), 'training row')} have summaries that {what}"
+        log(f"warning: {path}: {n_found}; read them ({found}): {name_rows(worst, 20)}")
 
 
 def _length_warnings(dataset: SFTDataset) -> Iterator[str]:
     limit = f"--max_length {dataset.max_length}"
     takes = getattr(dataset.encoder.tokenizer, "model_max_length", None) or 0
-    enough = f"--max_length {dataset.whole_length:,} would hold all rows whole".replace(",", "")
+    enough = f"--max_length {dataset.whole_length} would hold all rows whole"
     if dataset.whole_length > takes > 0:
         enough += f", but the model takes {takes} tokens"
-    n_tokens = dataset.lengths[:, 0].sum()
-    if dataset.shortened:
-        n_kept = sum(e.n_prompt - dataset.encoder.n_template_tokens for e in dataset.examples if e.shortened)
-        n_whole = sum(
-            dataset.lengths[i, 0] for i, e in zip(dataset.row_indices, dataset.examples) if e.shortened
-        )
-        share = (n_whole - n_kept) / n_tokens
-        n_notes = plural(len(dataset.shortened), "note")
-        yield (
-            f"{n_notes} shortened to fit {limit}, which cuts {share:.1%} of the text of all notes; {enough}:"
-            f" {name_rows(dataset.shortened)}"
-        )
-        resting = list(_resting_on_what_was_cut(dataset))
+    whole = dataset.lengths[:, 0]
+    cut = [(i, example) for i, example in zip(dataset.row_indices, dataset.examples) if example.shortened]
+    if cut:
+        n_cut = sum(whole[i] - example.n_prompt + dataset.encoder.n_template_tokens for i, example in cut)
+        share = f"which cuts {n_cut / whole.sum():.1%} of the text of all notes"
+        names = name_rows(dataset.shortened)
+        yield f"{plural(len(cut), 'note')} shortened to fit {limit}, {share}; {enough}: {names}"
+        resting = [example.row_id for i, example in cut if _rests_on_what_was_cut(dataset, i, example)]
         if resting:
-            yield (
-                f"{len(resting):,} of their summaries have words or numbers that stand only in the part that is"
-                f" cut, which teaches a model to invent: {name_rows(resting)}"
-            )
+            where = "stand only in the part that is cut, which teaches a model to invent"
+            n_rows = f"{len(resting):,} of their summaries"
+            yield f"{n_rows} have words or numbers that {where}: {name_rows(resting)}"
     if dataset.refused:
-        n_rows = plural(len(dataset.refused), "row")
         names = name_rows(name for name, _ in dataset.refused)
-        share = 1 - dataset.lengths[dataset.row_indices, 0].sum() / n_tokens
-        yield (
-            f"{n_rows} left out, with {share:.1%} of the text of all notes: the summary and any sentences it"
-            f" cites do not fit in {limit}; {enough}: {names}"
-        )
+        share = f"{1 - whole[dataset.row_indices].sum() / whole.sum():.1%} of the text of all notes"
+        why = f"the summary and any sentences it cites do not fit in {limit}"
+        yield f"{plural(len(dataset.refused), 'row')} left out, with {share}: {why}; {enough}: {names}"
 
 
-def _resting_on_what_was_cut(dataset: SFTDataset) -> Iterator[str]:
-    """The rows whose summary has a number, or two longer words, that only the cut part of the note has."""
+def _rests_on_what_was_cut(dataset: SFTDataset, index: int, example: Example) -> bool:
+    """Whether a row's summary has a number, or two longer words, that only the cut part of the note has."""
 
     def words(text: str) -> set[str]:
         return set(_NUMBERS_AND_WORDS.findall(text.casefold()))
 
+    row = dataset.rows[index]
     encoder = dataset.encoder
-    for i, example in zip(dataset.row_indices, dataset.examples):
-        if example.shortened:
-            note_ids = example.input_ids[len(encoder.prefix_ids) : example.n_prompt - len(encoder.suffix_ids)]
-            row = dataset.rows[i]
-            only_there = words(row.clinical_note) - words(encoder.tokenizer.decode(note_ids))
-            found = words(strip_citations(row.model_summary)) & only_there
-            if len(found) > 1 or any(word[0].isdigit() for word in found):
-                yield row.name
+    kept = example.input_ids[len(encoder.prefix_ids) : example.n_prompt - len(encoder.suffix_ids)]
+    only_in_cut = words(row.clinical_note) - words(encoder.tokenizer.decode(kept))
+    found = words(strip_citations(row.model_summary)) & only_in_cut
+    return len(found) > 1 or any(word[0].isdigit() for word in found)
 
 
 def _text_warnings(rows: Sequence[Row], dataset: SFTDataset, language: str | None) -> Iterator[str]:
-    kinds = defaultdict(list)
+    found = defaultdict(list)
+    contradicted = contradicted_texts(rows)
     for row in rows:
         problem = describe_problem(row.clinical_note, language)
         if problem:
-            kinds[problem].append(row.name)
-    for problem, names in kinds.items():
-        yield f"{plural(len(names), 'row')} whose note {problem}: {name_rows(names)}"
-    unreadable = [row.name for row in rows if unreadable_citations(row.model_summary)]
-    if unreadable:
-        yield f"{plural(len(unreadable), 'row')} with citations that cannot be read: {name_rows(unreadable)}"
-    if dataset.stray:
-        why = "cite sentences that their notes do not have"
-        if not dataset.encoder.template.number_sentences:
-            why = "cite sentences, which the prompt does not number (--sentence_numbering on does)"
-        n_rows = plural(len(dataset.stray), "row")
-        yield f"{n_rows} whose summaries {why}; their citations were dropped: {name_rows(dataset.stray)}"
-    labels = defaultdict(set)
-    for row in rows:
-        labels[row.note_key, row.summary_key].add(row.label)
-    contradicted = [row.name for row in rows if len(labels[row.note_key, row.summary_key]) > 1]
-    if contradicted:
-        n_pairs = plural(sum(len(given) > 1 for given in labels.values()), "pair")
-        yield f"{n_pairs} of note and summary labeled both factual and hallucinated: {name_rows(contradicted)}"
+            found[f"whose note {problem}"].append(row.name)
+        if unreadable_citations(row.model_summary):
+            found["with citations that cannot be read"].append(row.name)
+        if row.texts_key in contradicted:
+            found["whose note and summary are labeled both factual and hallucinated"].append(row.name)
+    why = "cite sentences that their notes do not have"
+    if dataset.encoder.template.cited_version is None:
+        why = "cite sentences, which the prompt does not number (--sentence_numbering on does)"
+    found[f"whose summaries {why}; their citations were dropped"] = dataset.stray
     for what, repeated in repeated_rows(rows).items():
-        n_rows = plural(len(repeated), "row")
-        repeat, word = ("repeats", "row") if len(repeated) == 1 else ("repeat", "rows")
-        numbers = preview_list(f"{row.source} {row.number}".strip() for row in repeated)
-        yield f"{n_rows} {repeat} {what}: {word} {numbers}"
-    yield from _same_summary(factual_rows(rows))
-
-
-def _same_summary(rows: Sequence[Row]) -> Iterator[str]:
-    notes = {(row.note_key, row.summary_key): row for row in rows}
-    counts = Counter(summary for _, summary in notes)
-    summary, count = max(counts.items(), key=lambda item: item[1], default=(b"", 0))
-    if count > max(_FEW_NOTES, len(notes) / 5):
-        names = [row.name for row in notes.values() if row.summary_key == summary]
-        yield f"one summary stands under {count:,} of {len(notes):,} different notes: {name_rows(names)}"
+        # By number, since their ids may be those of other rows
+        found[f"with {what}"] = [f"{row.source} row {row.number}".strip() for row in repeated]
+    for what, names in found.items():
+        if names:
+            yield f"{plural(len(names), 'row')} {what}: {name_rows(names)}"
+    notes = {row.texts_key: row for row in factual_rows(rows)}
+    counts = Counter(row.summary_key for row in notes.values())
+    for summary, count in counts.most_common(1):
+        if count > max(_FEW_NOTES, len(notes) / 5):
+            names = [row.name for row in notes.values() if row.summary_key == summary]
+            yield f"one summary stands under {count:,} of {len(notes):,} different notes: {name_rows(names)}"

@@ -7,6 +7,7 @@ and id. No message holds text of the file.
 import dataclasses
 import functools
 import hashlib
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,21 +18,27 @@ from typing import TYPE_CHECKING
 from sft.cli import InputError, plural, preview_list, safe_id
 from sft.data.formats import strip_markup
 from sft.data.similar import groups_of_similar, similar_notes
-from sft.data.table import COLUMNS, OPTION_OF_COLUMN, REQUIRED_COLUMNS, TOO_MANY_FIELDS, plain, read_table
-from sft.data.text import Repair, clean_text, is_blank, log_repairs
-from sft.grounding.citations import has_citation, parse_citations, strip_citations, unreadable_citations
+from sft.data.table import (
+    COLUMNS,
+    OPTION_OF_COLUMN,
+    REQUIRED_COLUMNS,
+    TOO_MANY_FIELDS,
+    plain,
+    read_table,
+    source_name,
+)
+from sft.data.text import clean_text, is_blank, log_repairs
+from sft.grounding.citations import citation_spans, parse_citations, strip_citations
 from sft.options import DataOptions
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["COLUMNS", "TOO_MANY_FIELDS", "Row", "read_rows", "read_table"]
+__all__ = ["COLUMNS", "Row", "read_rows"]
 
 LABELS = ("factual", "hallucinated")
-
-_LABEL_SPELLING = Repair("label", f"in a different spelling, read as {' or '.join(LABELS)}")
-_NO_ID = Repair("row", "without an id, called by row number")
 _SPELLINGS = {"factual": "factual", "hallucinated": "hallucinated", "hallucination": "hallucinated"}
+_TEXTS = ("clinical_note", "model_summary")
 _WHOLE_ROW = re.compile(rf"""[,;\t]"?({"|".join(LABELS)})"?([,;\t]|$)""", re.IGNORECASE | re.MULTILINE)
 _MOST_PROBLEMS = 5  # in one message
 _MOST_KINDS = 8  # of labels or types that are shown; more, or longer ones, may be patients' text
@@ -51,9 +58,7 @@ class Row:
     @property
     def name(self) -> str:
         """How messages call the row: its id, or its number if it has none or one that may be text."""
-        shown = safe_id(self.id)
-        where = f"{self.source} " if self.source else ""
-        return shown if shown == self.id else f"{where}row {self.number}"
+        return self.id if safe_id(self.id) == self.id else f"{self.source} row {self.number}".strip()
 
     @functools.cached_property
     def note_key(self) -> bytes:
@@ -63,6 +68,10 @@ class Row:
     def summary_key(self) -> bytes:
         return _same_text_key(self.model_summary)
 
+    @property
+    def texts_key(self) -> tuple[bytes, bytes]:
+        return self.note_key, self.summary_key
+
 
 def _same_text_key(text: str) -> bytes:
     """Equal for texts that differ in case and white space alone. A digest, since it takes less memory."""
@@ -71,15 +80,12 @@ def _same_text_key(text: str) -> bytes:
 
 
 def name_rows(names: Iterable[str], limit: int = 5) -> str:
-    """ "id a", "ids a, b", "row 5": rows by their `name`."""
+    """ "id a", "ids a, b", "row 5", "rows 5, 6": rows by their `name`."""
     names = list(names)
-    have_ids = not any(" " in name for name in names)
-    word = "id" if have_ids else "" if len(names) == 1 else "rows"
-    if not have_ids and len(names) > 1:
-        names = [name.removeprefix("row ") for name in names]
-    elif have_ids and len(names) != 1:
-        word = "ids"
-    return f"{word} {preview_list(names, limit)}".strip()
+    s = "" if len(names) == 1 else "s"
+    if any(" " in name for name in names):
+        return f"row{s} {preview_list((name.removeprefix('row ') for name in names), limit)}"
+    return f"id{s} {preview_list(names, limit)}"
 
 
 def shown_kinds(values: Iterable[str]) -> list[str] | None:
@@ -98,50 +104,45 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
 
     Raises InputError with the bad rows' numbers and ids."""
     options = options or DataOptions()
-    name = str(source) if isinstance(source, str | Path) else "the DataFrame"
+    name = source_name(source)
     columns = {ours: getattr(options, option.removeprefix("--")) for ours, option in OPTION_OF_COLUMN.items()}
-    required = [column for column in REQUIRED_COLUMNS if not (column == "label" and options.label)]
-    label_of = {**_SPELLINGS, **_label_map(options.label_map)}
-    rows = []
-    problems = []
-    repairs = Counter()
-    empty = Counter()
-    unknown = []
-    labels = []
+    required = REQUIRED_COLUMNS[:2] if options.label else REQUIRED_COLUMNS
+    label_of = _SPELLINGS | _label_map(options.label_map)
+    rows, problems, labels, unknown = [], [], [], []
+    repairs, empty = Counter(), Counter()
     n_read = 0
-    for row_number, fields, has_more in read_table(source, required, repairs, columns):
+    for number, fields, has_more in read_table(source, required, repairs, columns):
         # As a DataFrame ends in that was a spreadsheet; a CSV's blank rows are skipped by its reader
         if not any(fields.values()):
             continue
         n_read += 1
-        row = _make_row(row_number, fields, options.label, label_of, repairs)
-        missing = [cell for cell in ("clinical_note", "model_summary") if is_blank(getattr(row, cell))]
+        row = _make_row(number, fields, options.label, label_of, repairs)
+        missing = [column for column in _TEXTS if is_blank(getattr(row, column))]
         empty.update(missing)
         if missing and options.skip_empty:
             continue
         rows.append(row)
         if "id" in fields and not row.id:
-            repairs[_NO_ID] += 1
+            repairs["row", "without an id, called by row number"] += 1
         labels.append(plain(fields.get("label", "")))
         # Behind a comma outside quotes it is another column's text
         is_shifted = has_more or plain(row.hallucination_type) in label_of
         if not (row.label or is_shifted):
             unknown.append(labels[-1])
         elif row.label and not (options.label or options.label_map) and row.label != fields.get("label"):
-            repairs[_LABEL_SPELLING] += 1
+            repairs["label", f"in a different spelling, read as {' or '.join(LABELS)}"] += 1
         shown_id = f" (id {safe_id(row.id)})" if row.id else ""
         found = _problems(row, has_more, is_shifted, missing)
-        problems += (f"row {row_number}{shown_id}: {problem}" for problem in found)
+        problems += (f"row {number}{shown_id}: {problem}" for problem in found)
     counts = ", ".join(f"{n:,} with an empty {column}" for column, n in sorted(empty.items()))
-    if unknown and len(unknown) == len(rows):
-        raise InputError(*_unknown_labels(name, unknown))
     if problems:
-        raise InputError(*_refusal(name, problems, counts, unknown, labels, options.label_map))
+        problem, fix = _refusal(problems, counts, unknown, labels, options.label_map)
+        raise InputError(f"{name}: {problem}", fix)
     if not rows:
         why = f"no row is left of {plural(n_read, 'row')}: {counts}" if counts else "no rows below the header"
         raise InputError(f"{name}: {why}", "add rows, at least one of them labeled factual")
     if counts:
-        repairs[Repair("row", f"left out: {counts}")] += n_read - len(rows)
+        repairs["row", f"left out: {counts}"] += n_read - len(rows)
     log_repairs(name, repairs)
     return rows
 
@@ -155,52 +156,15 @@ def _label_map(text: str | None) -> dict[str, str]:
     return {plain(theirs): plain(ours) for theirs, _, ours in pairs}
 
 
-def _unknown_labels(name: str, labels: list[str]) -> tuple[str, str]:
-    """(problem, fix) for a file of which no row has a known label."""
-    kinds = shown_kinds(labels)
-    found = f"found {plural(len(set(labels)), 'kind')}"
-    example = "A=factual,B=hallucinated"
-    if kinds and kinds != [""]:
-        found += f": {preview_list((kind or '(empty)' for kind in kinds), _MOST_KINDS)}"
-        if len(kinds) == 2 and all(kinds):
-            example = f"{kinds[0]}=factual,{kinds[1]}=hallucinated (or the other way round)"
-    fix = f"map them with --label_map {example}; if all summaries are factual: --label factual"
-    return f"{name}: no row has a known label; {found}", fix
-
-
-def _refusal(
-    name: str,
-    problems: list[str],
-    empty: str,
-    unknown: list[str],
-    labels: list[str],
-    label_map: str | None,
-) -> tuple[str, str]:
-    """(problem, fix) for rows that cannot be used; `unknown` are those of all `labels` that no map knows."""
-    n_more = len(problems) - _MOST_PROBLEMS
-    shown = "; ".join(problems[:_MOST_PROBLEMS]) + (f"; and {n_more:,} more" if n_more > 0 else "")
-    fix = "fix or delete these rows"
-    if empty:
-        shown += f" (rows: {empty})"
-        fix += ", or leave out those with an empty cell: --skip_empty"
-    if unknown:
-        kinds = [kind for kind in shown_kinds(labels) or [] if kind and kind in unknown]
-        counts = ", ".join(f"{unknown.count(kind):,} {kind}" for kind in kinds) or f"{len(unknown):,}"
-        shown += f" (unknown labels: {counts})"
-        mapped = [f"{kind}=hallucinated" for kind in kinds] or ["A=factual", "B=hallucinated"]
-        fix += f", or map labels: --label_map {','.join([label_map] * bool(label_map) + mapped)} (or factual)"
-    return f"{name}: {plural(len(problems), 'problem')}: {shown}", fix
-
-
 def _make_row(
-    row_number: int, fields: dict[str, str], label: str | None, label_of: Mapping[str, str], repairs: Counter
+    number: int, fields: dict[str, str], label: str | None, label_of: Mapping[str, str], repairs: Counter
 ) -> Row:
     row_id = fields.get("id", "").strip()
     note, markup = strip_markup(clean_text(fields.get("clinical_note", "")))
     if markup:
-        repairs[Repair("note", f"in {markup}, read without tags")] += 1
+        repairs["note", f"in {markup}, read without tags"] += 1
     return Row(
-        number=row_number,
+        number=number,
         id="" if is_blank(row_id) else row_id,
         clinical_note=note,
         model_summary=clean_text(fields.get("model_summary", "")),
@@ -209,17 +173,43 @@ def _make_row(
     )
 
 
-def _problems(row: Row, has_more_fields: bool, is_shifted: bool, empty: list[str]) -> Iterator[str]:
+def _problems(row: Row, has_more_fields: bool, is_shifted: bool, empty: Sequence[str]) -> Iterator[str]:
     if has_more_fields:
         yield TOO_MANY_FIELDS
-    for name in ("clinical_note", "model_summary"):
-        text = getattr(row, name)
-        if name in empty:
-            yield f"{name} is empty"
+    for column in _TEXTS:
+        text = getattr(row, column)
+        if column in empty:
+            yield f"{column} is empty"
         elif "\n" in text and _WHOLE_ROW.search(text):
-            yield f"{name} contains other rows (an unclosed quote?)"
+            yield f"{column} contains other rows (an unclosed quote?)"
     if not row.label:
         yield f"label is neither {' nor '.join(LABELS)}{' (a comma outside quotes?)' if is_shifted else ''}"
+
+
+def _refusal(
+    problems: Sequence[str], empty: str, unknown: Sequence[str], labels: Sequence[str], label_map: str | None
+) -> tuple[str, str]:
+    """(problem, fix) for rows that cannot be used; `unknown` are those of all `labels` that no map knows."""
+    n_more = len(problems) - _MOST_PROBLEMS
+    more = f"; and {n_more:,} more" if n_more > 0 else ""
+    shown = f"{plural(len(problems), 'problem')}: {'; '.join(problems[:_MOST_PROBLEMS])}{more}"
+    fix = "fix or delete these rows"
+    if empty:
+        shown += f" (rows: {empty})"
+        fix += ", or leave out those with an empty cell: --skip_empty"
+    if unknown:
+        kinds = [kind for kind in shown_kinds(labels) or [] if kind in unknown]
+        counts = ", ".join(f"{unknown.count(kind):,} {kind or '(empty)'}" for kind in kinds)
+        meanings = itertools.cycle(("hallucinated", "factual"))
+        pairs = [f"{kind}={label}" for kind, label in zip(filter(None, kinds), meanings)]
+        pairs = [label_map] * bool(label_map) + (pairs or ["A=factual", "B=hallucinated"])
+        advice = f"map labels to what they mean: --label_map {','.join(pairs)}"
+        if len(unknown) == len(labels):
+            shown = f"no row has a known label; found {plural(len(set(unknown)), 'kind')}: {counts or 'not shown'}"
+            return shown, f"{advice}; if all summaries are factual: --label factual"
+        shown += f" (unknown labels: {counts or len(unknown)})"
+        fix += f", or {advice}"
+    return shown, fix
 
 
 # ------------------------------------------------------------------------------- sets of rows
@@ -234,15 +224,21 @@ def leaked_rows(train: Sequence[Row], validation: Sequence[Row]) -> list[tuple[R
     """(validation row, training row, how alike their notes are) for each validation row whose note is that of
     a training row, or nearly."""
     known = {row.note_key: row for row in reversed(train)}
-    others = {row.note_key: row for row in validation if row.note_key not in known}
-    like = {key: (row, 1.0) for key, row in known.items()}
-    if known and others:
-        training = list(known.values())
-        notes = [row.clinical_note for row in (*training, *others.values())]
-        keys = list(others)
-        for note, earlier, share in similar_notes(notes, len(training)):
-            like[keys[note - len(training)]] = (training[earlier], share)
-    return [(row, *like[row.note_key]) for row in validation if row.note_key in like]
+    new = {row.note_key: row for row in validation if row.note_key not in known}
+    twins = {key: (row, 1.0) for key, row in known.items()}
+    if known:
+        by_place = [*known.values(), *new.values()]
+        for note, earlier, share in similar_notes([row.clinical_note for row in by_place], len(known)):
+            twins[by_place[note].note_key] = (by_place[earlier], share)
+    return [(row, *twins[row.note_key]) for row in validation if row.note_key in twins]
+
+
+def contradicted_texts(rows: Iterable[Row]) -> set[tuple[bytes, bytes]]:
+    """The note and summary (`Row.texts_key`) of rows that are labeled both factual and hallucinated."""
+    labels = defaultdict(set)
+    for row in rows:
+        labels[row.texts_key].add(row.label)
+    return {texts for texts, given in labels.items() if len(given) > 1}
 
 
 def repeated_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -252,14 +248,13 @@ def repeated_rows(rows: Iterable[Row]) -> dict[str, list[Row]]:
     texts = set()
     repeated = defaultdict(list)
     for row in rows:
-        text = (row.note_key, row.summary_key)
         # Several summaries of one note may share its id; two files may count their rows alike
         known = notes.setdefault((row.source, row.id), row.note_key) if row.id else row.note_key
-        if text in texts:
+        if row.texts_key in texts:
             repeated["the note and summary of an earlier row"].append(row)
         elif known != row.note_key:
             repeated["the id of an earlier row with another note"].append(row)
-        texts.add(text)
+        texts.add(row.texts_key)
     return repeated
 
 
@@ -270,27 +265,28 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
     parted.
     """
     notes = {row.note_key: row.clinical_note for row in rows}
-    groups: dict[int, list[bytes]] = {}
-    for key, group in zip(notes, groups_of_similar(list(notes.values()))):
-        groups.setdefault(group, []).append(key)
-    n_factual = dict.fromkeys(notes, 0)
+    group_of = dict(zip(notes, groups_of_similar(list(notes.values()))))
+    groups = defaultdict(list)
     for row in rows:
-        n_factual[row.note_key] += row.label == "factual"
-    sizes = {min(keys): sum(n_factual[key] for key in keys) for keys in groups.values()}
-    members = {min(keys): keys for keys in groups.values()}
-    shuffled = sorted(sizes, key=lambda key: hashlib.sha256(b"%d" % seed + key).digest())
-    n_wanted = max(1, round(fraction * sum(sizes.values())))
+        groups[group_of[row.note_key]].append(row)
+
+    def place(group: int) -> bytes:
+        return hashlib.sha256(b"%d" % seed + min(row.note_key for row in groups[group])).digest()
+
+    n_factual = {group: len(factual_rows(members)) for group, members in groups.items()}
+    n_all = sum(n_factual.values())
+    n_left = max(1, round(fraction * n_all))
     chosen = set()
-    n_chosen = 0
-    for key in shuffled:
-        if 0 < sizes[key] <= n_wanted - n_chosen:
-            chosen |= set(members[key])
-            n_chosen += sizes[key]
-    if not n_chosen or n_chosen == sum(sizes.values()):
-        problem = f"--val_fraction {fraction}: the notes cannot be parted ({plural(len(groups), 'group')} of similar ones)"
+    for group in sorted(groups, key=place):
+        if 0 < n_factual[group] <= n_left:
+            chosen.add(group)
+            n_left -= n_factual[group]
+    if sum(n_factual[group] for group in chosen) in (0, n_all):
+        where = f"{plural(len(groups), 'group')} of similar ones"
+        problem = f"--val_fraction {fraction}: the notes cannot be parted ({where})"
         raise InputError(problem, "add rows, use a larger fraction, or pass --val_csv FILE")
-    train = [row for row in rows if row.note_key not in chosen]
-    return train, [row for row in rows if row.note_key in chosen]
+    train = [row for row in rows if group_of[row.note_key] not in chosen]
+    return train, [row for row in rows if group_of[row.note_key] in chosen]
 
 
 def drop_stray_citations(rows: Sequence[Row], sentence_version: int | None) -> tuple[list[Row], list[str]]:
@@ -301,20 +297,14 @@ def drop_stray_citations(rows: Sequence[Row], sentence_version: int | None) -> t
     stray = []
     for row in rows:
         if sentence_version is None:
-            is_stray = has_citation(row.model_summary) or bool(unreadable_citations(row.model_summary))
+            is_stray = bool(citation_spans(row.model_summary))
         else:
-            is_stray = cites_missing_sentence(row, sentence_version)
+            citations = parse_citations(row.model_summary, row.clinical_note, sentence_version)
+            is_stray = any(citation["missing"] for citation in citations)
         if is_stray:
             stray.append(row.name)
-            summary = strip_citations(row.model_summary)
-            # Nothing but a citation: no row
-            if not summary:
-                continue
-            row = dataclasses.replace(row, model_summary=summary)
-        kept.append(row)
+            row = dataclasses.replace(row, model_summary=strip_citations(row.model_summary))
+        # Nothing but a citation: no row
+        if row.model_summary:
+            kept.append(row)
     return kept, stray
-
-
-def cites_missing_sentence(row: Row, sentence_version: int) -> bool:
-    citations = parse_citations(row.model_summary, row.clinical_note, sentence_version)
-    return any(citation["missing"] for citation in citations)

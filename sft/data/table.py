@@ -8,17 +8,18 @@ of a file.
 
 import csv
 import io
+import itertools
 import json
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from sft.cli import InputError, plural, preview_list, safe_id
 from sft.data.formats import kind_of_file
-from sft.data.text import CONTROL_CHARACTERS, Repair, decode_bytes, find_encoding, log_repairs, read_bytes
+from sft.data.text import CONTROL_CHARACTERS, decode_bytes, find_encoding, log_repairs, read_bytes
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,33 +33,20 @@ OPTION_OF_COLUMN = {
     "model_summary": "--summary_column",
     "label": "--label_column",
 }
-# What other data sets call them; a file's own names are shown only if they are among these
+# What other data sets call them
 OTHER_NAMES = {
     "id": "note_id row_id hadm_id patient_id subject_id encounter_id idx".split(),
     "clinical_note": "note text input inputs transcription dialogue document report article source".split(),
     "model_summary": "summary output outputs target response completion answer highlights description".split(),
     "label": "is_factual factuality verdict class".split(),
 }
+_KNOWN = {*COLUMNS, *itertools.chain(*OTHER_NAMES.values())}
 
-_START = 100_000  # bytes of a file that tell its format
+csv.field_size_limit(1 << 30)  # a note may be longer than the 128 KiB that the csv module takes
+_START = 100_000  # characters of a file that tell its format
 _MOST_NAMES = 12  # of columns that are shown
 _LONGEST_NAME = 30  # characters
 _NAME = re.compile(r"[^\W\d_][^\W_]*([_.][^\W_]+){0,3}")  # at most four words
-
-_CONTROL_CHARACTER = Repair("control character", "(NUL and the like) dropped")
-_BLANK_ROW = Repair("blank row", "skipped")
-_HEADER_ROW = Repair("repeated header row", "skipped")
-
-
-class _Header(NamedTuple):
-    delimiter: str
-    fields: list[str]
-    row_number: int
-    next_fields: list[str]
-
-    @property
-    def columns(self) -> list[str]:
-        return [column_name(field) for field in self.fields]
 
 
 def read_table(
@@ -77,14 +65,19 @@ def read_table(
     counts = Counter() if repairs is None else repairs
     names = {column_name(theirs): ours for ours, theirs in (columns or {}).items() if theirs}
     if not isinstance(source, str | Path):
-        yield from _records("the DataFrame", source, range(1, len(source) + 1), required, names)
+        yield from _records(source_name(source), source, itertools.count(1), required, names)
     elif Path(source).suffix.lower() in (".json", ".jsonl"):
-        numbers, frame = _read_json(Path(source), required, counts)
+        numbers, frame = _read_json(Path(source), required)
         yield from _records(str(source), frame, numbers, required, names)
     else:
         yield from _read_csv(Path(source), required, counts, names)
     if repairs is None:
         log_repairs(str(source), counts)
+
+
+def source_name(source: "str | Path | pd.DataFrame") -> str:
+    """What messages call a table."""
+    return str(source) if isinstance(source, str | Path) else "the DataFrame"
 
 
 def column_name(name: str) -> str:
@@ -107,24 +100,24 @@ def _read_csv(
     if not data.strip(b"\0 \t\r\n"):
         raise InputError(f"{path}: the file is empty", f"add a header row: {_header_of(required)}")
     encoding = find_encoding(data, str(path), counts)
-    # A note may be longer than the csv module's 128 KiB
-    field_size_limit = csv.field_size_limit(1 << 30)
-    header = _find_header(data, encoding, names, path.suffix.lower() == ".tsv")
+    delimiter, header_row, header, first_row = _find_header(
+        data, encoding, names, path.suffix.lower() == ".tsv"
+    )
     kind = kind_of_file(data[:_START].decode(encoding, "ignore"))
-    columns = _checked_columns(path, header.columns, header.next_fields, required, names, kind)
-    reader = csv.reader(_lines(data, encoding, counts), delimiter=header.delimiter, strict=True)
+    columns = _checked_columns(path, header, first_row, required, names, kind)
+    reader = csv.reader(_lines(data, encoding, counts), delimiter=delimiter, strict=True)
     row_number = 0
     line_number = 0
     try:
         for row_number, fields in enumerate(reader, 1):
             line_number = reader.line_num
-            if row_number <= header.row_number:
+            if row_number <= header_row:
                 continue
             if not any(field.strip() for field in fields):
-                counts[_BLANK_ROW] += 1
+                counts["blank row", "skipped"] += 1
             # As in files that were concatenated
-            elif [field.lstrip("\ufeff") for field in fields] == header.fields:
-                counts[_HEADER_ROW] += 1
+            elif [field.lstrip("\ufeff") for field in fields] == header:
+                counts["repeated header row", "skipped"] += 1
             else:
                 has_more = any(field.strip() for field in fields[len(columns) :])
                 yield row_number, dict(zip(columns, fields)), has_more
@@ -132,62 +125,63 @@ def _read_csv(
         place = f"row {row_number + 1:,}, which begins on line {line_number + 1:,}"
         fix = "double every quote inside a cell, and quote the cell itself"
         raise InputError(f"{path}: {place}: unbalanced quotes ({error})", fix) from None
-    finally:
-        csv.field_size_limit(field_size_limit)
 
 
-def _lines(data: bytes, encoding: str, repairs: Counter) -> Iterator[str]:
+def _lines(data: bytes, encoding: str, counts: Counter) -> Iterator[str]:
     for line in io.TextIOWrapper(io.BytesIO(data), encoding, newline=""):
         if CONTROL_CHARACTERS.search(line):
             line, n = CONTROL_CHARACTERS.subn("", line)
-            repairs[_CONTROL_CHARACTER] += n
+            counts["control character", "(NUL and the like) dropped"] += n
         yield line
 
 
-def _find_header(data: bytes, encoding: str, names: Mapping[str, str], has_tabs: bool) -> _Header:
-    """The first row that is neither blank nor Excel's "sep=;", with the delimiter that gives it the most
-    known columns; if all are unknown, a tab if `has_tabs`, else that of the most columns, preferably as many
-    as in the next row."""
-    candidates = []
-    for delimiter in ",;\t|":
+def _find_header(
+    data: bytes, encoding: str, names: Mapping[str, str], has_tabs: bool
+) -> tuple[str, int, list[str], list[str]]:
+    """(delimiter, row number, fields, the next row's fields) of the first row that is neither blank nor
+    Excel's "sep=;".
+
+    The delimiter is the one that gives it the most known columns; if all are unknown, a tab if `has_tabs`,
+    else that of the most columns, preferably as many as in the next row."""
+
+    def candidate(delimiter: str) -> tuple[str, int, list[str], list[str]]:
         reader = csv.reader(_lines(data, encoding, Counter()), delimiter=delimiter)
         for row_number, fields in enumerate(reader, 1):
             is_excels = "".join(fields).strip(",;\t|").lower() == "sep="
             if any(field.strip() for field in fields) and not is_excels:
-                candidates.append(_Header(delimiter, fields, row_number, next(reader, [])))
-                break
-    known = {*COLUMNS, *names, *(name for others in OTHER_NAMES.values() for name in others)}
+                return delimiter, row_number, fields, next(reader, [])
+        return delimiter, 0, [], []
 
-    def rank(header: _Header) -> tuple:
-        n = len(header.fields)
-        is_expected = has_tabs and header.delimiter == "\t" and n > 1
-        fits = n > 1 and n == len(header.next_fields)
-        return len(set(header.columns) & known), is_expected, fits, n
+    def rank(header: tuple[str, int, list[str], list[str]]) -> tuple:
+        delimiter, _, fields, next_fields = header
+        n_known = len({column_name(field) for field in fields} & (_KNOWN | names.keys()))
+        is_expected = has_tabs and delimiter == "\t" and len(fields) > 1
+        return n_known, is_expected, 1 < len(fields) == len(next_fields), len(fields)
 
-    return max(candidates, key=rank, default=_Header(",", [], 0, []))
+    return max(map(candidate, ",;\t|"), key=rank)
 
 
 # ------------------------------------------------------------------------------- JSON, DataFrame
 
 
-def _read_json(path: Path, required: Sequence[str], counts: Counter) -> "tuple[list[int], pd.DataFrame]":
+def _read_json(path: Path, required: Sequence[str]) -> "tuple[Iterable[int], pd.DataFrame]":
     """(row numbers, table) of a list of objects, an object of columns, or an object per line."""
     import pandas as pd
 
-    data = read_bytes(path)
-    text = decode_bytes(data, str(path)).lstrip("\ufeff")
+    text = decode_bytes(read_bytes(path), str(path)).lstrip("\ufeff")
     if not text.strip():
         raise InputError(f"{path}: the file is empty", f"write objects with the keys {_header_of(required)}")
-    numbers = None
+    place = "not a JSON table"
     try:
         try:
             records = _parse_json(text)
+            numbers = itertools.count(1)
         except ValueError:
-            lines = [(i, line) for i, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()]
-            numbers = []
+            lines = {i: line for i, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()}
+            numbers = list(lines)
             records = []
-            for number, line in lines:
-                numbers.append(number)
+            for number, line in lines.items():
+                place = f"line {number:,} is not a JSON object"
                 records.append(_parse_json(line))
         # Columns: {"id": [...], ...}, or as pandas writes them, {"id": {"0": ...}, ...}
         is_columns = isinstance(records, dict) and all(isinstance(v, list | dict) for v in records.values())
@@ -195,13 +189,10 @@ def _read_json(path: Path, required: Sequence[str], counts: Counter) -> "tuple[l
             records = records if isinstance(records, list) else [records]
             if not all(isinstance(record, dict) for record in records):
                 raise ValueError
-        frame = pd.DataFrame(records, dtype=object)
+        return numbers, pd.DataFrame(records, dtype=object)
     except (ValueError, RecursionError, AttributeError):
-        place = f"line {numbers[-1]:,}" if numbers else "the file"
-        problem = f"{path}: {place} is not a JSON object" if numbers else f"{path}: not a JSON table"
         fix = "write a list of objects, or one object per line; if it is a CSV, name it .csv"
-        raise InputError(problem, fix) from None
-    return numbers or list(range(1, len(frame) + 1)), frame
+        raise InputError(f"{path}: {place}", fix) from None
 
 
 def _parse_json(text: str):
@@ -216,23 +207,22 @@ def _parse_json(text: str):
 def _records(
     name: str,
     frame: "pd.DataFrame",
-    numbers: Sequence[int],
+    numbers: Iterable[int],
     required: Sequence[str],
     names: Mapping[str, str],
 ) -> Iterator[tuple[int, dict[str, str], bool]]:
     """The rows of a DataFrame as text; a list or an object in a column that is not ours as JSON."""
-    columns = [column_name(str(c)) for c in frame.columns]
-    columns = _checked_columns(name, columns, [*frame.head(1).to_numpy().flat], required, names)
+    columns = _checked_columns(
+        name, list(map(str, frame.columns)), [*frame.head(1).to_numpy().flat], required, names
+    )
     missing = frame.isna().to_numpy()
     for number, values, is_missing in zip(numbers, frame.itertuples(index=False, name=None), missing):
         cells = {}
         for column, value, is_none in zip(columns, values, is_missing):
             is_nested = isinstance(value, list | dict | set | tuple)
             if column in COLUMNS and (is_nested or (column == "id" and isinstance(value, bool))):
-                problem = (
-                    f"{name}: row {number:,}: column {column} holds a list, an object or true/false, not text"
-                )
-                raise InputError(problem, "make it one text")
+                what = "holds a list, an object or true/false, not text"
+                raise InputError(f"{name}: row {number:,}: column {column} {what}", "make it one text")
             is_whole = isinstance(value, float) and value.is_integer()
             text = json.dumps(value, ensure_ascii=False, default=str) if is_nested else str(value)
             cells[column] = "" if is_none else str(int(value)) if is_whole else text
@@ -244,34 +234,32 @@ def _records(
 
 def _checked_columns(
     path: object,
-    columns: Sequence[str],
+    header: Sequence[str],
     first_row: Sequence,
     required: Sequence[str],
     names: Mapping[str, str],
     kind: str | None = None,
 ) -> list[str]:
-    """The columns under our names. A column that an option names takes the place of one that has our name.
-    `first_row`: the values below the names. `kind`: what the file looks like, if not like a table."""
+    """The columns of a header under our names. A column that an option names takes the place of one that has
+    our name. `first_row`: the values below. `kind`: what the file looks like, if not like a table."""
+    columns = [column_name(field) for field in header]
     absent = [OPTION_OF_COLUMN.get(ours, ours) for theirs, ours in names.items() if theirs not in columns]
     if absent:
         raise InputError(f"{path}: no column is called what {preview_list(absent)} says", "check its name")
     taken = set(names.values())
-    renamed = [names.get(column) or (f"other_{column}" if column in taken else column) for column in columns]
-    missing = [name for name in required if name not in renamed]
+    columns = [names.get(column) or (f"other_{column}" if column in taken else column) for column in columns]
+    missing = [name for name in required if name not in columns]
     if missing and kind:
-        is_json = kind.startswith("JSON")
-        fix = (
-            "name it .json, or .jsonl with one object a line" if is_json else "export a table: .csv or .jsonl"
-        )
+        fix = "save a table as .csv, .json or .jsonl (one object per line)"
         raise InputError(f"{path}: this is {kind}, not a CSV", fix)
     if missing:
-        raise InputError(*_missing_columns(path, renamed, first_row, missing, required))
-    repeated = [name for name in COLUMNS if renamed.count(name) > 1]
+        raise InputError(*_missing_columns(path, columns, first_row, missing, required))
+    repeated = [name for name in COLUMNS if columns.count(name) > 1]
     if repeated:
-        words = ("column", "appears") if len(repeated) == 1 else ("columns", "appear")
-        problem = f"{words[0]} {preview_list(repeated)} {words[1]} more than once in the header"
-        raise InputError(f"{path}: {problem}", "keep one of each")
-    return renamed
+        raise InputError(
+            f"{path}: more than once in the header: {preview_list(repeated)}", "keep one of each"
+        )
+    return columns
 
 
 def _missing_columns(
@@ -279,36 +267,27 @@ def _missing_columns(
 ) -> tuple[str, str]:
     """(problem, fix)."""
     nested = [name for name, value in zip(columns, first_row) if isinstance(value, list | dict)]
-    if any(name in ("messages", "conversations") for name in nested):
-        fix = "write the note and the answer of each as clinical_note and model_summary"
-        return f"{path}: the rows are chats (messages), not columns", fix
-    if nested and len(columns) == 1:
-        return f"{path}: the rows are under {safe_id(nested[0])}", "write that list alone"
-    found = {
-        ours: next((name for name in others if name in columns), None) for ours, others in OTHER_NAMES.items()
-    }
-    found = {ours: name for ours, name in found.items() if name and ours in missing}
-    known = [name for name in (*COLUMNS, *found.values()) if name in columns]
-    there = plural(len(columns), "column")
-    there += (
-        f": {', '.join(columns)}"
-        if _are_names(columns, first_row)
-        else f", known: {preview_list(known) or 'none'}"
-    )
-    problem = f"{path}: no column {preview_list(missing)} in the header ({there})"
-    options = [f"{OPTION_OF_COLUMN[ours]} {name}" for ours, name in found.items()]
-    options += [f"{OPTION_OF_COLUMN[ours]} NAME" for ours in missing if ours not in found and ours != "label"]
-    if "label" in missing and "label" not in found:
-        options.append("--label factual (if all summaries are)")
-    return problem, f"the header must name {_header_of(required)}; or use {' '.join(options)}"
-
-
-def _are_names(columns: Sequence[str], first_row: Sequence) -> bool:
-    """Whether a header may be shown: in a file without one, its first row is patients' text. Names are few,
-    short and different, and a row below them has a longer text."""
+    if nested and (len(columns) == 1 or not {"messages", "conversations"}.isdisjoint(nested)):
+        problem = f"{path}: the rows are under {safe_id(nested[0])}, not columns of text"
+        return problem, f"write one object per row, with the texts {_header_of(required)}"
+    options = []
+    for ours in missing:
+        name = next((name for name in OTHER_NAMES[ours] if name in columns), None)
+        can_be_all = ours == "label" and name is None
+        option = f"{OPTION_OF_COLUMN[ours]} {name or 'NAME'}"
+        options.append("--label factual (if all summaries are)" if can_be_all else option)
+    # In a file without a header its first row is patients' text: names are few, short and different, and a
+    # row below them has a longer text
     are_short = all(len(name) <= _LONGEST_NAME and _NAME.fullmatch(name) for name in columns)
     has_text = any(len(str(value)) > _LONGEST_NAME for value in first_row)
-    return are_short and has_text and len(set(columns)) == len(columns) <= _MOST_NAMES
+    if are_short and has_text and len(set(columns)) == len(columns) <= _MOST_NAMES:
+        shown = f": {', '.join(columns)}"
+    else:
+        shown = f", known: {preview_list(name for name in columns if name in _KNOWN) or 'none'}"
+    problem = (
+        f"{path}: no column {preview_list(missing)} in the header ({plural(len(columns), 'column')}{shown})"
+    )
+    return problem, f"the header must name {_header_of(required)}; or use {' '.join(options)}"
 
 
 def _header_of(required: Sequence[str]) -> str:

@@ -1,14 +1,12 @@
 """The text of a file, whatever encoding it was exported in, and its cleaning.
 
-What can be repaired safely is repaired and counted; see `Repair`.
+What can be repaired safely is repaired, and counted in a Counter (see `log_repairs`).
 """
 
-import codecs
 import re
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 from sft.cli import InputError, log, on_main_process, plural
 
@@ -16,43 +14,37 @@ CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 _LINE_ENDS = re.compile(r"\r\n?|[\x0b\x0c]")  # a form feed separates words too
 _SURROGATES = re.compile(r"[\ud800-\udfff]")  # unpaired ones, which JSON can hold and UTF-8 cannot
 
-_BYTE_ORDER_MARKS = (
-    (b"\xef\xbb\xbf", "utf-8-sig"),
-    (b"\xff\xfe\0\0", "utf-32"),
-    (b"\0\0\xfe\xff", "utf-32"),
-    (b"\xff\xfe", "utf-16"),
-    (b"\xfe\xff", "utf-16"),
+# How a file begins; UTF-16 without a mark has a NUL beside each ASCII character
+_ENCODINGS = (
+    (rb"\xef\xbb\xbf", "utf-8-sig"),
+    (rb"\xff\xfe\0\0|\0\0\xfe\xff", "utf-32"),
+    (rb"\xff\xfe|\xfe\xff", "utf-16"),
+    (rb"([^\0]\0){8}", "utf-16-le"),
+    (rb"(\0[^\0]){8}", "utf-16-be"),
+    (rb"", "utf-8"),
 )
+_SAVE_AS_CSV = "save it as 'CSV UTF-8', or as a text file"
 _OTHER_FORMATS = (
-    (b"PK\x03\x04", "an Excel workbook (or another zip file)", "save it as 'CSV UTF-8'"),
-    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", "save it as 'CSV UTF-8'"),
+    (b"PK\x03\x04", "an Excel workbook (or another zip file)", _SAVE_AS_CSV),
+    (b"\xd0\xcf\x11\xe0", "an old Excel workbook", _SAVE_AS_CSV),
     (b"\x1f\x8b", "a gzip file", "unpack it"),
     (b"PAR1", "a Parquet file", "save it as .csv or .jsonl"),
     (b"%PDF-", "a PDF", "save its text"),
 )
-# DOS and Macintosh code pages have letters where Windows-1252 has punctuation; a long run of letters beyond
-# ASCII is another script
+# Bytes that are unused in Windows-1252; letters of DOS and Macintosh code pages where it has punctuation; a
+# run of letters beyond ASCII, which is another script
 _NOT_WINDOWS_1252 = re.compile(
-    rb"[A-Za-z][\x80-\x8b\x8d-\x91\x93-\x95\x98-\x9b\x9d-\x9f][A-Za-z]|[\xc0-\xff]{3}"
+    rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]"
+    rb"|[A-Za-z][\x80-\x8b\x8d-\x91\x93-\x95\x98-\x9b\x9d-\x9f][A-Za-z]|[\xc0-\xff]{3}"
 )
-_UNUSED_IN_WINDOWS_1252 = re.compile(rb"[\x00-\x08\x0e-\x1f\x7f\x81\x8d\x8f\x90\x9d]")
-
-
-class Repair(NamedTuple):
-    """A kind of repair, as the key of a Counter.
-
-    2 of ("blank row", "skipped") are logged as "2 blank rows skipped".
-    """
-
-    noun: str
-    action: str
 
 
 def log_repairs(name: str | Path, repairs: Counter) -> None:
-    """Logs one warning per kind of repair, on the main process only."""
+    """Logs what was repaired, on the main process only: 2 of ("blank row", "skipped") as "2 blank rows
+    skipped"."""
     if on_main_process():
-        for repair, count in repairs.items():
-            log(f"warning: {name}: {plural(count, repair.noun)} {repair.action}")
+        for (noun, action), count in repairs.items():
+            log(f"warning: {name}: {plural(count, noun)} {action}")
 
 
 # ------------------------------------------------------------------------------- cleaning
@@ -106,60 +98,28 @@ def find_encoding(data: bytes, name: str, repairs: Counter) -> str:
     for start, what, fix in _OTHER_FORMATS:
         if data.startswith(start):
             raise InputError(f"{name}: {what}, not a text file", fix)
-    marked = [encoding for mark, encoding in _BYTE_ORDER_MARKS if data.startswith(mark)]
-    encoding = marked[0] if marked else _utf_16_without_mark(data) or "utf-8"
-    bad = _first_bad_byte(data, encoding)
-    if bad is None:
-        if not encoding.startswith("utf-8"):
-            repairs[Repair("byte", f"read as {encoding[:6].upper()}")] += len(data)
-        return encoding
-    n_windows_1252 = _count_windows_1252(data) if encoding == "utf-8" else 0
-    if n_windows_1252:
-        repairs[Repair("non-UTF-8 character", "read as Windows-1252")] += n_windows_1252
-        return "windows-1252"
-    if b"\0" in data and encoding == "utf-8":
-        raise InputError(f"{name}: a binary file, not text", "save it as 'CSV UTF-8', or as a text file")
-    byte, line = bad
-    encoding_name = encoding.upper().removesuffix("-SIG")
-    problem = f"{name}: not {encoding_name}: byte 0x{byte:02x} on line {line:,}"
-    raise InputError(problem, "save it as UTF-8 (in Excel: 'CSV UTF-8')")
-
-
-def _first_bad_byte(data: bytes, encoding: str) -> tuple[int, int] | None:
-    """(byte, line number) of the first byte that `encoding` does not decode; None if there is none."""
-    decoder = codecs.getincrementaldecoder(encoding)()
-    # In pieces, so that the whole text is never in memory
-    size = 1 << 20
-    for start in range(0, len(data), size):
-        try:
-            decoder.decode(data[start : start + size], final=start + size >= len(data))
-        except UnicodeDecodeError as error:
-            n_lines_before = data.count(b"\n", 0, start) + error.object.count(b"\n", 0, error.start)
-            return error.object[error.start], n_lines_before + 1
-    return None
-
-
-def _utf_16_without_mark(data: bytes) -> str | None:
-    """The codec of a file that begins with 8 or more ASCII characters in UTF-16: every other byte is NUL."""
-    even = data[:64:2]
-    odd = data[1:64:2]
-    if len(odd) < 8:
-        return None
-    if all(even) and not any(odd):
-        return "utf-16-le"
-    if all(odd) and not any(even):
-        return "utf-16-be"
-    return None
+    encoding = next(encoding for start, encoding in _ENCODINGS if re.match(start, data))
+    try:
+        data.decode(encoding)
+    except UnicodeDecodeError as error:
+        n_windows_1252 = _count_windows_1252(data) if encoding == "utf-8" else 0
+        if n_windows_1252:
+            repairs["non-UTF-8 character", "read as Windows-1252"] += n_windows_1252
+            return "windows-1252"
+        if b"\0" in data and encoding == "utf-8":
+            raise InputError(f"{name}: a binary file, not text", _SAVE_AS_CSV) from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        encoding_name = encoding.upper().removesuffix("-SIG")
+        problem = f"{name}: not {encoding_name}: byte 0x{error.object[error.start]:02x} on line {line:,}"
+        raise InputError(problem, "save it as UTF-8 (in Excel: 'CSV UTF-8')") from None
+    if not encoding.startswith("utf-8"):
+        repairs["byte", f"read as {encoding[:6].upper()}"] += len(data)
+    return encoding
 
 
 def _count_windows_1252(data: bytes) -> int:
     """The number of characters beyond ASCII; 0 if it may be another encoding, or damaged UTF-8."""
     n_beyond_ascii = len(data) - len(data.translate(None, bytes(range(128, 256))))
     is_partly_utf_8 = re.search("[^\x00-\x7f\udc80-\udcff]", data.decode("utf-8", "surrogateescape"))
-    is_ruled_out = (
-        _UNUSED_IN_WINDOWS_1252.search(data)
-        or is_partly_utf_8
-        or _NOT_WINDOWS_1252.search(data)
-        or n_beyond_ascii * 5 > len(data)
-    )
+    is_ruled_out = _NOT_WINDOWS_1252.search(data) or is_partly_utf_8 or n_beyond_ascii * 5 > len(data)
     return 0 if is_ruled_out else n_beyond_ascii

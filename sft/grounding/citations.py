@@ -9,19 +9,20 @@ from typing import NamedTuple
 
 from sft.grounding.sentences import SENTENCE_VERSION, split_sentences
 
-# What may be a citation: text in brackets of any kind; "[Evidence: S1, 2" that never ends, as far as it looks
-# like one; "Evidence: S1", "Source: S1" without brackets
+# What may be a citation, also between marks of Markdown ("*[S1]*"): text in brackets of any kind;
+# "[Evidence: S1, 2" that never ends, as far as it looks like one; "Evidence: S1", "Source: S1" without
+# brackets
 _SOURCE = (
     r"(?:ev|sources?+|ref(?:erence)?s?+|see|cite[ds]?+|citations?+|supported\s++by|based\s++on|from|per)\b"
 )
 _CANDIDATE = re.compile(
-    r"\[\[(?P<double>[^\[\]]*+)\]\]|⟦(?P<white>[^⟦⟧\[\]]*+)⟧|«(?P<quoted>\s?S\s?\d[^«»()\[\]]*+)»"
+    r"(?:(?<!\S)(?P<mark>\*{1,3}|_))?(?:\[\[(?P<double>[^\[\]]*+)\]\]|⟦(?P<white>[^⟦⟧\[\]]*+)⟧|«(?P<quoted>\s?S\s?\d[^«»()\[\]]*+)»"
     r"|\[(?P<square>[^\[\]]*+)\]|【(?P<lenticular>[^\[\]【】]*+)】|\((?P<round>[^()\[\]]*+)\)"
     r"|\{(?P<curly>[^{}()\[\]]*+)\}|<(?P<angle>[^<>{}()\[\]]*+)>"
     r"|[\[{<【]\s*+(?:evidence\b|conf(?:idence)?\b|" + _SOURCE + r"\s*+:?+\s*+S\s?\d)"
     r"(?:[\s,;:&/=%.–—-]++|S?\d++|and\b|to\b|conf(?:idence)?\b)*+"
     r"|\b(?P<bare>(?:evidence\s*+:?+|sources?+\s*+:)\s*+S\s?\d++"
-    r"(?:[ \t,;:&/=%–—-]++|\.(?=\d)|S?\d++|and\b|to\b|conf(?:idence)?\b)*+)",
+    r"(?:[ \t,;:&/=%–—-]++|\.(?=\d)|S?\d++|and\b|to\b|conf(?:idence)?\b)*+))(?(mark)(?P=mark))",
     re.IGNORECASE,
 )
 # "see", "source", "from" introduce much else: only before the name of a sentence
@@ -33,10 +34,9 @@ _HEAD = re.compile(
 )
 # [1], [^1] or [1, 2-3]; whether a sentence ends before it, and right after it
 _PLAIN_NUMBERS = re.compile(r"([.!?]\s?)?\[\^?\d{1,3}(?:\s?[,;–-]\s?\d{1,3})*+\](?=([.!?](?:\s|\Z))?)")
-_NUMBERS = re.compile(
-    r"\s*+(?:(?P<range>[–—-]|to\b|through\b)|(?P<and>[,;&+/|]|and\b|or\b)|(?:S\s*+|sentences?+\s++)?(?P<number>\d++))",
-    re.IGNORECASE,
-)
+_NUMBER = r"(?:S\s*+|sentences?+\s++)?(\d++)"
+_ITEM = re.compile(rf"{_NUMBER}(?:\s*+(?:[–—-]|to\b|through\b)\s*+{_NUMBER})?", re.IGNORECASE)
+_LIST = re.compile(rf"[\s.,:;]*+(?:[\s,;&+/|]++|and\b|or\b|{_ITEM.pattern})*+[\s.,:;(]*+", re.IGNORECASE)
 _CONFIDENCE = re.compile(
     r"conf|(?:score|certainty|prob(?:ability)?)\b|\b(?:high|medium|moderate|low)\s++conf|\d?\.\d|\d{1,3}\s?%",
     re.IGNORECASE,
@@ -75,7 +75,7 @@ def strip_citations(summary: str) -> str:
 
 def citation_spans(summary: str) -> list[tuple[int, int]]:
     """(start, end) of every citation, in order, also of those that cannot be read."""
-    return [(citation.start, citation.end) for citation in find_citations(summary)]
+    return [citation[:2] for citation in find_citations(summary)]
 
 
 def has_citation(summary: str) -> bool:
@@ -90,7 +90,7 @@ def cited_sentence_numbers(summary: str) -> list[int]:
 def unreadable_citations(summary: str) -> list[tuple[int, int]]:
     """(start, end) of what is meant as a citation, but names no sentences: "[Evidence: the note]", or
     "[Evidence: S1, 2" without an end."""
-    return [(citation.start, citation.end) for citation in find_citations(summary) if not citation.numbers]
+    return [citation[:2] for citation in find_citations(summary) if not citation.numbers]
 
 
 def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) -> list[dict]:
@@ -100,22 +100,20 @@ def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) ->
     `sentences` (the note's sentences with these numbers), `missing` (numbers that the note does not have),
     `confidence` (the number the model wrote, 0 to 1, or None; see the guide on how far to trust it).
     """
-    sentences = split_sentences(note, version)
+    sentences = dict(enumerate(split_sentences(note, version), 1))
     citations = []
     claim_start = 0
-    for citation in find_citations(summary):
-        existing = [n for n in citation.numbers if 1 <= n <= len(sentences)]
-        if citation.numbers:
-            citations.append(
-                {
-                    "claim": summary[claim_start : citation.start].strip(),
-                    "sentence_numbers": citation.numbers,
-                    "sentences": [sentences[n - 1] for n in existing],
-                    "missing": [n for n in citation.numbers if not 1 <= n <= len(sentences)],
-                    "confidence": citation.confidence,
-                }
-            )
-        claim_start = citation.end
+    for start, end, numbers, confidence in find_citations(summary):
+        if numbers:
+            citation = {
+                "claim": summary[claim_start:start].strip(),
+                "sentence_numbers": numbers,
+                "sentences": [sentences[n] for n in numbers if n in sentences],
+                "missing": [n for n in numbers if n not in sentences],
+                "confidence": confidence,
+            }
+            citations.append(citation)
+        claim_start = end
     return citations
 
 
@@ -123,9 +121,9 @@ def find_citations(summary: str) -> Iterator[Citation]:
     """What is meant as a citation, in order; `numbers` is empty if it cannot be read."""
     cites_plainly = _cites_plainly(summary)
     for match in _CANDIDATE.finditer(summary):
-        start, end = _with_emphasis(summary, match.start(), match.start() + len(match[0].rstrip()))
+        start, end = match.start(), match.start() + len(match[0].rstrip())
         # "[Evidence: S1, 2" that never ends
-        if match.lastgroup is None:
+        if match.lastgroup in (None, "mark"):
             yield Citation(start, end, [], None)
             continue
         content = match[match.lastgroup].removeprefix("^")
@@ -134,19 +132,8 @@ def find_citations(summary: str) -> Iterator[Citation]:
         is_plain = cites_plainly and _PLAIN_NUMBERS.fullmatch(match[0]) is not None
         if numbers and (is_plain or _is_named(summary, match, head)):
             yield Citation(start, end, numbers, confidence)
-        # "(evidence: normal X-ray)" is the summary's own
-        elif match.lastgroup not in ("round", "bare") and _is_meant(content, head, match[0][0] in "[⟦"):
+        elif _is_meant(content, head, match.lastgroup):
             yield Citation(start, end, [], None)
-
-
-def _with_emphasis(summary: str, start: int, end: int) -> tuple[int, int]:
-    """Where a citation begins and ends with the marks of Markdown around it: "*[S1]*"."""
-    for mark in ("***", "**", "*", "_"):
-        begin = max(0, start - len(mark))
-        stands_alone = not summary[max(0, begin - 1) : begin].strip()
-        if summary[begin:start] == mark and summary.startswith(mark, end) and stands_alone:
-            return begin, end + len(mark)
-    return start, end
 
 
 def _cites_plainly(summary: str) -> bool:
@@ -168,25 +155,27 @@ def _is_named(summary: str, match: re.Match, head: re.Match) -> bool:
         is_label = match[0][0] in "ES" and ":" in match[0]
         return (begins or is_label) and not summary[match.end() : match.end() + 1].islower()
     # "(from S1 to S3)" may be the spine
-    if any(head.groups()) and not (
-        match.lastgroup == "round" and re.match("from|per", head[0].strip(), re.I)
-    ):
+    is_spine = match.lastgroup == "round" and re.match("from|per", head[0].strip(), re.IGNORECASE)
+    if any(head.groups()) and not is_spine:
         return True
     # "(S1)" is a nerve root or a heart sound, unless it follows a sentence
     has_name = _SENTENCE_NAME.match(match[match.lastgroup].lstrip(" \t\n^")) is not None
     return has_name and (match.lastgroup != "round" or after_sentence)
 
 
-def _is_meant(content: str, head: re.Match, is_square: bool) -> bool:
+def _is_meant(content: str, head: re.Match, kind: str) -> bool:
     """Whether text in brackets is meant as a citation: "Evidence: none", not "evidence of pneumonia"; in
     square ones all that names a sentence."""
+    # "(evidence: normal X-ray)" is the summary's own
+    if kind in ("round", "bare"):
+        return False
+    is_square = kind in ("double", "white", "square")
     if is_square and _CITED_NAME.search(content) and not _ANATOMY.search(content):
         return True
     if not head["evidence"]:
         return head["source"] is not None
-    return head[0].rstrip()[-1:] in (":", "=", ";", ",") or bool(
-        head["evidence"] == content.strip() or _SENTENCE_NAME.search(content)
-    )
+    has_colon = head[0].rstrip()[-1:] in (":", "=", ";", ",")
+    return has_colon or head["evidence"] == content.strip() or _SENTENCE_NAME.search(content) is not None
 
 
 def _read(text: str) -> tuple[list[int], float | None]:
@@ -195,20 +184,13 @@ def _read(text: str) -> tuple[list[int], float | None]:
     listed = text[: confidence_start.start()] if confidence_start else text
     value = _CONFIDENCE_VALUE.search(text, confidence_start.start()) if confidence_start else None
     numbers = []
-    in_range = False
-    position = 0
-    while match := _NUMBERS.match(listed, position):
-        position = match.end()
-        if match["number"]:
-            # The ninth digit is enough for any note, and int() refuses thousands of them
-            number = int(match["number"][:9])
-            # Of a range that is too long or runs backward, the ends alone
-            if in_range and numbers and numbers[-1] < number <= numbers[-1] + _LONGEST_RANGE:
-                numbers += range(numbers[-1] + 1, number)
-            numbers.append(number)
-        in_range = bool(match["range"])
-    if listed[position:].strip(" \t\n.:;,("):
-        numbers = []
+    for digits, last_digits in _ITEM.findall(listed) if _LIST.fullmatch(listed) else ():
+        # The ninth digit is enough for any note, and int() refuses thousands of them
+        first = int(digits[:9])
+        last = int(last_digits[:9] or first)
+        # Of a range that is too long or runs backward, the ends alone
+        is_range = first < last <= first + _LONGEST_RANGE
+        numbers += range(first, last + 1) if is_range else (first, last)
     return list(dict.fromkeys(numbers)), _confidence(value[0]) if value else None
 
 

@@ -45,6 +45,7 @@ _DOSING = re.compile(
     r"|per|once|twice|three|four|at|by|with|for|in|as|to|and|or)\b",
     re.IGNORECASE,
 )
+_DOSING_IN_CAPITALS = re.compile(r"(?:[A-Z]\.){2,4}|(?:PRN|QHS|BID|TID|DAILY|Q\S*\d)\W?")
 _DOTTED = re.compile(r"(?:[A-Za-z]{1,2}\.){1,4}[A-Za-z]")  # b.i.d, p.o, a.m, Ph.D
 _FREQUENCY = re.compile(r"q\.?\d{1,2}(?:-\d{1,2})?(?:h|hr|hrs|d|wk)?", re.IGNORECASE)  # q.4-6h, q12h
 _VALVE = frozenset("mild moderate severe trace trivial no significant mild-moderate".split())
@@ -70,8 +71,13 @@ def sentence_spans(text: str, version: int = SENTENCE_VERSION) -> list[tuple[int
     """
     boundaries = sentences_v1.boundaries if version == 1 else _boundaries
     ends = [*boundaries(text), len(text)]
-    spans = zip([0, *ends], ends)
-    return [_strip(text, start, end) for start, end in spans if text[start:end].strip()]
+    spans = []
+    for start, end in zip([0, *ends], ends):
+        sentence = text[start:end].strip()
+        if sentence:
+            start += text[start:end].index(sentence)
+            spans.append((start, start + len(sentence)))
+    return spans
 
 
 def split_sentences(text: str, version: int = SENTENCE_VERSION) -> list[str]:
@@ -82,14 +88,6 @@ def split_sentences(text: str, version: int = SENTENCE_VERSION) -> list[str]:
 def number_sentences(text: str, version: int = SENTENCE_VERSION) -> list[str]:
     """["S1: first sentence", ...]: the lines of a note as an evidence-trained model reads it."""
     return [f"S{number}: {sentence}" for number, sentence in enumerate(split_sentences(text, version), 1)]
-
-
-def _strip(text: str, start: int, end: int) -> tuple[int, int]:
-    """The span without the white space at its ends."""
-    piece = text[start:end]
-    n_leading = len(piece) - len(piece.lstrip())
-    n_trailing = len(piece) - len(piece.rstrip())
-    return start + n_leading, end - n_trailing
 
 
 # ------------------------------------------------------------------------------- version 2
@@ -106,6 +104,7 @@ def _boundaries(text: str) -> list[int]:
     asked = False  # whether the sentence before is a question
     for match in _BOUNDARY.finditer(text):
         end = match.end()
+        following = text[end : end + _LOOKBACK].lstrip()
         if match["newline"]:
             is_end = match.start() not in wrapped
         elif match["number"]:
@@ -113,15 +112,14 @@ def _boundaries(text: str) -> list[int]:
             number = int(match["number"])
             is_end = has_second and (number == last_item + 1 or (number == 2 and last_item == 0))
             last_item = number if is_end else last_item
-        elif match["comma"] and not _ITEM.match(_following(text, end)):
+        elif match["comma"] and not _ITEM.match(following):
             is_end = False
         elif match["mark"] == ".":
             is_end, item = _period_ends_sentence(text, start, match, wrapped, asked)
             last_item = item or last_item
         else:
             # 'He asked "Why?" and left', "Well... yes"
-            goes_on = match["closing"] if match["mark"] != "…" else "…"
-            is_end = not (goes_on and _following(text, end)[:1].islower())
+            is_end = not ((match["closing"] or match["mark"] == "…") and following[:1].islower())
         if is_end:
             # Blank lines do not part an answer from its question
             if text[start:end].strip():
@@ -131,34 +129,28 @@ def _boundaries(text: str) -> list[int]:
     return ends
 
 
-def _following(text: str, end: int) -> str:
-    return text[end : end + _LOOKBACK].lstrip()
-
-
 def _period_ends_sentence(
     text: str, start: int, match: re.Match, wrapped: set[int], asked: bool
 ) -> tuple[bool, int]:
     """(whether the sentence that begins at `start` ends at this period, the number of the list item that it
     marks or 0)."""
-    period = match.start()
     end = match.end()
     # What has been said on this line; `start` may be thousands of characters back
-    before = text[max(start, period - _LOOKBACK) : period]
-    is_whole = start >= period - _LOOKBACK
+    before = text[max(start, match.start() - _LOOKBACK) : match.start()]
+    is_whole = start >= match.start() - _LOOKBACK
     beginning = before.lstrip() if is_whole else ""
     after = text[end : end + _LOOKBACK]
     following = after.lstrip()
-    line_ends = "\n" in after[: len(after) - len(following)] and end + after.index("\n") not in wrapped
+    newline = text.find("\n", end, end + len(after) - len(following))
+    if not following or (newline >= 0 and newline not in wrapped):
+        return True, 0
     # "1. Diabetes": the number of a list item, with text on the same line
-    if is_whole and not line_ends and not match["closing"] and _LIST_MARK.fullmatch(beginning):
-        digits = re.sub(r"\D", "", beginning.rpartition(".")[2])
-        if following[:1] != "" and not (asked and beginning.isdigit()):
-            return False, int(digits or 0)
+    is_mark = is_whole and not match["closing"] and _LIST_MARK.fullmatch(beginning)
+    if is_mark and not (asked and beginning.isdigit()):
+        return False, int(re.sub(r"\D", "", beginning.rpartition(".")[2]) or 0)
     words = before.split()
     word = words[-1].lstrip("([\"'") if words else ""
     previous = words[-2] if len(words) > 1 else ""
-    if line_ends or not following:
-        return True, 0
     return not _goes_on(word, previous, following, beginning, asked), 0
 
 
@@ -170,38 +162,29 @@ def _goes_on(word: str, previous: str, following: str, beginning: str, asked: bo
     is_first = beginning in (word, f"({word}")
     # "room no. 4", but "Any pain? No. 4 days ago it stopped"
     if lower == "no":
-        is_answer = (is_first and asked) or _SPEAKER.fullmatch(beginning.removesuffix(word)) is not None
+        is_answer = (is_first and asked) or _SPEAKER.fullmatch(beginning.removesuffix(word))
         return next_is_digit and not is_answer
     if lower in _NEVER_END:
         return True
     if lower in _TITLES:
-        return (
-            word[1:].islower() and previous.lower() not in _VALVE and not previous[:1].isdigit()
-        ) or is_first
+        is_measure = previous.lower() in _VALVE or previous[:1].isdigit()
+        return is_first or (word[1:].islower() and not is_measure)
     if lower in _UNITS or _FREQUENCY.fullmatch(word):
         return _DOSING.match(following) is not None and (next_is_lower or word in ("MG", "ML"))
-    if lower in _ROUTES and next_is_digit:
+    if next_is_digit and (lower in _ROUTES or lower in _FORMS or lower in _BEFORE_NUMBERS):
         return True
-    if lower in _FORMS and ((word[0].isupper() and not word.isupper()) or is_first or next_is_digit):
+    if lower in _FORMS and (is_first or (word[0].isupper() and not word.isupper())):
         return True
     if lower in _ABBREVIATIONS or _DOTTED.fullmatch(word):
-        has_number = next_is_digit and lower in _BEFORE_NUMBERS
         # Nothing but an abbreviation is no sentence: "J.R. Smith"
         is_alone = is_first and not next_is_digit
-        return next_is_lower or has_number or is_alone or _is_dosing_in_capitals(word, following)
+        # "METFORMIN 500 MG P.O. B.I.D. PRN"
+        is_dosing = "." in word and _DOSING_IN_CAPITALS.fullmatch(following.split(None, 1)[0])
+        return next_is_lower or is_alone or bool(is_dosing)
     if len(word) == 1 and word.isupper():
         return next_is_lower or _is_initial(previous, following)
     # "Well... yes"
     return word.endswith("..") and next_is_lower
-
-
-def _is_dosing_in_capitals(word: str, following: str) -> bool:
-    """ "METFORMIN 500 MG P.O. B.I.D. PRN"."""
-    token = following.split(None, 1)[0]
-    return (
-        "." in word
-        and re.fullmatch(r"(?:[A-Z]\.){2,4}|(?:PRN|QHS|BID|TID|DAILY|Q\S*\d)\W?", token) is not None
-    )
 
 
 def _is_initial(previous: str, following: str) -> bool:
@@ -209,10 +192,7 @@ def _is_initial(previous: str, following: str) -> bool:
     next_word = re.split(r"\W", following, maxsplit=1)[0]
     if not next_word[:1].isupper() or next_word.lower() in _STARTERS:
         return False
-    is_name = previous[1:].islower() and previous[:1].isupper() and previous.lower() not in _LETTERED
-    return (
-        is_name
-        or previous.lower() == "by"
-        or previous.lower().rstrip(".") in _NEVER_END | _TITLES
-        or (len(previous) == 2 and previous[0].isupper() and previous[1] == ".")
-    )
+    lower = previous.lower()
+    is_name = previous[1:].islower() and previous[:1].isupper() and lower not in _LETTERED
+    is_title = lower == "by" or lower.rstrip(".") in _NEVER_END | _TITLES
+    return is_name or is_title or re.fullmatch(r"[A-Z]\.", previous) is not None

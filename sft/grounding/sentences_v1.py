@@ -21,26 +21,16 @@ def boundaries(text: str) -> list[int]:
     ends = []
     start = 0
     for match in _BOUNDARY.finditer(text):
-        if _ends_sentence(text, start, match):
+        after = text[match.end() : match.end() + 40]
+        if match["newline"]:
+            line = text[text.rfind("\n", 0, match.start()) + 1 : match.start()].rstrip()
+            is_end = len(line) < _WRAP_WIDTH or line[-1] in ".!?:;" or not after[:1].islower()
+        else:
+            is_end = match["mark"] != "." or _period_ends_sentence(text, start, match.start(), after)
+        if is_end:
             start = match.end()
             ends.append(start)
     return ends
-
-
-def _ends_sentence(text: str, start: int, match: re.Match) -> bool:
-    """Whether the sentence that begins at `start` ends at this boundary."""
-    after = text[match.end() : match.end() + 40]
-    if match["newline"]:
-        return not _is_wrapped(text, match.start(), after)
-    if match["mark"] != ".":
-        return True
-    return _period_ends_sentence(text, start, match.start(), after)
-
-
-def _is_wrapped(text: str, newline: int, after: str) -> bool:
-    """Whether a sentence continues on the next line."""
-    line = text[text.rfind("\n", 0, newline) + 1 : newline].rstrip()
-    return len(line) >= _WRAP_WIDTH and line[-1] not in ".!?:;" and after[:1].islower()
 
 
 def _period_ends_sentence(text: str, start: int, period: int, after: str) -> bool:

@@ -128,10 +128,7 @@ def check_output_dir(config: TrainConfig) -> Path | None:
     if run_files(output_dir):
         fix = "use --resume to continue it, --overwrite to replace it, or choose another --output_dir"
         raise InputError(f"{output_dir} holds an earlier run", fix)
-    others = [
-        path for path in output_dir.glob("*") if not path.name.startswith(".") and path != config.token_cache
-    ]
-    if others:
+    if any(not path.name.startswith(".") for path in output_dir.glob("*")):
         fix = "choose another --output_dir, or use --overwrite (files not written by a run are kept)"
         raise InputError(f"--output_dir {output_dir} is not empty", fix)
     return None
@@ -176,7 +173,7 @@ def newest_checkpoint(config: TrainConfig) -> Path | None:
     if n_incomplete:
         fix = "restore one, or replace --resume with --overwrite to start over"
         raise InputError(f"--resume: {output_dir} holds no complete checkpoint", fix)
-    if not _is_our_metrics(output_dir / "metrics.jsonl") and not config.token_cache.is_dir():
+    if not _is_our_metrics(output_dir / "metrics.jsonl"):
         fix = "leave out --resume to start a new run, or pass the run's folder with --output_dir"
         raise InputError(f"--resume: {output_dir} holds no checkpoint", fix)
     return None

@@ -49,7 +49,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     """Everything before the first step, from checked options and rows: processes, base model, LoRA,
     optimizer, data. The prompt is that of `checkpoint`, if there is one.
 
-    Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
+    Raises InputError. Writes nothing.
     """
     placement = pick_device(config.device, config.dtype)
     accelerator = start_processes(config, placement)
@@ -58,7 +58,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     model, packed = build_model(config, placement, accelerator, base_folder)
     optimizer = make_optimizer(config, model)
     train_set, val_set = load_data(config, accelerator, model, tokenizer, rows, checkpoint)
-    learned, part_examples = load_parts(config, accelerator, train_set, checkpoint)
+    learned, part_examples = load_parts(config, train_set, checkpoint)
     examples = train_set.examples + part_examples
 
     is_sharded = config.shard_base and accelerator.num_processes > 1
@@ -184,16 +184,13 @@ def load_data(
     rows: tuple[list[Row], list[Row]],
     checkpoint: Path | None,
 ) -> tuple[SFTDataset, SFTDataset]:
-    """Both sets as tokens; one process tokenizes, the others read its cache. Raises InputError for tokens
-    that the model does not have."""
-    cache_dir = None if config.dry_run else config.token_cache
+    """Both sets as tokens. Raises InputError for tokens that the model does not have."""
     # Never rendered a second time: templates write the day's date, and may be edited
     template = PromptTemplate.of_folder(checkpoint) if checkpoint else None
     # A sharded table has no rows to look at
     is_sharded = config.shard_base and accelerator.num_processes > 1
     never_learned = (lambda token: False) if is_sharded else functools.partial(is_untrained, model)
-    with accelerator.main_process_first():
-        datasets = load_datasets(rows, tokenizer, config, cache_dir, template, never_learned)
+    datasets = load_datasets(rows, tokenizer, config, template, never_learned)
     n_embeddings = model.get_input_embeddings().weight.shape[0]
     highest = max(int(example.tokens.max()) for dataset in datasets for example in dataset.examples)
     if highest >= n_embeddings:
@@ -219,15 +216,13 @@ def load_data(
 
 
 def load_parts(
-    config: TrainConfig, accelerator: Accelerator, train_set: SFTDataset, checkpoint: Path | None
+    config: TrainConfig, train_set: SFTDataset, checkpoint: Path | None
 ) -> tuple[Learned, list[Example]]:
     """What the run learns of writing by sentences; the rows of parts as tokens, in the training rows' prompt,
     without those that do not fit."""
     is_numbered = train_set.encoder.template.number_sentences
     learned = learn_writing(train_set.rows, config, is_numbered, checkpoint)
-    cache = None if config.dry_run else config.token_cache / "parts.tokens"
-    with accelerator.main_process_first():
-        return learned, SFTDataset(learned.rows, train_set.encoder, config.max_length, cache).examples
+    return learned, SFTDataset(learned.rows, train_set.encoder, config.max_length).examples
 
 
 def sha256_of_files(files: list) -> str:
