@@ -46,21 +46,30 @@ class Stopped(Exception):
         self.message = message
 
 
+_NO_MEMORY = (
+    "out of memory",  # CUDA, MPS
+    "can't allocate memory",  # CPU on Linux and macOS
+    "not enough memory",  # CPU on Windows
+    "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN's answer to a workspace that does not fit
+    "could not create a primitive",  # oneDNN's
+)
+# Libraries raise types of their own for a full disk: safetensors, torch, the tokenizer
+_NO_SPACE = ("No space left", "os error 28", "Disk quota", "os error 122")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, Python or the operating system has no memory left, in the words of torch and its
     libraries."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    phrases = (
-        "out of memory",  # CUDA, MPS
-        "can't allocate memory",  # CPU on Linux and macOS
-        "not enough memory",  # CPU on Windows
-        "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN's answer to a workspace that does not fit
-        "could not create a primitive",  # oneDNN's
-    )
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk or quota is full."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in _NO_SPACE)
 
 
 def missing_package(error: BaseException | None) -> str:
@@ -70,16 +79,6 @@ def missing_package(error: BaseException | None) -> str:
             return error.name.partition(".")[0]
         error = error.__cause__
     return ""
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a disk or quota is full. Libraries raise types of their own for it: safetensors, torch, the
-    tokenizer."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(
-        phrase in str(error) for phrase in ("No space left", "os error 28", "Disk quota", "os error 122")
-    )
 
 
 def first_line(error: BaseException) -> str:
@@ -104,14 +103,28 @@ def as_input_error(problem: str, fix: str) -> Iterator[None]:
         raise InputError(f"{problem}: {type(error).__name__}: {first_line(error)}", fix) from None
 
 
-_OS_ERROR_FIXES = {
-    errno.ENOSPC: "free some space, or use a folder on another disk",
-    errno.EDQUOT: "free some of your quota, or use a folder on another disk",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EACCES: "check the permissions",
-    errno.EROFS: "use a folder that can be written to",
-    errno.EIO: "check the disk",
-}
+def _explain(error: Exception) -> _Explained | None:
+    """The error and its fix in words; None for one that is neither the user's nor the machine's."""
+    if isinstance(error, _Explained):
+        return error
+    if missing := missing_package(error):
+        fix = "run: pip install -r requirements_training.txt (with the python that runs this script)"
+        return InputError(f"the Python package {missing} is not installed", fix)
+    if is_out_of_memory(error):
+        return RunError("out of memory", "use a smaller batch size or model, or close other programs")
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if "temporary directory" in str(error):
+        return InputError("no folder for temporary files can be written to", "set TMPDIR to one that can")
+    if error.filename is None and error.errno not in _OF_FILES:
+        return None
+    return InputError(f"{error.strerror}: {error.filename or 'the output folder'}", _FIX_FILES)
+
+
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
+_FIX_FILES = (
+    "check the path, its permissions, the free space and quota, and the limit on file sizes (ulimit -f)"
+)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -121,14 +134,9 @@ def run_script(main: Callable[[], None]) -> None:
     N stopped by signal N (130 Ctrl-C, 143 SIGTERM), 141 the reader of our output closed it."""
     os.umask(0o077)  # what a script writes is for the user alone
     open_standard_streams()
-    status = 0
     try:
-        _run_main(main)
-    except SystemExit as leaving:
-        status = leaving.code
-    except BaseException:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            raise
+        status = _status_of(main)
+    except Exception:
         traceback.print_exc()
         status = 1
     # One of several: no destructors, which may wait for each other's locks, or for a process that has died
@@ -136,49 +144,36 @@ def run_script(main: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status or 0)
+        os._exit(status)
     if status:
         sys.exit(status)
 
 
-def _run_main(main: Callable[[], None]) -> None:
-    """`main()`, with its errors as messages and exit statuses."""
+def _status_of(main: Callable[[], None]) -> int:
+    """The exit status of `main()`, whose errors become messages."""
     try:
         main()
         sys.stdout.flush()
-    except (InputError, RunError) as error:
-        _exit_with(2 if isinstance(error, InputError) else 1, error.problem, error.fix)
+        return 0
+    except SystemExit as leaving:
+        return leaving.code or 0
     except Stopped as stopped:
         log(stopped.message)
-        sys.exit(128 + stopped.signal)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         log("interrupted")
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
     except Exception as error:
-        missing = missing_package(error)
-        if missing:
-            fix = "run: pip install -r requirements_training.txt (with the python that runs this script)"
-            _exit_with(2, f"the Python package {missing} is not installed", fix)
-        if is_out_of_memory(error):
-            _exit_with(1, "out of memory", "use a smaller batch size or model, or close other programs")
-        if not isinstance(error, OSError) or error.errno is None:
+        explained = _explain(error)
+        if explained is None:
             raise
-        if "temporary directory" in str(error):
-            _exit_with(2, "no folder for temporary files can be written to", "set TMPDIR to one that can")
-        if error.filename is None and error.errno not in _OS_ERROR_FIXES:
-            raise
-        fix = _OS_ERROR_FIXES.get(error.errno, "check the path")
-        _exit_with(2, f"{error.strerror}: {error.filename or 'the output folder'}", fix)
-
-
-def _exit_with(status: int, problem: str, fix: str) -> None:
-    log(f"error: {problem}")
-    if fix:
-        log(f"fix:   {fix}")
-    sys.exit(status)
+        log(f"error: {explained.problem}")
+        if explained.fix:
+            log(f"fix:   {explained.fix}")
+        return 2 if isinstance(explained, InputError) else 1
 
 
 # ------------------------------------------------------------------------------- streams and signals

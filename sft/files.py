@@ -13,9 +13,8 @@ from typing import IO
 
 from sft.cli import InputError, is_disk_full, log
 
-ROOT = (
-    Path(__file__).resolve().parent.parent
-)  # the repository: the bundled model and adapters' base paths start here
+# The repository: the bundled model and adapters' base paths start here
+ROOT = Path(__file__).resolve().parent.parent
 
 # The version of adapter folders and checkpoints, in their sft_config.json. What a newer version adds has a
 # stated default where an older folder is read:
@@ -31,7 +30,8 @@ def check_format_version(folder: Path, sft_config: dict) -> None:
     """Raises InputError for a folder that a newer version of this toolkit wrote."""
     version = sft_config.get("format_version", 1)
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        problem = f"{folder}: written by a newer version of this toolkit (format {version}, known up to {FORMAT_VERSION})"
+        versions = f"(format {version}, known up to {FORMAT_VERSION})"
+        problem = f"{folder}: written by a newer version of this toolkit {versions}"
         raise InputError(problem, "update the toolkit, or train again with this version")
 
 
@@ -75,14 +75,14 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
     if path is None:
         return
     path = Path(path)
+    name = f"{option_name} {path}"
     if extensions and path.suffix.lower() not in extensions:
-        raise InputError(f"{option_name} {path}: unknown file extension", f"use {' or '.join(extensions)}")
+        raise InputError(f"{name}: unknown file extension", f"use {' or '.join(extensions)}")
     if not path.parent.is_dir():
-        raise InputError(f"{option_name} {path}: there is no folder {path.parent}", "create it first")
+        raise InputError(f"{name}: there is no folder {path.parent}", "create it first")
     # Also a link that leads nowhere, which a rename would replace
     if os.path.lexists(path):
-        fix = f"rename or move it, or choose another {option_name}"
-        raise InputError(f"{option_name} {path} exists", fix)
+        raise InputError(f"{name} exists", f"rename or move it, or choose another {option_name}")
 
 
 def remove(paths: list[Path]) -> None:
@@ -118,16 +118,15 @@ def sync_dir(folder: Path, *, with_files: bool = True) -> None:
         return
     files = [path for path in folder.rglob("*") if path.is_file()] if with_files else []
     for path in (*files, folder):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            os.fsync(descriptor)
         except OSError as error:
             # Network file systems sync no folders: what is renamed there counts a little later
             if path != folder or is_disk_full(error) or error.errno == errno.EIO:
                 raise
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -137,25 +136,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
     make_private_dir(folder.parent)
     # A new name that nobody can have put a link at
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = folder.with_name(f".{folder.name}.old")
     try:
         with disk_full_as_input_error(folder):
             yield temporary
             sync_dir(temporary)
-            _replace_folder(temporary, folder)
+            if os.path.lexists(folder):
+                remove([old])
+                folder.rename(old)
+            temporary.rename(folder)
+            remove([old])
+            sync_dir(folder.parent, with_files=False)
     finally:
         remove([temporary])
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    if os.path.lexists(folder):
-        old = folder.with_name(f".{folder.name}.old")
-        remove([old])
-        folder.rename(old)
-        new.rename(folder)
-        remove([old])
-    else:
-        new.rename(folder)
-    sync_dir(folder.parent, with_files=False)
 
 
 def try_saving(folder: Path) -> None:
@@ -166,7 +159,6 @@ def try_saving(folder: Path) -> None:
         for _ in range(2):
             with new_folder(trial) as temporary:
                 write_atomic(temporary / "trial", "trial")
-                write_checksums(temporary)
         if os.name != "nt" and trial.stat().st_mode & 0o077:
             log(f"warning: {folder}: its file system keeps no permissions: other users may read the adapter")
     except OSError as error:
@@ -214,7 +206,7 @@ def remembered_sha256(path: Path, *, again: bool = False) -> str:
     # ctime cannot be set back, as mtime can
     look = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
     remembered = _read_remembered() | _computed
-    known, _, digest = remembered.get(name, "").partition(" ")
+    known, _, digest = str(remembered.get(name, "")).partition(" ")
     if again or known != look:
         digest = sha256(path)
         _computed[name] = f"{look} {digest}"
@@ -225,15 +217,14 @@ def remembered_sha256(path: Path, *, again: bool = False) -> str:
 
 
 def _read_remembered() -> dict:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         stat = REMEMBERED.stat()
         # What others could have written vouches for nothing; who owns this code could do anything
-        trusted = (0, getattr(os, "getuid", lambda: 0)(), Path(__file__).stat().st_uid)
-        is_ours = not stat.st_mode & 0o022 and stat.st_uid in trusted
-        known = json.loads(REMEMBERED.read_text(encoding="utf-8")) if is_ours or os.name == "nt" else None
-        if isinstance(known, dict):
+        owners = (0, getattr(os, "getuid", lambda: 0)(), Path(__file__).stat().st_uid)
+        if os.name == "nt" or (not stat.st_mode & 0o022 and stat.st_uid in owners):
+            known = json.loads(REMEMBERED.read_text(encoding="utf-8")).items()
             # Names of 64 digits: earlier versions wrote paths
-            return {name: look for name, look in known.items() if len(name) == 64 and isinstance(look, str)}
+            return {name: look for name, look in known if len(name) == 64}
     return {}
 
 
@@ -244,10 +235,8 @@ def _listed_files(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path
     return {
         name: path
         for name, path in paths.items()
-        if (path.is_file() or path.is_symlink())
-        and name != "SHA256SUMS"
-        and not f"/{name}".count("/.")
-        and path.suffix not in ignored
+        if (path.is_file() or path.is_symlink()) and name != "SHA256SUMS" and "/." not in f"/{name}"
+        if path.suffix not in ignored
     }
 
 
@@ -268,15 +257,13 @@ def checksum_problem(
         return "it has no SHA256SUMS"
     except (OSError, UnicodeDecodeError):
         return "SHA256SUMS cannot be read"
-    lines = text.splitlines()
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    intact = text.endswith("\n") and all(name and len(digest) == 64 for name, digest in digests.items())
-    if not intact:
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    if not text.endswith("\n") or not all(name and len(digest) == 64 for name, digest in digests.items()):
         return "SHA256SUMS is damaged"
     files = _listed_files(folder, ignored)
-    for name in files:
-        if name not in digests:
-            return f"{name} is not in SHA256SUMS"
+    unlisted = [name for name in files if name not in digests]
+    if unlisted:
+        return f"{unlisted[0]} is not in SHA256SUMS"
     for name, digest in digests.items():
         if Path(name).suffix in ignored:
             continue

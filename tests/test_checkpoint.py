@@ -369,23 +369,6 @@ def test_a_users_own_file_in_a_folder_of_the_run_stops_it(configured, copied, op
     assert file.read_text() == "mine"
 
 
-def test_a_checkpoint_from_before_stray_citations_were_dropped_says_so(configured, csv_files, capfd):
-    text = csv_files[0].read_text().replace("Influenza A", "Influenza A [Evidence: S1]", 1)
-    for i in range(3):
-        text += f"c{i},Fever and cough {i}.,Fever. [Evidence: S1],factual,\n"
-    csv_files[0].write_text(text)
-    config = configured(num_epochs=1)
-    train(config)
-    folder = Path(config.output_dir) / "checkpoint_epoch_1"
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    del state["fingerprint"]["stray_citations"]
-    torch.save(state, folder / "training_state.pt")
-    write_checksums(folder)
-    capfd.readouterr()
-    train(configured(resume=True))
-    assert "trained on citations that the prompt does not support" in capfd.readouterr().err
-
-
 def test_a_link_in_place_of_final_model_is_replaced_not_followed(configured, copied, tmp_path):
     out = copied(num_epochs=1)
     elsewhere = tmp_path / "elsewhere"
@@ -447,14 +430,13 @@ def test_an_interrupted_run_says_nothing_of_its_learning_rate(configured, copied
     assert "learning rate goes" not in capfd.readouterr().err
 
 
-def test_the_prompt_is_the_checkpoints(configured, copied, finished, capfd, tmp_path):
+def test_the_prompt_is_the_checkpoints(configured, copied, finished, tmp_path):
     """A chat template that writes the date, or was edited, makes no other run."""
     shutil.rmtree(copied() / "checkpoint_epoch_2")
     base = shutil.copytree(configured().model_name, tmp_path / "base")
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>2031-01-01 "))
     train(configured(resume=True, model_name=str(base)))
-    assert "another prompt now" in capfd.readouterr().err
     assert_same_run(configured(), finished())
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.cli import InputError, as_input_error, log, on_main_process, safe_id
-from sft.data.rows import name_rows
 from sft.files import (
     checksum_problem,
     lock,
@@ -30,7 +29,7 @@ from sft.files import (
 )
 from sft.model.folder import read_sft_config
 from sft.options import TrainConfig
-from sft.training.report import load_figure, model_card, optional
+from sft.training.report import best_first, load_figure, model_card, optional
 
 if TYPE_CHECKING:
     from sft.training.run import Run
@@ -41,15 +40,17 @@ if TYPE_CHECKING:
 
 # The names that a run gives, whole: checkpoint_backup is somebody's own
 _CHECKPOINT = re.compile(r"checkpoint_(epoch|step)_\d+")
-# Files of its folders where no SHA256SUMS lists them, of its tracker, and what file managers leave behind
+_FILES = re.compile(
+    r"training_stats\.json|metrics\.jsonl|loss_curve\.png|sample_notes_epoch_\d+\.jsonl|sft_tracker"
+)
+_LEFTOVER = re.compile(
+    rf"\.({_CHECKPOINT.pattern}|final_model)\.(\d+|old|\w{{8}})|\.({_FILES.pattern})\.\w{{8}}"
+)
+# Files of its folders where no SHA256SUMS lists them, and what file managers leave behind
 _WRITTEN = re.compile(
     r"SHA256SUMS|README\.md|training_state\.pt|adapter_model\.safetensors|chat_template\.jinja|merges\.txt"
     r"|(sft_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|tokenizer\.model|events\.out\.tfevents\..*|hparams\.yml|\.DS_Store|Thumbs\.db|desktop\.ini"
-)
-_LEFTOVER = re.compile(
-    r"\.(checkpoint_(epoch|step)_\d+|final_model)\.(\d+|old)"
-    r"|\.(training_stats\.json|metrics\.jsonl|loss_curve\.png)\.\w{8}"
 )
 
 
@@ -71,12 +72,13 @@ def output_lock(config: TrainConfig) -> Iterator[None]:
     if path.is_symlink():
         raise InputError(f"{path} is a symbolic link", "remove it, or choose another --output_dir")
     with open(path, "a") as file:
-        problem = f"another training run is at work in {output_dir}"
-        fix = "wait for it, or choose another --output_dir"
-        lock(file, problem, fix)
+        in_use = InputError(
+            f"another training run is at work in {output_dir}", "wait for it, or choose another --output_dir"
+        )
+        lock(file, in_use.problem, in_use.fix)
         # Opened just before the other run ended and removed it
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise InputError(problem, fix)
+            raise in_use
         try:
             try_saving(output_dir)
             yield
@@ -87,21 +89,20 @@ def output_lock(config: TrainConfig) -> Iterator[None]:
                     folder.rmdir()
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders there with a checkpoint's name."""
-    return sorted(path for path in output_dir.glob("checkpoint_*") if _CHECKPOINT.fullmatch(path.name))
+def _named(output_dir: Path, names: re.Pattern) -> list[Path]:
+    """What is there under these names; of checkpoints, the folders."""
+    return sorted(path for path in output_dir.glob("*") if names.fullmatch(path.name))
 
 
 def run_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in `output_dir`, complete or not; what others put there is not listed."""
-    names = ("training_stats.json", "metrics.jsonl", "loss_curve.png", "sft_tracker")
-    files = [output_dir / name for name in names]
-    folders = [output_dir / "final_model", *checkpoints(output_dir)]
+    files = _named(output_dir, _FILES)
+    folders = [output_dir / "final_model", *_named(output_dir, _CHECKPOINT)]
     folders = [folder for folder in folders if (folder / "sft_config.json").is_file()]
     # Files of those names, but not from a run of ours
     if not folders and not _is_our_metrics(output_dir / "metrics.jsonl"):
         files = []
-    return [path for path in (*files, *folders, *leftovers(output_dir)) if os.path.lexists(path)]
+    return [*files, *folders, *_named(output_dir, _LEFTOVER)]
 
 
 def _is_our_metrics(file: Path) -> bool:
@@ -109,11 +110,6 @@ def _is_our_metrics(file: Path) -> bool:
         first_line = lines.readline()
         return not first_line or not {"n_target_tokens", "val_loss"}.isdisjoint(json.loads(first_line))
     return False
-
-
-def leftovers(output_dir: Path) -> list[Path]:
-    """What a killed run was about to write."""
-    return [path for path in output_dir.glob(".*") if _LEFTOVER.fullmatch(path.name)]
 
 
 def check_output_dir(config: TrainConfig) -> Path | None:
@@ -128,10 +124,7 @@ def check_output_dir(config: TrainConfig) -> Path | None:
     if run_files(output_dir):
         fix = "use --resume to continue it, --overwrite to replace it, or choose another --output_dir"
         raise InputError(f"{output_dir} holds an earlier run", fix)
-    others = [
-        path for path in output_dir.glob("*") if not path.name.startswith(".") and path != config.token_cache
-    ]
-    if others:
+    if any(path.name[0] != "." and path != config.token_cache for path in output_dir.glob("*")):
         fix = "choose another --output_dir, or use --overwrite (files not written by a run are kept)"
         raise InputError(f"--output_dir {output_dir} is not empty", fix)
     return None
@@ -155,47 +148,32 @@ def check_others_files(output_dir: Path) -> None:
 
 
 def newest_checkpoint(config: TrainConfig) -> Path | None:
-    """The complete checkpoint that is furthest along; None if the run was interrupted before its first.
+    """The complete checkpoint that is furthest along (the end of an epoch, after its validation, is later
+    than its last step); None if the run was interrupted before its first.
 
     Incomplete ones are skipped with a warning. Raises InputError if there was no run, or if no checkpoint is
     complete."""
     output_dir = Path(config.output_dir)
-    _put_back_replaced(output_dir)
-    complete = []
-    n_incomplete = 0
-    for folder in checkpoints(output_dir):
-        problem = checksum_problem(folder)
-        if problem is None:
-            complete.append(folder)
-            continue
-        n_incomplete += 1
-        if on_main_process():
+    # One that a killed run had moved away and not yet replaced; several processes may do it at once
+    for old in output_dir.glob(".checkpoint_*.old"):
+        folder = output_dir / old.name.removeprefix(".").removesuffix(".old")
+        if not folder.exists():
+            with contextlib.suppress(OSError):
+                old.rename(folder)
+    found = {folder: checksum_problem(folder) for folder in _named(output_dir, _CHECKPOINT)}
+    for folder, problem in found.items():
+        if problem and on_main_process():
             log(f"warning: {folder} is incomplete and skipped: {problem}")
+    complete = [folder for folder, problem in found.items() if problem is None]
     if complete:
-        return max(complete, key=_position)
-    if n_incomplete:
+        return max(complete, key=lambda folder: (read_sft_config(folder)["step"], "_epoch_" in folder.name))
+    if found:
         fix = "restore one, or replace --resume with --overwrite to start over"
         raise InputError(f"--resume: {output_dir} holds no complete checkpoint", fix)
     if not _is_our_metrics(output_dir / "metrics.jsonl") and not config.token_cache.is_dir():
         fix = "leave out --resume to start a new run, or pass the run's folder with --output_dir"
         raise InputError(f"--resume: {output_dir} holds no checkpoint", fix)
     return None
-
-
-def _put_back_replaced(output_dir: Path) -> None:
-    """Renames a checkpoint back that a killed run had moved away and not yet replaced."""
-    for old in output_dir.glob(".checkpoint_*.old"):
-        folder = output_dir / old.name.removeprefix(".").removesuffix(".old")
-        if not folder.exists():
-            # Several processes may do it at once
-            with contextlib.suppress(OSError):
-                old.rename(folder)
-
-
-def _position(folder: Path) -> tuple[int, bool]:
-    """How far along a checkpoint is; the end of an epoch, after its validation, counts as later than its last
-    step."""
-    return read_sft_config(folder)["step"], folder.name.startswith("checkpoint_epoch_")
 
 
 # ------------------------------------------------------------------------------- saving
@@ -209,11 +187,13 @@ def save_checkpoint(run: "Run", name: str) -> Path:
     best one. Raises InputError if the disk is full: the checkpoints before this one stay as they were."""
     folder = run.output_dir / name
     # A signal right after --save_steps has saved this step asks for it again
-    is_saved = run.accelerator.is_main_process and name.startswith("checkpoint_step_") and folder.is_dir()
-    is_saved = is_saved and checksum_problem(folder) is None
+    is_saved = name.startswith("checkpoint_step_") and folder.is_dir() and checksum_problem(folder) is None
     if run.accelerator.is_main_process and not is_saved:
         # Metrics reach the disk before the checkpoint that includes their steps
-        sync_file(run.output_dir / "metrics.jsonl")
+        metrics = run.output_dir / "metrics.jsonl"
+        if metrics.is_file():
+            with open(metrics, "rb+") as file:
+                os.fsync(file.fileno())
         _write_checkpoint(run, folder)
         remove(_needless_checkpoints(run, folder))
     run.accelerator.wait_for_everyone()
@@ -237,30 +217,24 @@ def _write_checkpoint(run: "Run", folder: Path) -> None:
 
 
 def _needless_checkpoints(run: "Run", newest: Path) -> list[Path]:
-    inside_epochs = [path for path in checkpoints(run.output_dir) if path.name.startswith("checkpoint_step_")]
-    needless = [path for path in inside_epochs if path != newest]
+    needless = [path for path in run.output_dir.glob("checkpoint_step_*") if _CHECKPOINT.fullmatch(path.name)]
+    n_kept = run.config.keep_checkpoints
     epochs = run.progress.epochs
-    if run.config.keep_checkpoints:
-        by_loss = sorted(epochs, key=lambda epoch: epoch["val_loss"])
-        kept = {epoch["epoch"] for epoch in (*by_loss[:1], *epochs[-run.config.keep_checkpoints :])}
-        dropped = [epoch["epoch"] for epoch in epochs if epoch["epoch"] not in kept]
-        needless += [run.output_dir / f"checkpoint_epoch_{number}" for number in dropped]
-    return needless
+    if n_kept:
+        kept = [*best_first(epochs, run.config.keep_best)[:1], *epochs[-n_kept:]]
+        needless += [
+            run.output_dir / f"checkpoint_epoch_{epoch['epoch']}" for epoch in epochs if epoch not in kept
+        ]
+    return [path for path in needless if path != newest]
 
 
-def sync_file(path: Path) -> None:
-    if path.is_file():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
-    """Copies the epoch with the lowest validation loss to final_model (the next best if its checkpoint is
-    incomplete), and returns its number."""
-    for epoch in sorted(epochs, key=lambda epoch: epoch["val_loss"]):
-        source = output_dir / f"checkpoint_epoch_{epoch['epoch']}"
+def promote_best_epoch(run: "Run") -> int:
+    """Copies the best epoch to final_model (the next best if its checkpoint is incomplete), and returns its
+    number."""
+    for epoch in best_first(run.progress.epochs, run.config.keep_best):
+        source = run.output_dir / f"checkpoint_epoch_{epoch['epoch']}"
         if source.is_dir() and checksum_problem(source) is None:
-            with new_folder(output_dir / "final_model") as temporary:
+            with new_folder(run.output_dir / "final_model") as temporary:
                 # Contents alone: not every file system takes permissions and times
                 for path in source.iterdir():
                     if path.suffix != ".pt" and path.name != "SHA256SUMS" and path.is_file():
@@ -268,35 +242,40 @@ def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
                 write_checksums(temporary)
             return epoch["epoch"]
         log(f"warning: {source} is incomplete and cannot become final_model")
-    raise InputError(f"{output_dir}: no epoch has a complete checkpoint", "use --overwrite to train again")
+    raise InputError(
+        f"{run.output_dir}: no epoch has a complete checkpoint", "use --overwrite to train again"
+    )
 
 
 # ------------------------------------------------------------------------------- starting and resuming
 
 
 def begin(run: "Run", checkpoint: Path | None) -> None:
-    """Restores `checkpoint`, or starts in an empty output folder; then the trackers. Writes nothing if
-    nothing is left to do. Raises InputError if the checkpoint is another run's."""
+    """Restores `checkpoint`, or starts in an output folder that is private and empty but for what others put
+    there; then the trackers. Writes nothing if nothing is left to do. Raises InputError if the checkpoint is
+    another run's."""
+    metrics = run.output_dir / "metrics.jsonl"
     if checkpoint:
         restore(run, checkpoint)
         if is_finished(run):
             return
-        if run.accelerator.is_main_process:
-            remove(leftovers(run.output_dir))
-            truncate_metrics(run.output_dir / "metrics.jsonl", run.progress.step, len(run.progress.epochs))
+    if run.accelerator.is_main_process and checkpoint:
+        remove(_named(run.output_dir, _LEFTOVER))
+        truncate_metrics(metrics, run.progress.step, len(run.progress.epochs))
     elif run.accelerator.is_main_process:
         if run.config.resume:
             log("The earlier run was interrupted before its first checkpoint: starting again")
-        start_fresh(run.output_dir)
+        remove(run_files(run.output_dir))
+        make_private_dir(run.output_dir)
+        write_atomic(metrics, "")
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         with optional("loss_curve.png at the end"):
             load_figure()
     if run.config.report_to != "none":
         # No text, no paths
-        numbers = {
-            name: value for name, value in asdict(run.config).items() if isinstance(value, int | float)
-        }
+        options = asdict(run.config).items()
+        numbers = {name: value for name, value in options if isinstance(value, int | float)}
         with optional("tracker"):
             run.accelerator.init_trackers("sft_tracker", numbers)
 
@@ -304,21 +283,12 @@ def begin(run: "Run", checkpoint: Path | None) -> None:
 def is_finished(run: "Run") -> bool:
     """Whether a restored run has nothing left to do: its last epoch is done, or early stopping has ended it,
     and final_model is the epoch it should be."""
-    if len(run.progress.epochs) < run.config.num_epochs and not run.progress.out_of_patience(
-        run.config.early_stopping_patience
-    ):
-        return False
+    progress = run.progress
     final_model = run.output_dir / "final_model"
-    if not final_model.is_dir() or checksum_problem(final_model):
+    is_last = len(progress.epochs) >= run.config.num_epochs or progress.out_of_patience(run.config)
+    if not is_last or not final_model.is_dir() or checksum_problem(final_model):
         return False
-    return json.loads((final_model / "sft_config.json").read_text())["epoch"] == run.progress.kept_epoch
-
-
-def start_fresh(output_dir: Path) -> None:
-    """A private output folder, empty but for what others put there."""
-    remove(run_files(output_dir))
-    make_private_dir(output_dir)
-    write_atomic(output_dir / "metrics.jsonl", "")
+    return read_sft_config(final_model)["epoch"] == progress.kept_epoch
 
 
 def restore(run: "Run", folder: Path) -> None:
@@ -352,28 +322,19 @@ def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
     """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did
     not have yet counts as having had its default, and what else it did not record as the same; the rows of a
     step may be divided in another way."""
-    defaults = run.fingerprint | asdict(TrainConfig())
-    was = {name: saved.get(name, defaults[name]) for name in run.fingerprint}
-    changed = [name for name, value in run.fingerprint.items() if was[name] != value]
-    stray = run.train_set.stray + run.val_set.stray
-    if "stray_citations" not in saved and stray:
-        run.log(
-            f"warning: the version that wrote {folder} trained on citations that the prompt does not support;"
-            f" from here on they are dropped: {name_rows(stray)}"
-        )
-    n_rows, n_rows_now = (math.prod(values[name] for name in LAYOUT) for values in (was, run.fingerprint))
+    now = run.fingerprint
+    was = {name: saved.get(name, (now | asdict(TrainConfig()))[name]) for name in now}
+    changed = [name for name in now if was[name] != now[name]]
+    n_rows, n_rows_now = (math.prod(values[name] for name in LAYOUT) for values in (was, now))
     if changed and set(changed) <= set(LAYOUT) and n_rows == n_rows_now:
         if run.config.lora_dropout:
             run.log(f"info: the {n_rows} rows of a step are divided in another way: dropout will differ")
-        return
-    if changed:
+    elif changed:
         # An instruction or a column's name may hold words from a note
-        differences = ", ".join(
-            f"{name} was {safe_id(str(was[name]))}, is {safe_id(str(run.fingerprint[name]))}"
-            for name in changed
-        )
+        shown = [f"{name} was {safe_id(str(was[name]))}, is {safe_id(str(now[name]))}" for name in changed]
+        problem = f"--resume: {folder} was written with different options or data: {', '.join(shown)}"
         fix = "use the same options, data and base model, or replace --resume with --overwrite to start over"
-        raise InputError(f"--resume: {folder} was written with different options or data: {differences}", fix)
+        raise InputError(problem, fix)
 
 
 def truncate_metrics(file: Path, step: int, n_epochs: int) -> None:

@@ -1,5 +1,6 @@
 """Interruptions of a run: signals, out of memory, non-finite losses. torch is imported inside functions."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -47,12 +48,11 @@ def retry_on_oom(run: "Run", work: Callable):
                 raise
         # Outside the except clause, where the failed pass and its activations are freed
         n_rows = run.progress.micro_batch_size
-        n_processes = run.accelerator.num_processes
-        if n_rows == 1 or n_processes > 1:
-            fix = "use --gradient_checkpointing, --quantization 4bit or a smaller --max_length"
-            if n_processes > 1:
-                fix = f"start again with half the --batch_size and twice the --gradient_accumulation_steps; or {fix}"
+        if n_rows == 1 or run.accelerator.num_processes > 1:
             rows = f"{plural(n_rows, 'row')} of up to {run.config.max_length} tokens in a forward pass"
+            fix = "use --gradient_checkpointing, --quantization 4bit or a smaller --max_length"
+            if run.accelerator.num_processes > 1:
+                fix = f"start again with half the --batch_size and twice the --gradient_accumulation_steps; or {fix}"
             raise RunError(f"out of memory with {rows}", fix)
         run.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
@@ -78,10 +78,9 @@ def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples:
 
 def advice_for_faults(run: "Run") -> str:
     """What to do about a loss that is not finite, and what is saved."""
-    try:
+    checkpoint = None
+    with contextlib.suppress(InputError):
         checkpoint = newest_checkpoint(run.config)
-    except InputError:
-        checkpoint = None
     saved = f"{checkpoint.name} is complete" if checkpoint else "nothing is saved yet"
     advice = f"start again with a lower --learning_rate (now {run.config.learning_rate:g}) or --dtype float32"
     return f"{advice}, in another --output_dir or with --overwrite; {saved}"
