@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,20 +75,16 @@ def invented_row(chance: random.Random, number: int) -> Row:
 
 
 def short_rows(n_rows: int, encoder) -> list[Row]:
-    """The first `n_rows` invented rows whose length falls on a number of tokens drawn evenly from
-    SHORT_ROWS."""
+    """Invented rows whose lengths are drawn evenly from SHORT_ROWS."""
     chance = random.Random(SEED)
     made = [invented_row(chance, number) for number in range(20 * n_rows)]
-    notes = encoder.encode_texts([row.clinical_note for row in made])
-    summaries = encoder.encode_texts([row.model_summary for row in made])
-    by_length = {length: [] for length in range(SHORT_ROWS[0], SHORT_ROWS[1] + 1)}
-    for row, note, summary in zip(made, notes, summaries):
-        by_length.get(encoder.n_template_tokens + len(note) + len(summary) + 1, []).append(row)
+    by_length = defaultdict(list)
+    for row, example in zip(made, SFTDataset(made, encoder, MAX_LENGTH).examples, strict=True):
+        by_length[example.n_tokens].append(row)
     rows = []
     while len(rows) < n_rows:
-        rows += by_length[chance.randint(*SHORT_ROWS)][:1]
-        for left in by_length.values():
-            left[:] = [row for row in left if row is not rows[-1]]
+        found = by_length[chance.randint(*SHORT_ROWS)]
+        rows += [found.pop()] if found else []
     return rows
 
 
@@ -124,20 +121,16 @@ def write_rows(options: argparse.Namespace) -> dict:
         config = AutoConfig.from_pretrained(resolve_model(options.model_name))
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings().weight
-    embeddings = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, head)}
-    n_weights = sum(parameter.numel() for parameter in model.parameters()) - sum(embeddings.values())
+    tables = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, head)}
+    n_weights = model.num_parameters() - sum(tables.values())
     lengths = [example.n_tokens for example in timed]
     n_target_tokens = sum(example.n_target_tokens for example in timed)
-    n_padded = sum(BATCH_SIZE * max(lengths[i : i + BATCH_SIZE]) for i in range(0, len(lengths), BATCH_SIZE))
     return {
         "n_rows": len(timed),
         "n_tokens": sum(lengths),
         "n_target_tokens": n_target_tokens,
         "shortest": min(lengths),
         "longest": max(lengths),
-        "padding": 1 - sum(lengths) / n_padded,
-        "n_weights": n_weights,
-        "n_head_weights": head.numel(),
         # DESIGN.md, section 5
         "needed_flop": 4 * n_weights * sum(lengths) + 4 * head.numel() * n_target_tokens,
     }
@@ -311,8 +304,8 @@ def trl(options: argparse.Namespace, *, by_length: bool = False, **settings) -> 
 
 
 def matrix_rate(options: argparse.Namespace) -> dict:
-    """FLOP/s of matrix products of the model's shapes (those of its MLP at 2048 tokens, its head at 256), in
-    the run's dtype: torch's own, and on an x86 CPU oneDNN's, which this toolkit uses."""
+    """FLOP/s of a matrix product of the model's MLP at 2048 tokens: torch's, and on an x86 CPU oneDNN's,
+    which this toolkit uses."""
     import torch
     from transformers import AutoConfig
 
@@ -320,25 +313,22 @@ def matrix_rate(options: argparse.Namespace) -> dict:
     from sft.model.kernels import has_onednn, onednn_linear
 
     config = AutoConfig.from_pretrained(resolve_model(options.model_name)).get_text_config()
-    linear = {"": torch.nn.functional.linear}
+    products = {"torch": torch.nn.functional.linear}
     if options.device == "cpu" and has_onednn():
-        linear[" by oneDNN"] = lambda x, weight: onednn_linear(x, weight, None)
-    width, inner, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+        products["oneDNN"] = lambda x, weight: onednn_linear(x, weight, None)
     kind = {"device": options.device, "dtype": torch.bfloat16 if options.device == "cuda" else torch.float32}
+    x = torch.randn(2048, config.hidden_size, **kind)
+    weight = torch.randn(config.intermediate_size, config.hidden_size, **kind)
     rates = {}
-    for m, k, n in ((2048, width, inner), (2048, inner, width), (256, width, vocabulary)):
-        x = torch.randn(m, k, **kind)
-        weight = torch.randn(n, k, **kind)
-        for name, product in linear.items():
-            seconds = []
-            for _ in range(5):
-                started = time.perf_counter()
-                for _ in range(20):
-                    product(x, weight)
-                if options.device == "cuda":
-                    torch.cuda.synchronize()
-                seconds.append((time.perf_counter() - started) / 20)
-            rates[f"{m}x{k}x{n}{name}"] = 2 * m * k * n / statistics.median(seconds[1:])
+    for name, product in products.items():
+        seconds = []
+        for _ in range(100):
+            started = time.perf_counter()
+            product(x, weight)
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        rates[name] = 2 * len(x) * weight.numel() / statistics.median(seconds)
     return rates
 
 
@@ -384,16 +374,15 @@ def work(name: str, options: argparse.Namespace, **changes) -> dict:
         value = values[key]
         if value is not None:
             command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
-    threads = os.environ.get("OMP_NUM_THREADS", str(n_cores()))
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": n_threads(), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def n_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+def n_threads() -> str:
+    return os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
 
 
 def compare(options: argparse.Namespace, shape: str) -> dict:
@@ -421,12 +410,6 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
                 sys.exit("this toolkit's steps took other rows than the peers' steps")
             best = min(TRL_TUNED, key=lambda name: runs[name][0]["seconds"])
             names = [name for name in names if name == best or name not in TRL_TUNED]
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        processor = next(
-            (s.partition(":")[2].strip() for s in lines if s.startswith("model name")), processor
-        )
     packages = ("torch", "transformers", "peft", "accelerate", "trl")
     return {
         "counts": counts,
@@ -435,11 +418,8 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
         "best_of_trl": best,
         "runs": runs,
         "command": " ".join(["python", "benchmarks/training_throughput.py", *sys.argv[1:]]),
-        "device": options.device,
-        "load": os.getloadavg()[2],  # over the last 15 minutes
-        "lora_dropout": options.lora_dropout,
         "alternations": options.alternations,
-        "machine": f"{processor}, {os.environ.get('OMP_NUM_THREADS', n_cores())} threads",
+        "machine": f"{platform.processor() or platform.machine()}, {options.device}, {n_threads()} threads",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
 
@@ -450,44 +430,33 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
 def table(shape: str, section: dict) -> str:
     """Medians over the alternations, what is needed at least, and the circumstances."""
     counts = section["counts"]
-    rates = section["rates"]
-    floor = counts["needed_flop"] / next(iter(rates.values()))
-    fast_floor = counts["needed_flop"] / max(rates.values())
-    names = [name for name in LABELS if name in section["runs"]]
-    middle = {
-        name: {
-            key: statistics.median(run[key] for run in section["runs"][name])
-            for key in ("seconds", "peak_memory_mb")
-        }
-        for name in names
-    }
-    default = middle["trl"]
-    best = middle[section["best_of_trl"]]
+    floors = {name: counts["needed_flop"] / rate for name, rate in section["rates"].items()}
+    seconds, memory = (
+        {name: statistics.median(run[key] for run in runs) for name, runs in section["runs"].items()}
+        for key in ("seconds", "peak_memory_mb")
+    )
+    best = section["best_of_trl"]
     lines = [
         f"## {SHAPES[shape]}",
         f"\n{counts['n_rows']} rows timed after a warm-up step of {BATCH_SIZE}, {counts['n_tokens']:,} tokens "
-        f"({counts['shortest']} to {counts['longest']} a row), {counts['n_target_tokens']:,} of them targets; padded "
-        f"batches in this order would be {counts['padding']:.0%} padding. Medians of {section['alternations']} "
-        "alternations (TRL's slower settings: one turn).\n",
-        "| | rows/s | × TRL default | × TRL best | peak memory, GB | × TRL default | share of the floor | loss of 2 steps, no dropout |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        f"({counts['shortest']} to {counts['longest']} a row), {counts['n_target_tokens']:,} of them targets. Medians "
+        f"of {section['alternations']} alternations (TRL's slower settings: one turn).\n",
+        "| | rows/s | × TRL default | × TRL best | peak memory, GB | loss of 2 steps, no dropout |",
+        "|---|--:|--:|--:|--:|--:|",
     ]
-    for name in names:
-        seconds, memory = middle[name].values()
-        label = LABELS[name] + (" (TRL's best here)" if name == section["best_of_trl"] else "")
+    for name in section["runs"]:
+        label = LABELS[name] + (" (TRL's best here)" if name == best else "")
+        ratios = f"{seconds['trl'] / seconds[name]:.2f} | {seconds[best] / seconds[name]:.2f}"
         lines.append(
-            f"| {label} | {counts['n_rows'] / seconds:.2f} | {default['seconds'] / seconds:.2f} "
-            f"| {best['seconds'] / seconds:.2f} | {memory * 2**20 / 1e9:.2f} | {memory / default['peak_memory_mb']:.2f} "
-            f"| {floor / seconds:.0%} | {section['losses'][name]:.5f} |"
+            f"| {label} | {counts['n_rows'] / seconds[name]:.2f} | {ratios} | {memory[name] * 2**20 / 1e9:.2f} "
+            f"| {section['losses'][name]:.5f} |"
         )
-    shown_rates = ", ".join(f"{product} {rate / 1e9:,.0f}" for product, rate in rates.items())
+    shares = ", ".join(f"{floor / seconds['toolkit']:.0%} ({name})" for name, floor in floors.items())
     versions = ", ".join(f"{name} {number}" for name, number in section["versions"].items())
     lines += [
-        f"\nFloor: {counts['needed_flop'] / 1e12:.2f} TFLOP (4·{counts['n_weights']:,}·{counts['n_tokens']:,} + "
-        f"4·{counts['n_head_weights']:,}·{counts['n_target_tokens']:,}) take {floor:.1f} s at the first of the measured "
-        f"matrix rates, {fast_floor:.1f} s at the highest (GFLOP/s: {shown_rates}).",
-        f"\n`{section['command']}`, {section['device']}; {section['machine']}, load average {section['load']:.1f}; "
-        f"{versions}; LoRA dropout {section['lora_dropout']}.\n",
+        f"\nWhat a step cannot do without, {counts['needed_flop'] / 1e12:.2f} TFLOP, takes of this toolkit's time, at "
+        f"the measured rate of a matrix product: {shares}.",
+        f"\n`{section['command']}`; {section['machine']}; {versions}.\n",
     ]
     return "\n".join(lines)
 

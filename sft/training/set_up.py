@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 
-from sft.cli import InputError, log
+from sft.cli import InputError, log, on_main_process
 from sft.data.dataset import Example, SFTDataset, load_datasets
 from sft.data.formats import main_language
 from sft.data.prompt import PromptTemplate
@@ -48,22 +48,19 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         base_folder = base.resolve_model(config.model_name)
         hashes = hash_inputs(config, base_folder)
     tokenizer = base.load_tokenizer(base_folder)
-    source = checkpoint or (Path(config.init_adapter) if config.init_adapter else None)
     # Never rendered a second time: templates write the day's date, and may be edited
-    template = PromptTemplate.of_folder(source) if source else None
+    source = checkpoint or config.init_adapter
+    template = PromptTemplate.of_folder(Path(source)) if source else None
     is_sharded = config.shard_base and accelerator.num_processes > 1
     device = torch.device("cpu") if is_sharded else accelerator.device
     model = base.load_base_model(base_folder, device, placement.dtype, quantization_of(vars(config)))
     window = base.context_window(model) or math.inf
     if config.max_length == FROM_DATA:
         config.max_length = typical_length(config, rows, tokenizer, template, window)
-        if accelerator.is_main_process:
-            log(f"Longest row: {config.max_length} tokens, which hold 95 % of the training rows whole")
     model, packed = build_model(config, accelerator, model, window)
     datasets = load_data(config, accelerator, model, tokenizer, rows, template)
     learned, part_examples = load_parts(config, accelerator, datasets[0], checkpoint)
     examples = datasets[0].examples + part_examples
-
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sft_config = describe_run(config, rows, datasets, learned, hashes, base_folder)
     sft_config["training"]["dtype"] = placement.dtype_name
@@ -151,7 +148,10 @@ def typical_length(config: TrainConfig, rows, tokenizer, template, window: float
     train_set, _ = load_datasets(rows, tokenizer, whole, template=template)
     n_end_token = 1
     needed = train_set.lengths.sum(1) + train_set.encoder.n_template_tokens + n_end_token
-    return int(min(window, np.ceil(np.percentile(needed, 95))))
+    length = int(min(window, np.ceil(np.percentile(needed, 95))))
+    if on_main_process():
+        log(f"Longest row: {length} tokens, which hold 95 % of the training rows whole")
+    return length
 
 
 def build_model(
