@@ -47,8 +47,7 @@ if TYPE_CHECKING:
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The learning rate of `step` (0-based): linear warmup, then cosine, linear or no decay (to 0 after the
-    last)."""
+    """The learning rate of `step` (0-based): linear warmup, then cosine, linear or no decay."""
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
@@ -314,9 +313,8 @@ def finish(run: "Run") -> None:
 
 
 def dry_run(run: "Run") -> dict:
-    """Does the step with the largest forward pass, then a typical one and a validation, and says what the
-    whole run would take. The weights it changes are thrown away; nothing is written. Returns the numbers it
-    says."""
+    """Does the step with the largest forward pass, a typical one and a validation; says and returns what the
+    whole run would take. Nothing is written."""
     config = run.config
     n_validations = config.num_epochs + 1
 

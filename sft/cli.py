@@ -88,10 +88,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_input_error(problem: str, fix: str) -> Iterator[None]:
-    """Turns whatever a library raises on files that it cannot use into one InputError: `problem`, the type,
-    the first line of its message. What is already explained, a full disk and lack of memory stay as they are.
-
-    Only around calls that see no note: a library's message may quote its input."""
+    """Turns whatever a library raises on files that it cannot use into one InputError, unless it is explained
+    already, a full disk or lack of memory. Only around calls that see no note: a message may quote its
+    input."""
     try:
         yield
     except BaseException as error:
@@ -220,8 +219,7 @@ def visible(text: str, stream) -> str:
 @contextlib.contextmanager
 def noted_signals(then: str = "stopping cleanly") -> Iterator[list[int]]:
     """Inside, the first SIGTERM, SIGHUP or Ctrl-C is only noted in the yielded list, so that the work can end
-    in good order (`then` says how); a second one stops at once. Signals that were ignored before (as under
-    nohup) stay ignored."""
+    in good order (`then` says how); a second one stops at once. Ignored signals (nohup) stay ignored."""
     noted = []
     last_heard = 0.0
 
@@ -233,9 +231,8 @@ def noted_signals(then: str = "stopping cleanly") -> Iterator[list[int]]:
         last_heard = now
         noted.append(number)
         if len(noted) == 1:
-            name = signal.Signals(number).name
             how = "press Ctrl-C again (or send SIGTERM) to stop immediately"
-            log(f"\n{name} received: {then}; {how}")
+            log(f"\n{signal.Signals(number).name} received: {then}; {how}")
         elif number == signal.SIGINT and not is_echo:
             raise KeyboardInterrupt
         elif number == signal.SIGTERM and not is_echo:
@@ -246,14 +243,14 @@ def noted_signals(then: str = "stopping cleanly") -> Iterator[list[int]]:
     names = ("SIGTERM", "SIGINT", "SIGHUP") if in_main_thread else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] != signal.SIG_IGN:
+    for number, action in before.items():
+        if action != signal.SIG_IGN:
             signal.signal(number, handler)
     try:
         yield noted
     finally:
-        for number in numbers:
-            signal.signal(number, before[number] or signal.SIG_DFL)
+        for number, action in before.items():
+            signal.signal(number, action or signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------- processes
@@ -277,11 +274,8 @@ def on_main_process() -> bool:
 
 
 class Progress:
-    """How far a job is, its speed and the time left: a bar on a terminal, else a line every `interval`
-    seconds.
-
-    `scope` ends the line, as in "1.0 min left in this epoch". Quiet on all processes but the main one.
-    """
+    """How far a job is, its speed and the time left, on the main process: a bar on a terminal, else a line
+    every `interval` seconds, which ends with `scope`, as in "1.0 min left in this epoch"."""
 
     def __init__(self, total: int, unit: str, *, done: int = 0, scope: str = "", interval: float = 30):
         from tqdm import tqdm
@@ -290,13 +284,12 @@ class Progress:
         self.unit = unit
         self.done = done
         self.scope = scope
-        self.interval = interval
-        self.quiet = not on_main_process()
+        self.interval = interval if on_main_process() else float("inf")
         self.n_before = done
         self.started = time.monotonic()
         self.last_line = self.started
-        # disable=None: only where stderr is a terminal
-        disable = True if self.quiet else None
+        # None: only where stderr is a terminal
+        disable = None if on_main_process() else True
         self.bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr, leave=False, disable=disable)
 
     def advance(self, status: str = "") -> None:
@@ -307,7 +300,7 @@ class Progress:
         with contextlib.suppress(OSError):  # the terminal has gone; the work continues
             self.bar.update()
         now = time.monotonic()
-        if self.bar.disable and not self.quiet and now - self.last_line > self.interval:
+        if self.bar.disable and now - self.last_line > self.interval:
             self.last_line = now
             rate = (self.done - self.n_before) / (now - self.started)
             minutes = (self.total - self.done) / rate / 60

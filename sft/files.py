@@ -36,8 +36,7 @@ def check_format_version(folder: Path, sft_config: dict) -> None:
 
 
 def make_private_dir(path: Path) -> Path:
-    """Creates `path`; what is new of it only the user may read: adapters and summaries count as patient
-    data."""
+    """Creates `path`, private where it is new: adapters and summaries count as patient data."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     # Some network file systems keep no permissions; training says so (`try_saving`)
@@ -48,8 +47,7 @@ def make_private_dir(path: Path) -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes, mode: int = 0o600) -> None:
-    """Writes a file that appears whole or not at all: to a temporary file, fsync, rename. By default only the
-    user may read it."""
+    """Writes a file that appears whole or not at all, by default for the user alone."""
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -70,8 +68,7 @@ def write_json(path: Path, value) -> None:
 
 
 def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[str, ...] = ()) -> None:
-    """Raises InputError unless a new file (or folder) can be created at `path`; nothing that exists is
-    overwritten."""
+    """Raises InputError unless a new file (or folder) can be created at `path`."""
     if path is None:
         return
     path = Path(path)
@@ -95,9 +92,8 @@ def remove(paths: list[Path]) -> None:
 
 
 def lock(file: IO, problem: str, fix: str) -> None:
-    """Keeps `file`, open for writing, from other processes until it is closed or this process ends. Raises
-    InputError(problem, fix) if another process has it. Without effect on a file system without locks and on
-    Windows."""
+    """Keeps `file`, open for writing, from other processes until it is closed. Raises InputError(problem,
+    fix) if another has it. Without effect on Windows and on file systems without locks."""
     with contextlib.suppress(ImportError):
         import fcntl
 
@@ -131,8 +127,8 @@ def sync_dir(folder: Path, *, with_files: bool = True) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a private temporary folder to fill; on success it takes the place of `folder`, which appears
-    whole or not at all. Raises InputError if the disk is full."""
+    """Yields a private folder to fill, which takes the place of `folder` on success. Raises InputError if the
+    disk is full."""
     make_private_dir(folder.parent)
     # A new name that nobody can have put a link at
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -152,8 +148,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def try_saving(folder: Path) -> None:
-    """Saves and replaces a small folder in `folder`, with the calls of a checkpoint. Raises InputError if the
-    file system lacks one of them; says so if it keeps no permissions."""
+    """Saves a small folder in `folder`, twice, as a checkpoint. Raises InputError if the file system cannot;
+    says so if it keeps no permissions."""
     trial = folder / ".trial"
     try:
         for _ in range(2):

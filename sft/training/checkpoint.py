@@ -1,9 +1,7 @@
 """The output folder of a run: what it holds, atomic checkpoints, resuming.
 
-A checkpoint is an adapter folder with `training_state.pt` and, written last, SHA256SUMS over all its files
-(the format of `sha256sum --check`). It counts only while every file in that list is there and unchanged.
-torch is imported inside the functions that save and restore, since the folder is checked before the slow
-imports."""
+A checkpoint is an adapter folder with training_state.pt. It counts only while every file in its SHA256SUMS is
+there and unchanged. torch is imported in functions: the folder is checked before the slow imports."""
 
 import contextlib
 import json
@@ -56,9 +54,8 @@ _WRITTEN = re.compile(
 
 @contextlib.contextmanager
 def output_lock(config: TrainConfig) -> Iterator[None]:
-    """Inside, no other run can write to the output folder: the main process holds the lock for all of its
-    run. Folders that are still empty at the end are removed again. Raises InputError if another run is at
-    work there."""
+    """Inside, no other run can write to the output folder; at the end it is removed if it is new and empty.
+    Raises InputError if another run is at work there."""
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file", "specify a folder with --output_dir")
@@ -113,8 +110,7 @@ def _is_our_metrics(file: Path) -> bool:
 
 
 def check_output_dir(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any. Raises InputError if the run may not write to its output
-    folder."""
+    """The checkpoint to resume from, if any. Raises InputError if the run may not write there."""
     output_dir = Path(config.output_dir)
     if config.resume and config.overwrite:
         raise InputError("--resume cannot be combined with --overwrite", "choose one")
@@ -149,10 +145,8 @@ def check_others_files(output_dir: Path) -> None:
 
 def newest_checkpoint(config: TrainConfig) -> Path | None:
     """The complete checkpoint that is furthest along (the end of an epoch, after its validation, is later
-    than its last step); None if the run was interrupted before its first.
-
-    Incomplete ones are skipped with a warning. Raises InputError if there was no run, or if no checkpoint is
-    complete."""
+    than its last step); None if the run was interrupted before its first. Raises InputError if there was no
+    run, or none is complete."""
     output_dir = Path(config.output_dir)
     # One that a killed run had moved away and not yet replaced; several processes may do it at once
     for old in output_dir.glob(".checkpoint_*.old"):
@@ -180,11 +174,9 @@ def newest_checkpoint(config: TrainConfig) -> Path | None:
 
 
 def save_checkpoint(run: "Run", name: str) -> Path:
-    """Saves adapter and training state to output_dir/name, then removes the checkpoints that it makes
-    needless.
-
-    Of those inside an epoch the newest stays; of epoch ends, with --keep_checkpoints N, the newest N and the
-    best one. Raises InputError if the disk is full: the checkpoints before this one stay as they were."""
+    """Saves adapter and training state to output_dir/name, then removes needless checkpoints: those inside
+    epochs, and all epochs' but the best and the last --keep_checkpoints. Raises InputError if the disk is
+    full; what was there stays."""
     folder = run.output_dir / name
     # A signal right after --save_steps has saved this step asks for it again
     is_saved = name.startswith("checkpoint_step_") and folder.is_dir() and checksum_problem(folder) is None
@@ -229,8 +221,7 @@ def _needless_checkpoints(run: "Run", newest: Path) -> list[Path]:
 
 
 def promote_best_epoch(run: "Run") -> int:
-    """Copies the best epoch to final_model (the next best if its checkpoint is incomplete), and returns its
-    number."""
+    """Copies the best epoch with a complete checkpoint to final_model; returns its number."""
     for epoch in best_first(run.progress.epochs, run.config.keep_best):
         source = run.output_dir / f"checkpoint_epoch_{epoch['epoch']}"
         if source.is_dir() and checksum_problem(source) is None:
@@ -251,9 +242,8 @@ def promote_best_epoch(run: "Run") -> int:
 
 
 def begin(run: "Run", checkpoint: Path | None) -> None:
-    """Restores `checkpoint`, or starts in an output folder that is private and empty but for what others put
-    there; then the trackers. Writes nothing if nothing is left to do. Raises InputError if the checkpoint is
-    another run's."""
+    """Restores `checkpoint`, or empties the output folder of an earlier run; then the trackers. Writes
+    nothing if nothing is left to do. Raises InputError if the checkpoint is another run's."""
     metrics = run.output_dir / "metrics.jsonl"
     if checkpoint:
         restore(run, checkpoint)
@@ -281,8 +271,7 @@ def begin(run: "Run", checkpoint: Path | None) -> None:
 
 
 def is_finished(run: "Run") -> bool:
-    """Whether a restored run has nothing left to do: its last epoch is done, or early stopping has ended it,
-    and final_model is the epoch it should be."""
+    """Whether a restored run has nothing left to do, and final_model is the epoch it should be."""
     progress = run.progress
     final_model = run.output_dir / "final_model"
     is_last = len(progress.epochs) >= run.config.num_epochs or progress.out_of_patience(run.config)
@@ -319,9 +308,9 @@ LAYOUT = ("batch_size", "gradient_accumulation_steps", "n_processes")
 
 
 def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
-    """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did
-    not have yet counts as having had its default, and what else it did not record as the same; the rows of a
-    step may be divided in another way."""
+    """Raises InputError unless the checkpoint's fingerprint is the run's, but for how a step's rows are
+    divided. An option that the saved run did not have counts as its default, what else it lacks as the
+    same."""
     now = run.fingerprint
     was = {name: saved.get(name, (now | asdict(TrainConfig()))[name]) for name in now}
     changed = [name for name in now if was[name] != now[name]]
@@ -338,8 +327,7 @@ def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
 
 
 def truncate_metrics(file: Path, step: int, n_epochs: int) -> None:
-    """Drops the steps after `step` and the validations after epoch `n_epochs`, which will be done again, and
-    a last line that a kill cut short."""
+    """Drops the steps and validations that will be done again, and a last line that a kill cut short."""
     kept = []
     for line in file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):

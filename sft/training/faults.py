@@ -34,10 +34,8 @@ def stop_if_asked(run: "Run") -> None:
 
 
 def retry_on_oom(run: "Run", work: Callable):
-    """`work()`; if memory runs out, again with half as many rows in a forward pass and twice as many passes.
-
-    The same rows make a step, so it is the same step but for dropout's random numbers. Raises RunError if
-    that does not help."""
+    """`work()`; if memory runs out, again with half as many rows in a forward pass: the same step but for
+    dropout's random numbers. Raises RunError if that does not help."""
     from accelerate.utils.memory import clear_device_cache
 
     while True:
@@ -62,8 +60,8 @@ def retry_on_oom(run: "Run", work: Callable):
 
 
 def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples: Sequence[Example]) -> None:
-    """Stops a run whose loss or gradient is not finite, before it spoils the weights; a float16 overflow is
-    counted."""
+    """Raises RunError before a loss or gradient that is not finite spoils the weights; counts float16
+    overflows."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() > 1:

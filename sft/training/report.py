@@ -163,8 +163,7 @@ def draw_losses(metrics: list[dict], stats: dict, steps_per_epoch: int) -> bytes
 def model_card(
     sft_config: dict, base_name: str, target_modules: list[str], untrained: float, epochs: list[dict]
 ) -> str:
-    """README.md of an adapter folder: where it comes from and what it is not for. No note text, no absolute
-    path."""
+    """README.md of an adapter folder: where it comes from and what it is not for."""
     import yaml
 
     config = sft_config["training"]

@@ -33,7 +33,7 @@ def epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows each step of each process takes."""
+    """Which rows each step takes, over all processes."""
 
     n_examples: int
     batch_size: int
@@ -64,10 +64,8 @@ class Plan:
     def split_rows(
         self, examples: list[Example], process: int, max_rows: int, max_tokens: int | None, padded: bool
     ) -> list[list[Example]]:
-        """The forward passes of one process over its share of a step's `examples`.
-
-        At most `max_rows` rows and about `max_tokens` tokens each, similar in size. Every process gets the
-        same number of passes; with few examples some are empty."""
+        """The forward passes of one process over its share of a step's `examples`: at most `max_rows` rows
+        and about `max_tokens` tokens each, similar in size. Every process gets as many; some may be empty."""
 
         ordered = sorted(examples, key=lambda example: -example.n_tokens)
         n_tokens = sum((ordered[0] if padded else example).n_tokens for example in ordered)
@@ -137,8 +135,7 @@ class TrainingProgress:
         return epoch
 
     def out_of_patience(self, config: TrainConfig) -> bool:
-        """Whether as many epochs as the early stopping waits for (0: never) have passed since the best one,
-        asked at the end of an epoch."""
+        """Whether as many epochs as early stopping waits for (0: never) have passed since the best one."""
         patience = config.early_stopping_patience
         if not patience or not self.epochs:
             return False
@@ -192,10 +189,8 @@ class Run:
 
     def batches(self, examples: list[Example]) -> Iterator[tuple[Batch, int, bool]]:
         """This process's forward passes over `examples`: each batch, its weight in the loss, whether it is
-        the last.
-
-        A rank with no rows left runs a dummy batch of weight 0, so that all ranks make the same calls.
-        """
+        the last. One with no rows left runs a batch of weight 0, so that all processes make the same
+        calls."""
         micro_batches = self.micro_batches(examples, self.accelerator.process_index)
         for i, micro_batch in enumerate(micro_batches, 1):
             chosen = micro_batch or examples[:1]
@@ -238,12 +233,10 @@ class Run:
         }
 
     def close(self) -> None:
-        """Ends the tracker and, once all processes are here, their process group.
-
-        DDP goes first. If its reducer were the last to hold the group, the group's destructor would join
-        gloo's threads with Python's lock held, and a thread that is freeing a tensor waits for that lock:
-        both hang for ever. torch's own references release the lock before."""
+        """Ends the tracker and, once all processes are here, their process group."""
         self.accelerator.wait_for_everyone()
+        # DDP goes first: were its reducer the last to hold the group, the group's destructor would join
+        # gloo's threads with Python's lock held, for which a thread that frees a tensor may wait
         self.wrapped = self.model
         self.accelerator.free_memory()
         gc.collect()

@@ -36,11 +36,9 @@ from sft.training.run import Plan, Run, TrainingProgress
 
 
 def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: Path | None = None) -> Run:
-    """Everything before the first step, from checked options and rows: processes, base model, LoRA,
-    optimizer, data. The prompt is that of `checkpoint`, if there is one, or of --init_adapter.
-
-    Raises InputError. Writes nothing but the token cache, and that last, once all else is known to be right.
-    """
+    """Everything before the first step, from checked options and rows. The prompt is that of `checkpoint` or
+    of --init_adapter, if there is one. Raises InputError. Writes the token cache alone, once all else is
+    right."""
     placement = base.pick_device(config.device, config.dtype)
     accelerator = start_processes(config, placement)
     # One process converts or downloads the base model while the others wait
@@ -98,8 +96,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
 
 
 def start_processes(config: TrainConfig, placement: base.Placement) -> Accelerator:
-    """accelerate's process group, on CPU or GPU, alone or under torchrun; what it would add to the loop is
-    off."""
+    """accelerate's processes, alone or under torchrun; what it would add to the loop is off."""
     is_cpu_launch = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
     if is_cpu_launch and "WORLD_SIZE" not in os.environ:
         log(
@@ -142,8 +139,7 @@ def hash_inputs(config: TrainConfig, base_folder: Path) -> dict[str, str]:
 
 
 def typical_length(config: TrainConfig, rows, tokenizer, template, window: float) -> int:
-    """The --max_length that holds 95 % of the training rows with their whole notes, as far as the model's
-    window goes."""
+    """The --max_length that holds 95 % of the training rows whole, within the model's window."""
     whole = replace(config, max_length=int(min(window, 2**20)))
     train_set, _ = load_datasets(rows, tokenizer, whole, template=template)
     n_end_token = 1
@@ -212,8 +208,7 @@ def load_data(
 def load_parts(
     config: TrainConfig, accelerator: Accelerator, train_set: SFTDataset, checkpoint: Path | None
 ) -> tuple[Learned, list[Example]]:
-    """What the run learns of writing by sentences; the rows of parts as tokens, in the training rows' prompt,
-    without those that do not fit."""
+    """What the run learns of writing by sentences; the rows of parts that fit, as tokens."""
     is_numbered = train_set.encoder.template.number_sentences
     learned = learn_writing(train_set.rows, config, is_numbered, checkpoint)
     cache = None if config.dry_run else config.token_cache / "parts.tokens"
@@ -222,8 +217,7 @@ def load_parts(
 
 
 def make_fingerprint(config: TrainConfig, hashes: dict[str, str], base_config: dict, **found) -> dict:
-    """What a resumed run must share with the run that wrote the checkpoint; `found`: what the options led
-    to."""
+    """What a resumed run must share with the one before; `found`: what the options led to."""
     options = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(base_config).encode()).hexdigest()
     return options | hashes | found | {"base_config": digest}
