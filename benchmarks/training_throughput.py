@@ -53,22 +53,22 @@ DEFAULT_N_ROWS = {"mts": 24, "short": 48}
 # ------------------------------------------------------------------------------- rows
 
 
+DEGREES = "small, mild, moderate, faint, marked".split(", ")
+FINDINGS = "opacity, nodule, effusion, cyst, edema, calcification, thickening, fracture".split(", ")
+PLACES = "upper lobe, lower lobe, lung base, hilum, kidney, adrenal gland, hip, seventh rib".split(", ")
+
+
 def invented_row(chance: random.Random, number: int) -> Row:
     """A radiology report of one to six findings, and an impression of one to three of them."""
-
-    def pick(words: str) -> str:
-        return chance.choice(words.split(", "))
-
     findings = []
     for _ in range(chance.randint(1, 6)):
-        what = pick("opacity, nodule, effusion, cyst, edema, calcification, thickening, fracture")
-        where = pick("upper lobe, lower lobe, lung base, hilum, kidney, adrenal gland, hip, seventh rib")
+        degree, what, side, where = map(chance.choice, (DEGREES, FINDINGS, ["left", "right"], PLACES))
         size = chance.choice(
             [f" of {chance.randint(2, 60)} mm", "", ", unchanged", ", new since the last study"]
         )
-        degree = pick("small, mild, moderate, faint, marked")
-        findings.append(f"{degree} {what} of the {pick('left, right')} {where}{size}")
-    study = f"{pick('CT, MRI, Radiograph')}, {chance.randint(30, 90)}-year-old {pick('man, woman')}."
+        findings.append(f"{degree} {what} of the {side} {where}{size}")
+    person = f"{chance.randint(30, 90)}-year-old {chance.choice(['man', 'woman'])}"
+    study = f"{chance.choice(['CT', 'MRI', 'Radiograph'])}, {person}."
     note = " ".join([study, *(f"There is a {finding}." for finding in findings)])
     summary = "; ".join(findings[: chance.randint(1, 3)]).capitalize() + "."
     return Row(number, f"short-{number}", note, summary, "factual")
@@ -121,8 +121,8 @@ def write_rows(options: argparse.Namespace) -> dict:
         config = AutoConfig.from_pretrained(resolve_model(options.model_name))
         model = AutoModelForCausalLM.from_config(config)
     head = model.get_output_embeddings().weight
-    tables = {id(weight): weight.numel() for weight in (model.get_input_embeddings().weight, head)}
-    n_weights = model.num_parameters() - sum(tables.values())
+    tables = (head, model.get_input_embeddings().weight)
+    n_weights = sum(p.numel() for p in model.parameters() if all(p is not table for table in tables))
     lengths = [example.n_tokens for example in timed]
     n_target_tokens = sum(example.n_target_tokens for example in timed)
     return {
@@ -151,35 +151,24 @@ def load_rows(options: argparse.Namespace):
 # ------------------------------------------------------------------- peers, each in its own process
 
 
-class Clock:
-    """Time of the steps after the first, which warms up, and the loss over all of them."""
+def now(options: argparse.Namespace) -> float:
+    import torch
 
-    def __init__(self, device: str):
-        self.device = device
-        self.losses = []
-        self.started = 0.0
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
-    def step_is_done(self) -> None:
-        import torch
 
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.ended = time.perf_counter()
-        self.started = self.started or self.ended
+def result(options: argparse.Namespace, ends: list[float], losses: list[float], targets: list[int]) -> dict:
+    """Seconds of the steps after the first, loss in nats per target token, peak memory in MiB. `ends`: when
+    each step was done; `targets`: its number of target tokens."""
+    import torch
 
-    def result(self, n_target_tokens: list[int]) -> dict:
-        """Seconds of the timed steps, loss in nats per target token, peak memory in MiB. `n_target_tokens`:
-        of each step."""
-        import torch
+    from sft.model.base import peak_memory_mb
 
-        from sft.model.base import peak_memory_mb
-
-        loss_sum = sum(loss * n for loss, n in zip(self.losses, n_target_tokens, strict=True))
-        return {
-            "seconds": self.ended - self.started,
-            "loss": loss_sum / sum(n_target_tokens),
-            "peak_memory_mb": peak_memory_mb(torch.device(self.device)),
-        }
+    loss_sum = sum(loss * n for loss, n in zip(losses, targets, strict=True))
+    peak = peak_memory_mb(torch.device(options.device))
+    return {"seconds": ends[-1] - ends[0], "loss": loss_sum / sum(targets), "peak_memory_mb": peak}
 
 
 def toolkit(options: argparse.Namespace) -> dict:
@@ -205,14 +194,13 @@ def toolkit(options: argparse.Namespace) -> dict:
             output_dir=folder,
         )
         run = set_up(config, read_data(config))
-        clock = Clock(options.device)
         steps = []
+        ends = []
         for step in range(options.n_steps or run.plan.total_steps):
             steps.append(train_step(run, step))
-            clock.step_is_done()
-        clock.losses = [metrics["loss"] for metrics in steps]
-        result = clock.result([metrics["n_target_tokens"] for metrics in steps])
-        return result | {"n_tokens": sum(metrics["n_tokens"] for metrics in steps[1:])}
+            ends.append(now(options))
+    losses, targets, tokens = ([m[key] for m in steps] for key in ("loss", "n_target_tokens", "n_tokens"))
+    return result(options, ends, losses, targets) | {"n_tokens": sum(tokens[1:])}
 
 
 def run_trainer(trainer_class, settings: dict, options: argparse.Namespace, examples, **arguments) -> dict:
@@ -236,15 +224,16 @@ def run_trainer(trainer_class, settings: dict, options: argparse.Namespace, exam
     model = AutoModelForCausalLM.from_pretrained(resolve_model(options.model_name), dtype=dtype)
     torch.manual_seed(SEED)
     model = get_peft_model(model.to(options.device), lora)
-    clock = Clock(options.device)
+    ends = []
+    losses = []
 
     class Timer(TrainerCallback):
         def on_step_end(self, *arguments, **others):
-            clock.step_is_done()
+            ends.append(now(options))
 
         def on_log(self, arguments, state, control, logs=None, **others):
             if "loss" in logs:
-                clock.losses.append(logs["loss"])
+                losses.append(logs["loss"])
 
     settings_class = settings.pop("class", TrainingArguments)
     with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +257,8 @@ def run_trainer(trainer_class, settings: dict, options: argparse.Namespace, exam
         trainer.add_callback(Timer())
         trainer.train()
     batches = [examples[i : i + BATCH_SIZE] for i in range(0, len(examples), BATCH_SIZE)]
-    return clock.result([sum(example.n_target_tokens for example in batch) for batch in batches])
+    targets = [sum(example.n_target_tokens for example in batch) for batch in batches]
+    return result(options, ends, losses, targets)
 
 
 def hugging_face(options: argparse.Namespace) -> dict:

@@ -424,19 +424,15 @@ def test_more_epochs_say_that_the_learning_rate_jumps(configured, copied, capfd)
     assert f"the learning rate goes from {last:.2e} to {first:.2e}" in capfd.readouterr().err
 
 
-def test_an_interrupted_run_says_nothing_of_its_learning_rate(configured, copied, capfd):
-    shutil.rmtree(copied() / "checkpoint_epoch_2")
-    train(configured(resume=True))
-    assert "learning rate goes" not in capfd.readouterr().err
-
-
-def test_the_prompt_is_the_checkpoints(configured, copied, finished, tmp_path):
+def test_the_prompt_is_the_checkpoints(configured, copied, finished, capfd, tmp_path):
     """A chat template that writes the date, or was edited, makes no other run."""
     shutil.rmtree(copied() / "checkpoint_epoch_2")
     base = shutil.copytree(configured().model_name, tmp_path / "base")
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|im_start|>", "<|im_start|>2031-01-01 "))
     train(configured(resume=True, model_name=str(base)))
+    # Nothing is said of a learning rate that goes on as planned
+    assert "learning rate goes" not in capfd.readouterr().err
     assert_same_run(configured(), finished())
 
 

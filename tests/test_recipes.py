@@ -92,6 +92,9 @@ def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
         ("learning_rates: 1\n", "unrecognized arguments: --learning_rates"),
         ("- a\n", "not a readable file of options"),
         ("a: [\n", "not a readable file of options"),
+        ("training: 5\n", "not a readable file of options"),
+        ("Zebra has fever: yes\n", "1 word outside any option"),
+        ("num_epochs: {Zebra: 3}\n", "num_epochs"),
         ("train_csv: Zebra has a fever and coughs\n", "no such file, folder or model"),
     ):
         with pytest.raises(InputError, match=words) as refused:

@@ -336,6 +336,7 @@ def test_memory_saving_options_train_and_infer(configured, options, capfd):
     [
         ({"use_8bit": True, "use_4bit": True}, "choose one"),
         ({"use_4bit": True, "shard_base": True}, "choose one"),
+        ({"n_sample_notes": 2, "shard_base": True}, "choose one"),
         ({"model_name": "mistralai/Mistral-7B"}, "mistralai/Mistral-7B-v0.3"),
         ({"model_name": "./nowhere"}, "no such folder"),
         ({"device": "cuda"}, "cuda"),

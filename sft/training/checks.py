@@ -29,8 +29,9 @@ def check_options(config: TrainConfig) -> None:
         problem = f"--keep_best {config.keep_best} needs the summaries of --n_sample_notes"
         raise InputError(problem, "add --n_sample_notes 8, say")
     quantization = quantization_of(vars(config))
-    if quantization and config.shard_base:
-        raise InputError(f"--shard_base cannot be combined with --quantization {quantization}", "choose one")
+    other = "--n_sample_notes" if config.n_sample_notes else f"--quantization {quantization}"
+    if config.shard_base and (quantization or config.n_sample_notes):
+        raise InputError(f"--shard_base cannot be combined with {other}", "choose one")
     # What checkpoints record, and a resumed run is compared with
     config.use_8bit = quantization == "8bit"
     config.use_4bit = quantization == "4bit"

@@ -67,31 +67,28 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return take_from_adapter(config, given) if config.init_adapter else config
 
 
-def _read(file: str) -> dict:
-    """A YAML file of options, or sft_config.json."""
+def _read(file: str) -> tuple[dict, dict]:
+    """(options, SHA-256s) of a YAML file of options, or of sft_config.json. Raises InputError."""
     import yaml
 
-    try:
+    content = {"training": None}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
         text = Path(file).read_text(encoding="utf-8")
         content = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
-        content = None
-    if not isinstance(content, dict):
-        problem = f"--config {file}: not a readable file of options"
-        raise InputError(
-            problem, "write lines such as num_epochs: 3 (.yaml), or pass an adapter's sft_config.json"
-        )
-    return content
+    parts = (
+        [content.get("training", content), content.get("sha256", {})] if isinstance(content, dict) else [None]
+    )
+    if not all(isinstance(part, dict) for part in parts):
+        fix = "write lines such as num_epochs: 3 (.yaml), or pass an adapter's sft_config.json"
+        raise InputError(f"--config {file}: not a readable file of options", fix)
+    return tuple(parts)
 
 
 def read_config(file: str) -> dict:
     """The options in a file, checked as if they had been typed. Raises InputError."""
-    content = _read(file)
     typed = []
     kinds = {field.name: field.type for field in fields(TrainConfig)}
-    named = {
-        name: value for name, value in content.get("training", content).items() if name not in _OF_THIS_RUN
-    }
+    named = {name: value for name, value in _read(file)[0].items() if name not in _OF_THIS_RUN}
     for name, value in named.items():
         # YAML reads on and off as truth values
         if isinstance(value, bool) and kinds.get(name) is not bool:
@@ -111,7 +108,7 @@ def read_config(file: str) -> dict:
 
 def log_other_files(config: TrainConfig) -> None:
     """Says which of the files are not those that the earlier run recorded."""
-    recorded = _read(config.config).get("sha256", {})
+    recorded = _read(config.config)[1]
     for name, files in (("train_csv", config.train_files), ("val_csv", [config.val_file])):
         with contextlib.suppress(OSError, TypeError):  # missing ones are refused where they are read
             if recorded.get(name) not in (None, sha256_of_files(files)) and on_main_process():
