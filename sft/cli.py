@@ -135,7 +135,7 @@ def run_script(main: Callable[[], None]) -> None:
     open_standard_streams()
     try:
         status = _status_of(main)
-    except Exception:
+    except BaseException:  # the tokenizers library's own failures are no Exception
         traceback.print_exc()
         status = 1
     # One of several: no destructors, which may wait for each other's locks, or for a process that has died
