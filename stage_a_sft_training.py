@@ -18,11 +18,18 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sft.cli import Progress, RunError, noted_signals, plural, run_script
-from sft.data.dataset import Batch, Example
+from sft.data.dataset import Batch, Example, read_data
 from sft.files import write_atomic
 from sft.options import TrainConfig, check_config, parse_options
-from sft.training.checkpoint import begin, is_finished, output_lock, promote_best_epoch, save_checkpoint
-from sft.training.checks import check_inputs
+from sft.training.checkpoint import (
+    begin,
+    check_output_dir,
+    is_finished,
+    output_lock,
+    promote_best_epoch,
+    save_checkpoint,
+)
+from sft.training.checks import check_options
 from sft.training.faults import advice_for_faults, check_finite, retry_on_oom, stop_if_asked
 from sft.training.recipes import resolve
 from sft.training.report import (
@@ -184,7 +191,9 @@ def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = N
     config = resolve(config)
     with output_lock(config):
         # Checked before the slow imports: options, output folder, rows
-        rows, checkpoint = check_inputs(config)
+        checkpoint = None if config.dry_run else check_output_dir(config)
+        check_options(config)
+        rows = read_data(config)
         from sft.model.base import own_settings
         from sft.training.set_up import set_up
 

@@ -4,20 +4,9 @@ nothing."""
 import os
 import re
 from importlib.util import find_spec
-from pathlib import Path
 
 from sft.cli import InputError, log, on_main_process
-from sft.data.dataset import read_data
-from sft.data.rows import Row
 from sft.options import TrainConfig, quantization_of
-from sft.training.checkpoint import check_output_dir
-
-
-def check_inputs(config: TrainConfig) -> tuple[tuple[list[Row], list[Row]], Path | None]:
-    """((training rows, validation rows), the checkpoint to resume from, if any). Raises InputError."""
-    checkpoint = None if config.dry_run else check_output_dir(config)
-    check_options(config)
-    return read_data(config), checkpoint
 
 
 def check_options(config: TrainConfig) -> None:
