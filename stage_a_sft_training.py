@@ -4,9 +4,7 @@
     python stage_a_sft_training.py --train_csv my_train.csv --val_csv my_val.csv --model_name FOLDER_OR_HUB_ID
 
 What happens at a step depends on the seed and the step alone (order of rows, dropout, learning rate), so a
-resumed run is the run that was never interrupted. sft/training/ holds what surrounds the loop: the run and
-its plan (run.py), the output folder (checkpoint.py), interruptions (faults.py), what is reported
-(report.py).
+resumed run is the run that was never interrupted. sft/training/ holds what surrounds the loop.
 
 torch is imported inside the functions: so that `--help` and wrong options respond immediately.
 """
@@ -20,13 +18,31 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from sft.cli import Progress, RunError, noted_signals, plural, run_script
-from sft.data.dataset import Batch, Example
+from sft.data.dataset import Batch, Example, read_data
 from sft.files import write_atomic
 from sft.options import TrainConfig, check_config, parse_options
-from sft.training.checkpoint import begin, is_finished, output_lock, promote_best_epoch, save_checkpoint
-from sft.training.checks import check_inputs
+from sft.training.checkpoint import (
+    begin,
+    check_output_dir,
+    is_finished,
+    output_lock,
+    promote_best_epoch,
+    save_checkpoint,
+)
+from sft.training.checks import check_options
 from sft.training.faults import advice_for_faults, check_finite, retry_on_oom, stop_if_asked
-from sft.training.report import advise, best_epoch, draw_losses, duration, log_plan, optional, why_it_ended
+from sft.training.recipes import resolve
+from sft.training.report import (
+    MERITS,
+    advise,
+    best_first,
+    draw_losses,
+    duration,
+    log_plan,
+    optional,
+    why_it_ended,
+)
+from sft.training.samples import count_endings, sample_notes
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +54,7 @@ if TYPE_CHECKING:
 
 
 def learning_rate_at(step: int, total_steps: int, config: TrainConfig) -> float:
-    """The learning rate of `step` (0-based): linear warmup, then cosine, linear or no decay (to 0 after the
-    last)."""
+    """The learning rate of `step` (0-based): linear warmup, then cosine, linear or no decay."""
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
@@ -173,9 +188,12 @@ def train(config: TrainConfig, on_step: Callable[["Run", dict], None] | None = N
     `on_step(run, metrics)` is called after each step. Raises InputError for what the user can fix, RunError
     if the run cannot continue, Stopped after SIGTERM, SIGHUP or Ctrl-C."""
     check_config(config)
+    config = resolve(config)
     with output_lock(config):
         # Checked before the slow imports: options, output folder, rows
-        rows, checkpoint = check_inputs(config)
+        checkpoint = None if config.dry_run else check_output_dir(config)
+        check_options(config)
+        rows = read_data(config)
         from sft.model.base import own_settings
         from sft.training.set_up import set_up
 
@@ -200,27 +218,34 @@ def train_epochs(run: "Run", on_step: Callable[["Run", dict], None] | None) -> N
     config = run.config
     progress = run.progress
     if progress.untrained_val_loss is None:
-        # What the base model can do, before the first step
+        # What the base model (or the adapter to start from) can do, before the first step
         progress.untrained_val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
         run.write_metrics({"step": 0, "epoch": 0, "val_loss": progress.untrained_val_loss})
-        run.log(f"Untrained Val Loss: {progress.untrained_val_loss:.4f}")
+        whose = "Starting" if config.init_adapter else "Untrained"
+        run.log(f"{whose} Val Loss: {progress.untrained_val_loss:.4f}")
     if progress.step:
         log_other_schedule(run)
 
-    while len(progress.epochs) < config.num_epochs:
-        if progress.out_of_patience(config.early_stopping_patience):
-            break
+    while len(progress.epochs) < config.num_epochs and not progress.out_of_patience(config):
         train_epoch(run, on_step)
 
         # Validate, save
-        val_loss = retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))
+        n_done = len(progress.epochs) + 1
         learning_rate = learning_rate_at(progress.step - 1, run.plan.total_steps, config)
-        epoch = progress.end_epoch(val_loss, learning_rate, run.peak_memory_mb())
-        run.write_metrics({"step": progress.step, "epoch": epoch["epoch"], "val_loss": val_loss})
+        values = {"val_loss": retry_on_oom(run, lambda: evaluate(run, run.val_set.examples))}
+        scores = sample_notes(run, n_done) if config.n_sample_notes else {}
+        run.write_metrics({"step": progress.step, "epoch": n_done, **values, **scores})
+        values |= {"learning_rate": learning_rate, "peak_memory_mb": run.peak_memory_mb(), **scores}
+        epoch = progress.end_epoch(config.keep_best, **values)
         run.log(f"Train Loss: {epoch['train_loss']:.4f}")
         run.log(f"Val Loss: {epoch['val_loss']:.4f}")
-        run.log(f"Learning Rate: {epoch['learning_rate']:.2e}")
-        folder = save_checkpoint(run, f"checkpoint_epoch_{epoch['epoch']}")
+        if scores:
+            run.log(
+                f"ROUGE-L: {scores['rouge_l']:.4f}, Check Score: {scores['check_score']:.4f}, "
+                f"Coverage: {scores['coverage']:.4f}"
+            )
+        run.log(f"Learning Rate: {learning_rate:.2e}")
+        folder = save_checkpoint(run, f"checkpoint_epoch_{n_done}")
         run.log(f"Saved checkpoint to {folder}")
         run.write_stats()
 
@@ -229,9 +254,8 @@ def log_other_schedule(run: "Run") -> None:
     """Says so if a resumed run has more epochs than it was planned with: its learning rate jumps."""
     step = run.progress.step
     was = run.optimizer.param_groups[0]["lr"]
-    planned = learning_rate_at(step - 1, run.plan.total_steps, run.config)
+    planned, rate = (learning_rate_at(i, run.plan.total_steps, run.config) for i in (step - 1, step))
     if step < run.plan.total_steps and not math.isclose(was, planned):
-        rate = learning_rate_at(step, run.plan.total_steps, run.config)
         run.log(
             f"warning: the run had another --num_epochs before: the learning rate goes from {was:.2e} to {rate:.2e},"
             f" and the result is not that of {run.config.num_epochs} epochs at once"
@@ -265,27 +289,28 @@ def train_epoch(run: "Run", on_step: Callable[["Run", dict], None] | None) -> No
 def finish(run: "Run") -> None:
     """Keeps the best epoch as final_model, draws the losses and says how the run went."""
     progress = run.progress
+    config = run.config
     if run.accelerator.is_main_process:
-        progress.kept_epoch = promote_best_epoch(run.output_dir, progress.epochs)
+        progress.kept_epoch = promote_best_epoch(run)
         run.write_stats()
         with optional("loss_curve.png"):
-            lines = (run.output_dir / "metrics.jsonl").read_text().splitlines()
-            steps = [values for values in map(json.loads, lines) if "loss" in values]
-            image = draw_losses(steps, progress.untrained_val_loss, progress.epochs, run.plan.steps_per_epoch)
+            lines = map(json.loads, (run.output_dir / "metrics.jsonl").read_text().splitlines())
+            steps = [values for values in lines if "loss" in values]
+            image = draw_losses(steps, run.stats(), run.plan.steps_per_epoch)
             write_atomic(run.output_dir / "loss_curve.png", image)
-    kept = progress.epochs[progress.kept_epoch - 1]
-    is_lowest = kept["val_loss"] == best_epoch(progress.epochs)["val_loss"]
-    among = "" if is_lowest else " among complete checkpoints"
-    final_model = run.output_dir / "final_model"
-    if len(progress.epochs) < run.config.num_epochs:
+    if len(progress.epochs) < config.num_epochs:
         run.log(f"\nStopped: {why_it_ended(run)}")
+    kept = progress.epochs[progress.kept_epoch - 1]
+    name, title, is_more_better = MERITS[config.keep_best]
+    is_best = kept[name] == best_first(progress.epochs, config.keep_best)[0][name]
+    merit = f"the {'highest' if is_more_better else 'lowest'} {title}{'' if is_best else ' among complete checkpoints'}"
     run.log("\nTraining completed!")
     run.log(
-        f"Saved final model to {final_model} (epoch {kept['epoch']}, the lowest Val Loss{among}: {kept['val_loss']:.4f})"
+        f"Saved final model to {run.output_dir / 'final_model'} (epoch {kept['epoch']}, {merit}: {kept[name]:.4f})"
     )
-    for advice in advise(run.config, progress):
+    for advice in advise(config, progress):
         run.log(advice)
-    is_sharded = run.config.shard_base and run.accelerator.num_processes > 1
+    is_sharded = config.shard_base and run.accelerator.num_processes > 1
     if run.accelerator.is_main_process and not is_sharded:
         with optional("check whether summaries end"):
             n_ended, n_notes = count_endings(run)
@@ -296,58 +321,30 @@ def finish(run: "Run") -> None:
                 )
 
 
-def count_endings(run: "Run") -> tuple[int, int]:
-    """(how many greedy summaries come to an end, how many were written), by the weights in memory: of the
-    four validation notes with the shortest summaries, each up to four times as long."""
-    from sft.inference.decoding import decode, enable_kv_cache
-    from sft.inference.generate import decode_with_generate
-    from sft.model.probes import reference_attention
-
-    base = run.model.get_base_model()
-    attention = base.config._attn_implementation
-    examples = sorted(run.val_set.examples, key=lambda example: example.n_target_tokens)[:4]
-    prompts = {i: example.input_ids[: example.n_prompt] for i, example in enumerate(examples)}
-    longest = min(4 * examples[-1].n_target_tokens, run.sft_config["max_new_tokens"])
-    run.model.eval()
-    try:
-        decoder = decode if enable_kv_cache(base)[0] else decode_with_generate
-        with contextlib.nullcontext() if decoder is decode else reference_attention(base):
-            written = list(decoder(base, prompts, longest, run.train_set.encoder.template.stop_token_ids))
-    finally:
-        base.set_attn_implementation(attention)
-        run.model.train()
-    return sum(sequence.finish_reason == "stop" for sequence in written), len(prompts)
-
-
 def dry_run(run: "Run") -> dict:
-    """Does the step with the largest forward pass, then a typical one and a validation, and says what the
-    whole run would take. The weights it changes are thrown away; nothing is written. Returns the numbers it
-    says."""
+    """Does the step with the largest forward pass, a typical one and a validation; says and returns what the
+    whole run would take. Nothing is written."""
     config = run.config
-    train_examples = run.examples
-    val_examples = run.val_set.examples
+    n_validations = config.num_epochs + 1
 
     def largest_pass(step: int) -> int:
-        examples = [train_examples[i] for i in run.plan.rows(step)]
-        passes = [
-            batch for process in range(run.plan.n_processes) for batch in run.micro_batches(examples, process)
-        ]
-        if run.packed:
-            return max(sum(example.n_tokens for example in batch) for batch in passes)
-        return max(len(batch) * max((example.n_tokens for example in batch), default=0) for batch in passes)
+        examples = [run.examples[i] for i in run.plan.rows(step)]
+        passes = [b for process in range(run.plan.n_processes) for b in run.micro_batches(examples, process)]
+        lengths = [[example.n_tokens for example in batch] for batch in passes]
+        return max(sum(n) if run.packed else len(n) * max(n, default=0) for n in lengths)
 
     steps = sorted(range(run.plan.total_steps), key=largest_pass)
     train_step(run, steps[-1])
     step_seconds, metrics = timed(lambda: train_step(run, steps[len(steps) // 2]))
 
     # A share of the validation rows, of all lengths
-    by_length = sorted(val_examples, key=lambda example: example.n_tokens)
-    sample = by_length[:: max(1, len(val_examples) // config.batch_size)]
+    by_length = sorted(run.val_set.examples, key=lambda example: example.n_tokens)
+    sample = by_length[:: max(1, len(by_length) // config.batch_size)]
     val_seconds, _ = timed(lambda: retry_on_oom(run, lambda: evaluate(run, sample)))
-    val_seconds *= sum(e.n_tokens for e in val_examples) / sum(e.n_tokens for e in sample)
+    val_seconds *= sum(e.n_tokens for e in by_length) / sum(e.n_tokens for e in sample)
 
     tokens_per_second = metrics["n_tokens"] / step_seconds
-    epoch_seconds = sum(example.n_tokens for example in train_examples) / tokens_per_second
+    epoch_seconds = sum(example.n_tokens for example in run.examples) / tokens_per_second
     measured = {
         "total_steps": run.plan.total_steps,
         "trainable_parameters": run.model.get_nb_trainable_parameters()[0],
@@ -356,17 +353,15 @@ def dry_run(run: "Run") -> dict:
         "peak_memory_mb": run.peak_memory_mb(),
         "seconds_per_step": step_seconds,
         "tokens_per_second": tokens_per_second,
-        "estimated_seconds": config.num_epochs * epoch_seconds + (config.num_epochs + 1) * val_seconds,
+        "estimated_seconds": config.num_epochs * epoch_seconds + n_validations * val_seconds,
     }
-    total = duration(measured["estimated_seconds"])
-    run.log("\nDry run passed: the data and the model can be used; nothing was written")
     run.log(
+        "\nDry run passed: the data and the model can be used; nothing was written\n"
         f"  largest forward pass: {measured['largest_forward_pass_tokens']:,} tokens, "
-        f"peak memory {measured['peak_memory_mb']:,.0f} MB"
-    )
-    run.log(f"  a typical step takes {step_seconds:.1f} s ({tokens_per_second:,.0f} tokens/s)")
-    run.log(
-        f"  the whole run will take about {total}: {plural(config.num_epochs, 'epoch')}, {config.num_epochs + 1} validations"
+        f"peak memory {measured['peak_memory_mb']:,.0f} MB\n"
+        f"  a typical step takes {step_seconds:.1f} s ({tokens_per_second:,.0f} tokens/s)\n"
+        f"  the whole run will take about {duration(measured['estimated_seconds'])}: "
+        f"{plural(config.num_epochs, 'epoch')}, {n_validations} validations"
     )
     return measured
 

@@ -8,7 +8,6 @@ uninterrupted run's to the byte. The model is a small random one with the bundle
 it takes seconds."""
 
 import argparse
-import csv
 import hashlib
 import os
 import random
@@ -22,13 +21,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import pandas as pd
 import torch
 
 # torch and peft are imported once, before the forks
-from sft.data.rows import COLUMNS
 from sft.model.base import bundled_model, load_tokenizer
 from sft.options import TrainConfig
 from stage_a_sft_training import train
+
+FILES = {"train_csv": "train.csv", "val_csv": "val.csv", "model_name": "model"}
 
 
 def small_model(folder: Path) -> None:
@@ -36,31 +37,16 @@ def small_model(folder: Path) -> None:
 
     base = bundled_model()
     config = AutoConfig.from_pretrained(base)
-    config.update(
-        {
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-        }
-    )
-    config.head_dim = 16
-    config.layer_types = None
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    config.update({**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "layer_types": None})
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)
 
 
 def rows_of(source: Path, target: Path, n: int) -> None:
-    with (
-        open(source, encoding="utf-8", newline="") as file,
-        open(target, "w", encoding="utf-8", newline="") as out,
-    ):
-        rows = [row for row in csv.DictReader(file) if row["label"] == "factual"][:n]
-        writer = csv.DictWriter(out, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = pd.read_csv(source, dtype=str, keep_default_na=False)
+    rows[rows["label"] == "factual"][:n].to_csv(target, index=False)
 
 
 def start(config: TrainConfig) -> int:
@@ -104,6 +90,31 @@ def result(output_dir: Path) -> str:
     return digest.hexdigest()
 
 
+def end_killed(config: TrainConfig, seconds: float, dice: random.Random, expected: str) -> tuple[int, int]:
+    """Kills a run and resumes it until it ends as expected; (its kills, those while it was saving)."""
+    output = Path(config.output_dir)
+    n_kills = 0
+    n_saving = 0
+    while True:
+        # One killed before it began to write starts from the beginning
+        config.resume = (output / "metrics.jsonl").exists()
+        child = start(config)
+        if (not n_kills or dice.random() < 1 / 3) and kill_at_random(child, output, seconds, dice):
+            n_kills += 1
+            n_saving += is_saving(output)
+            wait(child)
+            continue
+        status = wait(child)
+        if status or result(output) != expected:
+            sys.exit(
+                f"{output.name}: exit status {status}, {'another result' if not status else 'no result'}"
+            )
+        shutil.rmtree(output)
+        # It ended before its kill: once more
+        if n_kills:
+            return n_kills, n_saving
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="runs to kill")
@@ -111,60 +122,33 @@ def main() -> None:
     arguments = parser.parse_args()
     dice = random.Random(arguments.seed)
     torch.set_num_threads(1)  # a pool of threads would not survive the forks
-    killed, resumed_and_killed, saving = 0, 0, 0
+    n_kills = 0
+    n_saving = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        paths = {key: str(folder / file) for key, file in FILES.items()}
         small_model(folder / "model")
         rows_of(ROOT / "phase1_data" / "sft" / "train_set_processed.csv", folder / "train.csv", 40)
         rows_of(ROOT / "phase1_data" / "sft" / "validation_set_processed.csv", folder / "val.csv", 8)
 
-        def config(output: str, **options) -> TrainConfig:
-            paths = {
-                "train_csv": folder / "train.csv",
-                "val_csv": folder / "val.csv",
-                "model_name": folder / "model",
-            }
-            paths = {key: str(path) for key, path in paths.items()}
-            return TrainConfig(
-                **paths, output_dir=str(folder / output), batch_size=4, save_steps=2, device="cpu", **options
-            )
+        def config(output: str) -> TrainConfig:
+            output_dir = str(folder / output)
+            return TrainConfig(**paths, output_dir=output_dir, batch_size=4, save_steps=2, device="cpu")
 
         began = time.monotonic()
         assert wait(start(config("whole"))) == 0
-        seconds, expected = time.monotonic() - began, result(folder / "whole")
+        seconds = time.monotonic() - began
+        expected = result(folder / "whole")
         print(f"uninterrupted: {seconds:.1f} s, 20 steps, a checkpoint every 2", flush=True)
-        for run in range(arguments.kills):
-            output = folder / f"run_{run}"
-            child = start(config(run_name := output.name))
-            while not kill_at_random(child, output, seconds, dice):  # it ended first: once more
-                wait(child)
-                shutil.rmtree(output)
-                child = start(config(run_name))
-            saving += is_saving(output)
-            wait(child)
-            killed += 1
-            while True:
-                resume = (
-                    output / "metrics.jsonl"
-                ).exists()  # killed before it began to write: from the beginning
-                child = start(config(run_name, resume=resume))
-                if dice.random() < 1 / 3 and kill_at_random(child, output, seconds, dice):
-                    saving += is_saving(output)
-                    resumed_and_killed += 1
-                    wait(child)
-                    continue
-                status = wait(child)
-                break
-            if status or result(output) != expected:
-                sys.exit(
-                    f"run {run}: exit status {status}, result {'the same' if not status else 'missing or other'}; seed {arguments.seed}"
-                )
-            shutil.rmtree(output)
-            if (run + 1) % 10 == 0:
-                print(f"{run + 1} runs killed and resumed, all with the same adapter and metrics", flush=True)
+        for number in range(1, arguments.kills + 1):
+            counts = end_killed(config(f"run_{number}"), seconds, dice, expected)
+            n_kills += counts[0]
+            n_saving += counts[1]
+            if number % 10 == 0:
+                print(f"{number} runs killed and resumed, all with the same adapter and metrics", flush=True)
     print(
-        f"{killed} runs killed, {resumed_and_killed} of the resumed ones killed again, {saving} of all kills while a checkpoint was"
-        " being written: every final adapter and metrics.jsonl is that of the uninterrupted run, to the byte"
+        f"{arguments.kills} runs killed, {n_kills} kills in all, {n_saving} of them while a checkpoint was being"
+        " written: every final adapter and metrics.jsonl is that of the uninterrupted run, to the byte"
     )
 
 

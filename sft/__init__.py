@@ -7,8 +7,8 @@
     training/              around the training loop; the loop itself is stage_a_sft_training.py
     inference/             decoding, files of notes, the conversation
 
-Imports run one way: training and inference -> model, data, grounding; data -> grounding; cli, options and
-files import no folder. tests/test_layout.py asserts it.
+Imports run one way: training -> evaluation -> inference -> model, data, grounding; data -> grounding; cli,
+options and files import no folder. tests/test_layout.py asserts it.
 
 Importing this package sets what the libraries read from the environment, before any of them is imported.
 """

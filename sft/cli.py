@@ -46,21 +46,30 @@ class Stopped(Exception):
         self.message = message
 
 
+_NO_MEMORY = (
+    "out of memory",  # CUDA, MPS
+    "can't allocate memory",  # CPU on Linux and macOS
+    "not enough memory",  # CPU on Windows
+    "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN's answer to a workspace that does not fit
+    "could not create a primitive",  # oneDNN's
+)
+# Libraries raise types of their own for a full disk: safetensors, torch, the tokenizer
+_NO_SPACE = ("No space left", "os error 28", "Disk quota", "os error 122")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device, Python or the operating system has no memory left, in the words of torch and its
     libraries."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    phrases = (
-        "out of memory",  # CUDA, MPS
-        "can't allocate memory",  # CPU on Linux and macOS
-        "not enough memory",  # CPU on Windows
-        "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN's answer to a workspace that does not fit
-        "could not create a primitive",  # oneDNN's
-    )
-    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in phrases)
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a disk or quota is full."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or any(words in str(error) for words in _NO_SPACE)
 
 
 def missing_package(error: BaseException | None) -> str:
@@ -72,16 +81,6 @@ def missing_package(error: BaseException | None) -> str:
     return ""
 
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether a disk or quota is full. Libraries raise types of their own for it: safetensors, torch, the
-    tokenizer."""
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return True
-    return any(
-        phrase in str(error) for phrase in ("No space left", "os error 28", "Disk quota", "os error 122")
-    )
-
-
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, at most 200 characters."""
     return str(error).strip().partition("\n")[0][:200]
@@ -89,10 +88,9 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def as_input_error(problem: str, fix: str) -> Iterator[None]:
-    """Turns whatever a library raises on files that it cannot use into one InputError: `problem`, the type,
-    the first line of its message. What is already explained, a full disk and lack of memory stay as they are.
-
-    Only around calls that see no note: a library's message may quote its input."""
+    """Turns whatever a library raises on files that it cannot use into one InputError, unless it is explained
+    already, a full disk or lack of memory. Only around calls that see no note: a message may quote its
+    input."""
     try:
         yield
     except BaseException as error:
@@ -104,14 +102,28 @@ def as_input_error(problem: str, fix: str) -> Iterator[None]:
         raise InputError(f"{problem}: {type(error).__name__}: {first_line(error)}", fix) from None
 
 
-_OS_ERROR_FIXES = {
-    errno.ENOSPC: "free some space, or use a folder on another disk",
-    errno.EDQUOT: "free some of your quota, or use a folder on another disk",
-    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
-    errno.EACCES: "check the permissions",
-    errno.EROFS: "use a folder that can be written to",
-    errno.EIO: "check the disk",
-}
+def _explain(error: Exception) -> _Explained | None:
+    """The error and its fix in words; None for one that is neither the user's nor the machine's."""
+    if isinstance(error, _Explained):
+        return error
+    if missing := missing_package(error):
+        fix = "run: pip install -r requirements_training.txt (with the python that runs this script)"
+        return InputError(f"the Python package {missing} is not installed", fix)
+    if is_out_of_memory(error):
+        return RunError("out of memory", "use a smaller batch size or model, or close other programs")
+    if not isinstance(error, OSError) or error.errno is None:
+        return None
+    if "temporary directory" in str(error):
+        return InputError("no folder for temporary files can be written to", "set TMPDIR to one that can")
+    if error.filename is None and error.errno not in _OF_FILES:
+        return None
+    return InputError(f"{error.strerror}: {error.filename or 'the output folder'}", _FIX_FILES)
+
+
+_OF_FILES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO)
+_FIX_FILES = (
+    "check the path, its permissions, the free space and quota, and the limit on file sizes (ulimit -f)"
+)
 
 
 def run_script(main: Callable[[], None]) -> None:
@@ -121,14 +133,9 @@ def run_script(main: Callable[[], None]) -> None:
     N stopped by signal N (130 Ctrl-C, 143 SIGTERM), 141 the reader of our output closed it."""
     os.umask(0o077)  # what a script writes is for the user alone
     open_standard_streams()
-    status = 0
     try:
-        _run_main(main)
-    except SystemExit as leaving:
-        status = leaving.code
-    except BaseException:
-        if os.environ.get("WORLD_SIZE", "1") == "1":
-            raise
+        status = _status_of(main)
+    except BaseException:  # the tokenizers library's own failures are no Exception
         traceback.print_exc()
         status = 1
     # One of several: no destructors, which may wait for each other's locks, or for a process that has died
@@ -136,49 +143,36 @@ def run_script(main: Callable[[], None]) -> None:
         with contextlib.suppress(OSError):
             sys.stdout.flush()
             sys.stderr.flush()
-        os._exit(status or 0)
+        os._exit(status)
     if status:
         sys.exit(status)
 
 
-def _run_main(main: Callable[[], None]) -> None:
-    """`main()`, with its errors as messages and exit statuses."""
+def _status_of(main: Callable[[], None]) -> int:
+    """The exit status of `main()`, whose errors become messages."""
     try:
         main()
         sys.stdout.flush()
-    except (InputError, RunError) as error:
-        _exit_with(2 if isinstance(error, InputError) else 1, error.problem, error.fix)
+        return 0
+    except SystemExit as leaving:
+        return leaving.code or 0
     except Stopped as stopped:
         log(stopped.message)
-        sys.exit(128 + stopped.signal)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         log("interrupted")
-        sys.exit(130)
+        return 130
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 141
     except Exception as error:
-        missing = missing_package(error)
-        if missing:
-            fix = "run: pip install -r requirements_training.txt (with the python that runs this script)"
-            _exit_with(2, f"the Python package {missing} is not installed", fix)
-        if is_out_of_memory(error):
-            _exit_with(1, "out of memory", "use a smaller batch size or model, or close other programs")
-        if not isinstance(error, OSError) or error.errno is None:
+        explained = _explain(error)
+        if explained is None:
             raise
-        if "temporary directory" in str(error):
-            _exit_with(2, "no folder for temporary files can be written to", "set TMPDIR to one that can")
-        if error.filename is None and error.errno not in _OS_ERROR_FIXES:
-            raise
-        fix = _OS_ERROR_FIXES.get(error.errno, "check the path")
-        _exit_with(2, f"{error.strerror}: {error.filename or 'the output folder'}", fix)
-
-
-def _exit_with(status: int, problem: str, fix: str) -> None:
-    log(f"error: {problem}")
-    if fix:
-        log(f"fix:   {fix}")
-    sys.exit(status)
+        log(f"error: {explained.problem}")
+        if explained.fix:
+            log(f"fix:   {explained.fix}")
+        return 2 if isinstance(explained, InputError) else 1
 
 
 # ------------------------------------------------------------------------------- streams and signals
@@ -225,8 +219,7 @@ def visible(text: str, stream) -> str:
 @contextlib.contextmanager
 def noted_signals(then: str = "stopping cleanly") -> Iterator[list[int]]:
     """Inside, the first SIGTERM, SIGHUP or Ctrl-C is only noted in the yielded list, so that the work can end
-    in good order (`then` says how); a second one stops at once. Signals that were ignored before (as under
-    nohup) stay ignored."""
+    in good order (`then` says how); a second one stops at once. Ignored signals (nohup) stay ignored."""
     noted = []
     last_heard = 0.0
 
@@ -238,9 +231,8 @@ def noted_signals(then: str = "stopping cleanly") -> Iterator[list[int]]:
         last_heard = now
         noted.append(number)
         if len(noted) == 1:
-            name = signal.Signals(number).name
             how = "press Ctrl-C again (or send SIGTERM) to stop immediately"
-            log(f"\n{name} received: {then}; {how}")
+            log(f"\n{signal.Signals(number).name} received: {then}; {how}")
         elif number == signal.SIGINT and not is_echo:
             raise KeyboardInterrupt
         elif number == signal.SIGTERM and not is_echo:
@@ -251,14 +243,14 @@ def noted_signals(then: str = "stopping cleanly") -> Iterator[list[int]]:
     names = ("SIGTERM", "SIGINT", "SIGHUP") if in_main_thread else ()
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        if before[number] != signal.SIG_IGN:
+    for number, action in before.items():
+        if action != signal.SIG_IGN:
             signal.signal(number, handler)
     try:
         yield noted
     finally:
-        for number in numbers:
-            signal.signal(number, before[number] or signal.SIG_DFL)
+        for number, action in before.items():
+            signal.signal(number, action or signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------- processes
@@ -282,11 +274,8 @@ def on_main_process() -> bool:
 
 
 class Progress:
-    """How far a job is, its speed and the time left: a bar on a terminal, else a line every `interval`
-    seconds.
-
-    `scope` ends the line, as in "1.0 min left in this epoch". Quiet on all processes but the main one.
-    """
+    """How far a job is, its speed and the time left, on the main process: a bar on a terminal, else a line
+    every `interval` seconds, which ends with `scope`, as in "1.0 min left in this epoch"."""
 
     def __init__(self, total: int, unit: str, *, done: int = 0, scope: str = "", interval: float = 30):
         from tqdm import tqdm
@@ -295,13 +284,12 @@ class Progress:
         self.unit = unit
         self.done = done
         self.scope = scope
-        self.interval = interval
-        self.quiet = not on_main_process()
+        self.interval = interval if on_main_process() else float("inf")
         self.n_before = done
         self.started = time.monotonic()
         self.last_line = self.started
-        # disable=None: only where stderr is a terminal
-        disable = True if self.quiet else None
+        # None: only where stderr is a terminal
+        disable = None if on_main_process() else True
         self.bar = tqdm(total=total, initial=done, unit=unit, file=sys.stderr, leave=False, disable=disable)
 
     def advance(self, status: str = "") -> None:
@@ -312,7 +300,7 @@ class Progress:
         with contextlib.suppress(OSError):  # the terminal has gone; the work continues
             self.bar.update()
         now = time.monotonic()
-        if self.bar.disable and not self.quiet and now - self.last_line > self.interval:
+        if self.bar.disable and now - self.last_line > self.interval:
             self.last_line = now
             rate = (self.done - self.n_before) / (now - self.started)
             minutes = (self.total - self.done) / rate / 60

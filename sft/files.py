@@ -13,9 +13,8 @@ from typing import IO
 
 from sft.cli import InputError, is_disk_full, log
 
-ROOT = (
-    Path(__file__).resolve().parent.parent
-)  # the repository: the bundled model and adapters' base paths start here
+# The repository: the bundled model and adapters' base paths start here
+ROOT = Path(__file__).resolve().parent.parent
 
 # The version of adapter folders and checkpoints, in their sft_config.json. What a newer version adds has a
 # stated default where an older folder is read:
@@ -31,13 +30,13 @@ def check_format_version(folder: Path, sft_config: dict) -> None:
     """Raises InputError for a folder that a newer version of this toolkit wrote."""
     version = sft_config.get("format_version", 1)
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        problem = f"{folder}: written by a newer version of this toolkit (format {version}, known up to {FORMAT_VERSION})"
+        versions = f"(format {version}, known up to {FORMAT_VERSION})"
+        problem = f"{folder}: written by a newer version of this toolkit {versions}"
         raise InputError(problem, "update the toolkit, or train again with this version")
 
 
 def make_private_dir(path: Path) -> Path:
-    """Creates `path`; what is new of it only the user may read: adapters and summaries count as patient
-    data."""
+    """Creates `path`, private where it is new: adapters and summaries count as patient data."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     # Some network file systems keep no permissions; training says so (`try_saving`)
@@ -48,8 +47,7 @@ def make_private_dir(path: Path) -> Path:
 
 
 def write_atomic(path: Path, content: str | bytes, mode: int = 0o600) -> None:
-    """Writes a file that appears whole or not at all: to a temporary file, fsync, rename. By default only the
-    user may read it."""
+    """Writes a file that appears whole or not at all, by default for the user alone."""
     data = content.encode() if isinstance(content, str) else content
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -70,19 +68,18 @@ def write_json(path: Path, value) -> None:
 
 
 def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[str, ...] = ()) -> None:
-    """Raises InputError unless a new file (or folder) can be created at `path`; nothing that exists is
-    overwritten."""
+    """Raises InputError unless a new file (or folder) can be created at `path`."""
     if path is None:
         return
     path = Path(path)
+    name = f"{option_name} {path}"
     if extensions and path.suffix.lower() not in extensions:
-        raise InputError(f"{option_name} {path}: unknown file extension", f"use {' or '.join(extensions)}")
+        raise InputError(f"{name}: unknown file extension", f"use {' or '.join(extensions)}")
     if not path.parent.is_dir():
-        raise InputError(f"{option_name} {path}: there is no folder {path.parent}", "create it first")
+        raise InputError(f"{name}: there is no folder {path.parent}", "create it first")
     # Also a link that leads nowhere, which a rename would replace
     if os.path.lexists(path):
-        fix = f"rename or move it, or choose another {option_name}"
-        raise InputError(f"{option_name} {path} exists", fix)
+        raise InputError(f"{name} exists", f"rename or move it, or choose another {option_name}")
 
 
 def remove(paths: list[Path]) -> None:
@@ -95,9 +92,8 @@ def remove(paths: list[Path]) -> None:
 
 
 def lock(file: IO, problem: str, fix: str) -> None:
-    """Keeps `file`, open for writing, from other processes until it is closed or this process ends. Raises
-    InputError(problem, fix) if another process has it. Without effect on a file system without locks and on
-    Windows."""
+    """Keeps `file`, open for writing, from other processes until it is closed. Raises InputError(problem,
+    fix) if another has it. Without effect on Windows and on file systems without locks."""
     with contextlib.suppress(ImportError):
         import fcntl
 
@@ -118,55 +114,47 @@ def sync_dir(folder: Path, *, with_files: bool = True) -> None:
         return
     files = [path for path in folder.rglob("*") if path.is_file()] if with_files else []
     for path in (*files, folder):
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            os.fsync(descriptor)
         except OSError as error:
             # Network file systems sync no folders: what is renamed there counts a little later
             if path != folder or is_disk_full(error) or error.errno == errno.EIO:
                 raise
+        finally:
+            os.close(descriptor)
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yields a private temporary folder to fill; on success it takes the place of `folder`, which appears
-    whole or not at all. Raises InputError if the disk is full."""
+    """Yields a private folder to fill, which takes the place of `folder` on success. Raises InputError if the
+    disk is full."""
     make_private_dir(folder.parent)
     # A new name that nobody can have put a link at
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    old = folder.with_name(f".{folder.name}.old")
     try:
         with disk_full_as_input_error(folder):
             yield temporary
             sync_dir(temporary)
-            _replace_folder(temporary, folder)
+            if os.path.lexists(folder):
+                remove([old])
+                folder.rename(old)
+            temporary.rename(folder)
+            remove([old])
+            sync_dir(folder.parent, with_files=False)
     finally:
         remove([temporary])
 
 
-def _replace_folder(new: Path, folder: Path) -> None:
-    if os.path.lexists(folder):
-        old = folder.with_name(f".{folder.name}.old")
-        remove([old])
-        folder.rename(old)
-        new.rename(folder)
-        remove([old])
-    else:
-        new.rename(folder)
-    sync_dir(folder.parent, with_files=False)
-
-
 def try_saving(folder: Path) -> None:
-    """Saves and replaces a small folder in `folder`, with the calls of a checkpoint. Raises InputError if the
-    file system lacks one of them; says so if it keeps no permissions."""
+    """Saves a small folder in `folder`, twice, as a checkpoint. Raises InputError if the file system cannot;
+    says so if it keeps no permissions."""
     trial = folder / ".trial"
     try:
         for _ in range(2):
             with new_folder(trial) as temporary:
                 write_atomic(temporary / "trial", "trial")
-                write_checksums(temporary)
         if os.name != "nt" and trial.stat().st_mode & 0o077:
             log(f"warning: {folder}: its file system keeps no permissions: other users may read the adapter")
     except OSError as error:
@@ -214,7 +202,7 @@ def remembered_sha256(path: Path, *, again: bool = False) -> str:
     # ctime cannot be set back, as mtime can
     look = f"{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
     remembered = _read_remembered() | _computed
-    known, _, digest = remembered.get(name, "").partition(" ")
+    known, _, digest = str(remembered.get(name, "")).partition(" ")
     if again or known != look:
         digest = sha256(path)
         _computed[name] = f"{look} {digest}"
@@ -225,15 +213,14 @@ def remembered_sha256(path: Path, *, again: bool = False) -> str:
 
 
 def _read_remembered() -> dict:
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         stat = REMEMBERED.stat()
         # What others could have written vouches for nothing; who owns this code could do anything
-        trusted = (0, getattr(os, "getuid", lambda: 0)(), Path(__file__).stat().st_uid)
-        is_ours = not stat.st_mode & 0o022 and stat.st_uid in trusted
-        known = json.loads(REMEMBERED.read_text(encoding="utf-8")) if is_ours or os.name == "nt" else None
-        if isinstance(known, dict):
+        owners = (0, getattr(os, "getuid", lambda: 0)(), Path(__file__).stat().st_uid)
+        if os.name == "nt" or (not stat.st_mode & 0o022 and stat.st_uid in owners):
+            known = json.loads(REMEMBERED.read_text(encoding="utf-8")).items()
             # Names of 64 digits: earlier versions wrote paths
-            return {name: look for name, look in known.items() if len(name) == 64 and isinstance(look, str)}
+            return {name: look for name, look in known if len(name) == 64}
     return {}
 
 
@@ -244,10 +231,8 @@ def _listed_files(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path
     return {
         name: path
         for name, path in paths.items()
-        if (path.is_file() or path.is_symlink())
-        and name != "SHA256SUMS"
-        and not f"/{name}".count("/.")
-        and path.suffix not in ignored
+        if (path.is_file() or path.is_symlink()) and name != "SHA256SUMS" and "/." not in f"/{name}"
+        if path.suffix not in ignored
     }
 
 
@@ -268,15 +253,13 @@ def checksum_problem(
         return "it has no SHA256SUMS"
     except (OSError, UnicodeDecodeError):
         return "SHA256SUMS cannot be read"
-    lines = text.splitlines()
-    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    intact = text.endswith("\n") and all(name and len(digest) == 64 for name, digest in digests.items())
-    if not intact:
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in text.splitlines())}
+    if not text.endswith("\n") or not all(name and len(digest) == 64 for name, digest in digests.items()):
         return "SHA256SUMS is damaged"
     files = _listed_files(folder, ignored)
-    for name in files:
-        if name not in digests:
-            return f"{name} is not in SHA256SUMS"
+    unlisted = [name for name in files if name not in digests]
+    if unlisted:
+        return f"{unlisted[0]} is not in SHA256SUMS"
     for name, digest in digests.items():
         if Path(name).suffix in ignored:
             continue

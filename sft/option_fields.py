@@ -3,6 +3,7 @@ of values from Python."""
 
 import argparse
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -14,15 +15,8 @@ from pathlib import Path
 from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
 
 # The groups of --help, in this order
-DATA = "data"
-NOTES = "notes"
-MODEL = "model"
-TRAINING = "training"
-LORA = "LoRA"
-GENERATION = "generation"
-MACHINE = "machine"
-RUN = "run"
-_GROUPS = (DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN)
+_GROUPS = ("data", "notes", "model", "training", "LoRA", "generation", "machine", "run")
+DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN = _GROUPS
 
 # The metavar of an option says what it takes: NAME a column, TEXT and MAP any text, else a path or a model
 NAME = "NAME"
@@ -30,22 +24,10 @@ TEXT = "TEXT"
 MAP = "A=B,..."
 
 
-def option(
-    default, help: str, *, group: str, may_change: bool = False, needs: str = "", **argparse_arguments
-):
-    """A dataclass field that is also a command-line option.
-
-    `may_change`: --resume accepts another value. Either the steps already done do not depend on it, or
-    something else in the fingerprint stands for it: the SHA-256 of data and base weights, the dtype that is
-    used in the end. An option that older runs did not have counts as having had its default. `needs`: another
-    option, without which this one has no effect."""
-    metadata = {
-        "help": help,
-        "group": group,
-        "may_change": may_change,
-        "needs": needs,
-        "argparse": argparse_arguments,
-    }
+def option(default, help: str, *, group: str, needs: str = "", **argparse_arguments):
+    """A dataclass field that is also a command-line option. `needs`: another option, without which this one
+    has no effect."""
+    metadata = {"help": help, "group": group, "needs": needs, "argparse": argparse_arguments}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -61,9 +43,9 @@ def number(kind: type, low: float, high: float = float("inf"), *, above_low: boo
             name = "an integer" if kind is int else "a number"
             # It may be a note in the wrong place
             raise argparse.ArgumentTypeError(f"{safe_id(text)} is not {name}") from None
-        too_low = value <= low if above_low else value < low
-        # "not value <= high" is true for NaN too
-        if abs(value) == float("inf") or too_low or not value <= high:
+        # NaN is in no range
+        is_right = low <= value <= high and abs(value) != float("inf") and not (above_low and value == low)
+        if not is_right:
             bounds = f"{'above' if above_low else 'at least'} {low}"
             if high != float("inf"):
                 bounds = f"between {low} and {high}"
@@ -73,7 +55,7 @@ def number(kind: type, low: float, high: float = float("inf"), *, above_low: boo
     return parse
 
 
-def kinds_of(hint) -> list:
+def _kinds_of(hint) -> list:
     """The types of a field but None: [str] for `str | None`; the parser takes the last."""
     hints = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return [kind for kind in hints if kind is not types.NoneType]
@@ -87,6 +69,15 @@ def typed_names(argv: list[str] | None = None) -> set[str]:
     """The options on the command line, also those with their default."""
     words = sys.argv[1:] if argv is None else argv
     return {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+
+
+def given_names(config) -> set[str]:
+    """The options that were typed, or that have another value than their default."""
+    changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != default_of(f)}
+    return changed | typed_names()
+
+
+# ------------------------------------------------------------------------------- checks
 
 
 def check_config(config) -> None:
@@ -104,20 +95,18 @@ def check_value(name: str, value, hint, arguments: dict) -> None:
     """Raises InputError unless `value` is of the type `hint` and what `arguments` allow."""
     if value is None and type(None) in typing.get_args(hint):
         return
-    kinds = tuple(typing.get_origin(kind) or kind for kind in kinds_of(hint))
-    # True is an int for Python; 1 is a float for everybody
-    is_number = isinstance(value, int) and not isinstance(value, bool) and float in kinds
-    is_path = str in kinds and isinstance(value, Path)
-    is_right = isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool))
+    kinds = tuple(typing.get_origin(kind) or kind for kind in _kinds_of(hint))
+    # True is an int for Python; 1 is a float for everybody; a Path is a str here
+    accepted = kinds + (int,) * (float in kinds) + (Path,) * (str in kinds)
+    is_right = isinstance(value, accepted) and (bool in kinds or not isinstance(value, bool))
     is_list = isinstance(value, list)
-    if not (is_right or is_number or is_path) or (is_list and not all(isinstance(v, str) for v in value)):
+    if not is_right or (is_list and not all(isinstance(v, str) for v in value)):
         expected = " or ".join("list of str" if kind is list else kind.__name__ for kind in kinds)
         found = "list of other things" if is_list else type(value).__name__
         raise InputError(f"{name} is of type {found}", f"pass a value of type {expected}")
-    if value not in arguments.get("choices", [value]):
-        raise InputError(
-            f"{name} is none of its choices", f"choose one of: {', '.join(arguments['choices'])}"
-        )
+    choices = arguments.get("choices", ())
+    if choices and not set(value if is_list else [value]) <= set(choices):
+        raise InputError(f"{name} is none of its choices", f"choose one of: {', '.join(choices)}")
     if "type" in arguments:
         try:
             arguments["type"](str(value))
@@ -134,31 +123,27 @@ def check_words(name: str, value: str | Path | list[str], arguments: dict) -> No
     # An empty note has a message of its own
     if not all(word.strip() for word in words or [""]) and not name.endswith("clinical_note"):
         raise InputError(f"{name} is empty", "pass a value, or leave it out")
-    several = isinstance(value, list) and any("," in word and not os.path.exists(word) for word in words)
-    if several:
+    if isinstance(value, list) and any("," in word and not os.path.exists(word) for word in words):
         problem = f"{name}: names are separated by spaces, not by commas"
         raise InputError(problem, 'write: a b (in Python: ["a", "b"])')
     takes_any_text = arguments.get("metavar") in (NAME, TEXT, MAP) or "choices" in arguments
     if not takes_any_text and not all(map(_is_plain, words)):
         problem = f"{name}: no such file, folder or model (the words are not shown: they may be a note)"
-        raise InputError(
-            problem, "check the option; a new name with spaces needs its folder before it: ./NAME"
-        )
+        fix = "check the option; a new name with spaces needs its folder before it: ./NAME"
+        raise InputError(problem, fix)
 
 
 def _is_plain(path: str) -> bool:
     """Whether a path or a model's name may be shown: it is there, a folder that it begins with is, or it is
     no text."""
-    if re.fullmatch(r"[\w.:/\\#~+=@%-]{1,255}", path) or path.startswith("./"):
+    if re.fullmatch(r"[\w.:/\\#~+=@%-]{1,255}", path) or path.startswith("./") or os.path.exists(path):
         return True
     # No path is longer
-    folders = [str(folder) for folder in Path(path[:4096]).parents]
-    return os.path.exists(path) or any(
-        os.path.isdir(folder) for folder in folders if folder not in (".", "/")
-    )
+    folders = map(str, Path(path[:4096]).parents)
+    return any(os.path.isdir(folder) for folder in folders if folder not in (".", "/"))
 
 
-def check_needs(config) -> None:
+def _check_needs(config) -> None:
     """Raises InputError for an option without the one it needs. A setting of the model or the machine may
     stay in a command that has no use for it: that is said."""
     for field in dataclasses.fields(config):
@@ -166,70 +151,55 @@ def check_needs(config) -> None:
         if not needed or getattr(config, needed) or getattr(config, field.name) == default_of(field):
             continue
         problem = f"--{field.name} has no effect without --{needed}"
-        if field.metadata["group"] not in (GENERATION, MACHINE, TRAINING):
+        if field.metadata["group"] not in (GENERATION, MACHINE):
             raise InputError(problem, f"add --{needed}, or leave out --{field.name}")
         if on_main_process():
             log(f"info: {problem}")
+
+
+# ------------------------------------------------------------------------------- the parser
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         fix = f"run python {self.prog} --help"
         # What was typed may be a note; argparse shows it as Python writes a string
-        message = re.sub(
-            r"""(['"])(.*)\1(?= \(choose|$)""",
-            lambda typed: safe_id(typed[2]),
-            message,
-            count=1,
-            flags=re.DOTALL,
-        )
+        quoted = re.compile(r"""(['"])(.*)\1(?= \(choose|$)""", re.DOTALL)
+        message = quoted.sub(lambda typed: safe_id(typed[2]), message, count=1)
         if message.endswith("expected one argument"):
             name = message.split()[1].rstrip(":")
             fix = f'pass a value; one that starts with "-" needs "=": {name}=-VALUE'
         raise InputError(message, fix)
 
 
-class _Help(argparse.HelpFormatter):
-    """Shows every default, lists as they are typed."""
-
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=110)
-
-    def _get_help_string(self, action):
-        default = action.default
-        if default is argparse.SUPPRESS or "(default: " in action.help:
-            return action.help
-        if default is None:
-            shown = "none"
-        elif default is False:
-            shown = "off"
-        elif isinstance(default, list):
-            shown = " ".join(default)
-        else:
-            shown = "%(default)s"
-        return f"{action.help} (default: {shown})"
+def _help_of(field: dataclasses.Field) -> str:
+    """The help text with its default, lists as they are typed."""
+    help = field.metadata["help"]
+    if "(default: " not in help:
+        default = default_of(field)
+        shown = " ".join(default) if isinstance(default, list) else default
+        help += f" (default: {'none' if shown is None else 'off' if shown is False else shown})"
+    return help.replace("%", "%%")
 
 
 def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(description=description, formatter_class=_Help, allow_abbrev=False)
+    formatter = functools.partial(argparse.HelpFormatter, max_help_position=32, width=110)
+    parser = _Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     groups = {}
-    for field in sorted(
-        dataclasses.fields(config_class), key=lambda field: _GROUPS.index(field.metadata["group"])
-    ):
+    for field in sorted(dataclasses.fields(config_class), key=lambda f: _GROUPS.index(f.metadata["group"])):
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        kind = kinds_of(hints[field.name])[-1]
-        arguments = dict(field.metadata["argparse"])
+        kind = _kinds_of(hints[field.name])[-1]
+        arguments = {"default": default_of(field), "help": _help_of(field), **field.metadata["argparse"]}
         if kind is bool:
             arguments["action"] = "store_true"
         elif typing.get_origin(kind) is list:
             arguments.setdefault("nargs", "+")
         else:
             arguments.setdefault("type", kind)
-        help = field.metadata["help"].replace("%", "%%")
-        groups[title].add_argument(f"--{field.name}", default=default_of(field), help=help, **arguments)
+        groups[title].add_argument(f"--{field.name}", **arguments)
     return parser
 
 
@@ -248,12 +218,13 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
     for field in dataclasses.fields(config):
         arguments = field.metadata["argparse"]
         value = getattr(config, field.name)
+        if not isinstance(value, str | list):
+            continue
         # Shells leave ~ alone in --name=~/folder and within quotes
-        if isinstance(value, str | list) and arguments.get("metavar") != TEXT:
-            words = [os.path.expanduser(word) for word in ([value] if isinstance(value, str) else value)]
-            value = words[0] if isinstance(value, str) else words
+        if arguments.get("metavar") != TEXT:
+            expand = os.path.expanduser
+            value = expand(value) if isinstance(value, str) else list(map(expand, value))
             setattr(config, field.name, value)
-        if isinstance(value, str | list):
-            check_words(f"--{field.name}", value, arguments)
-    check_needs(config)
+        check_words(f"--{field.name}", value, arguments)
+    _check_needs(config)
     return config

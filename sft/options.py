@@ -5,31 +5,18 @@ Options that several scripts share are declared in groups that the scripts' conf
 """
 
 from dataclasses import dataclass
+from functools import partial
 
+from sft import option_fields
 from sft.cli import InputError
-from sft.option_fields import (
-    DATA,
-    GENERATION,
-    LORA,
-    MACHINE,
-    MAP,
-    MODEL,
-    NAME,
-    NOTES,
-    RUN,
-    TEXT,
-    TRAINING,
-    check_config,
-    check_value,
-    check_words,
-    number,
-    option,
-    parse_options,
-    typed_names,
-)
+from sft.option_fields import MAP, NAME, TEXT, number, option
 
 # For those who read configurations
-__all__ = ["check_config", "check_value", "check_words", "number", "parse_options", "typed_names"]
+check_config = option_fields.check_config
+check_value = option_fields.check_value
+check_words = option_fields.check_words
+parse_options = option_fields.parse_options
+typed_names = option_fields.typed_names
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
@@ -39,31 +26,43 @@ OLDER_MAX_NEW_TOKENS = 150  # of adapters that do not say what their training su
 DEFAULT_GENERATION_BATCH_SIZE = 32
 CPU_TOKENS_PER_PASS = 800  # a CPU's matrix products gain little from more, and memory grows with them
 
+# A field of each group of --help
+data = partial(option, group=option_fields.DATA)
+notes = partial(option, group=option_fields.NOTES)
+model = partial(option, group=option_fields.MODEL)
+training = partial(option, group=option_fields.TRAINING)
+lora = partial(option, group=option_fields.LORA)
+generation = partial(option, group=option_fields.GENERATION)
+machine = partial(option, group=option_fields.MACHINE)
+run = partial(option, group=option_fields.RUN)
+
+COUNT = number(int, 0)
+AT_LEAST_1 = number(int, 1)
+NOT_NEGATIVE = number(float, 0)
+POSITIVE = number(float, 0, above_low=True)
+SEED = number(int, 0, 2**32 - 1)
+LENGTH = number(int, 32)
+
 
 # ------------------------------------------------------------------------------- shared groups
 
 
 @dataclass
 class FileOptions:
-    train_csv: str | list[str] = option(
+    train_csv: str | list[str] = data(
         [BUNDLED_TRAIN_FILE],
         "training rows: .csv, .tsv, .json or .jsonl with the columns clinical_note, model_summary, label and "
         "optionally id; several files are read as one",
-        group=DATA,
-        may_change=True,
     )
-    val_csv: str | None = option(
+    val_csv: str | None = data(
         None,
         f"validation rows, the same (default: {BUNDLED_VALIDATION_FILE}, if train_csv is the default too)",
-        group=DATA,
-        may_change=True,
     )
-    val_fraction: float | None = option(
+    val_fraction: float | None = data(
         None,
         "without val_csv: set this share of the training notes apart for validation, with all that are nearly "
         "the same, chosen by seed",
         type=number(float, 0, 0.5, above_low=True),
-        group=DATA,
     )
 
 
@@ -71,73 +70,48 @@ class FileOptions:
 class ColumnOptions:
     """What the columns and labels of a file with summaries are called."""
 
-    id_column: str | None = option(None, "the column of ids, if not id", group=DATA, metavar=NAME)
-    note_column: str | None = option(
-        None, "the column of notes, if not clinical_note", group=DATA, metavar=NAME
+    id_column: str | None = data(None, "the column of ids, if not id", metavar=NAME)
+    note_column: str | None = data(None, "the column of notes, if not clinical_note", metavar=NAME)
+    summary_column: str | None = data(None, "the column of summaries, if not model_summary", metavar=NAME)
+    label_column: str | None = data(None, "the column of labels, if not label", metavar=NAME)
+    label: str | None = data(
+        None, "the label of all rows, for files without one", choices=["factual", "hallucinated"]
     )
-    summary_column: str | None = option(
-        None, "the column of summaries, if not model_summary", group=DATA, metavar=NAME
-    )
-    label_column: str | None = option(None, "the column of labels, if not label", group=DATA, metavar=NAME)
-    label: str | None = option(
-        None, "the label of all rows, for files without one", choices=["factual", "hallucinated"], group=DATA
-    )
-    label_map: str | None = option(
-        None, "labels of other names: yes=factual,no=hallucinated", group=DATA, metavar=MAP
-    )
-    skip_empty: bool = option(False, "leave out rows with an empty note or summary", group=DATA)
+    label_map: str | None = data(None, "labels of other names: yes=factual,no=hallucinated", metavar=MAP)
+    skip_empty: bool = data(False, "leave out rows with an empty note or summary")
 
 
 @dataclass
 class DataOptions(ColumnOptions, FileOptions):
-    stray_citations: str = option(
+    stray_citations: str = data(
         "drop",
         "citations of sentences that the prompt does not number, or the note does not have: drop them from the "
         "summary, or refuse the file",
         choices=["drop", "refuse"],
-        group=DATA,
     )
-    max_length: int = option(
+    max_length: int = data(
         DEFAULT_MAX_LENGTH,
         "maximum tokens of prompt plus summary; longer notes are shortened",
-        type=number(int, 32),
-        group=DATA,
+        type=LENGTH,
     )
-    sentence_numbering: str = option(
+    sentence_numbering: str = data(
         "auto",
         "number the note's sentences in the prompt; auto = if most training summaries cite them; v1 = by the"
         " rules of earlier versions, for citations that were written with them",
         choices=["auto", "on", "off", "v1"],
-        group=DATA,
     )
-    instruction: str | None = option(
-        None, "instruction in the prompt (default: built in)", group=DATA, metavar=TEXT
-    )
-    seed: int = option(
-        42,
-        "random seed (row order, dropout, LoRA initialization, val_fraction)",
-        type=number(int, 0, 2**32 - 1),
-        group=TRAINING,
-    )
-    model_name: str = option(
-        BUNDLED_MODEL,
-        "base model: the bundled one, a local folder or a Hugging Face id",
-        group=MODEL,
-        may_change=True,
-    )
-    chat_template: str | None = option(
+    instruction: str | None = data(None, "instruction in the prompt (default: built in)", metavar=TEXT)
+    seed: int = training(42, "random seed (row order, dropout, LoRA initialization, val_fraction)", type=SEED)
+    model_name: str = model(BUNDLED_MODEL, "base model: the bundled one, a local folder or a Hugging Face id")
+    chat_template: str | None = model(
         None,
         "file with a chat template (jinja) to use instead of the tokenizer's, or the name of one of its own",
-        group=MODEL,
         metavar="FILE",
-        may_change=True,  # a resumed run has its checkpoint's prompt
     )
-    thinking: str = option(
+    thinking: str = model(
         "off",
         "whether the chat template asks the model to think (templates that know no thinking ignore it)",
         choices=["on", "off"],
-        group=MODEL,
-        may_change=True,
     )
 
     @property
@@ -156,26 +130,18 @@ class DataOptions(ColumnOptions, FileOptions):
 
 @dataclass
 class MachineOptions:
-    device: str = option(
-        "auto", "device to run on", choices=["auto", "cuda", "mps", "cpu"], group=MACHINE, may_change=True
+    device: str = machine("auto", "device to run on", choices=["auto", "cuda", "mps", "cpu"])
+    dtype: str = machine(
+        "auto", "dtype of the frozen base model", choices=["auto", "float32", "bfloat16", "float16"]
     )
-    dtype: str = option(
-        "auto",
-        "dtype of the frozen base model",
-        choices=["auto", "float32", "bfloat16", "float16"],
-        group=MACHINE,
-        may_change=True,
-    )
-    quantization: str = option(
+    quantization: str = machine(
         "auto",
         "load the base model in fewer bits; 4bit = NF4 (bitsandbytes); 8bit = bitsandbytes, for inference on an "
         "x86 CPU oneDNN; auto = none, for inference as trained",
         choices=["auto", "none", "8bit", "4bit"],
-        group=MACHINE,
-        may_change=True,  # use_8bit and use_4bit stand for it
     )
-    use_8bit: bool = option(False, "the same as --quantization 8bit", group=MACHINE)
-    use_4bit: bool = option(False, "the same as --quantization 4bit", group=MACHINE)
+    use_8bit: bool = machine(False, "the same as --quantization 8bit")
+    use_4bit: bool = machine(False, "the same as --quantization 4bit")
 
 
 def quantization_of(options: dict) -> str | None:
@@ -196,16 +162,14 @@ def quantization_of(options: dict) -> str | None:
 class ReportConfig(DataOptions):
     """Options of sft_dataset.py."""
 
-    export_preferences: str | None = option(
+    export_preferences: str | None = run(
         None,
         "write factual/hallucinated pairs of the same note to this file, as JSON Lines for DPO (Stage B)",
-        group=RUN,
         metavar="FILE.jsonl",
     )
-    model_path: str | None = option(
+    model_path: str | None = model(
         None,
         "adapter folder whose prompt and max_length to use (default: what --model_name would be trained with)",
-        group=MODEL,
         metavar="DIR",
     )
 
@@ -214,115 +178,99 @@ class ReportConfig(DataOptions):
 class TrainConfig(MachineOptions, DataOptions):
     """Options of stage_a_sft_training.py."""
 
-    num_epochs: int = option(
-        2, "passes over the training rows", type=number(int, 1), group=TRAINING, may_change=True
+    preset: str = training(
+        "documents",
+        "a set of values for options that are not given (guide, section 3)",
+        choices=["documents", "thorough", "quick"],
     )
-    learning_rate: float = option(
-        2e-4,
-        "peak learning rate, reached after warmup",
-        type=number(float, 0, above_low=True),
-        group=TRAINING,
+    config: str | None = training(
+        None,
+        "repeat a run: its sft_config.json, or a .yaml of options; options given override it",
+        metavar="FILE",
     )
-    batch_size: int = option(8, "rows in one forward pass, at most", type=number(int, 1), group=TRAINING)
-    gradient_accumulation_steps: int = option(
-        1, "batches accumulated per optimizer step", type=number(int, 1), group=TRAINING
+    num_epochs: int = training(2, "passes over the training rows", type=AT_LEAST_1)
+    learning_rate: float = training(2e-4, "peak learning rate, reached after warmup", type=POSITIVE)
+    batch_size: int = training(8, "rows in one forward pass, at most", type=AT_LEAST_1)
+    gradient_accumulation_steps: int = training(1, "batches accumulated per optimizer step", type=AT_LEAST_1)
+    warmup_ratio: float = training(0.03, "fraction of the steps spent warming up", type=number(float, 0, 1))
+    lr_scheduler: str = training(
+        "cosine", "decay of the learning rate after warmup", choices=["cosine", "linear", "constant"]
     )
-    warmup_ratio: float = option(
-        0.03, "fraction of the steps spent warming up", type=number(float, 0, 1), group=TRAINING
+    weight_decay: float = training(0.0, "AdamW's weight decay", type=NOT_NEGATIVE)
+    max_grad_norm: float = training(1.0, "clip the gradient norm to this; 0 = off", type=NOT_NEGATIVE)
+    early_stopping_patience: int = training(
+        0, "stop after this many epochs that are not better (see keep_best); 0 = never", type=COUNT
     )
-    lr_scheduler: str = option(
-        "cosine",
-        "decay of the learning rate after warmup",
-        choices=["cosine", "linear", "constant"],
-        group=TRAINING,
+    n_sample_notes: int = training(
+        0, "after each epoch, write and score the summaries of this many validation notes", type=COUNT
     )
-    weight_decay: float = option(0.0, "AdamW's weight decay", type=number(float, 0), group=TRAINING)
-    max_grad_norm: float = option(
-        1.0, "clip the gradient norm to this; 0 = off", type=number(float, 0), group=TRAINING
+    keep_best: str = training(
+        "loss",
+        "what decides which epoch is best: validation loss, or a score of the sample notes' summaries",
+        choices=["loss", "check_score", "rouge_l"],
     )
-    early_stopping_patience: int = option(
-        0,
-        "stop after this many epochs without a lower validation loss; 0 = never",
-        type=number(int, 0),
-        group=TRAINING,
-        may_change=True,
-    )
-    part_rows: bool = option(
+    part_rows: bool = training(
         False,
         "also train on single summary sentences, each with the part of its note that holds its words, for "
         "--writing verified",
-        group=TRAINING,
     )
-    lora_r: int = option(16, "LoRA rank", type=number(int, 1), group=LORA)
-    lora_alpha: float = option(
-        32, "LoRA alpha: the update is scaled by alpha / r", type=number(float, 0, above_low=True), group=LORA
+    lora_r: int = lora(16, "LoRA rank", type=AT_LEAST_1)
+    lora_alpha: float = lora(32, "LoRA alpha: the update is scaled by alpha / r", type=POSITIVE)
+    lora_dropout: float = lora(
+        0.05, "dropout on the adapter's inputs during training", type=number(float, 0, 0.99)
     )
-    lora_dropout: float = option(
-        0.05, "dropout on the adapter's inputs during training", type=number(float, 0, 0.99), group=LORA
+    target_modules: list[str] = lora(
+        ["q_proj", "v_proj"], "layers that get an adapter, or all-linear", metavar=NAME
     )
-    target_modules: list[str] = option(
-        ["q_proj", "v_proj"], "layers that get an adapter, or all-linear", group=LORA, metavar=NAME
+    use_rslora: bool = lora(False, "scale the update by alpha / sqrt(r) instead (rank-stabilized LoRA)")
+    init_adapter: str | None = lora(
+        None, "adapter folder to train on from: its LoRA shape and prompt stay", metavar="DIR"
     )
-    max_tokens_per_batch: int | None = option(
+    max_tokens_per_batch: int | None = machine(
         None,
         "split forward passes at about this many tokens: less memory, the optimizer step is unchanged "
         f"(default: {CPU_TOKENS_PER_PASS:,} on a CPU, else no limit)",
-        type=number(int, 1),
-        group=MACHINE,
+        type=AT_LEAST_1,
     )
-    shard_base: bool = option(
-        False,
-        "split the base model's weights over the processes (FSDP), for models larger than one GPU",
-        group=MACHINE,
-        may_change=True,
+    shard_base: bool = machine(
+        False, "split the base model's weights over the processes (FSDP), for models larger than one GPU"
     )
-    gradient_checkpointing: bool = option(
-        False,
-        "recompute activations in the backward pass: less memory, about a third slower",
-        group=MACHINE,
-        may_change=True,
+    gradient_checkpointing: bool = machine(
+        False, "recompute activations in the backward pass: less memory, about a third slower"
     )
-    output_dir: str = option(
-        "models/sft_specialist", "folder for checkpoints, final_model and metrics", group=RUN, may_change=True
-    )
-    save_steps: int = option(
+    output_dir: str = run("models/sft_specialist", "folder for checkpoints, final_model and metrics")
+    save_steps: int = run(
         0,
         "also checkpoint every N steps, keeping only the latest; 0 = at epoch ends only",
-        type=number(int, 0),
-        group=RUN,
-        may_change=True,
+        type=COUNT,
         metavar="N",
     )
-    keep_checkpoints: int = option(
-        0,
-        "keep the last N epoch checkpoints plus the best; 0 = all",
-        type=number(int, 0),
-        group=RUN,
-        may_change=True,
-        metavar="N",
+    keep_checkpoints: int = run(
+        0, "keep the last N epoch checkpoints plus the best; 0 = all", type=COUNT, metavar="N"
     )
-    resume: bool = option(
-        False, "resume from the latest checkpoint in output_dir", group=RUN, may_change=True
+    resume: bool = run(False, "resume from the latest checkpoint in output_dir")
+    overwrite: bool = run(False, "replace an earlier run in output_dir")
+    dry_run: bool = run(False, "run the largest step, estimate time and memory, write nothing")
+    report_to: str = run(
+        "none", "also write metrics (no text) for a tracker", choices=["none", "tensorboard"]
     )
-    overwrite: bool = option(False, "replace an earlier run in output_dir", group=RUN, may_change=True)
-    dry_run: bool = option(
-        False, "run the largest step, estimate time and memory, write nothing", group=RUN, may_change=True
-    )
-    report_to: str = option(
-        "none",
-        "also write metrics (no text) for a tracker",
-        choices=["none", "tensorboard"],
-        group=RUN,
-        may_change=True,
-    )
+
+
+# What --resume accepts another value of: the steps already done do not depend on it, or something else in the
+# fingerprint stands for it (the SHA-256 of data and base weights, the dtype used in the end, use_8bit and
+# use_4bit, the checkpoint's prompt). An option that older runs did not have counts as having had its default
+MAY_CHANGE = set(
+    "preset config init_adapter train_csv val_csv model_name chat_template thinking device dtype quantization num_epochs"
+    " early_stopping_patience shard_base gradient_checkpointing output_dir save_steps keep_checkpoints resume"
+    " overwrite dry_run report_to".split()
+)
 
 
 @dataclass
 class PromptFromOption:
-    prompt_from: str | None = option(
+    prompt_from: str | None = model(
         None,
         "adapter folder of this toolkit whose prompt to use, for an adapter that another tool trained further",
-        group=MODEL,
         metavar="DIR",
     )
 
@@ -331,114 +279,85 @@ class PromptFromOption:
 class InferenceConfig(PromptFromOption, MachineOptions):
     """Options of sft_inference.py."""
 
-    model_path: str = option(
-        "./models/sft_specialist/final_model", "adapter folder, or merged folder", group=MODEL
-    )
-    base_model: str | None = option(
+    model_path: str = model("./models/sft_specialist/final_model", "adapter folder, or merged folder")
+    base_model: str | None = model(
         None,
         "base model folder or Hub id (default: the one the adapter was trained on)",
-        group=MODEL,
         metavar="MODEL",
     )
-    merge_to: str | None = option(
-        None, "write base model and adapter, merged, to this new folder and exit", group=MODEL, metavar="DIR"
+    merge_to: str | None = model(
+        None, "write base model and adapter, merged, to this new folder and exit", metavar="DIR"
     )
-    verify: bool = option(
-        False, "read all weights again to check them, also those that look unchanged", group=MODEL
-    )
-    clinical_note: str | None = option(
-        None, "one note; - reads it from standard input", group=NOTES, metavar=TEXT
-    )
-    input_file: list[str] | None = option(
+    verify: bool = model(False, "read all weights again to check them, also those that look unchanged")
+    clinical_note: str | None = notes(None, "one note; - reads it from standard input", metavar=TEXT)
+    input_file: list[str] | None = notes(
         None,
         "notes: .txt (see one_note), a table with the column clinical_note and optionally id (.csv, .tsv, .json, .jsonl), or "
         "several .txt files or a folder of them, one note each",
-        group=NOTES,
         metavar="FILE",
     )
-    one_note: str = option(
+    one_note: str = notes(
         "auto",
         "what one note is in a .txt or in piped text; auto = a line (piped: a paragraph), unless it looks "
         "like a part of a note",
         choices=["auto", "file", "line", "paragraph"],
-        group=NOTES,
     )
-    id_column: str | None = option(
-        None, "the column of ids, if not id", group=NOTES, metavar=NAME, needs="input_file"
+    id_column: str | None = notes(None, "the column of ids, if not id", metavar=NAME, needs="input_file")
+    note_column: str | None = notes(
+        None, "the column of notes, if not clinical_note", metavar=NAME, needs="input_file"
     )
-    note_column: str | None = option(
-        None, "the column of notes, if not clinical_note", group=NOTES, metavar=NAME, needs="input_file"
+    keep_columns: list[str] | None = notes(
+        None, "columns to carry over to the output", metavar=NAME, needs="input_file"
     )
-    keep_columns: list[str] | None = option(
-        None, "columns to carry over to the output", group=NOTES, metavar=NAME, needs="input_file"
-    )
-    output_file: str | None = option(
+    output_file: str | None = notes(
         None,
         "file for the summaries of input_file: .jsonl or .csv (default: standard output)",
-        group=NOTES,
         metavar="FILE",
         needs="input_file",
     )
-    max_risk: float | None = option(
+    max_risk: float | None = notes(
         None,
         "put summaries whose check_risk is higher, or which could not be checked, in review_file instead",
-        type=number(float, 0),
-        group=NOTES,
+        type=NOT_NEGATIVE,
         metavar="R",
     )
-    review_file: str | None = option(
-        None, "file for the summaries that max_risk puts aside: .jsonl or .csv", group=NOTES, metavar="FILE"
+    review_file: str | None = notes(
+        None, "file for the summaries that max_risk puts aside: .jsonl or .csv", metavar="FILE"
     )
-    resume: bool = option(False, "continue an interrupted run", group=NOTES, needs="output_file")
-    fail_on_error: bool = option(
-        False,
-        "exit with status 1 if any note failed (without it, if all failed)",
-        group=NOTES,
-        needs="input_file",
+    resume: bool = notes(False, "continue an interrupted run", needs="output_file")
+    fail_on_error: bool = notes(
+        False, "exit with status 1 if any note failed (without it, if all failed)", needs="input_file"
     )
-    json: bool = option(
-        False, "print complete results as JSON, one per line (standard output only)", group=NOTES
-    )
-    max_new_tokens: int | None = option(
+    json: bool = notes(False, "print complete results as JSON, one per line (standard output only)")
+    max_new_tokens: int | None = generation(
         None,
         "longest summary, in tokens (default: from the adapter, what its training summaries needed; "
         f"{OLDER_MAX_NEW_TOKENS} for older ones)",
-        type=number(int, 1),
-        group=GENERATION,
+        type=AT_LEAST_1,
     )
-    writing: str | None = option(
+    writing: str | None = generation(
         None,
         "quote = sentences of the note, chosen; verified = the same, each in the model's words where these can be "
         "traced to it; free = a text of the model's own (default: the adapter's)",
         choices=["verified", "quote", "free"],
-        group=GENERATION,
     )
-    citations: bool = option(
+    citations: bool = generation(
         False,
         "cite the note's sentences after each sentence (verified and quote; always for adapters that were "
         "trained on citations)",
-        group=GENERATION,
     )
-    temperature: float = option(
-        0.0, "0 = greedy; above 0 = sampling", type=number(float, 0), group=GENERATION
-    )
-    seed: int = option(
-        0, "random seed for sampling", type=number(int, 0, 2**32 - 1), group=GENERATION, needs="temperature"
-    )
-    max_length: int | None = option(
+    temperature: float = generation(0.0, "0 = greedy; above 0 = sampling", type=NOT_NEGATIVE)
+    seed: int = generation(0, "random seed for sampling", type=SEED, needs="temperature")
+    max_length: int | None = generation(
         None,
         "maximum tokens of the prompt; longer notes are shortened, with a warning (default: what the "
         "model's context window leaves beside --max_new_tokens)",
-        type=number(int, 32),
-        group=GENERATION,
+        type=LENGTH,
     )
-    batch_size: int = option(
+    batch_size: int = machine(
         DEFAULT_GENERATION_BATCH_SIZE,
         "summaries written at the same time",
-        type=number(int, 1),
-        group=MACHINE,
+        type=AT_LEAST_1,
         needs="input_file",
     )
-    no_merge: bool = option(
-        False, "keep the adapter beside the base weights instead of merging it: slower", group=MACHINE
-    )
+    no_merge: bool = machine(False, "keep the adapter beside the base weights instead of merging it: slower")

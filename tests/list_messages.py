@@ -3,9 +3,9 @@ sitting.
 
     python tests/list_messages.py
 
-A line is FILE:LINE: KIND: TEXT. The kind is the call that the text is an argument of (InputError, log,
-option, ...), or "text" if it is assigned, appended, returned or yielded first: a fix, a warning in a result,
-a reason. The values in an f-string are shown as {…}. The --help of the scripts follows."""
+A line is FILE:LINE: KIND: TEXT. The kind is the call that the text is an argument of (InputError, log, ...),
+or "text" if it is assigned, appended, returned or yielded first: a fix, a warning in a result, a reason. The
+values in an f-string are shown as {…}. The --help of the scripts follows."""
 
 import ast
 import subprocess
@@ -14,8 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("sft_dataset.py", "stage_a_sft_training.py", "sft_inference.py", "sft_evaluation.py")
-ERRORS = ("InputError", "RunError", "Stopped", "ArgumentTypeError", "_exit_with")
-CALLS = (*ERRORS, "log", "log", "print", "input", "failure", "option", "parse_options")
+ERRORS = ("InputError", "RunError", "Stopped", "ArgumentTypeError", "_explain")
+CALLS = (*ERRORS, "log", "print", "input", "failure", "parse_options")
 
 
 def string(node: ast.AST) -> str | None:
@@ -58,10 +58,7 @@ class Messages(ast.NodeVisitor):
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         before = self.kind
         self.kind = name if name in CALLS else before
-        if name == "option":  # its second argument is the help text
-            self.visit(node.args[1])
-        else:
-            self.generic_visit(node)
+        self.generic_visit(node)
         self.kind = before
 
 

@@ -59,7 +59,7 @@ from sft.cli import (
             {},
             2,
             "",
-            "error: File too large: the output folder\nfix:   raise the limit",
+            "error: File too large: the output folder\nfix:   check the path",
         ),
         ("raise ValueError('a bug')", {}, 1, "", "Traceback"),
         (

@@ -21,7 +21,17 @@ MAY_IMPORT = {
     "model": {"cli", "files", "options"},
     "inference": {"cli", "files", "options", "grounding", "data", "model"},
     "evaluation": {"cli", "files", "option_fields", "options", "grounding", "data", "model", "inference"},
-    "training": {"cli", "files", "options", "grounding", "data", "model"},
+    "training": {
+        "cli",
+        "files",
+        "option_fields",
+        "options",
+        "grounding",
+        "data",
+        "model",
+        "inference",
+        "evaluation",
+    },
 }
 
 

@@ -95,24 +95,6 @@ def test_help_shows_every_default_as_it_is_typed(config, capsys):
             assert f"(default: {typed})" in described[field.name], field.name
 
 
-def test_shared_options_have_the_same_defaults():
-    training = {field.name: field for field in dataclasses.fields(TrainConfig)}
-    for other in (ReportConfig, InferenceConfig):
-        for field in dataclasses.fields(other):
-            if field.name in (
-                "device",
-                "dtype",
-                "quantization",
-                "use_8bit",
-                "use_4bit",
-                "train_csv",
-                "val_csv",
-                "model_name",
-            ):
-                assert field.default == training[field.name].default
-                assert field.metadata["help"] == training[field.name].metadata["help"]
-
-
 def test_bounds():
     assert number(int, 1)("1") == 1
     assert number(float, 0, above_low=True)("1e-9") == 1e-9

@@ -43,7 +43,8 @@ def test_advice_follows_the_losses():
 
 def test_the_loss_curve_is_a_picture():
     metrics = [{"step": step, "loss": 3.0 / step} for step in range(1, 7)]
-    image = draw_losses(metrics, 3.0, epochs_of((2.5, 2.4), (2.0, 2.1)), 3)
+    stats = {"untrained_val_loss": 3.0, "kept_epoch": 2, "epochs": epochs_of((2.5, 2.4), (2.0, 2.1))}
+    image = draw_losses(metrics, stats, 3)
     assert image.startswith(b"\x89PNG")
     assert len(image) > 10_000
 
@@ -55,7 +56,8 @@ import os, sys
 sys.path.insert(0, 'tests')
 from test_report import epochs_of
 from sft.training.report import draw_losses, load_figure
-assert draw_losses([{'step': 1, 'loss': 2.0}], 3.0, epochs_of((2.5, 2.4)), 1).startswith(b'\\x89PNG')
+stats = {'untrained_val_loss': 3.0, 'kept_epoch': 1, 'epochs': epochs_of((2.5, 2.4))}
+assert draw_losses([{'step': 1, 'loss': 2.0}], stats, 1).startswith(b'\\x89PNG')
 assert 'matplotlib.pyplot' not in sys.modules
 # One that is installed stays what the program draws with
 for name in [name for name in sys.modules if name.partition('.')[0] == 'matplotlib']:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sft.options import TrainConfig
 from sft.training.run import Plan, TrainingProgress, epoch_order
 
 
@@ -50,7 +51,7 @@ def test_an_epoch_closes_its_sums():
     progress = TrainingProgress(micro_batch_size=4)
     progress.add({"step": 1, "loss": 2.0, "n_tokens": 100, "n_target_tokens": 30}, 2.0)
     progress.add({"step": 2, "loss": 1.0, "n_tokens": 50, "n_target_tokens": 10}, 1.0)
-    epoch = progress.end_epoch(1.5, 1e-4, 300.0)
+    epoch = progress.end_epoch("loss", val_loss=1.5)
     assert epoch["train_loss"] == pytest.approx((2.0 * 30 + 1.0 * 10) / 40)
     assert epoch["tokens_per_second"] == pytest.approx(50)
     assert (progress.n_tokens, progress.n_target_tokens, progress.loss_sum, progress.seconds) == (0, 0, 0, 0)
@@ -58,8 +59,16 @@ def test_an_epoch_closes_its_sums():
 
 
 def test_patience_counts_epochs_since_the_best():
+    values = [(2.0, 0.1), (1.0, 0.2), (1.5, 0.4), (1.2, 0.3)]
     progress = TrainingProgress()
-    progress.epochs = [{"epoch": i + 1, "val_loss": loss} for i, loss in enumerate([2.0, 1.0, 1.5, 1.2])]
-    assert progress.out_of_patience(2)
-    assert not progress.out_of_patience(3)
-    assert not progress.out_of_patience(0)
+    progress.epochs = [
+        {"epoch": i + 1, "val_loss": loss, "rouge_l": rouge} for i, (loss, rouge) in enumerate(values)
+    ]
+    for patience, keep_best, is_over in (
+        (2, "loss", True),
+        (3, "loss", False),
+        (0, "loss", False),
+        (2, "rouge_l", False),
+    ):
+        config = TrainConfig(early_stopping_patience=patience, keep_best=keep_best)
+        assert progress.out_of_patience(config) is is_over

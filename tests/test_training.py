@@ -131,8 +131,9 @@ def test_a_step_is_adamw_on_the_clipped_mean_gradient(configured):
 # ------------------------------------------------------------------------------- whole runs
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("chat", ["llama3", "none"])
+@pytest.mark.parametrize(
+    "architecture, chat", [*((name, "llama3") for name in ARCHITECTURES), ("llama", "none"), ("gpt2", "none")]
+)
 def test_every_architecture_trains_and_generates(configured, architecture, chat):
     from sft_inference import SFTInference
 
@@ -157,17 +158,8 @@ def test_the_files_of_a_run(finished):
         "metrics.jsonl",
         "loss_curve.png",
     }
-    needed = {
-        "epoch",
-        "train_loss",
-        "val_loss",
-        "learning_rate",
-        "train_seconds",
-        "n_tokens",
-        "n_target_tokens",
-        "tokens_per_second",
-        "peak_memory_mb",
-    }
+    needed = {*"epoch train_loss val_loss learning_rate train_seconds n_tokens n_target_tokens".split()}
+    needed |= {"tokens_per_second", "peak_memory_mb"}
     assert all(needed <= epoch.keys() for epoch in stats["epochs"])
     lines = metrics_of(config)
     assert [line["step"] for line in lines] == list(range(1, 7))
@@ -297,14 +289,6 @@ def test_a_token_that_the_model_does_not_have(configured, model_folder, tmp_path
         train(configured(model_name=str(base)))
 
 
-def test_early_stopping_keeps_the_best_epoch(configured, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.4, 1.0])
-    monkeypatch.setattr(training, "evaluate", lambda run, examples: next(losses))
-    stats = train(configured(num_epochs=5, early_stopping_patience=2))
-    assert [epoch["val_loss"] for epoch in stats["epochs"]] == [2.0, 2.5, 2.4]
-    assert stats["kept_epoch"] == 1
-
-
 def test_validation_losses_stand_in_the_metrics(finished):
     config = finished()
     stats = stats_of(config)
@@ -351,6 +335,7 @@ def test_memory_saving_options_train_and_infer(configured, options, capfd):
     [
         ({"use_8bit": True, "use_4bit": True}, "choose one"),
         ({"use_4bit": True, "shard_base": True}, "choose one"),
+        ({"n_sample_notes": 2, "shard_base": True}, "choose one"),
         ({"model_name": "mistralai/Mistral-7B"}, "mistralai/Mistral-7B-v0.3"),
         ({"model_name": "./nowhere"}, "no such folder"),
         ({"device": "cuda"}, "cuda"),
@@ -384,13 +369,8 @@ def test_a_refusal_takes_two_lines(csv_files, tmp_path, model_folder):
         ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "NO"),
         ("ACCELERATE_DYNAMO_MODE", "max-autotune", "default"),
         ("ACCELERATE_MIXED_PRECISION", "bf16", "no"),
-        ("ACCELERATE_DOWNCAST_BF16", "true", "no"),
         ("ACCELERATE_FP8_BACKEND", "TE", None),
-        ("ACCELERATE_USE_MEGATRON_LM", "", "no"),
         ("ACCELERATE_USE_FSDP", "true", "false"),
-        ("ACCELERATE_USE_DEEPSPEED", "True", "False"),
-        ("ACCELERATE_IN_TPU_POD", "1", "0"),
-        ("ACCELERATE_USE_SAGEMAKER", "true", "false"),
         ("ACCELERATE_LOG_LEVEL", "nonsense", "Warning"),
         ("ACCELERATE_USE_CPU", "perhaps", "True"),
         ("ACCELERATE_SOMETHING_NEW", "x", "0"),
@@ -412,19 +392,9 @@ def test_what_accelerates_launcher_sets_by_itself_is_taken(monkeypatch):
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils import launch
 
-    for flags in (["--cpu"], ["--multi_gpu", "--num_processes", "2"]):
-        arguments = launch_command_parser().parse_args(
-            [
-                *flags,
-                "--num_machines",
-                "1",
-                "--mixed_precision",
-                "no",
-                "--num_cpu_threads_per_process",
-                "1",
-                "train.py",
-            ]
-        )
+    for flags in ("--cpu", "--multi_gpu --num_processes 2"):
+        others = "--num_machines 1 --mixed_precision no --num_cpu_threads_per_process 1 train.py"
+        arguments = launch_command_parser().parse_args(f"{flags} {others}".split())
         arguments.dynamo_backend = "no"
         if "--cpu" in flags:
             _, environment = launch.prepare_simple_launcher_cmd_env(arguments)

@@ -52,7 +52,14 @@ def unwrap(model):
 
 @own_settings()
 def add_lora(
-    model, *, r: int, alpha: float, dropout: float, target_modules: list[str], seed: int
+    model,
+    *,
+    r: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str],
+    seed: int,
+    use_rslora: bool = False,
 ) -> PeftModel:
     """The model with LoRA adapters (float32, B zero) on `target_modules`, or on all linear layers with
     ["all-linear"].
@@ -68,6 +75,7 @@ def add_lora(
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
+        use_rslora=use_rslora,
         target_modules=_lora_targets(model, target_modules),
         exclude_modules=encoders if has_encoders else None,
     )

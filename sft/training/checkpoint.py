@@ -1,9 +1,7 @@
 """The output folder of a run: what it holds, atomic checkpoints, resuming.
 
-A checkpoint is an adapter folder with `training_state.pt` and, written last, SHA256SUMS over all its files
-(the format of `sha256sum --check`). It counts only while every file in that list is there and unchanged.
-torch is imported inside the functions that save and restore, since the folder is checked before the slow
-imports."""
+A checkpoint is an adapter folder with training_state.pt. It counts only while every file in its SHA256SUMS is
+there and unchanged. torch is imported in functions: the folder is checked before the slow imports."""
 
 import contextlib
 import json
@@ -17,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sft.cli import InputError, as_input_error, log, on_main_process, safe_id
-from sft.data.rows import name_rows
 from sft.files import (
     checksum_problem,
     lock,
@@ -30,7 +27,7 @@ from sft.files import (
 )
 from sft.model.folder import read_sft_config
 from sft.options import TrainConfig
-from sft.training.report import load_figure, model_card, optional
+from sft.training.report import best_first, load_figure, model_card, optional
 
 if TYPE_CHECKING:
     from sft.training.run import Run
@@ -41,23 +38,24 @@ if TYPE_CHECKING:
 
 # The names that a run gives, whole: checkpoint_backup is somebody's own
 _CHECKPOINT = re.compile(r"checkpoint_(epoch|step)_\d+")
-# Files of its folders where no SHA256SUMS lists them, of its tracker, and what file managers leave behind
+_FILES = re.compile(
+    r"training_stats\.json|metrics\.jsonl|loss_curve\.png|sample_notes_epoch_\d+\.jsonl|sft_tracker"
+)
+_LEFTOVER = re.compile(
+    rf"\.({_CHECKPOINT.pattern}|final_model)\.(\d+|old|\w{{8}})|\.({_FILES.pattern})\.\w{{8}}"
+)
+# Files of its folders where no SHA256SUMS lists them, and what file managers leave behind
 _WRITTEN = re.compile(
     r"SHA256SUMS|README\.md|training_state\.pt|adapter_model\.safetensors|chat_template\.jinja|merges\.txt"
     r"|(sft_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
     r"|tokenizer\.model|events\.out\.tfevents\..*|hparams\.yml|\.DS_Store|Thumbs\.db|desktop\.ini"
 )
-_LEFTOVER = re.compile(
-    r"\.(checkpoint_(epoch|step)_\d+|final_model)\.(\d+|old)"
-    r"|\.(training_stats\.json|metrics\.jsonl|loss_curve\.png)\.\w{8}"
-)
 
 
 @contextlib.contextmanager
 def output_lock(config: TrainConfig) -> Iterator[None]:
-    """Inside, no other run can write to the output folder: the main process holds the lock for all of its
-    run. Folders that are still empty at the end are removed again. Raises InputError if another run is at
-    work there."""
+    """Inside, no other run can write to the output folder; at the end it is removed if it is new and empty.
+    Raises InputError if another run is at work there."""
     output_dir = Path(config.output_dir)
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"--output_dir {output_dir} is a file", "specify a folder with --output_dir")
@@ -71,12 +69,13 @@ def output_lock(config: TrainConfig) -> Iterator[None]:
     if path.is_symlink():
         raise InputError(f"{path} is a symbolic link", "remove it, or choose another --output_dir")
     with open(path, "a") as file:
-        problem = f"another training run is at work in {output_dir}"
-        fix = "wait for it, or choose another --output_dir"
-        lock(file, problem, fix)
+        in_use = InputError(
+            f"another training run is at work in {output_dir}", "wait for it, or choose another --output_dir"
+        )
+        lock(file, in_use.problem, in_use.fix)
         # Opened just before the other run ended and removed it
         if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            raise InputError(problem, fix)
+            raise in_use
         try:
             try_saving(output_dir)
             yield
@@ -87,21 +86,20 @@ def output_lock(config: TrainConfig) -> Iterator[None]:
                     folder.rmdir()
 
 
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The folders there with a checkpoint's name."""
-    return sorted(path for path in output_dir.glob("checkpoint_*") if _CHECKPOINT.fullmatch(path.name))
+def _named(output_dir: Path, names: re.Pattern) -> list[Path]:
+    """What is there under these names; of checkpoints, the folders."""
+    return sorted(path for path in output_dir.glob("*") if names.fullmatch(path.name))
 
 
 def run_files(output_dir: Path) -> list[Path]:
     """What an earlier run left in `output_dir`, complete or not; what others put there is not listed."""
-    names = ("training_stats.json", "metrics.jsonl", "loss_curve.png", "sft_tracker")
-    files = [output_dir / name for name in names]
-    folders = [output_dir / "final_model", *checkpoints(output_dir)]
+    files = _named(output_dir, _FILES)
+    folders = [output_dir / "final_model", *_named(output_dir, _CHECKPOINT)]
     folders = [folder for folder in folders if (folder / "sft_config.json").is_file()]
     # Files of those names, but not from a run of ours
     if not folders and not _is_our_metrics(output_dir / "metrics.jsonl"):
         files = []
-    return [path for path in (*files, *folders, *leftovers(output_dir)) if os.path.lexists(path)]
+    return [*files, *folders, *_named(output_dir, _LEFTOVER)]
 
 
 def _is_our_metrics(file: Path) -> bool:
@@ -111,14 +109,8 @@ def _is_our_metrics(file: Path) -> bool:
     return False
 
 
-def leftovers(output_dir: Path) -> list[Path]:
-    """What a killed run was about to write."""
-    return [path for path in output_dir.glob(".*") if _LEFTOVER.fullmatch(path.name)]
-
-
 def check_output_dir(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from, if any. Raises InputError if the run may not write to its output
-    folder."""
+    """The checkpoint to resume from, if any. Raises InputError if the run may not write there."""
     output_dir = Path(config.output_dir)
     if config.resume and config.overwrite:
         raise InputError("--resume cannot be combined with --overwrite", "choose one")
@@ -128,7 +120,7 @@ def check_output_dir(config: TrainConfig) -> Path | None:
     if run_files(output_dir):
         fix = "use --resume to continue it, --overwrite to replace it, or choose another --output_dir"
         raise InputError(f"{output_dir} holds an earlier run", fix)
-    if any(not path.name.startswith(".") for path in output_dir.glob("*")):
+    if any(path.name[0] != "." for path in output_dir.glob("*")):
         fix = "choose another --output_dir, or use --overwrite (files not written by a run are kept)"
         raise InputError(f"--output_dir {output_dir} is not empty", fix)
     return None
@@ -152,25 +144,24 @@ def check_others_files(output_dir: Path) -> None:
 
 
 def newest_checkpoint(config: TrainConfig) -> Path | None:
-    """The complete checkpoint that is furthest along; None if the run was interrupted before its first.
-
-    Incomplete ones are skipped with a warning. Raises InputError if there was no run, or if no checkpoint is
-    complete."""
+    """The complete checkpoint that is furthest along (the end of an epoch, after its validation, is later
+    than its last step); None if the run was interrupted before its first. Raises InputError if there was no
+    run, or none is complete."""
     output_dir = Path(config.output_dir)
-    _put_back_replaced(output_dir)
-    complete = []
-    n_incomplete = 0
-    for folder in checkpoints(output_dir):
-        problem = checksum_problem(folder)
-        if problem is None:
-            complete.append(folder)
-            continue
-        n_incomplete += 1
-        if on_main_process():
+    # One that a killed run had moved away and not yet replaced; several processes may do it at once
+    for old in output_dir.glob(".checkpoint_*.old"):
+        folder = output_dir / old.name.removeprefix(".").removesuffix(".old")
+        if not folder.exists():
+            with contextlib.suppress(OSError):
+                old.rename(folder)
+    found = {folder: checksum_problem(folder) for folder in _named(output_dir, _CHECKPOINT)}
+    for folder, problem in found.items():
+        if problem and on_main_process():
             log(f"warning: {folder} is incomplete and skipped: {problem}")
+    complete = [folder for folder, problem in found.items() if problem is None]
     if complete:
-        return max(complete, key=_position)
-    if n_incomplete:
+        return max(complete, key=lambda folder: (read_sft_config(folder)["step"], "_epoch_" in folder.name))
+    if found:
         fix = "restore one, or replace --resume with --overwrite to start over"
         raise InputError(f"--resume: {output_dir} holds no complete checkpoint", fix)
     if not _is_our_metrics(output_dir / "metrics.jsonl"):
@@ -179,38 +170,22 @@ def newest_checkpoint(config: TrainConfig) -> Path | None:
     return None
 
 
-def _put_back_replaced(output_dir: Path) -> None:
-    """Renames a checkpoint back that a killed run had moved away and not yet replaced."""
-    for old in output_dir.glob(".checkpoint_*.old"):
-        folder = output_dir / old.name.removeprefix(".").removesuffix(".old")
-        if not folder.exists():
-            # Several processes may do it at once
-            with contextlib.suppress(OSError):
-                old.rename(folder)
-
-
-def _position(folder: Path) -> tuple[int, bool]:
-    """How far along a checkpoint is; the end of an epoch, after its validation, counts as later than its last
-    step."""
-    return read_sft_config(folder)["step"], folder.name.startswith("checkpoint_epoch_")
-
-
 # ------------------------------------------------------------------------------- saving
 
 
 def save_checkpoint(run: "Run", name: str) -> Path:
-    """Saves adapter and training state to output_dir/name, then removes the checkpoints that it makes
-    needless.
-
-    Of those inside an epoch the newest stays; of epoch ends, with --keep_checkpoints N, the newest N and the
-    best one. Raises InputError if the disk is full: the checkpoints before this one stay as they were."""
+    """Saves adapter and training state to output_dir/name, then removes needless checkpoints: those inside
+    epochs, and all epochs' but the best and the last --keep_checkpoints. Raises InputError if the disk is
+    full; what was there stays."""
     folder = run.output_dir / name
     # A signal right after --save_steps has saved this step asks for it again
-    is_saved = run.accelerator.is_main_process and name.startswith("checkpoint_step_") and folder.is_dir()
-    is_saved = is_saved and checksum_problem(folder) is None
+    is_saved = name.startswith("checkpoint_step_") and folder.is_dir() and checksum_problem(folder) is None
     if run.accelerator.is_main_process and not is_saved:
         # Metrics reach the disk before the checkpoint that includes their steps
-        sync_file(run.output_dir / "metrics.jsonl")
+        metrics = run.output_dir / "metrics.jsonl"
+        if metrics.is_file():
+            with open(metrics, "rb+") as file:
+                os.fsync(file.fileno())
         _write_checkpoint(run, folder)
         remove(_needless_checkpoints(run, folder))
     run.accelerator.wait_for_everyone()
@@ -234,30 +209,23 @@ def _write_checkpoint(run: "Run", folder: Path) -> None:
 
 
 def _needless_checkpoints(run: "Run", newest: Path) -> list[Path]:
-    inside_epochs = [path for path in checkpoints(run.output_dir) if path.name.startswith("checkpoint_step_")]
-    needless = [path for path in inside_epochs if path != newest]
+    needless = [path for path in run.output_dir.glob("checkpoint_step_*") if _CHECKPOINT.fullmatch(path.name)]
+    n_kept = run.config.keep_checkpoints
     epochs = run.progress.epochs
-    if run.config.keep_checkpoints:
-        by_loss = sorted(epochs, key=lambda epoch: epoch["val_loss"])
-        kept = {epoch["epoch"] for epoch in (*by_loss[:1], *epochs[-run.config.keep_checkpoints :])}
-        dropped = [epoch["epoch"] for epoch in epochs if epoch["epoch"] not in kept]
-        needless += [run.output_dir / f"checkpoint_epoch_{number}" for number in dropped]
-    return needless
+    if n_kept:
+        kept = [*best_first(epochs, run.config.keep_best)[:1], *epochs[-n_kept:]]
+        needless += [
+            run.output_dir / f"checkpoint_epoch_{epoch['epoch']}" for epoch in epochs if epoch not in kept
+        ]
+    return [path for path in needless if path != newest]
 
 
-def sync_file(path: Path) -> None:
-    if path.is_file():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-
-
-def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
-    """Copies the epoch with the lowest validation loss to final_model (the next best if its checkpoint is
-    incomplete), and returns its number."""
-    for epoch in sorted(epochs, key=lambda epoch: epoch["val_loss"]):
-        source = output_dir / f"checkpoint_epoch_{epoch['epoch']}"
+def promote_best_epoch(run: "Run") -> int:
+    """Copies the best epoch with a complete checkpoint to final_model; returns its number."""
+    for epoch in best_first(run.progress.epochs, run.config.keep_best):
+        source = run.output_dir / f"checkpoint_epoch_{epoch['epoch']}"
         if source.is_dir() and checksum_problem(source) is None:
-            with new_folder(output_dir / "final_model") as temporary:
+            with new_folder(run.output_dir / "final_model") as temporary:
                 # Contents alone: not every file system takes permissions and times
                 for path in source.iterdir():
                     if path.suffix != ".pt" and path.name != "SHA256SUMS" and path.is_file():
@@ -265,57 +233,51 @@ def promote_best_epoch(output_dir: Path, epochs: list[dict]) -> int:
                 write_checksums(temporary)
             return epoch["epoch"]
         log(f"warning: {source} is incomplete and cannot become final_model")
-    raise InputError(f"{output_dir}: no epoch has a complete checkpoint", "use --overwrite to train again")
+    raise InputError(
+        f"{run.output_dir}: no epoch has a complete checkpoint", "use --overwrite to train again"
+    )
 
 
 # ------------------------------------------------------------------------------- starting and resuming
 
 
 def begin(run: "Run", checkpoint: Path | None) -> None:
-    """Restores `checkpoint`, or starts in an empty output folder; then the trackers. Writes nothing if
-    nothing is left to do. Raises InputError if the checkpoint is another run's."""
+    """Restores `checkpoint`, or empties the output folder of an earlier run; then the trackers. Writes
+    nothing if nothing is left to do. Raises InputError if the checkpoint is another run's."""
+    metrics = run.output_dir / "metrics.jsonl"
     if checkpoint:
         restore(run, checkpoint)
         if is_finished(run):
             return
-        if run.accelerator.is_main_process:
-            remove(leftovers(run.output_dir))
-            truncate_metrics(run.output_dir / "metrics.jsonl", run.progress.step, len(run.progress.epochs))
+    if run.accelerator.is_main_process and checkpoint:
+        remove(_named(run.output_dir, _LEFTOVER))
+        truncate_metrics(metrics, run.progress.step, len(run.progress.epochs))
     elif run.accelerator.is_main_process:
         if run.config.resume:
             log("The earlier run was interrupted before its first checkpoint: starting again")
-        start_fresh(run.output_dir)
+        remove(run_files(run.output_dir))
+        make_private_dir(run.output_dir)
+        write_atomic(metrics, "")
     run.accelerator.wait_for_everyone()
     if run.accelerator.is_main_process:
         with optional("loss_curve.png at the end"):
             load_figure()
     if run.config.report_to != "none":
         # No text, no paths
-        numbers = {
-            name: value for name, value in asdict(run.config).items() if isinstance(value, int | float)
-        }
+        options = asdict(run.config).items()
+        numbers = {name: value for name, value in options if isinstance(value, int | float)}
         with optional("tracker"):
             run.accelerator.init_trackers("sft_tracker", numbers)
 
 
 def is_finished(run: "Run") -> bool:
-    """Whether a restored run has nothing left to do: its last epoch is done, or early stopping has ended it,
-    and final_model is the epoch it should be."""
-    if len(run.progress.epochs) < run.config.num_epochs and not run.progress.out_of_patience(
-        run.config.early_stopping_patience
-    ):
-        return False
+    """Whether a restored run has nothing left to do, and final_model is the epoch it should be."""
+    progress = run.progress
     final_model = run.output_dir / "final_model"
-    if not final_model.is_dir() or checksum_problem(final_model):
+    is_last = len(progress.epochs) >= run.config.num_epochs or progress.out_of_patience(run.config)
+    if not is_last or not final_model.is_dir() or checksum_problem(final_model):
         return False
-    return json.loads((final_model / "sft_config.json").read_text())["epoch"] == run.progress.kept_epoch
-
-
-def start_fresh(output_dir: Path) -> None:
-    """A private output folder, empty but for what others put there."""
-    remove(run_files(output_dir))
-    make_private_dir(output_dir)
-    write_atomic(output_dir / "metrics.jsonl", "")
+    return read_sft_config(final_model)["epoch"] == progress.kept_epoch
 
 
 def restore(run: "Run", folder: Path) -> None:
@@ -346,36 +308,26 @@ LAYOUT = ("batch_size", "gradient_accumulation_steps", "n_processes")
 
 
 def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
-    """Raises InputError unless the checkpoint's fingerprint is the run's. An option that the saved run did
-    not have yet counts as having had its default, and what else it did not record as the same; the rows of a
-    step may be divided in another way."""
-    defaults = run.fingerprint | asdict(TrainConfig())
-    was = {name: saved.get(name, defaults[name]) for name in run.fingerprint}
-    changed = [name for name, value in run.fingerprint.items() if was[name] != value]
-    stray = run.train_set.stray + run.val_set.stray
-    if "stray_citations" not in saved and stray:
-        run.log(
-            f"warning: the version that wrote {folder} trained on citations that the prompt does not support;"
-            f" from here on they are dropped: {name_rows(stray)}"
-        )
-    n_rows, n_rows_now = (math.prod(values[name] for name in LAYOUT) for values in (was, run.fingerprint))
+    """Raises InputError unless the checkpoint's fingerprint is the run's, but for how a step's rows are
+    divided. An option that the saved run did not have counts as its default, what else it lacks as the
+    same."""
+    now = run.fingerprint
+    was = {name: saved.get(name, (now | asdict(TrainConfig()))[name]) for name in now}
+    changed = [name for name in now if was[name] != now[name]]
+    n_rows, n_rows_now = (math.prod(values[name] for name in LAYOUT) for values in (was, now))
     if changed and set(changed) <= set(LAYOUT) and n_rows == n_rows_now:
         if run.config.lora_dropout:
             run.log(f"info: the {n_rows} rows of a step are divided in another way: dropout will differ")
-        return
-    if changed:
+    elif changed:
         # An instruction or a column's name may hold words from a note
-        differences = ", ".join(
-            f"{name} was {safe_id(str(was[name]))}, is {safe_id(str(run.fingerprint[name]))}"
-            for name in changed
-        )
+        shown = [f"{name} was {safe_id(str(was[name]))}, is {safe_id(str(now[name]))}" for name in changed]
+        problem = f"--resume: {folder} was written with different options or data: {', '.join(shown)}"
         fix = "use the same options, data and base model, or replace --resume with --overwrite to start over"
-        raise InputError(f"--resume: {folder} was written with different options or data: {differences}", fix)
+        raise InputError(problem, fix)
 
 
 def truncate_metrics(file: Path, step: int, n_epochs: int) -> None:
-    """Drops the steps after `step` and the validations after epoch `n_epochs`, which will be done again, and
-    a last line that a kill cut short."""
+    """Drops the steps and validations that will be done again, and a last line that a kill cut short."""
     kept = []
     for line in file.read_text(errors="replace").splitlines(keepends=True) if file.is_file() else []:
         with contextlib.suppress(ValueError, KeyError, TypeError):

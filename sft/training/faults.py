@@ -1,5 +1,6 @@
 """Interruptions of a run: signals, out of memory, non-finite losses. torch is imported inside functions."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -33,10 +34,8 @@ def stop_if_asked(run: "Run") -> None:
 
 
 def retry_on_oom(run: "Run", work: Callable):
-    """`work()`; if memory runs out, again with half as many rows in a forward pass and twice as many passes.
-
-    The same rows make a step, so it is the same step but for dropout's random numbers. Raises RunError if
-    that does not help."""
+    """`work()`; if memory runs out, again with half as many rows in a forward pass: the same step but for
+    dropout's random numbers. Raises RunError if that does not help."""
     from accelerate.utils.memory import clear_device_cache
 
     while True:
@@ -47,12 +46,11 @@ def retry_on_oom(run: "Run", work: Callable):
                 raise
         # Outside the except clause, where the failed pass and its activations are freed
         n_rows = run.progress.micro_batch_size
-        n_processes = run.accelerator.num_processes
-        if n_rows == 1 or n_processes > 1:
-            fix = "use --gradient_checkpointing, --quantization 4bit or a smaller --max_length"
-            if n_processes > 1:
-                fix = f"start again with half the --batch_size and twice the --gradient_accumulation_steps; or {fix}"
+        if n_rows == 1 or run.accelerator.num_processes > 1:
             rows = f"{plural(n_rows, 'row')} of up to {run.config.max_length} tokens in a forward pass"
+            fix = "use --gradient_checkpointing, --quantization 4bit or a smaller --max_length"
+            if run.accelerator.num_processes > 1:
+                fix = f"start again with half the --batch_size and twice the --gradient_accumulation_steps; or {fix}"
             raise RunError(f"out of memory with {rows}", fix)
         run.optimizer.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
@@ -62,8 +60,8 @@ def retry_on_oom(run: "Run", work: Callable):
 
 
 def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples: Sequence[Example]) -> None:
-    """Stops a run whose loss or gradient is not finite, before it spoils the weights; a float16 overflow is
-    counted."""
+    """Raises RunError before a loss or gradient that is not finite spoils the weights; counts float16
+    overflows."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     if math.isfinite(loss) and run.scaler.is_enabled() and run.scaler.get_scale() > 1:
@@ -78,10 +76,9 @@ def check_finite(run: "Run", step: int, loss: float, grad_norm: float, examples:
 
 def advice_for_faults(run: "Run") -> str:
     """What to do about a loss that is not finite, and what is saved."""
-    try:
+    checkpoint = None
+    with contextlib.suppress(InputError):
         checkpoint = newest_checkpoint(run.config)
-    except InputError:
-        checkpoint = None
     saved = f"{checkpoint.name} is complete" if checkpoint else "nothing is saved yet"
     advice = f"start again with a lower --learning_rate (now {run.config.learning_rate:g}) or --dtype float32"
     return f"{advice}, in another --output_dir or with --overwrite; {saved}"

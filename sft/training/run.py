@@ -4,7 +4,7 @@ import functools
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,20 +13,12 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from sft.cli import log
-from sft.data.dataset import (
-    Batch,
-    Example,
-    SFTDataset,
-    packed_batch,
-    padded_batch,
-)
+from sft.data.dataset import Batch, Example, SFTDataset, packed_batch, padded_batch
 from sft.data.prompt import pad_token_id
 from sft.files import write_json
-from sft.model.base import (
-    peak_memory_mb,
-)
+from sft.model.base import peak_memory_mb
 from sft.options import CPU_TOKENS_PER_PASS, TrainConfig
-from sft.training.report import best_epoch, optional
+from sft.training.report import best_first, optional
 
 # ------------------------------------------------------------------------------- the plan
 
@@ -41,7 +33,7 @@ def epoch_order(n_examples: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which rows each step of each process takes."""
+    """Which rows each step takes, over all processes."""
 
     n_examples: int
     batch_size: int
@@ -72,19 +64,11 @@ class Plan:
     def split_rows(
         self, examples: list[Example], process: int, max_rows: int, max_tokens: int | None, padded: bool
     ) -> list[list[Example]]:
-        """The forward passes of one process over its share of a step's `examples`.
-
-        At most `max_rows` rows and about `max_tokens` tokens each, similar in size. Every process gets the
-        same number of passes; with few examples some are empty."""
-
-        def fullness(batch: list[Example]) -> tuple[bool, int]:
-            return len(batch) >= max_rows, sum(example.n_tokens for example in batch)
+        """The forward passes of one process over its share of a step's `examples`: at most `max_rows` rows
+        and about `max_tokens` tokens each, similar in size. Every process gets as many; some may be empty."""
 
         ordered = sorted(examples, key=lambda example: -example.n_tokens)
-        if padded:
-            n_tokens = len(ordered) * ordered[0].n_tokens
-        else:
-            n_tokens = sum(example.n_tokens for example in ordered)
+        n_tokens = sum((ordered[0] if padded else example).n_tokens for example in ordered)
         n_for_rows = math.ceil(len(ordered) / max_rows)
         n_for_tokens = math.ceil(n_tokens / (max_tokens or n_tokens))
         n_passes = min(len(ordered), max(n_for_rows, n_for_tokens))
@@ -94,7 +78,8 @@ class Plan:
                 # Beside others of its length
                 batches[i * len(batches) // len(ordered)].append(example)
             else:
-                min(batches, key=fullness).append(example)
+                # The emptiest that has room for a row
+                min(batches, key=lambda b: (len(b) >= max_rows, sum(e.n_tokens for e in b))).append(example)
         return batches[process :: self.n_processes]
 
 
@@ -121,8 +106,7 @@ class TrainingProgress:
     def load_state(self, values: dict) -> None:
         """Takes the values that a checkpoint holds; format 1 wrote skipped_steps as skipped_updates."""
         values = {"skipped_steps": values.get("skipped_updates", 0), **values}
-        for name in asdict(self):
-            setattr(self, name, values[name])
+        vars(self).update({name: values[name] for name in asdict(self)})
 
     def add(self, metrics: dict, seconds: float) -> None:
         self.step = metrics["step"]
@@ -131,33 +115,31 @@ class TrainingProgress:
         self.n_target_tokens += metrics["n_target_tokens"]
         self.seconds += seconds
 
-    def end_epoch(self, val_loss: float, learning_rate: float, peak_memory_mb: float) -> dict:
-        """Closes the sums; returns the epoch's entry of training_stats.json."""
+    def end_epoch(self, keep_best: str, **values: float) -> dict:
+        """Closes the sums; returns the epoch's entry of training_stats.json, which holds `values` too."""
         epoch = {
             "epoch": len(self.epochs) + 1,
             "train_loss": self.loss_sum / self.n_target_tokens,
-            "val_loss": val_loss,
-            "learning_rate": learning_rate,
+            **values,
             "train_seconds": self.seconds,
             "n_tokens": self.n_tokens,
             "n_target_tokens": self.n_target_tokens,
             "tokens_per_second": self.n_tokens / self.seconds,
-            "peak_memory_mb": peak_memory_mb,
         }
         self.epochs.append(epoch)
-        self.kept_epoch = best_epoch(self.epochs)["epoch"]
+        self.kept_epoch = best_first(self.epochs, keep_best)[0]["epoch"]
         self.loss_sum = 0.0
         self.n_tokens = 0
         self.n_target_tokens = 0
         self.seconds = 0.0
         return epoch
 
-    def out_of_patience(self, patience: int) -> bool:
-        """Whether `patience` or more epochs have passed since the best one (0: never), asked at the end of an
-        epoch."""
+    def out_of_patience(self, config: TrainConfig) -> bool:
+        """Whether as many epochs as early stopping waits for (0: never) have passed since the best one."""
+        patience = config.early_stopping_patience
         if not patience or not self.epochs:
             return False
-        return len(self.epochs) - best_epoch(self.epochs)["epoch"] >= patience
+        return len(self.epochs) - best_first(self.epochs, config.keep_best)[0]["epoch"] >= patience
 
 
 @dataclass
@@ -167,9 +149,8 @@ class Run:
     config: TrainConfig
     accelerator: Accelerator
     model: PeftModel
-    wrapped: (
-        torch.nn.Module
-    )  # the same in DDP, which averages gradients over the processes; saving needs `model`
+    # The same in DDP, which averages gradients over the processes; saving needs `model`
+    wrapped: torch.nn.Module
     tokenizer: object  # transformers' PreTrainedTokenizerBase
     train_set: SFTDataset
     val_set: SFTDataset
@@ -190,12 +171,6 @@ class Run:
     def output_dir(self) -> Path:
         return Path(self.config.output_dir)
 
-    def make_batch(self, examples: Sequence[Example]) -> Batch:
-        batch = (
-            packed_batch(examples) if self.packed else padded_batch(examples, pad_token_id(self.tokenizer))
-        )
-        return batch.to(self.accelerator.device)
-
     def micro_batches(self, examples: list[Example], process: int) -> list[list[Example]]:
         """The forward passes of one process over `examples`, smaller after memory ran out."""
         max_rows = self.progress.micro_batch_size
@@ -214,17 +189,15 @@ class Run:
 
     def batches(self, examples: list[Example]) -> Iterator[tuple[Batch, int, bool]]:
         """This process's forward passes over `examples`: each batch, its weight in the loss, whether it is
-        the last.
-
-        A rank with no rows left runs a dummy batch of weight 0, so that all ranks make the same calls.
-        """
+        the last. One with no rows left runs a batch of weight 0, so that all processes make the same
+        calls."""
         micro_batches = self.micro_batches(examples, self.accelerator.process_index)
         for i, micro_batch in enumerate(micro_batches, 1):
-            yield (
-                self.make_batch(micro_batch or examples[:1]),
-                int(bool(micro_batch)),
-                i == len(micro_batches),
+            chosen = micro_batch or examples[:1]
+            batch = (
+                packed_batch(chosen) if self.packed else padded_batch(chosen, pad_token_id(self.tokenizer))
             )
+            yield batch.to(self.accelerator.device), int(bool(micro_batch)), i == len(micro_batches)
 
     def log(self, message: str = "") -> None:
         if self.accelerator.is_main_process:
@@ -260,12 +233,10 @@ class Run:
         }
 
     def close(self) -> None:
-        """Ends the tracker and, once all processes are here, their process group.
-
-        DDP goes first. If its reducer were the last to hold the group, the group's destructor would join
-        gloo's threads with Python's lock held, and a thread that is freeing a tensor waits for that lock:
-        both hang for ever. torch's own references release the lock before."""
+        """Ends the tracker and, once all processes are here, their process group."""
         self.accelerator.wait_for_everyone()
+        # DDP goes first: were its reducer the last to hold the group, the group's destructor would join
+        # gloo's threads with Python's lock held, for which a thread that frees a tensor may wait
         self.wrapped = self.model
         self.accelerator.free_memory()
         gc.collect()

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from datetime import timedelta
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,68 +17,51 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 
-from sft.cli import InputError, log
+from sft.cli import InputError, log, on_main_process
 from sft.data.dataset import Example, SFTDataset, load_datasets
 from sft.data.formats import main_language
-from sft.data.prompt import PromptTemplate, build_template
+from sft.data.prompt import PromptTemplate
 from sft.data.report import log_data_warnings
 from sft.data.rows import Row
 from sft.files import FORMAT_VERSION, sha256
-from sft.model.adapter import add_lora, set_gradient_checkpointing, shard_base
-from sft.model.base import (
-    Placement,
-    base_config,
-    base_weights_sha256,
-    context_window,
-    is_local,
-    load_base_model,
-    load_tokenizer,
-    pick_device,
-    portable_name,
-    public_name,
-    resolve_model,
-)
+from sft.model import base
+from sft.model.adapter import add_lora, load_adapter_weights, set_gradient_checkpointing, shard_base
+from sft.model.folder import read_sft_config
 from sft.model.kernels import use_frozen_kernels
 from sft.model.probes import enable_packing, is_untrained, longest_shared
-from sft.options import TrainConfig, quantization_of
+from sft.options import MAY_CHANGE, TrainConfig, quantization_of
 from sft.training.parts import Learned, learn_writing
+from sft.training.recipes import FROM_DATA, sha256_of_files
 from sft.training.run import Plan, Run, TrainingProgress
 
 
 def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: Path | None = None) -> Run:
-    """Everything before the first step, from checked options and rows: processes, base model, LoRA,
-    optimizer, data. The prompt is that of `checkpoint`, if there is one.
-
-    Raises InputError. Writes nothing.
-    """
-    placement = pick_device(config.device, config.dtype)
+    """Everything before the first step, from checked options and rows. The prompt is that of `checkpoint` or
+    of --init_adapter, if there is one. Raises InputError. Writes nothing."""
+    placement = base.pick_device(config.device, config.dtype)
     accelerator = start_processes(config, placement)
-    base_folder, base_weights = find_base(config, accelerator)
-    tokenizer = load_tokenizer(base_folder)
-    model, packed = build_model(config, placement, accelerator, base_folder)
-    optimizer = make_optimizer(config, model)
-    train_set, val_set = load_data(config, accelerator, model, tokenizer, rows, checkpoint)
-    learned, part_examples = load_parts(config, train_set, checkpoint)
-    examples = train_set.examples + part_examples
-
+    # One process converts or downloads the base model while the others wait
+    with accelerator.main_process_first():
+        base_folder = base.resolve_model(config.model_name)
+        hashes = hash_inputs(config, base_folder)
+    tokenizer = base.load_tokenizer(base_folder)
+    # Never rendered a second time: templates write the day's date, and may be edited
+    source = checkpoint or config.init_adapter
+    template = PromptTemplate.of_folder(Path(source)) if source else None
     is_sharded = config.shard_base and accelerator.num_processes > 1
-    hashes = {"train_csv": sha256_of_files(config.train_files), "base_weights": base_weights}
-    if config.val_file:
-        hashes["val_csv"] = sha256(Path(config.val_file))
-    may_change = {field.name for field in fields(config) if field.metadata["may_change"]}
-    fingerprint = {name: value for name, value in asdict(config).items() if name not in may_change}
-    fingerprint |= {
-        "n_processes": accelerator.num_processes,
-        "base_dtype": str(placement.dtype),
-        "packed": packed,
-        "parts": learned.digest,
-        "base_config": hashlib.sha256(json.dumps(base_config(base_folder)).encode()).hexdigest(),
-    }
-    sft_config = describe_run(config, rows, (train_set, val_set), learned, placement.dtype_name, hashes)
-    sft_config["base_config"] = base_config(base_folder)
-    sft_config["base_public_name"] = public_name(base_folder)
-    window = context_window(model.get_base_model()) or math.inf
-    sft_config["max_new_tokens"] = longest_summary(train_set, window)
+    device = torch.device("cpu") if is_sharded else accelerator.device
+    model = base.load_base_model(base_folder, device, placement.dtype, quantization_of(vars(config)))
+    window = base.context_window(model) or math.inf
+    if config.max_length == FROM_DATA:
+        config.max_length = typical_length(config, rows, tokenizer, template, window)
+    model, packed = build_model(config, accelerator, model, window)
+    datasets = load_data(config, accelerator, model, tokenizer, rows, template)
+    learned, part_examples = load_parts(config, datasets[0], checkpoint)
+    examples = datasets[0].examples + part_examples
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sft_config = describe_run(config, rows, datasets, learned, hashes, base_folder)
+    sft_config["training"]["dtype"] = placement.dtype_name
+    sft_config["max_new_tokens"] = longest_summary(datasets[0], window)
     layout = (config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes)
     return Run(
         config=config,
@@ -86,30 +69,35 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         model=model,
         wrapped=model if is_sharded else accelerator.prepare_model(model),
         tokenizer=tokenizer,
-        train_set=train_set,
-        val_set=val_set,
+        train_set=datasets[0],
+        val_set=datasets[1],
         examples=examples,
         packed=packed,
         longest_shared=longest_shared(model, config.max_length),
         plan=Plan(len(examples), *layout, config.num_epochs, config.seed),
-        parameters=optimizer.param_groups[0]["params"],
-        optimizer=optimizer,
+        parameters=parameters,
+        # Over float32 weights, whatever the base's dtype
+        optimizer=torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay),
         scaler=torch.amp.GradScaler(accelerator.device.type, enabled=placement.dtype == torch.float16),
-        base_name=portable_name(config.model_name, base_folder),
+        base_name=base.portable_name(config.model_name, base_folder),
         sft_config=sft_config,
-        fingerprint=fingerprint | hashes,
+        fingerprint=make_fingerprint(
+            config,
+            hashes,
+            sft_config["base_config"],
+            n_processes=accelerator.num_processes,
+            base_dtype=str(placement.dtype),
+            packed=packed,
+            parts=learned.digest,
+        ),
         progress=TrainingProgress(micro_batch_size=config.batch_size),
     )
 
 
-def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
-    """accelerate's process group, on CPU or GPU, alone or under torchrun; what it would add to the loop is
-    off."""
-    if (
-        os.environ.get("ACCELERATE_USE_CPU") == "True"
-        and "MASTER_PORT" in os.environ
-        and "WORLD_SIZE" not in os.environ
-    ):
+def start_processes(config: TrainConfig, placement: base.Placement) -> Accelerator:
+    """accelerate's processes, alone or under torchrun; what it would add to the loop is off."""
+    is_cpu_launch = os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ
+    if is_cpu_launch and "WORLD_SIZE" not in os.environ:
         log(
             "warning: accelerate launch --cpu starts a single process; for more, use torchrun --nproc_per_node"
         )
@@ -131,34 +119,55 @@ def start_processes(config: TrainConfig, placement: Placement) -> Accelerator:
     return accelerator
 
 
-def find_base(config: TrainConfig, accelerator: Accelerator) -> tuple[Path, str]:
-    """(folder, SHA-256) of the base model; one process converts or downloads it while the others wait."""
-    with accelerator.main_process_first():
-        folder = resolve_model(config.model_name)
-        return folder, base_weights_sha256(folder)
+def hash_inputs(config: TrainConfig, base_folder: Path) -> dict[str, str]:
+    """The SHA-256 of data, base weights and parent adapter. Raises InputError if the adapter to start from
+    was trained on another base model."""
+    hashes = {
+        "train_csv": sha256_of_files(config.train_files),
+        "base_weights": base.base_weights_sha256(base_folder),
+    }
+    if config.val_file:
+        hashes["val_csv"] = sha256(Path(config.val_file))
+    if config.init_adapter:
+        parent = read_sft_config(Path(config.init_adapter))["sha256"]
+        if parent["base_weights"] != hashes["base_weights"]:
+            problem = f"--init_adapter {config.init_adapter}: trained on another base model"
+            raise InputError(problem, "pass --model_name with the model it was trained on")
+        hashes["parent"] = parent["adapter"]
+    return hashes
+
+
+def typical_length(config: TrainConfig, rows, tokenizer, template, window: float) -> int:
+    """The --max_length that holds 95 % of the training rows whole, within the model's window."""
+    whole = replace(config, max_length=int(min(window, 2**20)))
+    train_set, _ = load_datasets(rows, tokenizer, whole, template=template)
+    n_end_token = 1
+    needed = train_set.lengths.sum(1) + train_set.encoder.n_template_tokens + n_end_token
+    length = int(min(window, np.ceil(np.percentile(needed, 95))))
+    if on_main_process():
+        log(f"Longest row: {length} tokens, which hold 95 % of the training rows whole")
+    return length
 
 
 def build_model(
-    config: TrainConfig, placement: Placement, accelerator: Accelerator, base_folder: Path
+    config: TrainConfig, accelerator: Accelerator, model: torch.nn.Module, window: float
 ) -> tuple[PeftModel, bool]:
     """(base model with LoRA, ready to train; whether it takes packed rows)."""
-    is_sharded = config.shard_base and accelerator.num_processes > 1
-    device = torch.device("cpu") if is_sharded else accelerator.device
-    quantization = quantization_of(vars(config))
-    base = load_base_model(base_folder, device, placement.dtype, quantization)
-    longest = context_window(base) or math.inf
-    if config.max_length > longest:
-        problem = f"--max_length {config.max_length}: {config.model_name} takes {longest} tokens at most"
-        raise InputError(problem, f"use --max_length {longest}")
+    if config.max_length > window:
+        problem = f"--max_length {config.max_length}: {config.model_name} takes {window} tokens at most"
+        raise InputError(problem, f"use --max_length {window}")
     model = add_lora(
-        base,
+        model,
         r=config.lora_r,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
         target_modules=config.target_modules,
+        use_rslora=config.use_rslora,
         seed=config.seed,
     )
-    if is_sharded:
+    if config.init_adapter:
+        load_adapter_weights(model, Path(config.init_adapter))
+    if config.shard_base and accelerator.num_processes > 1:
         shard_base(model, accelerator.device, accelerator.num_processes)
     else:
         use_frozen_kernels(model)
@@ -170,65 +179,42 @@ def build_model(
     return model.train(), packed
 
 
-def make_optimizer(config: TrainConfig, model: PeftModel) -> torch.optim.Optimizer:
-    """AdamW over the trainable weights, which are float32 whatever the base's dtype."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-
-
 def load_data(
     config: TrainConfig,
     accelerator: Accelerator,
     model: PeftModel,
     tokenizer,
     rows: tuple[list[Row], list[Row]],
-    checkpoint: Path | None,
+    template: PromptTemplate | None,
 ) -> tuple[SFTDataset, SFTDataset]:
     """Both sets as tokens. Raises InputError for tokens that the model does not have."""
-    # Never rendered a second time: templates write the day's date, and may be edited
-    template = PromptTemplate.of_folder(checkpoint) if checkpoint else None
     # A sharded table has no rows to look at
     is_sharded = config.shard_base and accelerator.num_processes > 1
     never_learned = (lambda token: False) if is_sharded else functools.partial(is_untrained, model)
     datasets = load_datasets(rows, tokenizer, config, template, never_learned)
-    n_embeddings = model.get_input_embeddings().weight.shape[0]
+    n_known = model.get_input_embeddings().weight.shape[0]
     highest = max(int(example.tokens.max()) for dataset in datasets for example in dataset.examples)
-    if highest >= n_embeddings:
-        problem = (
-            f"{config.model_name}: its tokenizer gives token {highest}, the model knows {n_embeddings:,}"
-        )
+    if highest >= n_known:
+        problem = f"{config.model_name}: its tokenizer gives token {highest}, the model knows {n_known:,}"
         raise InputError(problem, "put the tokenizer that belongs to the weights into the model folder")
     log_data_warnings(rows, datasets, config)
-    if template and accelerator.is_main_process:
-        rendered = build_template(
-            tokenizer,
-            thinking=config.thinking == "on",
-            is_untrained=never_learned,
-            instruction=config.instruction,
-            number_sentences=template.number_sentences,
-            sentence_version=template.sentence_version,
-        )
-        if rendered != template:
-            log(
-                "info: the base model's chat template makes another prompt now; the run keeps its checkpoint's"
-            )
     return datasets
 
 
 def load_parts(
     config: TrainConfig, train_set: SFTDataset, checkpoint: Path | None
 ) -> tuple[Learned, list[Example]]:
-    """What the run learns of writing by sentences; the rows of parts as tokens, in the training rows' prompt,
-    without those that do not fit."""
+    """What the run learns of writing by sentences; the rows of parts that fit, as tokens."""
     is_numbered = train_set.encoder.template.number_sentences
     learned = learn_writing(train_set.rows, config, is_numbered, checkpoint)
     return learned, SFTDataset(learned.rows, train_set.encoder, config.max_length).examples
 
 
-def sha256_of_files(files: list) -> str:
-    """The SHA-256 of one file; of several, that of theirs."""
-    first, *more = [sha256(Path(file)) for file in files]
-    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
+def make_fingerprint(config: TrainConfig, hashes: dict[str, str], base_config: dict, **found) -> dict:
+    """What a resumed run must share with the one before; `found`: what the options led to."""
+    options = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(base_config).encode()).hexdigest()
+    return options | hashes | found | {"base_config": digest}
 
 
 def longest_summary(dataset: SFTDataset, window: float) -> int:
@@ -243,8 +229,8 @@ def describe_run(
     rows: tuple[list[Row], list[Row]],
     datasets: tuple[SFTDataset, SFTDataset],
     learned: Learned,
-    dtype: str,
     hashes: dict[str, str],
+    base_folder: Path,
 ) -> dict:
     """sft_config.json: what inference needs to rebuild the prompt, and where the adapter comes from. No text,
     no absolute path."""
@@ -260,26 +246,27 @@ def describe_run(
         for name, part, dataset in zip(("train", "validation"), rows, datasets)
     }
 
-    def portable(name):
-        return Path(name).name if name and Path(name).is_absolute() else name
+    def portable(value):
+        if isinstance(value, list):
+            return [portable(one) for one in value]
+        is_absolute = isinstance(value, str | Path) and Path(value).is_absolute()
+        return Path(value).name if is_absolute else value
 
     training = asdict(config) | {"train_csv": list(config.train_files), "val_csv": config.val_file}
-    training["train_csv"] = [portable(name) for name in training["train_csv"]]
-    for name in ("val_csv", "model_name", "output_dir"):
-        training[name] = portable(training[name])
-    notes = [row.clinical_note for row in datasets[0].rows]
-    packages = [
-        name for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes") if find_spec(name)
-    ]
+    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    versions = {name: version(name) for name in packages if find_spec(name)}
     return {
         "format_version": FORMAT_VERSION,
         "prompt": asdict(datasets[0].encoder.template),
         "max_length": config.max_length,
-        "training": training | {"dtype": dtype},
+        "training": {name: portable(value) for name, value in training.items()},
         "rows": counts | {"parts": learned.counts},
         **learned.settings,
-        "language": main_language(notes),  # of the training notes; inference warns about another one
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        # Of the training notes; inference warns about another one
+        "language": main_language([row.clinical_note for row in datasets[0].rows]),
+        "versions": {"python": platform.python_version()} | versions,
         "sha256": hashes,
-        "base_model_is_local": is_local(config.model_name),
+        "base_model_is_local": base.is_local(config.model_name),
+        "base_config": base.base_config(base_folder),
+        "base_public_name": base.public_name(base_folder),
     }

@@ -1,0 +1,138 @@
+"""Where a run's values come from if none were given: a preset, the configuration of an earlier run, the
+adapter that it starts from. Needs no torch."""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+from sft.cli import InputError, log, on_main_process, safe_id
+from sft.files import sha256
+from sft.model.folder import read_adapter_folder
+from sft.option_fields import default_of, given_names, parse_options
+from sft.options import DEFAULT_MAX_LENGTH, TrainConfig
+
+FROM_DATA = 0  # as max_length: what 95 % of the training rows need, within the model's window
+PRESETS = {
+    "documents": {
+        "num_epochs": 2,
+        "learning_rate": 2e-4,
+        "target_modules": ["q_proj", "v_proj"],
+        "max_length": DEFAULT_MAX_LENGTH,
+    },
+    "thorough": {
+        "num_epochs": 3,
+        "learning_rate": 5e-4,
+        "target_modules": ["all-linear"],
+        "max_length": FROM_DATA,
+    },
+    "quick": {
+        "num_epochs": 1,
+        "learning_rate": 1e-3,
+        "target_modules": ["q_proj", "v_proj"],
+        "max_length": DEFAULT_MAX_LENGTH,
+    },
+}
+# Never taken from an earlier run
+_OF_THIS_RUN = {"output_dir", "resume", "overwrite", "dry_run", "config"}
+# One that is given leaves no room for an earlier run's others
+_EXCLUSIVE = ({"val_csv", "val_fraction"}, {"quantization", "use_8bit", "use_4bit"})
+# What an adapter to start from has decided
+_OF_ADAPTER = (
+    "lora_r",
+    "lora_alpha",
+    "use_rslora",
+    "target_modules",
+    "instruction",
+    "sentence_numbering",
+    "thinking",
+    "chat_template",
+)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """The configuration with the values of --preset, --config and --init_adapter where none were given.
+    Raises InputError."""
+    given = given_names(config)
+    earlier = read_config(config.config) if config.config else {}
+    values = PRESETS[earlier.get("preset", config.preset)] | earlier
+    if "preset" in given:
+        values = earlier | PRESETS[config.preset]
+    for names in _EXCLUSIVE:
+        given |= names if names & given else set()
+    config = replace(config, **{name: value for name, value in values.items() if name not in given})
+    if config.config:
+        log_other_files(config)
+    return take_from_adapter(config, given) if config.init_adapter else config
+
+
+def _read(file: str) -> tuple[dict, dict]:
+    """(options, SHA-256s) of a YAML file of options, or of sft_config.json. Raises InputError."""
+    import yaml
+
+    content = {"training": None}
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+        text = Path(file).read_text(encoding="utf-8")
+        content = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+    parts = (
+        [content.get("training", content), content.get("sha256", {})] if isinstance(content, dict) else [None]
+    )
+    if not all(isinstance(part, dict) for part in parts):
+        fix = "write lines such as num_epochs: 3 (.yaml), or pass an adapter's sft_config.json"
+        raise InputError(f"--config {file}: not a readable file of options", fix)
+    return tuple(parts)
+
+
+def read_config(file: str) -> dict:
+    """The options in a file, checked as if they had been typed. Raises InputError."""
+    typed = []
+    kinds = {field.name: field.type for field in fields(TrainConfig)}
+    named = {name: value for name, value in _read(file)[0].items() if name not in _OF_THIS_RUN}
+    for name, value in named.items():
+        # YAML reads on and off as truth values
+        if isinstance(value, bool) and kinds.get(name) is not bool:
+            value = "on" if value else "off"
+        if isinstance(value, list):
+            typed += [f"--{name}", *map(str, value)]
+        elif value is True:
+            typed.append(f"--{name}")
+        elif value is not None and value is not False:
+            typed.append(f"--{name}={value}")
+    try:
+        parsed = parse_options(TrainConfig, "", typed)
+    except InputError as error:
+        raise InputError(f"--config {file}: {error.problem}", error.fix) from None
+    return {name: getattr(parsed, name) for name in named}
+
+
+def log_other_files(config: TrainConfig) -> None:
+    """Says which of the files are not those that the earlier run recorded."""
+    recorded = _read(config.config)[1]
+    for name, files in (("train_csv", config.train_files), ("val_csv", [config.val_file])):
+        with contextlib.suppress(OSError, TypeError):  # missing ones are refused where they are read
+            if recorded.get(name) not in (None, sha256_of_files(files)) and on_main_process():
+                log(
+                    f"warning: {name} is not the file of {config.config} (SHA-256 differs): this is another run"
+                )
+
+
+def sha256_of_files(files: list) -> str:
+    """The SHA-256 of one file; of several, that of theirs."""
+    first, *more = [sha256(Path(file)) for file in files]
+    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
+
+
+def take_from_adapter(config: TrainConfig, given: set[str]) -> TrainConfig:
+    """The configuration with the LoRA shape and the prompt of the adapter to start from, whose folder is
+    verified. Raises InputError if another value was given."""
+    folder, parent, _ = read_adapter_folder(config.init_adapter)
+    if "merged" in parent:
+        raise InputError(f"--init_adapter {folder}: a merged model", "pass the adapter it was merged from")
+    defaults = {field.name: default_of(field) for field in fields(config)}
+    own = {name: parent["training"].get(name, defaults[name]) for name in _OF_ADAPTER}
+    for name, value in own.items():
+        if name in given and getattr(config, name) != value:
+            problem = f"--{name}: the adapter in {folder} was trained with {safe_id(str(value))}"
+            raise InputError(problem, f"leave out --{name}, or --init_adapter")
+    return replace(config, **own)

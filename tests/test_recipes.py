@@ -1,0 +1,151 @@
+"""Presets, repeated runs, runs that start from an adapter."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy
+import pytest
+from conftest import assert_same_run, stats_of
+from peft.tuners.lora import LoraLayer
+
+from sft.cli import InputError
+from sft.data.dataset import load_datasets, read_data
+from sft.model.base import load_tokenizer
+from sft.training.recipes import PRESETS, resolve
+from sft.training.set_up import set_up
+from stage_a_sft_training import TrainConfig, train
+
+# What a short run gives, as their defaults: not given
+NOT_GIVEN = {"num_epochs": 2, "learning_rate": 2e-4, "max_length": 512}
+
+
+# ------------------------------------------------------------------------------- presets
+
+
+def test_documents_are_the_defaults_and_what_is_given_wins(monkeypatch):
+    default = TrainConfig()
+    assert all(getattr(default, name) == value for name, value in PRESETS["documents"].items())
+    assert resolve(default) == default
+    quick = PRESETS["quick"]
+    assert resolve(TrainConfig(preset="quick")).num_epochs == quick["num_epochs"] == 1
+    assert resolve(TrainConfig(preset="quick", num_epochs=5)).num_epochs == 5
+    # Also the default, if it was typed
+    monkeypatch.setattr("sys.argv", ["x.py", "--preset=quick", "--num_epochs", "2"])
+    config = resolve(TrainConfig(preset="quick"))
+    assert (config.num_epochs, config.learning_rate) == (2, quick["learning_rate"])
+
+
+def test_thorough_takes_its_length_from_the_data(configured):
+    config = resolve(configured(preset="thorough", **NOT_GIVEN))
+    run = set_up(config, read_data(config))
+    tokenizer = load_tokenizer(Path(config.model_name))
+    dataset = load_datasets(read_data(config), tokenizer, configured())[0]
+    needed = dataset.lengths.sum(1) + dataset.encoder.n_template_tokens + 1
+    assert run.config.max_length == numpy.ceil(numpy.percentile(needed, 95))
+    assert run.sft_config["max_length"] == run.sft_config["training"]["max_length"] == run.config.max_length
+    assert run.sft_config["training"]["target_modules"] == ["all-linear"]
+
+
+# ------------------------------------------------------------------------------- repeating a run
+
+
+def test_a_run_is_repeated_from_its_configuration(configured, finished, csv_files, capfd, tmp_path):
+    """Its folder and --resume are never taken over; other data is said."""
+    saved = Path(finished().output_dir) / "final_model" / "sft_config.json"
+    # Absolute paths are not recorded
+    own = {name: getattr(configured(), name) for name in ("train_csv", "val_csv", "model_name", "output_dir")}
+    train(TrainConfig(config=str(saved), **own))
+    assert "another run" not in capfd.readouterr().err
+    assert_same_run(configured(), finished())
+    recorded = json.loads((tmp_path / "out" / "final_model" / "sft_config.json").read_text())["training"]
+    assert (recorded["config"], recorded["lora_r"]) == ("sft_config.json", 4)
+
+    csv_files[0].write_text(csv_files[0].read_text().replace("Fell from", "Slid from"))
+    config = resolve(TrainConfig(config=str(saved), **own, num_epochs=3, val_fraction=0.2))
+    assert (config.num_epochs, config.lora_r, config.resume) == (3, 4, False)
+    assert "train_csv is not the file of" in capfd.readouterr().err
+    with pytest.raises(InputError, match="no_such"):
+        train(TrainConfig(config=str(saved), **{**own, "train_csv": "no_such.csv", "overwrite": True}))
+
+
+def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
+    file = tmp_path / "run.yaml"
+
+    def read(text: str) -> TrainConfig:
+        file.write_text(text)
+        return resolve(TrainConfig(config=str(file)))
+
+    config = read(
+        "learning_rate: 2e-3\nthinking: on\nsentence_numbering: off\npart_rows: true\nval_csv: null\n"
+        "target_modules: [q_proj, k_proj]\nlora_alpha: 8\npreset: thorough\nnum_epochs: 2\noutput_dir: elsewhere\n"
+    )
+    assert (config.learning_rate, config.lora_alpha, config.num_epochs) == (2e-3, 8, 2)
+    assert (config.thinking, config.sentence_numbering, config.part_rows) == ("on", "off", True)
+    assert (config.target_modules, config.max_length) == (
+        ["q_proj", "k_proj"],
+        PRESETS["thorough"]["max_length"],
+    )
+    assert config.output_dir == TrainConfig().output_dir
+    for text, words in (
+        ("num_epochs: 0\n", "num_epochs.*at least 1"),
+        ("learning_rates: 1\n", "unrecognized arguments: --learning_rates"),
+        ("- a\n", "not a readable file of options"),
+        ("a: [\n", "not a readable file of options"),
+        ("training: 5\n", "not a readable file of options"),
+        ("Zebra has fever: yes\n", "1 word outside any option"),
+        ("num_epochs: {Zebra: 3}\n", "num_epochs"),
+        ("train_csv: Zebra has a fever and coughs\n", "no such file, folder or model"),
+    ):
+        with pytest.raises(InputError, match=words) as refused:
+            read(text)
+        assert "Zebra" not in str(refused.value)
+
+
+# ------------------------------------------------------------------------------- going on from an adapter
+
+
+def test_training_goes_on_from_an_adapter(configured, finished, capfd, tmp_path):
+    """Its LoRA shape and prompt stay; the first validation is its own; it is recorded as the parent."""
+    parent = Path(finished().output_dir) / "final_model"
+    # The shape is the parent's, as it was not given
+    config = configured(init_adapter=str(parent), num_epochs=1, lora_r=16)
+    stats = train(config)
+    assert stats["untrained_val_loss"] == pytest.approx(
+        min(e["val_loss"] for e in stats_of(finished())["epochs"])
+    )
+    said = capfd.readouterr().err
+    assert "Starting Val Loss: " in said and "Untrained" not in said and "LoRA: r=4" in said
+    recorded, theirs = (
+        json.loads((folder / "sft_config.json").read_text())
+        for folder in (tmp_path / "out/final_model", parent)
+    )
+    assert recorded["sha256"]["parent"] == theirs["sha256"]["adapter"] != recorded["sha256"]["adapter"]
+    assert recorded["prompt"] == theirs["prompt"]
+    train(configured(init_adapter=str(parent), num_epochs=2, lora_r=16, resume=True))
+
+
+def test_an_adapter_that_does_not_fit_is_refused(configured, finished, tmp_path):
+    parent = Path(finished().output_dir) / "final_model"
+    for options, words in (
+        ({"lora_r": 8}, r"--lora_r: the adapter in .* was trained with 4"),
+        ({"instruction": "Zebra"}, "--instruction: the adapter"),
+        ({"lora_r": 16, "architecture": "gemma"}, "trained on another base model"),
+        ({"lora_r": 16, "init_adapter": str(tmp_path)}, "no adapter here"),
+    ):
+        with pytest.raises(InputError, match=words) as refused:
+            train(configured(**{"init_adapter": str(parent), **options}))
+        assert "Zebra" not in str(refused.value)
+    damaged = shutil.copytree(parent, tmp_path / "damaged")
+    (damaged / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="is damaged or was changed"):
+        train(configured(init_adapter=str(damaged), lora_r=16))
+    assert not (tmp_path / "out").exists()
+
+
+def test_rank_stabilized_lora_is_scaled_by_the_root_of_the_rank(configured):
+    for use_rslora, scaling in ((False, 8), (True, 16)):
+        config = configured(use_rslora=use_rslora)
+        run = set_up(config, read_data(config))
+        layer = next(module for module in run.model.modules() if isinstance(module, LoraLayer))
+        assert layer.scaling["default"] == scaling
