@@ -325,6 +325,12 @@ class TrainConfig(MachineOptions, DataOptions):
 
 @dataclass
 class PromptFromOption:
+    base_model: str | None = option(
+        None,
+        "base model folder or Hub id (default: the one the adapter was trained on)",
+        group=MODEL,
+        metavar="MODEL",
+    )
     prompt_from: str | None = option(
         None,
         "adapter folder of this toolkit whose prompt to use, for an adapter that another tool trained further",
@@ -339,12 +345,6 @@ class InferenceConfig(PromptFromOption, MachineOptions):
 
     model_path: str = option(
         "./models/sft_specialist/final_model", "adapter folder, or merged folder", group=MODEL
-    )
-    base_model: str | None = option(
-        None,
-        "base model folder or Hub id (default: the one the adapter was trained on)",
-        group=MODEL,
-        metavar="MODEL",
     )
     merge_to: str | None = option(
         None, "write base model and adapter, merged, to this new folder and exit", group=MODEL, metavar="DIR"

@@ -13,6 +13,7 @@ from sft.cli import InputError, safe_id
 from sft.data.rows import Row
 from sft.data.table import read_table
 from sft.evaluation.figures import mean_over_notes
+from sft.evaluation.measures import Measured
 from sft.evaluation.page import render
 from sft.evaluation.systems import digest
 from sft.files import write_atomic, write_json
@@ -41,24 +42,32 @@ _COUNTS = {
 }
 
 
-def write_sheet(folder: Path, rows: Mapping[int, Row], summaries: Mapping[str, Mapping[int, str]]) -> None:
+def write_sheet(
+    folder: Path, rows: Mapping[int, Row], measured: Mapping[str, Mapping[int, Measured]]
+) -> None:
     """blind_sheet.html, blind_sheet.csv and the key, which says whose summaries they are. Notes, and the
     different summaries of each, are in random order; systems that wrote the same share an item, whose name
     begins with the sheet's."""
-    sheet = digest([rows[n].note_key.hex() for n in rows], sorted(summaries.items()))[:4]
+    texts = {
+        system: {number: one.result["generated_summary"] for number, one in ones.items()}
+        for system, ones in measured.items()
+    }
+    sheet = digest([row.note_key.hex() for row in rows.values()], sorted(texts.items()))[:4]
     dice = random.Random(sheet)
-    notes = []
+    notes, items = [], []
     for number in dice.sample(list(rows), len(rows)):
         systems: dict[str, list[str]] = {}
-        for system, texts in summaries.items():
-            if texts[number].strip():
-                systems.setdefault(texts[number], []).append(system)
+        for system in texts:
+            systems.setdefault(texts[system][number], []).append(system)
         same = {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note}
-        shuffled = dice.sample(list(systems), len(systems))
-        notes.append([{**same, "systems": systems[summary], "summary": summary} for summary in shuffled])
-    items = [item for of_note in notes for item in of_note]
-    for place, item in enumerate(items, 1):
-        item["item"] = f"{sheet}-{place:04}"
+        written = sorted(filter(str.strip, systems))
+        notes.append(
+            [
+                {**same, "systems": systems[summary], "summary": summary, "item": f"{sheet}-{place:04}"}
+                for place, summary in enumerate(dice.sample(written, len(written)), len(items) + 1)
+            ]
+        )
+        items += notes[-1]
     write_json(folder / KEY_FILE, {"items": items})
     lines = [csv_row([item.get(column, "") for column in _COLUMNS]) for item in items]
     write_atomic(folder / "blind_sheet.csv", "\ufeff" + csv_row(_COLUMNS) + "".join(lines))
@@ -90,19 +99,19 @@ def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
         name = cells["item"].strip()
         where = f"{path}: row {row_number} (item {safe_id(name)})"
         if name not in items:
-            fix = "pass its folder with --output_dir"
-            raise InputError(f"{where} is not of the sheet in this folder", fix)
+            raise InputError(
+                f"{where} is not of the sheet in this folder", "pass its folder with --output_dir"
+            )
         rating: dict = {}
         for column in ("usable", "finding", "plan"):
             rating[column] = _YES_OR_NO.get(cells.get(column, "").strip().lower())
-            if rating[column] is None:
-                raise InputError(f"{where}: column {column} is neither yes nor no", "write yes or no")
         for column in ("wrong", "dangerous"):
-            spans = _read_spans(cells.get(column, ""), items[name]["summary"])
-            if spans is None:
-                fix = 'copy the words from the summary, with "|" between statements'
-                raise InputError(f"{where}: column {column}: not words of the summary", fix)
-            rating[column] = spans
+            rating[column] = _read_spans(cells.get(column, ""), items[name]["summary"])
+        for column in (column for column, value in rating.items() if value is None):
+            is_answer = column in ("usable", "finding", "plan")
+            problem = "is neither yes nor no" if is_answer else "holds what are not words of the summary"
+            fix = "yes or no" if is_answer else 'words of the summary, with "|" between statements'
+            raise InputError(f"{where}: column {column} {problem}", f"write {fix}")
         rating["wrong"] = sorted({*rating["wrong"], *rating["dangerous"]})
         ratings[name] = rating
     if not ratings:
@@ -117,11 +126,8 @@ def _read_spans(cell: str, summary: str) -> list[tuple[int, int]] | None:
         place = re.fullmatch(r"(\d{1,7})-(\d{1,7})", part)
         words = r"\s+".join(map(re.escape, part.lstrip("'").split()))
         found = None if place else re.search(words, summary, re.IGNORECASE)
-        start, end = map(int, place.groups()) if place else found.span() if found else (0, 0)
-        if not 0 <= start < end <= len(summary):
-            return None
-        spans.append((start, end))
-    return spans
+        spans.append(tuple(map(int, place.groups())) if place else found.span() if found else (0, 0))
+    return spans if all(0 <= start < end <= len(summary) for start, end in spans) else None
 
 
 def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
@@ -131,16 +137,9 @@ def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dic
         for system in items[name]["systems"]:
             read.setdefault(system, []).append((items[name]["note"], rating))
     return {
-        system: {
-            what: mean_over_notes((note, value(rating)) for note, rating in read[system])
-            for what, value in _COUNTS.items()
-        }
+        system: {what: mean_over_notes((n, value(one)) for n, one in read[system]) for what, value in _COUNTS.items()}
         for system in sorted(read)
-    }
-
-
-def _overlaps(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
-    return any(span[0] < end and start < span[1] for start, end in others)
+    }  # fmt: skip
 
 
 def check_against(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict]:
@@ -150,10 +149,14 @@ def check_against(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dic
     for name, rating in ratings.items():
         note = items[name]["note"]
         sentences = check_summary(items[name]["clinical_note"], items[name]["summary"]).sentences
-        spans = {(sentence.start, sentence.end): sentence.flagged for sentence in sentences}
-        flagged = [span for span in spans if spans[span]]
-        found += [(note, _overlaps(statement, flagged)) for statement in rating["wrong"]]
-        alarms += [(note, spans[span]) for span in spans if not _overlaps(span, rating["wrong"])]
+        spans = [(one.start, one.end, one.flagged) for one in sentences]
+        for start, end in rating["wrong"]:
+            found.append(
+                (note, any(flagged and start < last and first < end for first, last, flagged in spans))
+            )
+        for first, last, flagged in spans:
+            if not any(start < last and first < end for start, end in rating["wrong"]):
+                alarms.append((note, flagged))
     return {"found": mean_over_notes(found), "false_alarms": mean_over_notes(alarms)}
 
 
@@ -179,13 +182,12 @@ def report_ratings(folder: Path, files: Sequence[str]) -> str:
         raise InputError("--ratings takes one or two files", "count two readings at a time")
     items = read_key(folder)
     readings = [read_ratings(path, items) for path in files]
-    report: dict = {"readings": []}
+    counts = [{**count_ratings(items, one), "the check": check_against(items, one)} for one in readings]
+    report = {"readings": counts}
     lines = []
-    for place, reading in enumerate(readings, 1):
-        counts = {**count_ratings(items, reading), "the check": check_against(items, reading)}
-        report["readings"].append(counts)
+    for place, (reading, counted) in enumerate(zip(readings, counts), 1):
         lines.append(f"Reading {place}: {len(reading)} of {len(items)} summaries")
-        for system, of in counts.items():
+        for system, of in counted.items():
             lines += [f"  {system}", *(f"    {what:<24} {_shown(count)}" for what, count in of.items())]
     if len(readings) == 2:
         report["agreement"] = agreement(*readings)
