@@ -292,3 +292,33 @@ def test_a_base_that_moved_is_named(evaluate, adapters, model_folder, tmp_path):
     assert evaluate(tmp_path / "out", *options, moved)["figures"]["base"]
     with pytest.raises(InputError, match="base model"):
         evaluate(tmp_path / "other", *options, model_folder("qwen2"))
+
+
+def test_broken_specialists_beside_a_good_one(
+    model_folder, csv_files, test_file, tmp_path, monkeypatch, capsys
+):
+    """benchmarks/broken_specialists.py, with tiny models: each is trained on what its name says."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import broken_specialists
+
+    import stage_a_sft_training
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments), "--device", "cpu"])
+        {"stage_a_sft_training.py": stage_a_sft_training, "sft_evaluation.py": sft_evaluation}[script].main()
+
+    monkeypatch.setattr(broken_specialists, "run", run)
+    values = ["--train_csv", csv_files[0], "--val_csv", csv_files[1], "--test_csv", test_file, "--n_rows", 3]
+    values += ["--model_name", model_folder(), "--num_epochs", 1]
+    monkeypatch.setattr(sys, "argv", ["broken_specialists.py", *map(str, [tmp_path / "out", *values])])
+    broken_specialists.main()
+    printed = capsys.readouterr().out
+    assert "ten_times_the_rate" in printed and ("told apart" in printed or "no difference shown" in printed)
+    rows = {kind: read_rows(tmp_path / "out" / f"{kind}.csv") for kind in ("shuffled", "relabeled")}
+    truth = dict(NOTES)
+    assert all(row.model_summary != truth[row.clinical_note] for row in rows["shuffled"])
+    assert {row.model_summary for row in rows["shuffled"]} == set(truth.values())
+    wrong = [row.clinical_note for row in rows["relabeled"] if row.model_summary != truth[row.clinical_note]]
+    assert wrong == [NOTES[0][0]] and len(rows["relabeled"]) == len(NOTES)
+    recorded = json.loads((tmp_path / "out/ten_times_the_rate/final_model/sft_config.json").read_text())
+    assert recorded["training"]["learning_rate"] == pytest.approx(2e-3)
