@@ -23,17 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sft import __version__
-from sft.cli import (
-    InputError,
-    Progress,
-    Stopped,
-    log,
-    noted_signals,
-    plural,
-    preview_list,
-    run_script,
-    safe_id,
-)
+from sft.cli import InputError, Progress, Stopped, log, noted_signals, plural, run_script, safe_id
 from sft.data.prompt import PromptTemplate
 from sft.data.rows import Row, drop_stray_citations, factual_rows, leaked_rows, read_rows, shown_kinds
 from sft.data.table import OPTION_OF_COLUMN, column_name, read_table
@@ -65,7 +55,7 @@ class Column(NamedTuple):
 
 
 class Data(NamedTuple):
-    test_file: str | None
+    test_file: str
     rows: dict[int, Row]  # the factual test rows that are summarized, by their place
     all_rows: list[Row]  # of the test file
     training: list[Row]  # factual; empty if unknown
@@ -91,41 +81,38 @@ def read_adapters(paths: Sequence[str], prompt_from: str | None = None) -> list[
     return found
 
 
-def find_files(config: EvaluationConfig, sft_config: dict) -> tuple[str | None, list[str]]:
-    """(test file, training files): those named, or the bundled ones for an adapter trained on them. Raises
-    InputError if the training files are not those that were trained on."""
-    recorded = sft_config["sha256"].get("train_csv")
-    test_file, train_files = config.test_csv, config.train_csv or []
+def find_files(config: EvaluationConfig, recorded: str | None) -> tuple[list[str], list[str]]:
+    """(test files, training files): those named, or the bundled ones for an adapter trained on them. Raises
+    InputError if the training files are not those with the `recorded` SHA-256."""
+    test_files, train_files = [config.test_csv] if config.test_csv else [], config.train_csv or []
     hashes = [sha256(Path(file)) for file in train_files if Path(file).is_file()]
     found = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     # A file that is not there is refused where it is read
     if train_files and len(hashes) == len(train_files) and found != recorded:
         problem = (
-            f"--train_csv {preview_list(train_files)}: not what the adapter was trained on (SHA-256 differs)"
+            f"--train_csv {' '.join(train_files)}: not what the adapter was trained on (SHA-256 differs)"
         )
         raise InputError(problem, "pass the same files, unchanged, in the same order; or leave it out")
     for kind in ("processed", "evidence"):
         bundled = ROOT / f"phase1_data/sft/train_set_{kind}.csv"
         if bundled.is_file() and sha256(bundled) == recorded:
             train_files = train_files or [str(bundled)]
-            test_file = test_file or str(bundled.with_name(f"test_set_{kind}.csv"))
-    return test_file, train_files
+            test_files = test_files or [str(bundled.with_name(f"test_set_{kind}.csv"))]
+    return test_files, train_files
 
 
 def read_data(config: EvaluationConfig, sft_config: dict) -> Data:
     """Raises InputError if there are too few rows. Preferences are about the training rows."""
-    test_file, train_files = find_files(config, sft_config)
-    template = PromptTemplate.from_dict(sft_config["prompt"])
-    version = template.sentence_version if template.number_sentences else None
-    what, files = "test", [test_file] if test_file else []
-    if config.export_preferences:
-        what, files = "train", train_files
+    test_files, train_files = find_files(config, sft_config["sha256"].get("train_csv"))
+    what, files = ("train", train_files) if config.export_preferences else ("test", test_files)
     if not files:
         problem = f"no {what} rows: the bundled ones are for adapters trained on the bundled files"
         raise InputError(problem, f"pass --{what}_csv FILE")
+    template = PromptTemplate.from_dict(sft_config["prompt"])
+    version = template.sentence_version if template.number_sentences else None
     training = [row for file in train_files for row in factual_rows(read_rows(file, config))]
     training, _ = drop_stray_citations(training, version)
-    all_rows = training if config.export_preferences else read_rows(test_file, config)
+    all_rows = training if config.export_preferences else read_rows(files[0], config)
     rows, _ = drop_stray_citations(factual_rows(all_rows), version)
     if len(rows) < 2:
         problem = f"{files[0]}: {plural(len(rows), 'row')} labeled factual: too few to evaluate"
@@ -136,7 +123,7 @@ def read_data(config: EvaluationConfig, sft_config: dict) -> Data:
     if n_leaked:
         leaked = f"{plural(n_leaked, 'test note')} of {n_rows:,}"
         log(f"warning: {leaked} are training notes, or nearly: the figures flatter")
-    return Data(test_file, chosen, all_rows, training, n_leaked, template.sentence_version)
+    return Data(files[0], chosen, all_rows, training, n_leaked, template.sentence_version)
 
 
 def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], data: Data) -> list[Column]:
@@ -163,14 +150,6 @@ def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], dat
     if not columns:
         raise InputError("--systems: none of them can be evaluated here", "pass --train_csv, or other names")
     return columns
-
-
-def check_output_dir(folder: Path, adapters: Sequence[Adapter]) -> None:
-    """Raises InputError if the report would lie in an adapter's folder, whose files are hashed."""
-    inside = any(folder.resolve().is_relative_to(adapter.folder.resolve()) for adapter in adapters)
-    if inside or (folder.exists() and not folder.is_dir()):
-        why = "lies in the adapter's folder" if inside else "is not a folder"
-        raise InputError(f"--output_dir {folder} {why}", "choose another --output_dir")
 
 
 def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
@@ -248,21 +227,20 @@ def write_summaries(columns: Sequence[Column], data: Data, config: EvaluationCon
     with contextlib.closing(progress), noted_signals("finished summaries are kept") as noted:
         settings["should_stop"] = lambda: bool(noted)
         # Each model is loaded once, one at a time; what needs none, and no time, comes last
-        order = lambda column: (not column.system.model, column.system.model, column.adapter.number)  # noqa: E731
-        for name, system, adapter in sorted((c for c in columns if missing[c.name]), key=order):
-            model = system.model
+        columns = sorted(columns, key=lambda c: (not c.system.model, c.system.model, c.adapter.number))
+        for name, system, adapter in (column for column in columns if missing[column.name]):
             log(f"{name}: {system.says}")
             examples = data.training if system.needs_training_rows else []
-            if model and loaded != (model, adapter.number):
-                inference = None
-                inference = load(model, adapter, config)
-                loaded = (model, adapter.number)
-            if model:
-                results = systems.write_with_model(inference, system, missing[name], examples, settings)
-            else:
+            if not system.model:
                 results = systems.write_without_model(system.name, missing[name], examples, data.version)
+            else:
+                if loaded != (system.model, adapter.number):
+                    inference = None
+                    inference = load(system.model, adapter, config)
+                    loaded = (system.model, adapter.number)
+                results = systems.write_with_model(inference, system, missing[name], examples, settings)
             systems.keep_summaries(
-                files[name], records[name], results, progress.advance if system.loads_model else None
+                files[name], records[name], results, progress if system.loads_model else None
             )
             if noted:
                 raise Stopped(noted[0], f"stopped: the same command continues {name}")
@@ -287,13 +265,11 @@ def measure_all(columns: Sequence[Column], results: Mapping, data: Data, rouge) 
 
 def evaluate(columns: Sequence[Column], groups: Mapping, measured: Mapping, data: Data) -> dict:
     """What evaluation.json holds: figures and hashes, no text."""
-    names = list(measured)
-    found = figures.figures(figures.sums_table(measured, list(data.rows)), names)
+    found = figures.figures(measured, list(data.rows))
     trained = [column.name for column in columns if column.system.model == "specialist"]
     answers = {name: figures.answer_questions(found, name) for name in trained}
     kinds = [row.hallucination_type for row in data.all_rows if row.label == "hallucinated"]
     twins = figures.twins(data.all_rows)
-    tables = {name: figures.sums_table(measured, numbers) for name, numbers in groups.items()}
     return {
         "toolkit": __version__,
         "test_csv_sha256": sha256(Path(data.test_file)),
@@ -306,7 +282,7 @@ def evaluate(columns: Sequence[Column], groups: Mapping, measured: Mapping, data
         "answers": answers,
         "verdicts": {name: figures.verdict(given) for name, given in answers.items()},
         "twins": {kind: twin for kind, twin in twins.items() if kind == "all" or shown_kinds(kinds)},
-        "groups": {name: {"n_notes": len(of), "figures": figures.figures(of, names)} for name, of in tables.items()},
+        "groups": {name: {"n_notes": len(of), "figures": figures.figures(measured, of)} for name, of in groups.items()},
     }  # fmt: skip
 
 
@@ -346,9 +322,7 @@ def export_preferences(config: EvaluationConfig, adapter: Adapter, data: Data) -
             own = {"id": f"{row.name}-own", "model_summary": worst["generated_summary"]}
             rejected.append(replace(row, **own, label="hallucinated", hallucination_type=kind))
     if not rejected:
-        problem = (
-            f"--export_preferences: the check finds nothing in samples of {plural(len(data.rows), 'note')}"
-        )
+        problem = f"the check finds nothing in the specialist's samples of {plural(len(data.rows), 'note')}"
         raise InputError(problem, "export the file's own pairs: sft_dataset.py --export_preferences")
     template = PromptTemplate.from_dict(adapter.sft_config["prompt"])
     encoder = PromptEncoder(load_tokenizer(Path(config.prompt_from or adapter.folder)), template)
@@ -366,7 +340,8 @@ def main() -> None:
         return
     check_new_file("--export_preferences", config.export_preferences, (".jsonl",))
     adapters = read_adapters(config.model_path, config.prompt_from)
-    check_output_dir(folder, adapters)
+    if any(folder.resolve().is_relative_to(adapter.folder.resolve()) for adapter in adapters):
+        raise InputError(f"--output_dir {folder} lies in the adapter's folder", "choose another --output_dir")
     data = read_data(config, adapters[0].sft_config)
     if config.export_preferences:
         export_preferences(config, adapters[0], data)

@@ -22,12 +22,12 @@ from sft.evaluation.figures import (
     figure_of,
     figures,
     resample,
-    sums_table,
     twins,
     verdict,
 )
 from sft.evaluation.measures import (
     MEASURES,
+    Measured,
     add_memorized,
     copied_words,
     facts_held,
@@ -197,7 +197,7 @@ def test_quality_of_eight_validation_notes_does_not_fall():
     ]
     references = [row.model_summary for row in rows.values()]
     measured = measure_systems(rows, {"quoted": quoted, "wrong": wrong, "reference": references})
-    found = figures(sums_table(measured, list(rows)), list(measured))
+    found = figures(measured, list(rows))
     assert found["quoted"]["coverage"]["value"] > 0.75
     assert found["quoted"]["flagged"]["value"] < 0.04
     assert found["quoted"]["length_ratio"]["value"] < 1.4
@@ -221,7 +221,7 @@ def evaluated():
 
 def figures_of(evaluated) -> dict:
     rows, measured = evaluated
-    return figures(sums_table(measured, list(rows)), list(measured))
+    return figures(measured, list(rows))
 
 
 def test_figures_tell_a_good_system_from_a_bad_one(evaluated):
@@ -254,23 +254,23 @@ def test_a_system_is_compared_with_its_own_adapters_sentences():
 def test_who_rewrites_nothing_invents_nothing(evaluated):
     """Whole notes are no sentence of the model's own; coverage alone decides whether they are accurate."""
     rows, measured = evaluated
-    answers = answer_questions(figures(sums_table(measured, list(rows)), list(measured)), "specialist")
+    answers = answer_questions(figures(measured, list(rows)), "specialist")
     assert [answer["passed"] for answer in answers[2:]] == [True, True]
     assert "applies to none" in answers[3]["figure"]
 
 
 def test_few_sentences_without_a_finding_show_nothing():
     """Nothing found in ten sentences: the difference from others is as uncertain as the rule of three."""
-    rewritten = list(MEASURES).index("rewritten")
-    table = np.zeros((10, 2, len(MEASURES), 2))
-    table[:, :, rewritten, 1] = 1
-    table[:5, 1, rewritten, 0] = 1
-    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
-    assert (found["low"], found["high"]) == (0, 0.3)
-    assert found["minus"]["reference"]["high"] >= 0.3 - 0.5
-    table[:, 1, rewritten, 0] = 0
-    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
-    assert found["minus"]["reference"]["high"] == pytest.approx(0.3)
+
+    def of(*counts):
+        sums = dict.fromkeys(MEASURES, (0, 0))
+        return {n: Measured({}, [], sums | {"rewritten": (count, 1)}) for n, count in enumerate(counts)}
+
+    for counts, high in (([1] * 5 + [0] * 5, -0.2), ([0] * 10, 0.3)):
+        measured = {"verified": of(*[0] * 10), "reference": of(*counts)}
+        found = figures(measured, range(10))["verified"]["rewritten"]
+        assert (found["low"], found["high"]) == (0, 0.3)
+        assert found["minus"]["reference"]["high"] >= high - 1e-9
 
 
 def test_twins_rank_the_check():
@@ -285,7 +285,7 @@ def test_twins_rank_the_check():
 
 
 def write_page(folder, rows, measured):
-    found = figures(sums_table(measured, list(rows)), list(measured))
+    found = figures(measured, list(rows))
     evaluation = {
         "figures": found,
         "answers": {"specialist": answer_questions(found, "specialist")},
@@ -355,8 +355,8 @@ def test_a_sheet_is_read_back(evaluated, tmp_path):
     "old, new, words",
     [
         ("no,", "perhaps,", "column usable is neither yes nor no"),
-        ("0-4", "nonsense", "column dangerous holds what are not words"),
-        ("0-4", "3-999", "column dangerous holds what are not words"),
+        ("0-4", "nonsense", "column dangerous: not words of the summary"),
+        ("0-4", "3-999", "column dangerous: not words of the summary"),
         ("item,usable", "a,b", "no columns item and usable"),
     ],
 )

@@ -4,7 +4,6 @@ Every measure is a ratio of two sums over notes: findings per sentence, words co
 per note. Intervals draw whole notes again, because the sentences of one note are not independent."""
 
 import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -59,12 +58,6 @@ def auroc(scores: Sequence[float], others: Sequence[float]) -> float:
     return float(np.mean(places) / len(ordered))
 
 
-def sums_table(measured: Mapping[str, Mapping[int, Measured]], numbers: Sequence[int]) -> np.ndarray:
-    """(notes, systems, measures, 2): the numerators and denominators of `numbers`."""
-    sums = [[[ones[n].sums[name] for name in MEASURES] for ones in measured.values()] for n in numbers]
-    return np.array(sums, dtype=float)
-
-
 def compared_with(system: str, systems: Sequence[str]) -> dict[str, str]:
     """{"base", "reference" and "chosen": the system that a system is compared with, if it is there}; chosen
     are sentences of the note, by the same adapter if there are several."""
@@ -75,10 +68,15 @@ def compared_with(system: str, systems: Sequence[str]) -> dict[str, str]:
     return {role: other for role, other in found.items() if other != system}
 
 
-def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, dict]]:
+def figures(measured: Mapping[str, Mapping[int, Measured]], notes: Sequence[int]) -> dict[str, dict]:
     """{system: {measure: {"value", "low", "high", "n", and "minus": {"base": {"value", "low", "high"}}}}}
     with 95 % intervals; where a share is 0 or 1, one end is the rule of three's. Measures that no note has
     are left out."""
+    systems = list(measured)
+    of_notes = [
+        [[ones[note].sums[name] for name in MEASURES] for ones in measured.values()] for note in notes
+    ]
+    table = np.array(of_notes, dtype=float)  # (notes, systems, measures, 2)
     sums = table.sum(axis=0)
     values, samples = resample(table)
     found: dict[str, dict[str, dict]] = {system: {} for system in systems}
@@ -141,61 +139,54 @@ def shown(measure: Measure, figure: Mapping | None, part: str = "value") -> str:
     return "–" if value is None else f"{value * measure.scale:.{2 if measure.scale == 1 else 1}f}"
 
 
-_ROLES = {
-    "base": ", minus the base's",
-    "reference": ", minus the reference's",
-    "chosen": ", minus quoted sentences'",
-}
-
-
 def in_words(name: str, figure: Mapping | None, role: str = "") -> str:
     """ "ROUGE-1, minus the base's: 0.12 (0.05 to 0.19)"; `role`: of the system that it is a difference to."""
     measure = MEASURES[name]
-    words = f"{measure.title}{_ROLES.get(role, '')}: {shown(measure, figure)}"
+    minus = f", minus the {'quoted sentences' if role == 'chosen' else role}'s" if role else ""
+    words = f"{measure.title}{minus}: {shown(measure, figure)}"
     is_bounded = figure is not None and figure["low"] is not None
     return words + f" ({shown(measure, figure, 'low')} to {shown(measure, figure, 'high')})" * is_bounded
 
 
 class Bound(NamedTuple):
-    """What is asked of a measure, or of its difference to the system in a `role`: of the whole interval, or
-    `by_value`, since a handful of notes cannot bound a rare failure. `may_lack`: a measure that applies to no
-    note that was checked keeps it."""
+    """What is asked of a measure, or of its difference to the system in a `role`: that the whole interval is
+    on the good side of the limit, or only the value, where a handful of notes cannot bound a rare failure.
+    `or_none_where`: a measure; the bound is kept if this one was measured and its own applies to nothing."""
 
     name: str
+    limit: float
     role: str = ""
-    least: float = -math.inf
-    most: float = math.inf
     by_value: bool = False
-    may_lack: bool = False
+    or_none_where: str = ""
 
     def keeps(self, of: Mapping[str, dict]) -> tuple[bool | None, str]:
         """(whether a system's figures keep it, None if only the value does or it was not measured; the figure
         in words)."""
-        figure = of.get(self.name)
-        if figure is None and self.may_lack and "flagged" in of:
-            return True, f"{MEASURES[self.name].title}: applies to none"
+        measure, figure = MEASURES[self.name], of.get(self.name)
+        if figure is None and self.or_none_where in of:
+            return True, f"{measure.title}: applies to none"
         figure = figure["minus"].get(self.role) if figure and self.role else figure
-        words = in_words(self.name, figure, self.role)
-        if figure is None:
-            return None, words
-        is_sure = figure["low"] is not None and self.least <= figure["low"] and figure["high"] <= self.most
-        return (self.least <= figure["value"] <= self.most) and (self.by_value or is_sure or None), words
+        ends = [figure[end] for end in ("value", "low", "high")] if figure else []
+        fine = [end is not None and (end - self.limit) * measure.better >= 0 for end in ends]
+        is_kept = fine[0] and (self.by_value or all(fine) or None) if fine else None
+        return is_kept, in_words(self.name, figure, self.role)
+
+    def __str__(self) -> str:
+        return f"{'at least' if MEASURES[self.name].better > 0 else 'at most'} {self.limit * 100:g}"
 
 
-_LARGER = (
-    "use a larger base model, more rows or all linear layers; or the note's own sentences (--writing quote)"
-)
-_QUOTED = Bound("coverage", least=0.5)  # where no chosen sentences say what the note's own words would cover
+_LARGER = "use a larger base, more rows or all linear layers; or the note's own sentences (--writing quote)"
+_QUOTED = Bound("coverage", 0.5)  # where no chosen sentences say what the note's own words would cover
 QUESTIONS = (
-    ("Does it know the terminology?", [Bound("loss", "base", most=0)],
+    ("Does it know the terminology?", [Bound("loss", 0, "base")],
      "train on more rows or epochs, or on a base model that knows clinical text"),
     ("Does it keep the output format?",
-     [*(Bound(name, most=0.05, by_value=True) for name in ("cut", "repeats", "empty")),
-      Bound("format", least=0.95, by_value=True, may_lack=True)],
+     [*(Bound(name, 0.05, by_value=True) for name in ("cut", "repeats", "empty")),
+      Bound("format", 0.95, by_value=True, or_none_where="cut")],
      "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows"),
     ("Does it reflect the notes accurately?",
-     [Bound("rewritten", "reference", most=0.10, may_lack=True), Bound("coverage", "chosen", least=-0.05)], _LARGER),
-    ("Is it free of hallucinations?", [Bound("invented", "reference", most=0.05, may_lack=True)], _LARGER),
+     [Bound("rewritten", 0.10, "reference", or_none_where="flagged"), Bound("coverage", -0.05, "chosen")], _LARGER),
+    ("Is it free of hallucinations?", [Bound("invented", 0.05, "reference", or_none_where="flagged")], _LARGER),
 )  # fmt: skip
 
 
@@ -209,9 +200,7 @@ def answer_questions(found: Mapping[str, dict], system: str) -> list[dict]:
         kept, words = zip(*(bound.keeps(found[system]) for bound in bounds))
         passed = False if False in kept else None if None in kept else True
         answer = {"question": question, "passed": passed, "figure": "; ".join(words)}
-        asked = [("at most", b.most) if b.least == -math.inf else ("at least", b.least) for b in bounds]
-        threshold = "; ".join(f"{word} {limit * 100:g}" for word, limit in asked)
-        answers.append(answer | {"threshold": threshold, "advice": advice})
+        answers.append(answer | {"threshold": "; ".join(map(str, bounds)), "advice": advice})
     return answers
 
 

@@ -207,9 +207,7 @@ def measure(row: Row, result: dict, rouge, expected: set[str], version: int) -> 
     return Measured(result, sentences, sums)
 
 
-def add_memorized(
-    measured: Mapping[str, Mapping[int, Measured]], rows: Mapping, training: Sequence[Row]
-) -> None:
+def add_memorized(measured: Mapping[str, Mapping], rows: Mapping[int, Row], training: Sequence[Row]) -> None:
     """Adds `memorized` to every summary: its different runs that training summaries have and the note has
     not. Of the training summaries only the runs that some summary has are held in memory."""
     ones = [(one, rows[number]) for summaries in measured.values() for number, one in summaries.items()]

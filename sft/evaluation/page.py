@@ -91,41 +91,32 @@ def _summary(system: str, one: Measured) -> dict:
 def note_cards(rows: Mapping[int, Row], measured: Mapping, trained: set[str], version: int) -> list[dict]:
     """What the page shows of each note, those on which a `trained` system fails first if there are too
     many."""
-
-    def failing(number: int) -> list[str]:
-        return [system for system, ones in measured.items() if ones[number].faults]
-
-    chosen = sorted(rows, key=lambda number: not trained & set(failing(number)))[:_MOST_NOTES]
+    fails = {number: [system for system, ones in measured.items() if ones[number].faults] for number in rows}
+    chosen = sorted(rows, key=lambda number: not trained & set(fails[number]))[:_MOST_NOTES]
     cards = []
     for number in sorted(chosen):
         note = rows[number].clinical_note
         summaries = [_summary(system, ones[number]) for system, ones in measured.items()]
-        card = {"place": number, "name": rows[number].name, "n_words": len(note.split())}
-        card |= {
-            "sentences": split_sentences(note, version),
-            "summaries": summaries,
-            "fails": failing(number),
+        n_findings = sum(len(one["findings"]) for one in summaries if one["system"] in trained)
+        card = {
+            "place": number,
+            "name": rows[number].name,
+            "n_words": len(note.split()),
+            "n_findings": n_findings,
         }
-        card["n_findings"] = sum(len(one["findings"]) for one in summaries if one["system"] in trained)
-        cards.append(card)
+        sentences = split_sentences(note, version)
+        cards.append({**card, "sentences": sentences, "summaries": summaries, "fails": fails[number]})
     return cards
 
 
-def write_report(
-    path: Path, rows: Mapping[int, Row], measured: Mapping, evaluation: Mapping, version: int
-) -> None:
+def write_report(path: Path, rows: Mapping, measured: Mapping, evaluation: Mapping, version: int) -> None:
     """report.html. `evaluation`: what evaluation.json holds; `version`: of the notes' sentence numbers."""
     found = evaluation["figures"]
-
-    def change(system: str, name: str) -> str:
-        values = [shown(MEASURES[name], found[one][name]) for one in (system, "base")]
-        return f"{in_words(name, found[system][name]['minus']['base'], 'base')}; {' against '.join(values)}"
-
     words = {
-        system: {kind: [change(system, name) for name in names] for kind, names in lists.items()}
-        for system, lists in evaluation["changes"].items()
+        system: {kind: [in_words(n, found[system][n]["minus"]["base"], "base") for n in names] for kind, names in of.items()}
+        for system, of in evaluation["changes"].items()
         if "base" in found
-    }
+    }  # fmt: skip
     page = render(
         "report.html.j2",
         "report.js",

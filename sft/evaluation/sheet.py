@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -48,29 +49,29 @@ def write_sheet(
     """blind_sheet.html, blind_sheet.csv and the key, which says whose summaries they are. Notes, and the
     different summaries of each, are in random order; systems that wrote the same share an item, whose name
     begins with the sheet's."""
-    texts = {
-        system: {number: one.result["generated_summary"] for number, one in ones.items()}
-        for system, ones in measured.items()
-    }
-    sheet = digest([row.note_key.hex() for row in rows.values()], sorted(texts.items()))[:4]
+    texts = [
+        (name, n, one.result["generated_summary"])
+        for name, ones in measured.items()
+        for n, one in ones.items()
+    ]
+    sheet = digest([row.note_key.hex() for row in rows.values()], sorted(texts))[:4]
     dice = random.Random(sheet)
-    notes, items = [], []
-    for number in dice.sample(list(rows), len(rows)):
-        systems: dict[str, list[str]] = {}
-        for system in texts:
-            systems.setdefault(texts[system][number], []).append(system)
-        same = {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note}
-        written = sorted(filter(str.strip, systems))
-        notes.append(
-            [
-                {**same, "systems": systems[summary], "summary": summary, "item": f"{sheet}-{place:04}"}
-                for place, summary in enumerate(dice.sample(written, len(written)), len(items) + 1)
-            ]
-        )
-        items += notes[-1]
+    written: dict[int, dict[str, list[str]]] = {number: {} for number in dice.sample(list(rows), len(rows))}
+    for system, number, text in texts:
+        written[number].setdefault(text, []).append(system)
+    items = [
+        {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note, "systems": systems[text],
+         "summary": text}
+        for number, systems in written.items()
+        for text in dice.sample(list(systems), len(systems))
+        if text.strip()
+    ]  # fmt: skip
+    for place, item in enumerate(items, 1):
+        item["item"] = f"{sheet}-{place:04}"
     write_json(folder / KEY_FILE, {"items": items})
     lines = [csv_row([item.get(column, "") for column in _COLUMNS]) for item in items]
     write_atomic(folder / "blind_sheet.csv", "\ufeff" + csv_row(_COLUMNS) + "".join(lines))
+    notes = [list(of_note) for _, of_note in groupby(items, key=lambda item: item["note"])]
     page = render("sheet.html.j2", "sheet.js", rules=RULES, notes=notes, sheet=sheet)
     write_atomic(folder / "blind_sheet.html", page)
 
@@ -86,9 +87,9 @@ def read_key(folder: Path) -> dict[str, dict]:
 
 
 def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
-    """{item: rating} of the rows that were filled in: `usable`, `finding` and `plan` (bool), `wrong` and,
-    among them, `dangerous`: (start, end) of statements. Raises InputError for what cannot be understood; no
-    message holds text of the file."""
+    """{item: what the key holds of it, and its rating} of the rows that were filled in: `usable`, `finding`
+    and `plan` (bool), `wrong` and, among them, `dangerous`: (start, end) of statements. Raises InputError for
+    what cannot be understood; no message holds text of the file."""
     ratings = {}
     for row_number, cells, _ in read_table(path, [], Counter()):
         if "item" not in cells or "usable" not in cells:
@@ -105,15 +106,15 @@ def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
         rating: dict = {}
         for column in ("usable", "finding", "plan"):
             rating[column] = _YES_OR_NO.get(cells.get(column, "").strip().lower())
+            if rating[column] is None:
+                raise InputError(f"{where}: column {column} is neither yes nor no", "write yes or no")
         for column in ("wrong", "dangerous"):
             rating[column] = _read_spans(cells.get(column, ""), items[name]["summary"])
-        for column in (column for column, value in rating.items() if value is None):
-            is_answer = column in ("usable", "finding", "plan")
-            problem = "is neither yes nor no" if is_answer else "holds what are not words of the summary"
-            fix = "yes or no" if is_answer else 'words of the summary, with "|" between statements'
-            raise InputError(f"{where}: column {column} {problem}", f"write {fix}")
+            if rating[column] is None:
+                fix = 'copy the words from the summary, with "|" between statements'
+                raise InputError(f"{where}: column {column}: not words of the summary", fix)
         rating["wrong"] = sorted({*rating["wrong"], *rating["dangerous"]})
-        ratings[name] = rating
+        ratings[name] = items[name] | rating
     if not ratings:
         raise InputError(f"{path}: no row is filled in", "write yes or no into the column usable")
     return ratings
@@ -130,34 +131,24 @@ def _read_spans(cell: str, summary: str) -> list[tuple[int, int]] | None:
     return spans if all(0 <= start < end <= len(summary) for start, end in spans) else None
 
 
-def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
-    """{system: {what: its count}} of the summaries read, each as of mean_over_notes."""
-    read: dict[str, list[tuple[int, dict]]] = {}
-    for name, rating in ratings.items():
-        for system in items[name]["systems"]:
-            read.setdefault(system, []).append((items[name]["note"], rating))
-    return {
-        system: {what: mean_over_notes((n, value(one)) for n, one in read[system]) for what, value in _COUNTS.items()}
-        for system in sorted(read)
-    }  # fmt: skip
-
-
-def check_against(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict]:
-    """How well the check agrees with a reading: marked statements in a flagged sentence, and flagged
-    sentences among those without a mark."""
+def count_ratings(ratings: Sequence[dict]) -> dict[str, dict[str, dict]]:
+    """{system: {what: its count}} of the summaries read, each as of mean_over_notes; last "the check": how
+    well it agrees, by marked statements in a flagged sentence and flagged sentences without a mark."""
+    counts = {}
+    for system in sorted({system for one in ratings for system in one["systems"]}):
+        read = [one for one in ratings if system in one["systems"]]
+        counts[system] = {
+            what: mean_over_notes((one["note"], of(one)) for one in read) for what, of in _COUNTS.items()
+        }
     found, alarms = [], []
-    for name, rating in ratings.items():
-        note = items[name]["note"]
-        sentences = check_summary(items[name]["clinical_note"], items[name]["summary"]).sentences
-        spans = [(one.start, one.end, one.flagged) for one in sentences]
-        for start, end in rating["wrong"]:
-            found.append(
-                (note, any(flagged and start < last and first < end for first, last, flagged in spans))
-            )
-        for first, last, flagged in spans:
-            if not any(start < last and first < end for start, end in rating["wrong"]):
-                alarms.append((note, flagged))
-    return {"found": mean_over_notes(found), "false_alarms": mean_over_notes(alarms)}
+    for one in ratings:
+        for sentence in (sentences := check_summary(one["clinical_note"], one["summary"]).sentences):
+            if not any(start < sentence.end and sentence.start < end for start, end in one["wrong"]):
+                alarms.append((one["note"], sentence.flagged))
+        flagged = [(sentence.start, sentence.end) for sentence in sentences if sentence.flagged]
+        for start, end in one["wrong"]:
+            found.append((one["note"], any(start < last and first < end for first, last in flagged)))
+    return counts | {"the check": {"found": mean_over_notes(found), "false_alarms": mean_over_notes(alarms)}}
 
 
 def agreement(first: Mapping[str, dict], second: Mapping[str, dict]) -> dict[str, dict]:
@@ -182,8 +173,8 @@ def report_ratings(folder: Path, files: Sequence[str]) -> str:
         raise InputError("--ratings takes one or two files", "count two readings at a time")
     items = read_key(folder)
     readings = [read_ratings(path, items) for path in files]
-    counts = [{**count_ratings(items, one), "the check": check_against(items, one)} for one in readings]
-    report = {"readings": counts}
+    counts = [count_ratings(list(reading.values())) for reading in readings]
+    report: dict = {"readings": counts}
     lines = []
     for place, (reading, counted) in enumerate(zip(readings, counts), 1):
         lines.append(f"Reading {place}: {len(reading)} of {len(items)} summaries")

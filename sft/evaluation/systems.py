@@ -5,12 +5,12 @@ import copy
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from sft.cli import InputError, log, plural
+from sft.cli import InputError, Progress, log, plural
 from sft.data.prompt import PromptEncoder
 from sft.data.rows import Row
 from sft.evaluation.measures import text_spans
@@ -52,7 +52,7 @@ _TEMPERATURE = 0.7  # of samples
 
 
 def write_without_model(
-    name: str, rows: Mapping[int, Row], training: Sequence[Row], version: int
+    name: str, rows: Mapping, training: Sequence, version: int
 ) -> Iterator[tuple[int, dict]]:
     """Yields (number, result) of a system that no model writes. `version`: of the notes' sentence numbers."""
     if name == "commonest":
@@ -132,8 +132,8 @@ def sentence_support(inference, note: str, summary: str) -> list[tuple[float, fl
 
 
 def write_with_model(
-    inference, system: System, rows: Mapping[int, Row], examples: Sequence[Row], settings: dict
-) -> Iterator[tuple[int, dict]]:
+    inference, system: System, rows: Mapping, examples: Sequence, settings: dict
+) -> Iterator:
     """Yields (number, result). `examples`: rows for the prompt; `settings`: of summarize. Results of free
     writing have `reference_loss`, the specialist's `model_support` too."""
     if system.loads_model:
@@ -170,14 +170,14 @@ def read_summaries(path: Path) -> dict[int, dict]:
         return {number: result for number, result, _ in read_results(file)}
 
 
-def keep_summaries(path: Path, fingerprint: dict, results: Iterator, on_each: Callable | None) -> None:
+def keep_summaries(path: Path, fingerprint: dict, results: Iterator, progress: Progress | None) -> None:
     """Appends (number, result) pairs to a file of one fingerprint as they come."""
     out = PartialFile(path, fingerprint, 0, resume=True)
     try:
         for number, result in results:
             out.add(number, result)
-            if on_each:
-                on_each()
+            if progress:
+                progress.advance()
         out.sync()
     finally:
         out.close()
