@@ -29,6 +29,7 @@ from sft.data.rows import Row, drop_stray_citations, factual_rows, leaked_rows, 
 from sft.data.table import OPTION_OF_COLUMN, column_name, read_table
 from sft.evaluation import figures, measures, page, sheet, systems
 from sft.evaluation.options import EvaluationConfig
+from sft.evaluation.systems import Adapter, System
 from sft.files import ROOT, check_new_file, make_private_dir, sha256, write_json
 from sft.inference.writing import read_selector
 from sft.model.folder import quantization_for, read_adapter_folder
@@ -36,22 +37,6 @@ from sft.options import parse_options
 from sft_inference import SFTInference
 
 _LEAST_NOTES = 5  # of a group that is reported on its own
-
-
-class Adapter(NamedTuple):
-    number: str  # "_1", "_2", ...: the end of its systems' names; "" if it is the only one
-    folder: Path
-    sft_config: dict
-    is_merged: bool
-    has_selector: bool
-
-
-class Column(NamedTuple):
-    """A system with the adapter that it needs."""
-
-    name: str
-    system: systems.System
-    adapter: Adapter
 
 
 class Data(NamedTuple):
@@ -126,7 +111,7 @@ def read_data(config: EvaluationConfig, sft_config: dict) -> Data:
     return Data(files[0], chosen, all_rows, training, n_leaked, template.sentence_version)
 
 
-def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], data: Data) -> list[Column]:
+def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], data: Data) -> list[System]:
     """The systems to compare, those of a specialist once for each adapter. Says which are left out, and why.
     Raises InputError if all are."""
     names = names or [system.name for system in systems.SYSTEMS]
@@ -146,7 +131,7 @@ def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], dat
             if any(reasons.values()):
                 log(f"info: {name} is left out: {next(filter(reasons.get, reasons))}")
             else:
-                columns.append(Column(name, system, adapter))
+                columns.append(system._replace(name=name, adapter=adapter))
     if not columns:
         raise InputError("--systems: none of them can be evaluated here", "pass --train_csv, or other names")
     return columns
@@ -176,23 +161,23 @@ def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
     return {value: numbers for value, numbers in groups.items() if len(numbers) >= _LEAST_NOTES}
 
 
-def fingerprint(column: Column, data: Data, config: EvaluationConfig) -> dict:
-    """All that decides a column's summaries: hashes and settings."""
-    system, adapter = column.system, column.adapter
+def fingerprint(system: System, data: Data, config: EvaluationConfig) -> dict:
+    """All that decides a system's summaries: hashes and settings."""
+    sft_config = system.adapter.sft_config
     rows = [factual_rows(data.all_rows), data.training if system.needs_training_rows else []]
     keys = [[(row.note_key.hex(), row.summary_key.hex()) for row in part] for part in rows]
-    values = {"system": system.name, "rows": systems.digest(keys), "toolkit": __version__}
+    values = {"system": [system.says, system.seed], "rows": systems.digest(keys), "toolkit": __version__}
     if system.model == "specialist":
-        values["adapter"] = adapter.sft_config["sha256"]["folder"]
+        values["adapter"] = sft_config["sha256"]["folder"]
     if system.loads_model:
         from sft.model.base import pick_device
 
         values |= {
-            "base model": [adapter.sft_config["sha256"]["base_weights"], config.base_model],
-            "prompt": systems.digest(adapter.sft_config["prompt"]),
-            "max_new_tokens": config.max_new_tokens or adapter.sft_config["max_new_tokens"],
+            "base model": [sft_config["sha256"]["base_weights"], config.base_model],
+            "prompt": systems.digest(sft_config["prompt"]),
+            "max_new_tokens": config.max_new_tokens or sft_config["max_new_tokens"],
             "dtype": str(pick_device(config.device, config.dtype).dtype),
-            "quantization": quantization_for(vars(config), adapter.sft_config),
+            "quantization": quantization_for(vars(config), sft_config),
         }
     return values
 
@@ -212,68 +197,67 @@ def load(model: str, adapter: Adapter, config: EvaluationConfig) -> SFTInference
     return inference
 
 
-def write_summaries(columns: Sequence[Column], data: Data, config: EvaluationConfig) -> dict[str, dict]:
+def write_summaries(columns: Sequence[System], data: Data, config: EvaluationConfig) -> dict[str, dict]:
     """{column: {number: result}}, of which files hold what earlier runs wrote. Raises Stopped after a
     signal."""
     folder = make_private_dir(make_private_dir(Path(config.output_dir)) / "summaries")
-    records = {column.name: fingerprint(column, data, config) for column in columns}
+    records = {system.name: fingerprint(system, data, config) for system in columns}
     files = {name: folder / f"{name}-{systems.digest(record)[:12]}.jsonl" for name, record in records.items()}
     done = {name: systems.read_summaries(file) for name, file in files.items()}
     missing = {name: {n: row for n, row in data.rows.items() if n not in done[name]} for name in files}
     settings = {"max_new_tokens": config.max_new_tokens, "batch_size": config.batch_size}
-    n_slow = sum(len(missing[column.name]) for column in columns if column.system.loads_model)
-    progress = Progress(n_slow, "text", interval=20)
+    progress = Progress(sum(len(missing[s.name]) for s in columns if s.loads_model), "text", interval=20)
     loaded = None
     with contextlib.closing(progress), noted_signals("finished summaries are kept") as noted:
         settings["should_stop"] = lambda: bool(noted)
         # Each model is loaded once, one at a time; what needs none, and no time, comes last
-        columns = sorted(columns, key=lambda c: (not c.system.model, c.system.model, c.adapter.number))
-        for name, system, adapter in (column for column in columns if missing[column.name]):
-            log(f"{name}: {system.says}")
+        in_turn = sorted(columns, key=lambda system: (not system.model, system.model, system.adapter.number))
+        for system in (system for system in in_turn if missing[system.name]):
+            log(f"{system.name}: {system.says}")
+            todo = missing[system.name]
             examples = data.training if system.needs_training_rows else []
             if not system.model:
-                results = systems.write_without_model(system.name, missing[name], examples, data.version)
+                results = systems.write_without_model(system.name, todo, examples, data.version)
             else:
-                if loaded != (system.model, adapter.number):
+                if loaded != (system.model, system.adapter.number):
                     inference = None
-                    inference = load(system.model, adapter, config)
-                    loaded = (system.model, adapter.number)
-                results = systems.write_with_model(inference, system, missing[name], examples, settings)
-            systems.keep_summaries(
-                files[name], records[name], results, progress if system.loads_model else None
-            )
+                    inference = load(system.model, system.adapter, config)
+                    loaded = (system.model, system.adapter.number)
+                results = systems.write_with_model(inference, system, todo, examples, settings)
+            on_each = progress.advance if system.loads_model else None
+            systems.keep_summaries(files[system.name], records[system.name], results, on_each)
             if noted:
-                raise Stopped(noted[0], f"stopped: the same command continues {name}")
+                raise Stopped(noted[0], f"stopped: the same command continues {system.name}")
     return {name: systems.read_summaries(file) for name, file in files.items()}
 
 
-def measure_all(columns: Sequence[Column], results: Mapping, data: Data, rouge) -> dict:
+def measure_all(columns: Sequence[System], results: Mapping, data: Data, rouge) -> dict:
     """{column: {number: Measured}}. The loss of an adapter stands with each of its ways of writing."""
     expected = measures.usual_marks(row.model_summary for row in data.training or data.rows.values())
     measured: dict[str, dict[int, measures.Measured]] = {}
-    for name, system, adapter in columns:
-        measured[name] = {}
-        free = measured.get("free" + adapter.number) if system.model == "specialist" else None
+    for system in columns:
+        measured[system.name] = {}
+        free = measured.get("free" + system.adapter.number) if system.model == "specialist" else None
         for number, row in data.rows.items():
-            one = measures.measure(row, results[name][number], rouge, expected, data.version)
-            measured[name][number] = one
+            one = measures.measure(row, results[system.name][number], rouge, expected, data.version)
+            measured[system.name][number] = one
             if free:
                 one.sums["loss"] = free[number].sums["loss"]
     measures.add_memorized(measured, data.rows, data.training)
     return measured
 
 
-def evaluate(columns: Sequence[Column], groups: Mapping, measured: Mapping, data: Data) -> dict:
+def evaluate(columns: Sequence[System], groups: Mapping, measured: Mapping, data: Data) -> dict:
     """What evaluation.json holds: figures and hashes, no text."""
     found = figures.figures(measured, list(data.rows))
-    trained = [column.name for column in columns if column.system.model == "specialist"]
+    trained = [system.name for system in columns if system.model == "specialist"]
     answers = {name: figures.answer_questions(found, name) for name in trained}
     kinds = [row.hallucination_type for row in data.all_rows if row.label == "hallucinated"]
     twins = figures.twins(data.all_rows)
     return {
         "toolkit": __version__,
         "test_csv_sha256": sha256(Path(data.test_file)),
-        "systems": {column.name: column.system.says for column in columns},
+        "systems": {system.name: system.says for system in columns},
         "adapters": {c.adapter.number.strip("_") or "1": c.adapter.sft_config["sha256"]["folder"] for c in columns},
         "n_notes": len(data.rows),
         "n_leaked": data.n_leaked,
@@ -308,7 +292,7 @@ def export_preferences(config: EvaluationConfig, adapter: Adapter, data: Data) -
     from sft.data.prompt import PromptEncoder
     from sft.model.base import load_tokenizer
 
-    columns = [Column(system.name, system, adapter) for system in systems.SAMPLES]
+    columns = [system._replace(adapter=adapter) for system in systems.SAMPLES]
     # One pair a note
     first = {row.note_key: number for number, row in reversed(data.rows.items())}
     data = data._replace(rows={number: data.rows[number] for number in sorted(first.values())})

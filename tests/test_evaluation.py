@@ -16,7 +16,7 @@ import sft_evaluation
 from sft.cli import InputError
 from sft.data.rows import factual_rows, read_rows
 from sft.evaluation.options import _SYSTEMS, EvaluationConfig
-from sft.evaluation.systems import SYSTEMS, reference_loss, sentence_support, with_examples
+from sft.evaluation.systems import SYSTEMS, Adapter, reference_loss, sentence_support, with_examples
 from sft.grounding import check_summary
 from sft.grounding.sentences import split_sentences
 
@@ -184,7 +184,7 @@ def test_an_adapter_that_another_tool_trained_further(evaluate, adapters, tmp_pa
 
 
 def test_what_an_adapter_without_a_selector_cannot_do_is_left_out_and_said(capsys):
-    old, new = (sft_evaluation.Adapter("", None, {}, False, has_selector) for has_selector in (False, True))
+    old, new = (Adapter("", None, {}, False, has_selector) for has_selector in (False, True))
     data = sft_evaluation.Data(None, {}, [], ["a row"], 0, 2)
     found = {column.name for column in sft_evaluation.choose_columns(None, [old], data)}
     assert {"free", "selected"} <= found and not {"quote", "verified"} & found

@@ -14,7 +14,6 @@ from sft.cli import InputError, safe_id
 from sft.data.rows import Row
 from sft.data.table import read_table
 from sft.evaluation.figures import mean_over_notes
-from sft.evaluation.measures import Measured
 from sft.evaluation.page import render
 from sft.evaluation.systems import digest
 from sft.files import write_atomic, write_json
@@ -43,31 +42,23 @@ _COUNTS = {
 }
 
 
-def write_sheet(
-    folder: Path, rows: Mapping[int, Row], measured: Mapping[str, Mapping[int, Measured]]
-) -> None:
+def write_sheet(folder: Path, rows: Mapping[int, Row], measured: Mapping[str, Mapping]) -> None:
     """blind_sheet.html, blind_sheet.csv and the key, which says whose summaries they are. Notes, and the
     different summaries of each, are in random order; systems that wrote the same share an item, whose name
     begins with the sheet's."""
-    texts = [
-        (name, n, one.result["generated_summary"])
-        for name, ones in measured.items()
-        for n, one in ones.items()
-    ]
-    sheet = digest([row.note_key.hex() for row in rows.values()], sorted(texts))[:4]
+    sheet = digest(
+        [[one.result["generated_summary"] for one in ones.values()] for ones in measured.values()]
+    )[:4]
     dice = random.Random(sheet)
-    written: dict[int, dict[str, list[str]]] = {number: {} for number in dice.sample(list(rows), len(rows))}
-    for system, number, text in texts:
-        written[number].setdefault(text, []).append(system)
-    items = [
-        {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note, "systems": systems[text],
-         "summary": text}
-        for number, systems in written.items()
-        for text in dice.sample(list(systems), len(systems))
-        if text.strip()
-    ]  # fmt: skip
-    for place, item in enumerate(items, 1):
-        item["item"] = f"{sheet}-{place:04}"
+    items = []
+    for number in dice.sample(list(rows), len(rows)):
+        systems: dict[str, list[str]] = {}
+        for system, ones in measured.items():
+            systems.setdefault(ones[number].result["generated_summary"], []).append(system)
+        same = {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note}
+        for summary in filter(str.strip, dice.sample(list(systems), len(systems))):
+            item = f"{sheet}-{len(items) + 1:04}"
+            items.append({**same, "systems": systems[summary], "summary": summary, "item": item})
     write_json(folder / KEY_FILE, {"items": items})
     lines = [csv_row([item.get(column, "") for column in _COLUMNS]) for item in items]
     write_atomic(folder / "blind_sheet.csv", "\ufeff" + csv_row(_COLUMNS) + "".join(lines))

@@ -5,12 +5,12 @@ import copy
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
-from sft.cli import InputError, Progress, log, plural
+from sft.cli import InputError, log, plural
 from sft.data.prompt import PromptEncoder
 from sft.data.rows import Row
 from sft.evaluation.measures import text_spans
@@ -18,6 +18,14 @@ from sft.grounding.selector import fit_selector, quote
 from sft.grounding.sentences import split_sentences
 from sft.inference.note_files import PartialFile, read_results
 from sft.inference.results import check_result, to_json
+
+
+class Adapter(NamedTuple):
+    number: str  # "_1", "_2", ...: the end of its systems' names; "" if it is the only one
+    folder: Path
+    sft_config: dict
+    is_merged: bool
+    has_selector: bool
 
 
 class System(NamedTuple):
@@ -29,6 +37,7 @@ class System(NamedTuple):
     needs_training_rows: bool = False
     writing: str = "free"
     seed: int | None = None  # of a summary that is drawn; None: greedy
+    adapter: Adapter | None = None  # whose system it is, once chosen
 
     @property
     def loads_model(self) -> bool:
@@ -151,8 +160,9 @@ def write_with_model(
             result["made_by"]["adapter"] = None
         if system.writing == "free" and system.seed is None:
             result["reference_loss"] = reference_loss(inference, rows[number])
-        if system.name == "free":
-            result["model_support"] = sentence_support(inference, notes[number], result["generated_summary"])
+            if system.model == "specialist":
+                text = result["generated_summary"]
+                result["model_support"] = sentence_support(inference, notes[number], text)
         yield number, result
         since = time.perf_counter()
 
@@ -170,14 +180,14 @@ def read_summaries(path: Path) -> dict[int, dict]:
         return {number: result for number, result, _ in read_results(file)}
 
 
-def keep_summaries(path: Path, fingerprint: dict, results: Iterator, progress: Progress | None) -> None:
+def keep_summaries(path: Path, fingerprint: dict, results: Iterator, on_each: Callable | None) -> None:
     """Appends (number, result) pairs to a file of one fingerprint as they come."""
     out = PartialFile(path, fingerprint, 0, resume=True)
     try:
         for number, result in results:
             out.add(number, result)
-            if progress:
-                progress.advance()
+            if on_each:
+                on_each()
         out.sync()
     finally:
         out.close()
