@@ -52,12 +52,12 @@ def read_adapters(paths: Sequence[str], prompt_from: str | None = None) -> list[
     """Raises InputError for a folder that cannot be used."""
     found = []
     for number, path in enumerate(paths, 1):
-        folder, sft_config, adapter_config = read_adapter_folder(path, prompt_from)
+        folder, sft_config, _ = read_adapter_folder(path, prompt_from)
         has_selector = False
         with contextlib.suppress(InputError):
             has_selector = bool(read_selector(sft_config))
         end = f"_{number}" if len(paths) > 1 else ""
-        found.append(Adapter(end, folder, sft_config, not adapter_config, has_selector))
+        found.append(Adapter(end, folder, sft_config, has_selector))
         if end:
             log(f"Adapter {number}: {folder}")
     for key, what in (("base_weights", "base models"), ("train_csv", "training rows")):
@@ -125,7 +125,7 @@ def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], dat
             name = system.name + adapter.number * is_own
             reasons = {
                 "it needs --train_csv": system.needs_training_rows and not data.training,
-                "a merged model has no base apart": system.model == "base" and adapter.is_merged,
+                "a merged model has no base apart": system.model == "base" and "merged" in adapter.sft_config,
                 "the adapter has no selector of note sentences": system.writing != "free" and not adapter.has_selector,
             }  # fmt: skip
             if any(reasons.values()):

@@ -62,9 +62,8 @@ def train_all(folder: Path, train_csv: str, options: Sequence[str]) -> dict[str,
     }
     for kind, (file, more) in runs.items():
         if not (folder / kind / "final_model").is_dir():
-            run(
-                "stage_a_sft_training.py", *options, "--train_csv", file, "--output_dir", folder / kind, *more
-            )
+            more = [*options, *more, "--overwrite", "--output_dir", folder / kind]
+            run("stage_a_sft_training.py", "--train_csv", file, *more)
     return {kind: folder / kind / "final_model" for kind in runs}
 
 
@@ -73,9 +72,8 @@ def differences(evaluation_csv: Path, system: str, other: str, measure: str) -> 
     with open(evaluation_csv, encoding="utf-8", newline="") as file:
         cells = {(line["row"], line["system"]): line[measure] for line in csv.DictReader(file)}
     pairs = ((note, value, cells[note, other]) for (note, name), value in cells.items() if name == system)
-    return mean_over_notes(
-        (note, float(own) - float(others)) for note, own, others in pairs if own and others
-    )
+    both = ((note, own, others) for note, own, others in pairs if own and others)
+    return mean_over_notes((note, float(own) - float(others)) for note, own, others in both)
 
 
 def main() -> None:
@@ -90,17 +88,9 @@ def main() -> None:
     arguments, options = parser.parse_known_args()
     folder = make_private_dir(arguments.folder)
     models = train_all(folder, arguments.train_csv, ["--val_csv", arguments.val_csv, *options])
-    n_rows = ["--n_rows", arguments.n_rows] if arguments.n_rows else []
-    evaluation = ["--test_csv", arguments.test_csv, "--systems", "base", "free", "reference", *n_rows]
-    run(
-        "sft_evaluation.py",
-        "--model_path",
-        *models.values(),
-        "--output_dir",
-        folder / "evaluation",
-        *evaluation,
-    )
-
+    evaluation = ["--test_csv", arguments.test_csv, "--systems", "base", "free", "reference"]
+    evaluation += ["--output_dir", folder / "evaluation", "--model_path", *models.values()]
+    run("sft_evaluation.py", *evaluation, *(["--n_rows", arguments.n_rows] if arguments.n_rows else []))
     found = json.loads((folder / "evaluation" / "evaluation.json").read_text(encoding="utf-8"))["figures"]
     names = {"base": "base"} | {kind: f"free_{place}" for place, kind in enumerate(models, 1)}
     for measure in SHOWN:

@@ -184,7 +184,7 @@ def test_an_adapter_that_another_tool_trained_further(evaluate, adapters, tmp_pa
 
 
 def test_what_an_adapter_without_a_selector_cannot_do_is_left_out_and_said(capsys):
-    old, new = (Adapter("", None, {}, False, has_selector) for has_selector in (False, True))
+    old, new = (Adapter("", None, {}, has_selector) for has_selector in (False, True))
     data = sft_evaluation.Data(None, {}, [], ["a row"], 0, 2)
     found = {column.name for column in sft_evaluation.choose_columns(None, [old], data)}
     assert {"free", "selected"} <= found and not {"quote", "verified"} & found

@@ -24,7 +24,6 @@ class Adapter(NamedTuple):
     number: str  # "_1", "_2", ...: the end of its systems' names; "" if it is the only one
     folder: Path
     sft_config: dict
-    is_merged: bool
     has_selector: bool
 
 
