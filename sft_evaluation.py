@@ -74,9 +74,7 @@ def find_files(config: EvaluationConfig, recorded: str | None) -> tuple[list[str
     found = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     # A file that is not there is refused where it is read
     if train_files and len(hashes) == len(train_files) and found != recorded:
-        problem = (
-            f"--train_csv {' '.join(train_files)}: not what the adapter was trained on (SHA-256 differs)"
-        )
+        problem = f"--train_csv {' '.join(train_files)}: not what the adapter was trained on (by SHA-256)"
         raise InputError(problem, "pass the same files, unchanged, in the same order; or leave it out")
     for kind in ("processed", "evidence"):
         bundled = ROOT / f"phase1_data/sft/train_set_{kind}.csv"

@@ -370,7 +370,7 @@ def test_a_sheet_that_cannot_be_understood(evaluated, tmp_path, old, new, words)
 
 def test_another_sheets_ratings_are_refused(evaluated, tmp_path):
     write_readings(tmp_path, evaluated[0], lambda is_bad: "no")
-    with pytest.raises(InputError, match="not of the sheet"):
+    with pytest.raises(InputError, match="not of this folder's sheet"):
         read_ratings(str(tmp_path / "ratings.csv"), {})
     with pytest.raises(InputError, match="no key of a blind sheet"):
         read_key(tmp_path / "nowhere")

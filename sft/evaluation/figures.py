@@ -73,10 +73,9 @@ def figures(measured: Mapping[str, Mapping[int, Measured]], notes: Sequence[int]
     with 95 % intervals; where a share is 0 or 1, one end is the rule of three's. Measures that no note has
     are left out."""
     systems = list(measured)
-    of_notes = [
-        [[ones[note].sums[name] for name in MEASURES] for ones in measured.values()] for note in notes
-    ]
-    table = np.array(of_notes, dtype=float)  # (notes, systems, measures, 2)
+    by_note = ([ones[note].sums for ones in measured.values()] for note in notes)
+    sums = [[[of[name] for name in MEASURES] for of in of_note] for of_note in by_note]
+    table = np.array(sums, dtype=float)  # (notes, systems, measures, 2)
     sums = table.sum(axis=0)
     values, samples = resample(table)
     found: dict[str, dict[str, dict]] = {system: {} for system in systems}

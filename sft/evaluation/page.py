@@ -95,17 +95,12 @@ def note_cards(rows: Mapping[int, Row], measured: Mapping, trained: set[str], ve
     chosen = sorted(rows, key=lambda number: not trained & set(fails[number]))[:_MOST_NOTES]
     cards = []
     for number in sorted(chosen):
-        note = rows[number].clinical_note
+        note, name = rows[number].clinical_note, rows[number].name
         summaries = [_summary(system, ones[number]) for system, ones in measured.items()]
         n_findings = sum(len(one["findings"]) for one in summaries if one["system"] in trained)
-        card = {
-            "place": number,
-            "name": rows[number].name,
-            "n_words": len(note.split()),
-            "n_findings": n_findings,
-        }
-        sentences = split_sentences(note, version)
-        cards.append({**card, "sentences": sentences, "summaries": summaries, "fails": fails[number]})
+        card = {"place": number, "name": name, "n_words": len(note.split()), "n_findings": n_findings}
+        card |= {"sentences": split_sentences(note, version), "summaries": summaries, "fails": fails[number]}
+        cards.append(card)
     return cards
 
 

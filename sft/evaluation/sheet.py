@@ -92,7 +92,7 @@ def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
         where = f"{path}: row {row_number} (item {safe_id(name)})"
         if name not in items:
             raise InputError(
-                f"{where} is not of the sheet in this folder", "pass its folder with --output_dir"
+                f"{where} is not of this folder's sheet", "pass the sheet's folder with --output_dir"
             )
         rating: dict = {}
         for column in ("usable", "finding", "plan"):
@@ -128,9 +128,8 @@ def count_ratings(ratings: Sequence[dict]) -> dict[str, dict[str, dict]]:
     counts = {}
     for system in sorted({system for one in ratings for system in one["systems"]}):
         read = [one for one in ratings if system in one["systems"]]
-        counts[system] = {
-            what: mean_over_notes((one["note"], of(one)) for one in read) for what, of in _COUNTS.items()
-        }
+        values = {what: [(one["note"], count(one)) for one in read] for what, count in _COUNTS.items()}
+        counts[system] = {what: mean_over_notes(of_what) for what, of_what in values.items()}
     found, alarms = [], []
     for one in ratings:
         for sentence in (sentences := check_summary(one["clinical_note"], one["summary"]).sentences):

@@ -84,9 +84,8 @@ def with_examples(encoder: PromptEncoder, rows: Sequence[Row], n_tokens: int) ->
     by_length = sorted({row.note_key: row for row in rows}.values(), key=lambda row: len(row.clinical_note))
 
     def turn(row: Row) -> list[int]:
-        note_ids, summary_ids = encoder.encode_texts(
-            [encoder.template.render_note(row.clinical_note), row.model_summary]
-        )
+        texts = [encoder.template.render_note(row.clinical_note), row.model_summary]
+        note_ids, summary_ids = encoder.encode_texts(texts)
         return [*encoder.prompt(note_ids), *summary_ids, encoder.template.end_token_id]
 
     turns = (ids for ids in map(turn, reversed(by_length[: len(by_length) // 2 + 1])) if len(ids) <= n_tokens)
