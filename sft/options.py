@@ -268,6 +268,11 @@ MAY_CHANGE = set(
 
 @dataclass
 class PromptFromOption:
+    base_model: str | None = model(
+        None,
+        "base model folder or Hub id (default: the one the adapter was trained on)",
+        metavar="MODEL",
+    )
     prompt_from: str | None = model(
         None,
         "adapter folder of this toolkit whose prompt to use, for an adapter that another tool trained further",
@@ -280,11 +285,6 @@ class InferenceConfig(PromptFromOption, MachineOptions):
     """Options of sft_inference.py."""
 
     model_path: str = model("./models/sft_specialist/final_model", "adapter folder, or merged folder")
-    base_model: str | None = model(
-        None,
-        "base model folder or Hub id (default: the one the adapter was trained on)",
-        metavar="MODEL",
-    )
     merge_to: str | None = model(
         None, "write base model and adapter, merged, to this new folder and exit", metavar="DIR"
     )

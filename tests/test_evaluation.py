@@ -2,18 +2,23 @@
 private."""
 
 import csv
+import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import assert_input_error, run_python
+from conftest import ROOT, assert_input_error, run_python
 from tiny import NOTES, write_csv
 
 import sft_evaluation
 from sft.cli import InputError
-from sft.evaluation.systems import SystemFile, reference_losses, remove_adapter, with_examples
-from sft_inference import SFTInference
+from sft.data.rows import factual_rows, read_rows
+from sft.evaluation.options import _SYSTEMS, EvaluationConfig
+from sft.evaluation.systems import SYSTEMS, Adapter, reference_loss, sentence_support, with_examples
+from sft.grounding import check_summary
+from sft.grounding.sentences import split_sentences
 
 
 @pytest.fixture(scope="module")
@@ -34,18 +39,21 @@ def evaluate(adapters, test_file, monkeypatch):
 
     def run(output_dir, *arguments):
         adapter = adapters()
-        values = [
-            "--model_path",
-            adapter,
+        values = ["--model_path", adapter, "--train_csv", adapter.parent.parent / "rows.csv"]
+        values += [
             "--test_csv",
             test_file,
-            "--train_csv",
-            adapter.parent.parent / "rows.csv",
+            "--output_dir",
+            output_dir,
+            "--device",
+            "cpu",
+            "--max_new_tokens",
+            12,
         ]
-        values += ["--output_dir", output_dir, "--device", "cpu", "--max_new_tokens", 12, *arguments]
-        monkeypatch.setattr(sys, "argv", ["sft_evaluation.py", *map(str, values)])
+        monkeypatch.setattr(sys, "argv", ["sft_evaluation.py", *map(str, [*values, *arguments])])
         sft_evaluation.main()
-        return json.loads((output_dir / "evaluation.json").read_text())
+        file = output_dir / "evaluation.json"
+        return json.loads(file.read_text()) if file.is_file() else {}
 
     return run
 
@@ -63,39 +71,48 @@ def summaries_of(output_dir) -> dict:
 def test_the_base_is_the_base(adapters, model_folder):
     from transformers import AutoModelForCausalLM
 
-    base = SFTInference(adapters(), device="cpu", writing="free", merge=False)
-    ids = torch.tensor([base.prompt_ids(NOTES[0][0], 20)[0]])
+    [adapter] = sft_evaluation.read_adapters([str(adapters())])
+    base, tuned = (
+        sft_evaluation.load(kind, adapter, EvaluationConfig(device="cpu")) for kind in ("base", "specialist")
+    )
+    ids = torch.tensor([tuned.prompt_ids(NOTES[0][0], 20)[0]])
     with torch.no_grad():
-        tuned = base.model(ids).logits
-        remove_adapter(base)
-        found = base.model(ids).logits
+        found, other = (inference.model(ids).logits for inference in (base, tuned))
         expected = AutoModelForCausalLM.from_pretrained(model_folder()).eval()(ids).logits
     assert torch.allclose(found, expected, atol=1e-4, rtol=1e-5)
-    assert not torch.allclose(tuned, expected, atol=1e-2)
+    assert not torch.allclose(other, expected, atol=1e-2)
     # What the decoder uses is this model too
-    result = base.generate_summary(NOTES[0][0], max_new_tokens=1)
-    assert result["n_new_tokens"] == 1
+    assert base._base is base.model
 
 
-def test_the_loss_is_that_of_training(adapters, test_file):
+def test_the_loss_is_that_of_training(specialist, test_file):
     """Cross-entropy of summary and end token, as transformers computes it."""
-    from sft.data.rows import read_rows
-
-    inference = SFTInference(adapters(), device="cpu", writing="free")
     row = read_rows(test_file)[0]
-    loss, n_tokens = reference_losses(inference, {7: row})[7]
-    prompt = inference.prompt_ids(row.clinical_note, 50)[0]
-    target = [*inference.encoder.encode_texts([row.model_summary])[0], inference.template.end_token_id]
+    loss, n_tokens = reference_loss(specialist, row)
+    prompt = specialist.prompt_ids(row.clinical_note, 50)[0]
+    target = [*specialist.encoder.encode_texts([row.model_summary])[0], specialist.template.end_token_id]
     labels = torch.tensor([[-100] * len(prompt) + target])
     with torch.no_grad():
-        mean = inference.model(torch.tensor([prompt + target]), labels=labels).loss.item()
+        mean = specialist.model(torch.tensor([prompt + target]), labels=labels).loss.item()
     assert n_tokens == len(target) and loss == pytest.approx(mean * n_tokens, rel=1e-3)
+    # A summary that fills the context window has none, and ends no evaluation
+    assert reference_loss(specialist, dataclasses.replace(row, model_summary="Fever. " * 5000)) == (0, 0)
 
 
-def test_examples_are_earlier_turns(adapters, test_file, capsys):
-    from sft.data.rows import factual_rows, read_rows
+def test_how_far_a_sentence_rests_on_its_note(specialist):
+    """The likelihoods are those of the whole text, token by token, and the note's own words raise them."""
+    note, summary = NOTES[0]
+    with_note, without = zip(*sentence_support(specialist, note, f"{summary} {summary}"))
+    assert len(with_note) == 2 * len(split_sentences(summary))
+    assert sum(with_note) > sum(without)
+    assert max(*with_note, *without) < 0
+    (alone, _), *_ = sentence_support(specialist, note, summary)
+    assert alone == pytest.approx(with_note[0], abs=1e-4)
+    assert sentence_support(specialist, note, "") == []
 
-    encoder = SFTInference(adapters(), device="cpu", writing="free").encoder
+
+def test_examples_are_earlier_turns(specialist, test_file, capsys):
+    encoder = specialist.encoder
     rows = factual_rows(read_rows(test_file))
     shown = with_examples(encoder, rows, 500)
     text = encoder.tokenizer.decode(shown.prefix_ids)
@@ -109,16 +126,7 @@ def test_an_interrupted_run_continues(evaluate, tmp_path, adapters):
     before = {path: path.read_bytes() for path in adapters().iterdir()}
     whole = evaluate(tmp_path / "out", "--by", "specialty", "--blind_sheet")
     expected = summaries_of(tmp_path / "out")
-    assert set(expected) == {
-        "base",
-        "base_examples",
-        "free",
-        "verified",
-        "quote",
-        "lead",
-        "commonest",
-        "reference",
-    }
+    assert set(expected) == set(_SYSTEMS) - {"selected"} and [system.name for system in SYSTEMS] == _SYSTEMS
     assert whole["n_leaked"] > 0 and set(whole["groups"]) == {"a", "b"} and whole["twins"]["number"]["n"] == 2
     # A kill leaves an incomplete line, and lines that are missing
     for name in ("verified", "base"):
@@ -164,8 +172,6 @@ def test_adapters_side_by_side(evaluate, adapters, tmp_path):
 
 
 def test_an_adapter_that_another_tool_trained_further(evaluate, adapters, tmp_path):
-    import shutil
-
     theirs = tmp_path / "dpo"
     theirs.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -178,7 +184,7 @@ def test_an_adapter_that_another_tool_trained_further(evaluate, adapters, tmp_pa
 
 
 def test_what_an_adapter_without_a_selector_cannot_do_is_left_out_and_said(capsys):
-    old, new = (sft_evaluation.Adapter("", None, {}, False, has_selector) for has_selector in (False, True))
+    old, new = (Adapter("", None, {}, has_selector) for has_selector in (False, True))
     data = sft_evaluation.Data(None, {}, [], ["a row"], 0, 2)
     found = {column.name for column in sft_evaluation.choose_columns(None, [old], data)}
     assert {"free", "selected"} <= found and not {"quote", "verified"} & found
@@ -188,21 +194,75 @@ def test_what_an_adapter_without_a_selector_cannot_do_is_left_out_and_said(capsy
     assert {"free", "quote", "verified"} <= found and "selected" not in found
 
 
-def test_a_file_is_never_continued_with_other_settings(tmp_path):
-    one = SystemFile(tmp_path, "base", {"max_new_tokens": 1})
-    one.write([0], lambda numbers, _: ((n, {"generated_summary": "x"}) for n in numbers))
-    assert SystemFile(tmp_path, "base", {"max_new_tokens": 1}).missing([0, 1]) == [1]
-    assert SystemFile(tmp_path, "base", {"max_new_tokens": 2}).missing([0, 1]) == [0, 1]
+def test_a_file_is_never_continued_with_other_settings(evaluate, tmp_path):
+    for n_tokens in (1, 2, 2):
+        evaluate(tmp_path, "--systems", "free", "--n_rows", 2, "--max_new_tokens", n_tokens)
+    assert len(list((tmp_path / "summaries").glob("free-*"))) == 2
+
+
+def read_pairs(evaluate, folder) -> list[dict]:
+    (folder / "pairs.jsonl").unlink(missing_ok=True)
+    evaluate(folder / "out", "--export_preferences", folder / "pairs.jsonl", "--n_rows", 12)
+    return [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+
+
+def test_preferences_are_the_specialists_own_worse_summaries(evaluate, tmp_path):
+    """Those in which the check finds something, beside the training summary, once for each note."""
+    pairs = read_pairs(evaluate, tmp_path)
+    assert pairs and len({pair["prompt"] for pair in pairs}) == len(pairs)
+    for pair in pairs:
+        [(note, summary)] = [one for one in NOTES if one[0] in pair["prompt"]]
+        assert pair["chosen"] == summary and pair["id"] == f"{pair['factual_id']}-own"
+        kinds = {finding.kind for finding in check_summary(note, pair["rejected"]).findings}
+        assert pair["hallucination_type"] in kinds
+    assert (tmp_path / "pairs.jsonl").stat().st_mode & 0o77 == 0
+    with pytest.raises(InputError, match="exists"):
+        evaluate(tmp_path / "out", "--export_preferences", tmp_path / "pairs.jsonl")
+    # The samples are kept, and no figures are written
+    assert read_pairs(evaluate, tmp_path) == pairs
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"summaries"}
+
+
+def test_trl_trains_on_preferences(evaluate, adapters, tmp_path):
+    """Two steps of TRL's DPOTrainer on our adapter and pairs."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    pairs = read_pairs(evaluate, tmp_path)
+    adapter = adapters()
+    base = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = AutoModelForCausalLM.from_pretrained(ROOT / base)
+    model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    before = {name: weight.clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path / "dpo"), max_steps=2, per_device_train_batch_size=2, use_cpu=True, bf16=False,
+        report_to="none", logging_steps=1, gradient_checkpointing=False,
+    )  # fmt: skip
+
+    class ExactDPOTrainer(trl.DPOTrainer):  # as in the guide
+        def _prepare_dataset(self, dataset, *arguments):
+            return dataset
+
+    columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    texts = Dataset.from_list([{name: pair[name] for name in columns} for pair in pairs])
+    trainer = ExactDPOTrainer(model, args=args, train_dataset=texts, processing_class=tokenizer)
+    assert trainer.train().global_step == 2
+    assert any(
+        not torch.equal(before[name], weight) for name, weight in model.named_parameters() if name in before
+    )
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--systems", "best"], "unknown: best"),
+        (["--systems", "best"], "invalid choice: best"),
         (["--by", "clinical_note"], "too many different values"),
         (["--by", "ward"], "no such column"),
         (["--by", "Zebra: BP 120/80, no cough"], r"--by \(not shown\)"),
-        (["--systems", "Zebra: no cough"], r"unknown: \(not shown\)"),
+        (["--systems", "Zebra: no cough"], r"\(not shown\)"),
         (["--summary_column", "Zebra: no cough"], "--summary_column says"),
         (["--train_csv", "{test}"], "not what the adapter was trained on"),
         (["--output_dir", "{adapter}/out"], "lies in the adapter's folder"),
@@ -217,6 +277,48 @@ def test_what_is_refused(evaluate, adapters, test_file, tmp_path, arguments, wor
     assert not (tmp_path / "out").exists()
 
 
-def test_other_rows_need_a_test_file(adapters):
+def test_other_rows_need_a_file(adapters, tmp_path):
     result = run_python("sft_evaluation.py", "--model_path", adapters())
     assert_input_error(result, "no test rows", "--test_csv")
+    result = run_python(
+        "sft_evaluation.py", "--model_path", adapters(), "--export_preferences", tmp_path / "a.jsonl"
+    )
+    assert_input_error(result, "no train rows", "--train_csv")
+
+
+def test_a_base_that_moved_is_named(evaluate, adapters, model_folder, tmp_path):
+    moved = shutil.copytree(model_folder(), tmp_path / "moved")
+    options = ["--systems", "base", "--n_rows", 2, "--base_model"]
+    assert evaluate(tmp_path / "out", *options, moved)["figures"]["base"]
+    with pytest.raises(InputError, match="base model"):
+        evaluate(tmp_path / "other", *options, model_folder("qwen2"))
+
+
+def test_broken_specialists_beside_a_good_one(
+    model_folder, csv_files, test_file, tmp_path, monkeypatch, capsys
+):
+    """benchmarks/broken_specialists.py, with tiny models: each is trained on what its name says."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import broken_specialists
+
+    import stage_a_sft_training
+
+    def run(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments), "--device", "cpu"])
+        {"stage_a_sft_training.py": stage_a_sft_training, "sft_evaluation.py": sft_evaluation}[script].main()
+
+    monkeypatch.setattr(broken_specialists, "run", run)
+    values = ["--train_csv", csv_files[0], "--val_csv", csv_files[1], "--test_csv", test_file, "--n_rows", 3]
+    values += ["--model_name", model_folder(), "--num_epochs", 1]
+    monkeypatch.setattr(sys, "argv", ["broken_specialists.py", *map(str, [tmp_path / "out", *values])])
+    broken_specialists.main()
+    printed = capsys.readouterr().out
+    assert "ten_times_the_rate" in printed and ("told apart" in printed or "no difference shown" in printed)
+    rows = {kind: read_rows(tmp_path / "out" / f"{kind}.csv") for kind in ("shuffled", "relabeled")}
+    truth = dict(NOTES)
+    assert all(row.model_summary != truth[row.clinical_note] for row in rows["shuffled"])
+    assert {row.model_summary for row in rows["shuffled"]} == set(truth.values())
+    wrong = [row.clinical_note for row in rows["relabeled"] if row.model_summary != truth[row.clinical_note]]
+    assert wrong == [NOTES[0][0]] and len(rows["relabeled"]) == len(NOTES)
+    recorded = json.loads((tmp_path / "out/ten_times_the_rate/final_model/sft_config.json").read_text())
+    assert recorded["training"]["learning_rate"] == pytest.approx(2e-3)

@@ -6,11 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from conftest import ROOT
+from hypothesis import given
 from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from tiny import NOTES, rows_of
 
 from sft.cli import InputError
+from sft.data.rows import factual_rows, read_rows
 from sft.evaluation.figures import (
     answer_questions,
     auroc,
@@ -19,44 +22,38 @@ from sft.evaluation.figures import (
     figure_of,
     figures,
     resample,
-    sums_table,
     twins,
     verdict,
 )
 from sft.evaluation.measures import (
     MEASURES,
+    Measured,
     add_memorized,
     copied_words,
     facts_held,
-    make_scorer,
     marks,
     measure,
+    text_spans,
     usual_marks,
 )
 from sft.evaluation.page import write_csv, write_report
 from sft.evaluation.sheet import agreement, read_key, read_ratings, report_ratings, write_sheet
-from sft.evaluation.systems import lead, write_without_model
-from sft.grounding import PreparedNote
+from sft.evaluation.systems import write_without_model
+from sft.grounding import check_summary
 from sft.grounding.sentences import SENTENCE_VERSION
+from sft.inference.results import check_result
+
+ROUGE = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
 
 
 def measure_systems(rows, systems):
     """{system: {number: Measured}} of {system: summaries in the order of the rows}."""
-    rouge = make_scorer()
-    measured = {
-        name: {
-            n: measure(
-                row,
-                PreparedNote(row.clinical_note),
-                {"generated_summary": text},
-                rouge,
-                set(),
-                SENTENCE_VERSION,
-            )
-            for (n, row), text in zip(rows.items(), texts)
-        }
-        for name, texts in systems.items()
-    }
+    measured = {}
+    for name, texts in systems.items():
+        measured[name] = {}
+        for (number, row), text in zip(rows.items(), texts):
+            result = {"generated_summary": text, **check_result(row.clinical_note, text)}
+            measured[name][number] = measure(row, result, ROUGE, set(), SENTENCE_VERSION)
     add_memorized(measured, rows, list(rows.values()))
     return measured
 
@@ -67,7 +64,8 @@ def measure_systems(rows, systems):
 def test_the_bootstrap_is_the_normal_interval_of_a_mean():
     values = np.random.default_rng(1).normal(5, 2, 400)
     table = np.stack([values, np.ones(400)], axis=-1)[:, None]
-    _, low, high = figure_of(5, resample(table)[:, 0]).values()
+    [value], samples = resample(table)
+    _, low, high = figure_of(value, samples[:, 0]).values()
     half = 1.96 * values.std() / 20
     assert np.allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.03)
     assert figure_of(5, np.full(10, np.nan)) == {"value": 5, "low": None, "high": None}
@@ -77,11 +75,10 @@ def test_differences_are_paired():
     """A system that is better by the same amount on every note: the difference has no spread."""
     values = np.random.default_rng(2).normal(size=60)
     pair = np.stack([values, values + 1], axis=1)
-    samples = resample(np.stack([pair, np.ones_like(pair)], axis=-1))
+    _, samples = resample(np.stack([pair, np.ones_like(pair)], axis=-1))
     assert figure_of(1, samples[:, 1] - samples[:, 0]) == pytest.approx({"value": 1, "low": 1, "high": 1})
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 5), min_size=1, max_size=20), st.lists(st.integers(0, 5), min_size=1, max_size=20)
 )
@@ -119,7 +116,6 @@ def test_coverage_counts_numbers_doses_and_phrases(reference, summary, held):
     assert facts_held(reference, summary) == held
 
 
-@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_a_text_holds_all_of_itself(text):
     held, n_facts = facts_held(text, text)
@@ -154,20 +150,60 @@ def test_a_summary_is_measured():
     sums = measure_systems({0: row}, {"a": [summary]})["a"][0].sums
     assert sums["clean"] == (0, 1) and sums["flagged"] == (2, 2) and sums["finding_side"][0] == 2
     assert sums["repeats"] == (1, 1) and sums["length_ratio"] == (12, 5)
-    from rouge_score.rouge_scorer import RougeScorer
+    assert sums["rougeL"] == (ROUGE.score(row.model_summary, summary)["rougeL"].fmeasure, 1)
 
-    expected = RougeScorer(["rougeL"], use_stemmer=True).score(row.model_summary, summary)["rougeL"].fmeasure
-    assert sums["rougeL"] == (expected, 1)
+
+@given(
+    st.lists(st.sampled_from(["Fever. ", "No cough [Evidence: S1]. ", "\n- BP 120/80", "[S2]", "Été ", "* "]))
+)
+def test_sentences_are_those_of_the_check(pieces):
+    """So that findings, support and likelihoods stand with the right ones, with citations between them."""
+    text = "".join(pieces)
+    checked = check_summary("No fever. Cough.", text).sentences
+    spans = text_spans(text)
+    assert len(spans) == len(checked)
+    assert all(start <= one.start < one.end <= end for (start, end), one in zip(spans, checked))
 
 
 def test_systems_without_a_model():
-    assert lead("One. Two. Three. Four. Five. Six.") == "One. Two. Four. Five. Six."
-    assert lead("One. Two.") == "One. Two."
-    rows = dict(enumerate(rows_of(NOTES)))
-    assert write_without_model("reference", rows, [])[3] == NOTES[3][1]
-    assert set(write_without_model("commonest", rows, [rows[1], rows[2], rows[2]]).values()) == {NOTES[2][1]}
-    selected = write_without_model("selected", rows, list(rows.values()))
-    assert all(PreparedNote(rows[n].clinical_note).check(text).risk < 0.1 for n, text in selected.items())
+    rows = dict(
+        enumerate(
+            [*rows_of([("One. Two. Three. Four. Five. Six.", "X."), ("One. Two.", "Y.")]), *rows_of(NOTES)]
+        )
+    )
+    training = [rows[1], rows[2], rows[2]]
+
+    def texts(name, training=training):
+        written = dict(write_without_model(name, rows, training, SENTENCE_VERSION))
+        return {number: result["generated_summary"] for number, result in written.items()}
+
+    assert (texts("lead")[0], texts("lead")[1]) == ("One. Two. Four. Five. Six.", "One. Two.")
+    assert texts("reference")[5] == NOTES[3][1]
+    assert set(texts("commonest").values()) == {rows[2].model_summary}
+    selected = texts("selected", list(rows.values()))
+    assert all(check_summary(rows[n].clinical_note, text).risk < 0.1 for n, text in selected.items())
+
+
+def test_quality_of_eight_validation_notes_does_not_fall():
+    """A guard of selector, check and measures together: .80 of the references' facts are quoted, one quoted
+    sentence is flagged, 2 of 19 of the references, 22 of 72 after errors were put into the quotes."""
+    files = (ROOT / "phase1_data" / "sft" / f"{kind}_set_processed.csv" for kind in ("train", "validation"))
+    training, validation = (factual_rows(read_rows(file)) for file in files)
+    rows = dict(enumerate(validation[:8]))
+    written = dict(write_without_model("selected", rows, training, SENTENCE_VERSION))
+    quoted = [result["generated_summary"] for result in written.values()]
+    wrong = [
+        text.replace(" no ", " ").replace("left", "right") + " Started warfarin 15 mg." for text in quoted
+    ]
+    references = [row.model_summary for row in rows.values()]
+    measured = measure_systems(rows, {"quoted": quoted, "wrong": wrong, "reference": references})
+    found = figures(measured, list(rows))
+    assert found["quoted"]["coverage"]["value"] > 0.75
+    assert found["quoted"]["flagged"]["value"] < 0.04
+    assert found["quoted"]["length_ratio"]["value"] < 1.4
+    assert found["reference"]["flagged"]["value"] < 0.2
+    assert found["wrong"]["flagged"]["value"] > 0.25
+    assert min(one.sums["coverage"][0] / one.sums["coverage"][1] for one in measured["quoted"].values()) > 0.4
 
 
 # ------------------------------------------------------------------------------- figures
@@ -185,16 +221,16 @@ def evaluated():
 
 def figures_of(evaluated) -> dict:
     rows, measured = evaluated
-    return figures(sums_table(measured, list(rows)), list(measured))
+    return figures(measured, list(rows))
 
 
 def test_figures_tell_a_good_system_from_a_bad_one(evaluated):
     found = figures_of(evaluated)
-    better, worse = changes(found, "specialist")
-    assert {"flagged", "coverage", "rouge1", "check_score"} <= set(better) and not worse
+    moved = changes(found, "specialist")
+    assert {"flagged", "coverage", "rouge1", "check_score"} <= set(moved["better"]) and not moved["worse"]
     flagged = found["specialist"]["flagged"]
     assert flagged["value"] == 0 and flagged["high"] == pytest.approx(3 / flagged["n"])
-    assert changes(found, "base") == ([], [])
+    assert changes(found, "base") == {"better": [], "worse": []}
     json.dumps(found, allow_nan=False)
 
 
@@ -218,23 +254,23 @@ def test_a_system_is_compared_with_its_own_adapters_sentences():
 def test_who_rewrites_nothing_invents_nothing(evaluated):
     """Whole notes are no sentence of the model's own; coverage alone decides whether they are accurate."""
     rows, measured = evaluated
-    answers = answer_questions(figures(sums_table(measured, list(rows)), list(measured)), "specialist")
+    answers = answer_questions(figures(measured, list(rows)), "specialist")
     assert [answer["passed"] for answer in answers[2:]] == [True, True]
-    assert "no sentence is rewritten" in answers[3]["figure"]
+    assert "applies to none" in answers[3]["figure"]
 
 
 def test_few_sentences_without_a_finding_show_nothing():
     """Nothing found in ten sentences: the difference from others is as uncertain as the rule of three."""
-    rewritten = [measure.name for measure in MEASURES].index("rewritten")
-    table = np.zeros((10, 2, len(MEASURES), 2))
-    table[:, :, rewritten, 1] = 1
-    table[:5, 1, rewritten, 0] = 1
-    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
-    assert (found["low"], found["high"]) == (0, 0.3)
-    assert found["minus"]["reference"]["high"] >= 0.3 - 0.5
-    table[:, 1, rewritten, 0] = 0
-    found = figures(table, ["verified", "reference"])["verified"]["rewritten"]
-    assert found["minus"]["reference"]["high"] == pytest.approx(0.3)
+
+    def of(*counts):
+        sums = dict.fromkeys(MEASURES, (0, 0))
+        return {n: Measured({}, [], sums | {"rewritten": (count, 1)}) for n, count in enumerate(counts)}
+
+    for counts, high in (([1] * 5 + [0] * 5, -0.2), ([0] * 10, 0.3)):
+        measured = {"verified": of(*[0] * 10), "reference": of(*counts)}
+        found = figures(measured, range(10))["verified"]["rewritten"]
+        assert (found["low"], found["high"]) == (0, 0.3)
+        assert found["minus"]["reference"]["high"] >= high - 1e-9
 
 
 def test_twins_rank_the_check():
@@ -249,12 +285,12 @@ def test_twins_rank_the_check():
 
 
 def write_page(folder, rows, measured):
-    found = figures(sums_table(measured, list(rows)), list(measured))
+    found = figures(measured, list(rows))
     evaluation = {
         "figures": found,
         "answers": {"specialist": answer_questions(found, "specialist")},
         "verdicts": {"specialist": "No."},
-        "changes": {"specialist": {"better": ["rouge1"], "worse": []}},
+        "changes": {"specialist": changes(found, "specialist")},
         "systems": dict.fromkeys(measured, "a system"),
         **{"twins": {}, "groups": {}, "n_leaked": 0},
     }
@@ -268,7 +304,7 @@ def test_a_note_that_holds_markup_is_text(evaluated, tmp_path):
     page = write_page(tmp_path, rows, measure_systems(rows, {"base": [evil], "specialist": [evil]}))
     assert page.count("<script") == 1 and "<img" not in page and "&lt;img" in page and "{{ 7 * 7 }}" in page
     assert "default-src 'none'" in html.unescape(page) and "http" not in page.replace("http-equiv", "")
-    write_sheet(tmp_path, rows, {"base": {0: evil}})
+    write_sheet(tmp_path, rows, measure_systems(rows, {"base": [evil]}))
     assert "<img" not in (tmp_path / "blind_sheet.html").read_text()
 
 
@@ -284,11 +320,10 @@ def test_files_hold_figures_and_the_page_holds_the_notes(evaluated, tmp_path):
 
 def write_readings(folder, rows, judge) -> dict:
     """A sheet of two systems, one of which is never wrong; {item: line} as a reader fills it in."""
-    summaries = {
-        "faithful": {n: row.model_summary for n, row in rows.items()},
-        "invented": dict.fromkeys(rows, "Gout in 1987."),
-    }
-    write_sheet(folder, rows, summaries)
+    faithful = [row.model_summary for row in rows.values()]
+    write_sheet(
+        folder, rows, measure_systems(rows, {"faithful": faithful, "invented": ["Gout in 1987."] * len(rows)})
+    )
     lines = ["item,usable,wrong,dangerous,finding,plan"]
     for item in read_key(folder).values():
         is_bad = item["systems"] == ["invented"]
@@ -335,7 +370,7 @@ def test_a_sheet_that_cannot_be_understood(evaluated, tmp_path, old, new, words)
 
 def test_another_sheets_ratings_are_refused(evaluated, tmp_path):
     write_readings(tmp_path, evaluated[0], lambda is_bad: "no")
-    with pytest.raises(InputError, match="not of the sheet"):
+    with pytest.raises(InputError, match="not of this folder's sheet"):
         read_ratings(str(tmp_path / "ratings.csv"), {})
     with pytest.raises(InputError, match="no key of a blind sheet"):
         read_key(tmp_path / "nowhere")

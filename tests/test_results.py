@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from tiny import NOTES, tiny_tokenizer
+from tiny import tiny_tokenizer
 
 from sft.grounding.citations import parse_citations
 from sft.grounding.sentences import split_sentences
@@ -18,7 +18,6 @@ from sft.inference.results import (
     summary_warnings,
     text_stream,
 )
-from sft.inference.support import sentence_support
 
 
 def test_warnings_name_what_is_wrong_with_a_summary():
@@ -113,20 +112,6 @@ def test_a_text_that_is_hardly_a_note_is_named(specialist):
     assert "looks like RTF" in warnings[0]
     assert "the note was HTML: its tags are left out" in warnings[1]
     assert "looks like" not in warnings[2]
-
-
-def test_how_far_a_sentence_rests_on_its_note(specialist):
-    """The likelihoods are those of the whole text, token by token, and the note's own words raise them."""
-    note, summary = NOTES[0]
-    with_note, without = zip(
-        *sentence_support(specialist._base, specialist.encoder, note, f"{summary} {summary}")
-    )
-    assert len(with_note) == len(split_sentences(f"{summary} {summary}"))
-    assert sum(with_note) > sum(without)
-    assert max(*with_note, *without) < 0
-    (alone, _), *_ = sentence_support(specialist._base, specialist.encoder, note, summary)
-    assert alone == pytest.approx(with_note[0], abs=1e-4)
-    assert sentence_support(specialist._base, specialist.encoder, note, "") == []
 
 
 def test_spreadsheet_formulas_are_defused():

@@ -3,39 +3,31 @@
 Every measure is a ratio of two sums over notes: findings per sentence, words copied per word; a mean is a sum
 per note. Intervals draw whole notes again, because the sentences of one note are not independent."""
 
-import math
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sft.data.rows import Row
-from sft.evaluation.measures import MEASURES, Measured
+from sft.evaluation.measures import MEASURES, Measure, Measured
 from sft.grounding import check_summary
 
-# What the four questions ask for; written in the guide and the report
-MOST_FAILED = 0.05  # of the summaries: cut, repeating or empty
-LEAST_FORMAT = 0.95
-MOST_FLAGGED = 0.10  # of the rewritten sentences, above the reference's
-MOST_INVENTED = 0.05  # findings a rewritten sentence, above the reference's
-LEAST_COVERAGE = 0.5  # where no chosen sentences say what the note's own words would cover
-MOST_UNCOVERED = 0.05  # of the facts, below what chosen sentences of the note cover
 
-
-def ratios(sums: np.ndarray) -> np.ndarray:
-    """(..., 2) numerators and denominators -> (...); NaN where there is nothing to divide by."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], np.nan)
-
-
-def resample(table: np.ndarray) -> np.ndarray:
-    """(notes, ..., 2) sums of each note -> (2000, ...) ratios, each over as many notes drawn with
-    replacement. The same draw serves the whole table, so that differences within it are paired."""
+def resample(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(notes, ..., 2) numerators and denominators of each note -> ((...) the ratio of their sums, (2000, ...)
+    the same over as many notes drawn with replacement); NaN where there is nothing to divide by. The same
+    draw serves the whole table, so that differences within it are paired."""
     n_notes = len(table)
     generator = np.random.default_rng(0)
     # In blocks, which bounds memory
     counts = (generator.multinomial(n_notes, np.full(n_notes, 1 / n_notes), size=100) for _ in range(20))
-    sums = np.concatenate([block @ table.reshape(n_notes, -1) for block in counts])
-    return ratios(sums.reshape(-1, *table.shape[1:]))
+    blocks = itertools.chain([np.ones((1, n_notes))], counts)
+    sums = np.concatenate([block @ table.reshape(n_notes, -1) for block in blocks])
+    sums = sums.reshape(-1, *table.shape[1:])
+    with np.errstate(invalid="ignore"):
+        ratios = sums[..., 0] / np.where(sums[..., 1] > 0, sums[..., 1], np.nan)
+    return ratios[0], ratios[1:]
 
 
 def figure_of(value: float, samples: np.ndarray) -> dict:
@@ -49,14 +41,14 @@ def figure_of(value: float, samples: np.ndarray) -> dict:
 
 def mean_over_notes(values: Iterable[tuple[int | bytes, float]]) -> dict:
     """{"count", "n", "value", "low", "high"}: the mean of (note, value), with its interval over notes."""
-    notes: dict[int | bytes, np.ndarray] = {}
+    notes: dict[int | bytes, list[float]] = {}
     for note, value in values:
-        notes[note] = notes.get(note, np.zeros(2)) + np.array((value, 1))
+        notes.setdefault(note, []).append(value)
     if not notes:
         return {"count": 0, "n": 0, "value": None, "low": None, "high": None}
-    table = np.array(list(notes.values()))
-    count, n = table.sum(axis=0)
-    return {"count": int(count), "n": int(n), **figure_of(count / n, resample(table))}
+    table = np.array([(sum(of_note), len(of_note)) for of_note in notes.values()], dtype=float)
+    count, n = map(int, table.sum(axis=0))
+    return {"count": count, "n": n, **figure_of(*resample(table))}
 
 
 def auroc(scores: Sequence[float], others: Sequence[float]) -> float:
@@ -66,42 +58,37 @@ def auroc(scores: Sequence[float], others: Sequence[float]) -> float:
     return float(np.mean(places) / len(ordered))
 
 
-def sums_table(measured: Mapping[str, Mapping[int, Measured]], numbers: Sequence[int]) -> np.ndarray:
-    """(notes, systems, measures, 2): the numerators and denominators of `numbers`."""
-    systems = measured.values()
-    sums = [[[ones[n].sums.get(m.name, (0, 0)) for m in MEASURES] for ones in systems] for n in numbers]
-    return np.array(sums, dtype=float)
-
-
 def compared_with(system: str, systems: Sequence[str]) -> dict[str, str]:
     """{"base", "reference" and "chosen": the system that a system is compared with, if it is there}; chosen
     are sentences of the note, by the same adapter if there are several."""
     adapter = system.partition("_")[2]
-    found = {name: name for name in ("base", "reference") if name in systems}
-    chosen = [name for name in (f"quote_{adapter}", "quote", "selected") if name in systems]
-    found |= {"chosen": chosen[0]} if chosen else {}
+    roles = {name: [name] for name in ("base", "reference")}
+    roles["chosen"] = [f"quote_{adapter}", "quote", "selected"]
+    found = {role: next((name for name in names if name in systems), system) for role, names in roles.items()}
     return {role: other for role, other in found.items() if other != system}
 
 
-def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, dict]]:
+def figures(measured: Mapping[str, Mapping[int, Measured]], notes: Sequence[int]) -> dict[str, dict]:
     """{system: {measure: {"value", "low", "high", "n", and "minus": {"base": {"value", "low", "high"}}}}}
     with 95 % intervals; where a share is 0 or 1, one end is the rule of three's. Measures that no note has
     are left out."""
+    systems = list(measured)
+    by_note = ([ones[note].sums for ones in measured.values()] for note in notes)
+    sums = [[[of[name] for name in MEASURES] for of in of_note] for of_note in by_note]
+    table = np.array(sums, dtype=float)  # (notes, systems, measures, 2)
     sums = table.sum(axis=0)
-    values = ratios(sums)
-    samples = resample(table)
+    values, samples = resample(table)
     found: dict[str, dict[str, dict]] = {system: {} for system in systems}
     for s, m in np.argwhere(sums[..., 1] > 0):
+        name = list(MEASURES)[m]
         count, n = map(float, sums[s, m])
-        figure = figure_of(values[s, m], samples[:, s, m]) | {"n": n}
-        is_share = MEASURES[m].scale == 100 and (table[:, s, m, 0] <= table[:, s, m, 1]).all()
+        figure = figure_of(values[s, m], samples[:, s, m]) | {"n": n, "minus": {}}
+        is_share = MEASURES[name].scale == 100 and (table[:, s, m, 0] <= table[:, s, m, 1]).all()
         if is_share and count in (0, n):
             bound = min(1.0, 3 / n)
-            low, high = (1 - bound, 1.0) if count else (0.0, bound)
-            figure |= {"low": low, "high": high, "is_bound": True}
-        others = {r: systems.index(other) for r, other in compared_with(systems[s], systems).items()}
-        figure["minus"] = {}
-        for role, o in others.items():
+            figure |= {"low": 1 - bound if count else 0.0, "high": 1.0 if count else bound, "is_bound": True}
+        for role, other in compared_with(systems[s], systems).items():
+            o = systems.index(other)
             if sums[o, m, 1]:
                 minus = figure_of(values[s, m] - values[o, m], samples[:, s, m] - samples[:, o, m])
                 # Where nothing was counted, resampling finds no spread
@@ -109,19 +96,18 @@ def figures(table: np.ndarray, systems: Sequence[str]) -> dict[str, dict[str, di
                     minus["low"] = min(minus["low"], figure["low"] - float(values[o, m]))
                     minus["high"] = max(minus["high"], figure["high"] - float(values[o, m]))
                 figure["minus"][role] = minus
-        found[systems[s]][MEASURES[m].name] = figure
+        found[systems[s]][name] = figure
     return found
 
 
-def changes(found: Mapping[str, dict], system: str) -> tuple[list[str], list[str]]:
-    """(what got better than in the base, what got worse): names of the measures whose paired difference has
-    an interval without 0."""
-    lists: dict[int, list[str]] = {1: [], -1: []}
-    for measure in MEASURES:
-        minus = found[system].get(measure.name, {}).get("minus", {}).get("base")
-        if minus and measure.better and minus["low"] is not None and minus["low"] * minus["high"] > 0:
-            lists[int(np.sign(minus["value"])) * measure.better].append(measure.name)
-    return lists[1], lists[-1]
+def changes(found: Mapping[str, dict], system: str) -> dict[str, list[str]]:
+    """{"better" and "worse": measures whose paired difference to the base has an interval without 0}."""
+    lists: dict[str, list[str]] = {"better": [], "worse": []}
+    for name, figure in found[system].items():
+        minus = figure["minus"].get("base")
+        if minus and MEASURES[name].better and minus["low"] is not None and minus["low"] * minus["high"] > 0:
+            lists["better" if minus["value"] * MEASURES[name].better > 0 else "worse"].append(name)
+    return lists
 
 
 def twins(rows: Sequence[Row]) -> dict[str, dict]:
@@ -143,66 +129,78 @@ def twins(rows: Sequence[Row]) -> dict[str, dict]:
     return found
 
 
-def _within(figure: dict | None, least: float = -math.inf, most: float = math.inf) -> bool | None:
-    """True if the whole interval lies between the bounds, None if only the value does."""
-    if figure is None:
-        return None
-    if not least <= figure["value"] <= most:
-        return False
-    is_sure = figure["low"] is not None and least <= figure["low"] and figure["high"] <= most
-    return is_sure or None
+# ------------------------------------------------------------------------------- in words
 
 
-def _shown(figure: dict | None, scale: int = 100) -> str:
-    """ "-12.5 (-20 to -5.1)"."""
-    if figure is None:
-        return "not measured"
-    value, low, high = (f"{(figure[end] or 0) * scale:.3g}" for end in ("value", "low", "high"))
-    return value if figure["low"] is None else f"{value} ({low} to {high})"
+def shown(measure: Measure, figure: Mapping | None, part: str = "value") -> str:
+    """ "12.5" for a share of .125; "–" for what is not there."""
+    value = None if figure is None else figure[part]
+    return "–" if value is None else f"{value * measure.scale:.{2 if measure.scale == 1 else 1}f}"
+
+
+def in_words(name: str, figure: Mapping | None, role: str = "") -> str:
+    """ "ROUGE-1, minus the base's: 0.12 (0.05 to 0.19)"; `role`: of the system that it is a difference to."""
+    measure = MEASURES[name]
+    minus = f", minus the {'quoted sentences' if role == 'chosen' else role}'s" if role else ""
+    words = f"{measure.title}{minus}: {shown(measure, figure)}"
+    is_bounded = figure is not None and figure["low"] is not None
+    return words + f" ({shown(measure, figure, 'low')} to {shown(measure, figure, 'high')})" * is_bounded
+
+
+class Bound(NamedTuple):
+    """What is asked of a measure, or of its difference to the system in a `role`: that the whole interval is
+    on the good side of the limit, or only the value, where a handful of notes cannot bound a rare failure.
+    `or_none_where`: a measure; the bound is kept if this one was measured and its own applies to nothing."""
+
+    name: str
+    limit: float
+    role: str = ""
+    by_value: bool = False
+    or_none_where: str = ""
+
+    def keeps(self, of: Mapping[str, dict]) -> tuple[bool | None, str]:
+        """(whether a system's figures keep it, None if only the value does or it was not measured; the figure
+        in words)."""
+        measure, figure = MEASURES[self.name], of.get(self.name)
+        if figure is None and self.or_none_where in of:
+            return True, f"{measure.title}: applies to none"
+        figure = figure["minus"].get(self.role) if figure and self.role else figure
+        ends = [figure[end] for end in ("value", "low", "high")] if figure else []
+        fine = [end is not None and (end - self.limit) * measure.better >= 0 for end in ends]
+        is_kept = fine[0] and (self.by_value or all(fine) or None) if fine else None
+        return is_kept, in_words(self.name, figure, self.role)
+
+    def __str__(self) -> str:
+        return f"{'at least' if MEASURES[self.name].better > 0 else 'at most'} {self.limit * 100:g}"
+
+
+_LARGER = "use a larger base, more rows or all linear layers; or the note's own sentences (--writing quote)"
+_QUOTED = Bound("coverage", 0.5)  # where no chosen sentences say what the note's own words would cover
+QUESTIONS = (
+    ("Does it know the terminology?", [Bound("loss", 0, "base")],
+     "train on more rows or epochs, or on a base model that knows clinical text"),
+    ("Does it keep the output format?",
+     [*(Bound(name, 0.05, by_value=True) for name in ("cut", "repeats", "empty")),
+      Bound("format", 0.95, by_value=True, or_none_where="cut")],
+     "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows"),
+    ("Does it reflect the notes accurately?",
+     [Bound("rewritten", 0.10, "reference", or_none_where="flagged"), Bound("coverage", -0.05, "chosen")], _LARGER),
+    ("Is it free of hallucinations?", [Bound("invented", 0.05, "reference", or_none_where="flagged")], _LARGER),
+)  # fmt: skip
 
 
 def answer_questions(found: Mapping[str, dict], system: str) -> list[dict]:
     """The four questions before Stage B, for one system, each with `passed`: whether the whole interval lies
     within the threshold; None if only the value does, or if it was not measured."""
-    of = found[system]
-
-    def minus(measure: str, role: str) -> dict | None:
-        return of.get(measure, {}).get("minus", {}).get(role)
-
-    loss = minus("loss", "base")
-    # A handful of notes cannot bound a rare failure: the values decide
-    failed = {name: of[name]["value"] for name in ("cut", "repeats", "empty")}
-    kept = of.get("format")
-    is_formed = max(failed.values()) <= MOST_FAILED and (not kept or kept["value"] >= LEAST_FORMAT)
-    shares = ", ".join(f"{name} {value:.0%}" for name, value in failed.items())
-    copies = "flagged" in of and "rewritten" not in of
-    flagged, invented = minus("rewritten", "reference"), minus("invented", "reference")
-    own = "no sentence is rewritten" if copies else "per 100 rewritten sentences, minus the reference's: {}"
-    coverage, least = minus("coverage", "chosen"), -MOST_UNCOVERED
-    covers = f"coverage, minus that of the note's own sentences: {_shown(coverage)} %"
-    asked = f"at most {MOST_UNCOVERED * 100:.0f} points below it"
-    if not coverage:
-        coverage, least = of.get("coverage"), LEAST_COVERAGE
-        covers = f"coverage: {_shown(coverage)} %"
-        asked = f"at least {LEAST_COVERAGE:.0%}"
-    accurate = [copies or _within(flagged, most=MOST_FLAGGED), _within(coverage, least=least)]
-    larger = "use a larger base model, more rows or all linear layers; or the note's own sentences (--writing quote)"
-    answers = [
-        ("Does it know the terminology?", _within(loss, most=-1e-9),
-         f"loss per token, minus the base's: {_shown(loss, 1)} nats", "below 0, with the whole interval",
-         "train on more rows or epochs, or on a base model that knows clinical text"),
-        ("Does it keep the output format?", is_formed,
-         f"{shares}; " + (f"{_shown(kept)} % of the marks kept" if kept else "free text, without marks"),
-         f"each at most {MOST_FAILED:.0%}; marks at least {LEAST_FORMAT:.0%}",
-         "raise --max_new_tokens if summaries are cut; else train for more epochs or on more rows"),
-        ("Does it reflect the notes accurately?", False if False in accurate else None if None in accurate else True,
-         f"sentences with a finding, {own.format(_shown(flagged))}; {covers}",
-         f"at most {MOST_FLAGGED * 100:.0f} more; coverage {asked}", larger),
-        ("Is it free of hallucinations?", copies or _within(invented, most=MOST_INVENTED),
-         f"words, numbers and drugs that the note lacks, {own.format(_shown(invented))}",
-         f"at most {MOST_INVENTED * 100:.0f} more", larger),
-    ]  # fmt: skip
-    return [dict(zip(("question", "passed", "figure", "threshold", "advice"), answer)) for answer in answers]
+    has_quoted = "chosen" in found[system].get("coverage", {}).get("minus", {})
+    answers = []
+    for question, bounds, advice in QUESTIONS:
+        bounds = [_QUOTED if bound.role == "chosen" and not has_quoted else bound for bound in bounds]
+        kept, words = zip(*(bound.keeps(found[system]) for bound in bounds))
+        passed = False if False in kept else None if None in kept else True
+        answer = {"question": question, "passed": passed, "figure": "; ".join(words)}
+        answers.append(answer | {"threshold": "; ".join(map(str, bounds)), "advice": advice})
+    return answers
 
 
 def verdict(answers: Sequence[Mapping]) -> str:

@@ -3,25 +3,23 @@ notes give its value (see figures.py), and (0, 0) says that it does not apply to
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from sft.data.rows import Row
-from sft.grounding import Check, PreparedNote
-from sft.grounding.citations import has_citation, parse_citations, strip_citations
+from sft.grounding.citations import citation_spans, has_citation, parse_citations, strip_citations
 from sft.grounding.quantities import Quantity, QuantityIndex
 from sft.grounding.reading import Text
-from sft.grounding.sentences import split_sentences
-from sft.grounding.words import TOKEN, is_telling
+from sft.grounding.sentences import sentence_spans, split_sentences
+from sft.grounding.words import TOKEN, content_stems, is_telling
 
 RUN = 5  # words in a row that count as copied, or as remembered
 _HELD = 2 / 3  # of a phrase's words, for its fact to be held
 _SUPPORTED = 0.8  # of a sentence's words, for it to be supported
 _DOSED = ("mass", "volume", "amount")
 _REACH = 6  # words between a drug and its dose
-INVENTED = ("unsupported", "number", "drug")
-KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
+_INVENTED = ("unsupported", "number", "drug")
+_KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
 
 
 class Measure(NamedTuple):
@@ -34,7 +32,7 @@ class Measure(NamedTuple):
     scale: int = 100
 
 
-MEASURES = (
+MEASURES = {measure.name: measure for measure in (
     Measure("clean", "Summaries without a finding, %", "no sentence flagged by the check against the note", 1),
     Measure("flagged", "Sentences with a finding, per 100", "sentences flagged by the check", -1),
     Measure("rewritten", "Rewritten sentences with a finding, per 100", "of those not copied from the note as they are", -1),
@@ -43,6 +41,8 @@ MEASURES = (
     Measure("coverage", "Coverage of the reference's facts, %", "numbers, doses with their drug, phrases (problems, plan): "
             "two thirds of a phrase's words", 1),
     Measure("supported", "Supported sentences, %", "at least 80 % of their words stand in the note", 1),
+    Measure("model_support", "Support by the model, nats", "by how much the note makes a token of its own sentences "
+            "likelier; says nothing of truth", 0, 1),
     Measure("own_share", "Sentences in the model's own words, %", "of verified summaries; the others are the note's", 0),
     Measure("loss", "Loss per token, nats", "of the reference summary, written freely after the note", -1, 1),
     Measure("rouge1", "ROUGE-1", "words shared with the reference, F", 1, 1),
@@ -58,23 +58,40 @@ MEASURES = (
     Measure("repeats", "Repeating summaries, %", "a sentence twice, or a loop", -1),
     Measure("cut", "Cut summaries, %", "stopped by --max_new_tokens", -1),
     Measure("seconds", "Seconds a note", "in batches, as the file was written", 0, 1),
-    *(Measure(f"finding_{kind}", f"{kind.capitalize()}, per 100 sentences", "findings of this kind", -1) for kind in KINDS),
-)  # fmt: skip
-HEADLINE = [measure.name for measure in MEASURES[:14]]
+    *(Measure(f"finding_{kind}", f"{kind.capitalize()}, per 100 sentences", "findings of this kind", -1) for kind in _KINDS),
+)}  # fmt: skip
+HEADLINE = list(MEASURES)[:15]
 
 
-@dataclass
-class Measured:
-    """One summary of one system, measured."""
+class Sentence(NamedTuple):
+    """A summary's sentence, as the check reads it. `findings`: the check's; `support`: note sentences."""
 
-    summary: str
-    check: Check
+    start: int
+    end: int
+    findings: list[dict]
+    support: list[int]
+
+
+class Measured(NamedTuple):
+    """One summary of one system. `result`: as of SFTInference.generate_summary, its summary and its check."""
+
+    result: dict
+    sentences: list[Sentence]
     sums: dict[str, tuple[float, float]]
 
     @property
-    def fails(self) -> bool:
-        """Whether a reader should look: a finding, nothing written, cut or repeating."""
-        return any(self.sums[name][0] for name in ("flagged", "empty", "repeats", "cut"))
+    def faults(self) -> list[str]:
+        """Why a reader should look."""
+        return [name for name in ("flagged", "empty", "repeats", "cut") if self.sums[name][0]]
+
+
+def text_spans(summary: str) -> list[tuple[int, int]]:
+    """(start, end) of the sentences that the check reads, which has spaces for citations."""
+    characters = list(summary)
+    for start, end in citation_spans(summary):
+        characters[start:end] = " " * (end - start)
+    text = "".join(characters)
+    return [(start, end) for start, end in sentence_spans(text) if TOKEN.search(text, start, end)]
 
 
 def _words(text: str) -> list[str]:
@@ -140,41 +157,39 @@ def usual_marks(summaries: Iterable[str]) -> set[str]:
     return {mark for mark, n in counts.items() if 2 * n >= len(all_marks)}
 
 
-def make_scorer() -> Callable[[str, str], dict[str, float]]:
-    """rouge(reference, summary) -> {"rouge1", "rouge2", "rougeL"}: F, with stems (Lin 2004)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    return lambda reference, summary: {k: s.fmeasure for k, s in scorer.score(reference, summary).items()}
-
-
-def measure(
-    row: Row, note: PreparedNote, result: Mapping, rouge: Callable, expected: set[str], version: int
-) -> Measured:
-    """Everything that one summary tells alone. `expected`: the marks of its format; `version`: of the note's
-    sentence numbers."""
+def measure(row: Row, result: dict, rouge, expected: set[str], version: int) -> Measured:
+    """Everything that one summary tells alone. `rouge`: a RougeScorer; `expected`: the marks of its format;
+    `version`: of the note's sentence numbers."""
     written = result["generated_summary"]
     summary = strip_citations(written)
     reference = strip_citations(row.model_summary)
-    check = note.check(written)
+    sentences = [
+        Sentence(start, end, [one for one in result["findings"] if start <= one["start"] < end], support)
+        for (start, end), support in zip(text_spans(written), result["support"])
+    ]
     # In another language nothing is checked, and nothing is counted
-    checked = check.sentences if check.language == "en" else []
+    checked = [] if result["check_score"] is None else sentences
     is_checked = bool(checked)
+    n_flagged = sum(bool(s.findings) for s in checked)
     known = " ".join(_words(row.clinical_note))
-    rewritten = [s.flagged for s in checked if " ".join(_words(written[s.start : s.end])) not in known]
-    kinds = Counter(finding.kind for finding in check.findings)
+    own = [s for s in checked if " ".join(_words(written[s.start : s.end])) not in known]
+    kinds = Counter(result["n_findings"])
+    in_note = set(content_stems(row.clinical_note))
+    stems = [set(content_stems(written[s.start : s.end])) for s in checked]
+    likelihoods = result.get("model_support", [])
     citations = parse_citations(written, row.clinical_note, version)
-    sentences = split_sentences(summary)
+    texts = split_sentences(summary)
     sources = [sentence["source"] for sentence in result.get("sentences", [])]
     ending = result.get("finish_reason")
     sums = {
-        "clean": (is_checked and not any(s.flagged for s in checked), is_checked),
-        "flagged": (sum(s.flagged for s in checked), len(checked)),
-        "rewritten": (sum(rewritten), len(rewritten)),
-        "invented": (sum(kinds[kind] for kind in INVENTED) if rewritten else 0, len(rewritten)),
-        "check_score": (check.score * is_checked, is_checked),
+        "clean": (is_checked and not n_flagged, is_checked),
+        "flagged": (n_flagged, len(checked)),
+        "rewritten": (sum(bool(s.findings) for s in own), len(own)),
+        "invented": (sum(kinds[kind] for kind in _INVENTED) if own else 0, len(own)),
+        "check_score": (result["check_score"] if is_checked else 0, is_checked),
         "coverage": facts_held(reference, summary),
-        "supported": (sum(s.supported_share >= _SUPPORTED for s in checked), len(checked)),
+        "supported": (sum(len(words & in_note) >= _SUPPORTED * len(words) for words in stems), len(stems)),
+        "model_support": (sum(after - alone for after, alone in likelihoods), len(likelihoods)),
         "own_share": (sources.count("written"), len(sources)),
         "loss": result.get("reference_loss", (0, 0)),
         "length_ratio": (len(summary.split()), len(reference.split())),
@@ -183,29 +198,23 @@ def measure(
         "citations_valid": (sum(not citation["missing"] for citation in citations), len(citations)),
         "citations_supporting": (max(0, len(citations) - kinds["citation"]), len(citations)),
         "empty": (not summary, 1),
-        "repeats": (len(set(sentences)) < len(sentences) or ending == "loop", 1),
+        "repeats": (len(set(texts)) < len(texts) or ending == "loop", 1),
         "cut": (ending == "length", 1),
         "seconds": (result.get("seconds", 0), "seconds" in result),
     }
-    sums |= {name: (value, 1) for name, value in rouge(reference, summary).items()}
-    sums |= {f"finding_{kind}": (kinds[kind], len(checked)) for kind in KINDS}
-    return Measured(written, check, sums)
+    sums |= {name: (score.fmeasure, 1) for name, score in rouge.score(reference, summary).items()}
+    sums |= {f"finding_{kind}": (kinds[kind], len(checked)) for kind in _KINDS}
+    return Measured(result, sentences, sums)
 
 
-def add_memorized(
-    measured: Mapping[str, Mapping[int, Measured]], rows: Mapping[int, Row], training: Sequence[Row]
-) -> None:
+def add_memorized(measured: Mapping[str, Mapping], rows: Mapping[int, Row], training: Sequence[Row]) -> None:
     """Adds `memorized` to every summary: its different runs that training summaries have and the note has
     not. Of the training summaries only the runs that some summary has are held in memory."""
-    if not training:
-        return
-    found = [
-        (one, set(word_runs(strip_citations(one.summary))), set(word_runs(rows[number].clinical_note)))
-        for summaries in measured.values()
-        for number, one in summaries.items()
-    ]
-    wanted = set().union(*(runs - of_note for _, runs, of_note in found))
+    ones = [(one, rows[number]) for summaries in measured.values() for number, one in summaries.items()]
+    said = [set(word_runs(strip_citations(one.result["generated_summary"]))) for one, _ in ones]
+    new = [runs - set(word_runs(row.clinical_note)) for runs, (_, row) in zip(said, ones)]
+    wanted = set().union(*new)
     summaries = (strip_citations(row.model_summary) for row in training)
     known = {run for summary in summaries for run in word_runs(summary) if run in wanted}
-    for one, runs, of_note in found:
-        one.sums["memorized"] = (len((runs - of_note) & known), len(runs))
+    for (one, _), runs, unlike in zip(ones, said, new):
+        one.sums["memorized"] = (len(unlike & known), len(runs) if training else 0)

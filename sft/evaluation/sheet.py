@@ -5,6 +5,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -41,27 +42,27 @@ _COUNTS = {
 }
 
 
-def write_sheet(folder: Path, rows: Mapping[int, Row], summaries: Mapping[str, Mapping[int, str]]) -> None:
+def write_sheet(folder: Path, rows: Mapping[int, Row], measured: Mapping[str, Mapping]) -> None:
     """blind_sheet.html, blind_sheet.csv and the key, which says whose summaries they are. Notes, and the
     different summaries of each, are in random order; systems that wrote the same share an item, whose name
     begins with the sheet's."""
-    sheet = digest([rows[n].note_key.hex() for n in rows], sorted(summaries.items()))[:4]
+    sheet = digest(
+        [[one.result["generated_summary"] for one in ones.values()] for ones in measured.values()]
+    )[:4]
     dice = random.Random(sheet)
-    notes = []
+    items = []
     for number in dice.sample(list(rows), len(rows)):
         systems: dict[str, list[str]] = {}
-        for system, texts in summaries.items():
-            if texts[number].strip():
-                systems.setdefault(texts[number], []).append(system)
+        for system, ones in measured.items():
+            systems.setdefault(ones[number].result["generated_summary"], []).append(system)
         same = {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note}
-        shuffled = dice.sample(list(systems), len(systems))
-        notes.append([{**same, "systems": systems[summary], "summary": summary} for summary in shuffled])
-    items = [item for of_note in notes for item in of_note]
-    for place, item in enumerate(items, 1):
-        item["item"] = f"{sheet}-{place:04}"
+        for summary in filter(str.strip, dice.sample(list(systems), len(systems))):
+            item = f"{sheet}-{len(items) + 1:04}"
+            items.append({**same, "systems": systems[summary], "summary": summary, "item": item})
     write_json(folder / KEY_FILE, {"items": items})
     lines = [csv_row([item.get(column, "") for column in _COLUMNS]) for item in items]
     write_atomic(folder / "blind_sheet.csv", "\ufeff" + csv_row(_COLUMNS) + "".join(lines))
+    notes = [list(of_note) for _, of_note in groupby(items, key=lambda item: item["note"])]
     page = render("sheet.html.j2", "sheet.js", rules=RULES, notes=notes, sheet=sheet)
     write_atomic(folder / "blind_sheet.html", page)
 
@@ -77,9 +78,9 @@ def read_key(folder: Path) -> dict[str, dict]:
 
 
 def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
-    """{item: rating} of the rows that were filled in: `usable`, `finding` and `plan` (bool), `wrong` and,
-    among them, `dangerous`: (start, end) of statements. Raises InputError for what cannot be understood; no
-    message holds text of the file."""
+    """{item: what the key holds of it, and its rating} of the rows that were filled in: `usable`, `finding`
+    and `plan` (bool), `wrong` and, among them, `dangerous`: (start, end) of statements. Raises InputError for
+    what cannot be understood; no message holds text of the file."""
     ratings = {}
     for row_number, cells, _ in read_table(path, [], Counter()):
         if "item" not in cells or "usable" not in cells:
@@ -90,21 +91,21 @@ def read_ratings(path: str, items: Mapping[str, dict]) -> dict[str, dict]:
         name = cells["item"].strip()
         where = f"{path}: row {row_number} (item {safe_id(name)})"
         if name not in items:
-            fix = "pass its folder with --output_dir"
-            raise InputError(f"{where} is not of the sheet in this folder", fix)
+            raise InputError(
+                f"{where} is not of this folder's sheet", "pass the sheet's folder with --output_dir"
+            )
         rating: dict = {}
         for column in ("usable", "finding", "plan"):
             rating[column] = _YES_OR_NO.get(cells.get(column, "").strip().lower())
             if rating[column] is None:
                 raise InputError(f"{where}: column {column} is neither yes nor no", "write yes or no")
         for column in ("wrong", "dangerous"):
-            spans = _read_spans(cells.get(column, ""), items[name]["summary"])
-            if spans is None:
+            rating[column] = _read_spans(cells.get(column, ""), items[name]["summary"])
+            if rating[column] is None:
                 fix = 'copy the words from the summary, with "|" between statements'
                 raise InputError(f"{where}: column {column}: not words of the summary", fix)
-            rating[column] = spans
         rating["wrong"] = sorted({*rating["wrong"], *rating["dangerous"]})
-        ratings[name] = rating
+        ratings[name] = items[name] | rating
     if not ratings:
         raise InputError(f"{path}: no row is filled in", "write yes or no into the column usable")
     return ratings
@@ -117,44 +118,27 @@ def _read_spans(cell: str, summary: str) -> list[tuple[int, int]] | None:
         place = re.fullmatch(r"(\d{1,7})-(\d{1,7})", part)
         words = r"\s+".join(map(re.escape, part.lstrip("'").split()))
         found = None if place else re.search(words, summary, re.IGNORECASE)
-        start, end = map(int, place.groups()) if place else found.span() if found else (0, 0)
-        if not 0 <= start < end <= len(summary):
-            return None
-        spans.append((start, end))
-    return spans
+        spans.append(tuple(map(int, place.groups())) if place else found.span() if found else (0, 0))
+    return spans if all(0 <= start < end <= len(summary) for start, end in spans) else None
 
 
-def count_ratings(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict[str, dict]]:
-    """{system: {what: its count}} of the summaries read, each as of mean_over_notes."""
-    read: dict[str, list[tuple[int, dict]]] = {}
-    for name, rating in ratings.items():
-        for system in items[name]["systems"]:
-            read.setdefault(system, []).append((items[name]["note"], rating))
-    return {
-        system: {
-            what: mean_over_notes((note, value(rating)) for note, rating in read[system])
-            for what, value in _COUNTS.items()
-        }
-        for system in sorted(read)
-    }
-
-
-def _overlaps(span: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
-    return any(span[0] < end and start < span[1] for start, end in others)
-
-
-def check_against(items: Mapping[str, dict], ratings: Mapping[str, dict]) -> dict[str, dict]:
-    """How well the check agrees with a reading: marked statements in a flagged sentence, and flagged
-    sentences among those without a mark."""
+def count_ratings(ratings: Sequence[dict]) -> dict[str, dict[str, dict]]:
+    """{system: {what: its count}} of the summaries read, each as of mean_over_notes; last "the check": how
+    well it agrees, by marked statements in a flagged sentence and flagged sentences without a mark."""
+    counts = {}
+    for system in sorted({system for one in ratings for system in one["systems"]}):
+        read = [one for one in ratings if system in one["systems"]]
+        values = {what: [(one["note"], count(one)) for one in read] for what, count in _COUNTS.items()}
+        counts[system] = {what: mean_over_notes(of_what) for what, of_what in values.items()}
     found, alarms = [], []
-    for name, rating in ratings.items():
-        note = items[name]["note"]
-        sentences = check_summary(items[name]["clinical_note"], items[name]["summary"]).sentences
-        spans = {(sentence.start, sentence.end): sentence.flagged for sentence in sentences}
-        flagged = [span for span in spans if spans[span]]
-        found += [(note, _overlaps(statement, flagged)) for statement in rating["wrong"]]
-        alarms += [(note, spans[span]) for span in spans if not _overlaps(span, rating["wrong"])]
-    return {"found": mean_over_notes(found), "false_alarms": mean_over_notes(alarms)}
+    for one in ratings:
+        for sentence in (sentences := check_summary(one["clinical_note"], one["summary"]).sentences):
+            if not any(start < sentence.end and sentence.start < end for start, end in one["wrong"]):
+                alarms.append((one["note"], sentence.flagged))
+        flagged = [(sentence.start, sentence.end) for sentence in sentences if sentence.flagged]
+        for start, end in one["wrong"]:
+            found.append((one["note"], any(start < last and first < end for first, last in flagged)))
+    return counts | {"the check": {"found": mean_over_notes(found), "false_alarms": mean_over_notes(alarms)}}
 
 
 def agreement(first: Mapping[str, dict], second: Mapping[str, dict]) -> dict[str, dict]:
@@ -179,13 +163,12 @@ def report_ratings(folder: Path, files: Sequence[str]) -> str:
         raise InputError("--ratings takes one or two files", "count two readings at a time")
     items = read_key(folder)
     readings = [read_ratings(path, items) for path in files]
-    report: dict = {"readings": []}
+    counts = [count_ratings(list(reading.values())) for reading in readings]
+    report: dict = {"readings": counts}
     lines = []
-    for place, reading in enumerate(readings, 1):
-        counts = {**count_ratings(items, reading), "the check": check_against(items, reading)}
-        report["readings"].append(counts)
+    for place, (reading, counted) in enumerate(zip(readings, counts), 1):
         lines.append(f"Reading {place}: {len(reading)} of {len(items)} summaries")
-        for system, of in counts.items():
+        for system, of in counted.items():
             lines += [f"  {system}", *(f"    {what:<24} {_shown(count)}" for what, count in of.items())]
     if len(readings) == 2:
         report["agreement"] = agreement(*readings)
