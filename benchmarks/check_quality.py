@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from sft.grounding import PreparedNote
 from sft.grounding.check import FLAG_THRESHOLD, TRAINING_THRESHOLD
 from sft.grounding.sentences import sentence_spans, split_sentences
-from sft.grounding.words import TOKEN, is_content, is_telling, stem
+from sft.grounding.words import content_stems, is_telling, stem
 
 KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
 DRUGS = "metformin lisinopril amoxicillin omeprazole atorvastatin prednisone warfarin gabapentin sertraline".split()
@@ -67,11 +67,6 @@ DROPPED = {
     "denied": "reported",
     "negative": "positive",
 }
-
-
-def content_stems(text: str) -> list[str]:
-    """The stems of the content words, in order, repeated as they are."""
-    return [stem(word) for word in TOKEN.findall(text.lower()) if is_content(word)]
 
 
 def swap(summary: str, words: dict[str, str], chance: random.Random) -> str | None:

@@ -23,13 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from check_quality import auroc, content_stems, mean, show
+from check_quality import auroc, mean, show
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from sft.grounding import PreparedNote
 from sft.grounding.check import FLAG_THRESHOLD
+from sft.grounding.words import content_stems
 
 FOLDER = ROOT / "phase1_data" / "judged"
 NOTES = [ROOT / f"phase1_data/sft/{split}_set_processed.csv" for split in ("train", "validation")]

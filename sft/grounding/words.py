@@ -74,6 +74,11 @@ def is_telling(word: str) -> bool:
     return len(word) > 1 and is_content(word) and word not in _REPORTING
 
 
+def content_stems(text: str) -> list[str]:
+    """The stems of the content words, in order, repeated as they are."""
+    return [stem(word) for word in TOKEN.findall(text.lower()) if is_content(word)]
+
+
 def detect_language(text: str) -> str:
     """ "en" or "other", by English stop words against those of other languages.
 

@@ -9,7 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sft.data.dataset import Example
-from sft.evaluation.measures import facts_held, make_scorer
+from sft.evaluation.measures import facts_held
 from sft.files import ROOT, write_atomic
 from sft.grounding import PreparedNote
 from sft.grounding.citations import strip_citations
@@ -63,6 +63,8 @@ def sample_notes(run: "Run", epoch: int) -> dict[str, float]:
     their means: ROUGE-L, check score (0 for one that cannot be checked), share of the reference's facts.
 
     On screen they come for the sample data alone: nobody else's notes may be in a log."""
+    from rouge_score.rouge_scorer import RougeScorer
+
     from sft.inference.endings import ended_text
 
     n_notes = min(run.config.n_sample_notes, len(run.val_set))
@@ -70,7 +72,7 @@ def sample_notes(run: "Run", epoch: int) -> dict[str, float]:
     rows = [run.val_set.rows[run.val_set.row_indices[i]] for i in places]
     examples = [run.val_set.examples[i] for i in places]
     written = write_summaries(run, examples, run.sft_config["max_new_tokens"])
-    rouge = make_scorer()
+    rouge = RougeScorer(["rougeL"], use_stemmer=True)
     lines = []
     for i, row in enumerate(rows):
         decode = functools.partial(run.tokenizer.decode, skip_special_tokens=True)
@@ -79,7 +81,10 @@ def sample_notes(run: "Run", epoch: int) -> dict[str, float]:
         check = PreparedNote(row.clinical_note).check(text)
         is_checked = bool(check.sentences) and check.language == "en"
         held, n_facts = facts_held(reference, summary)
-        scores = {"rouge_l": rouge(reference, summary)["rougeL"], "check_score": check.score * is_checked}
+        scores = {
+            "rouge_l": rouge.score(reference, summary)["rougeL"].fmeasure,
+            "check_score": check.score * is_checked,
+        }
         scores |= {"facts_held": held, "facts": n_facts}
         lines.append({"id": row.id, "generated_summary": text, **scores})
     if run.accelerator.is_main_process:
