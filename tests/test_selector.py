@@ -216,6 +216,9 @@ def test_an_answer_comes_with_its_question():
 def test_what_is_said_twice_is_quoted_once():
     note = "66M with gout of the right toe.\nAcute gout of the right toe confirmed by aspirate.\n" * 3 + PLAN
     assert quoted(note).count("66M") == 1
+    complaint = "Chief complaint: Knee pain.\n\nMs. Roy presents with knee pain after a fall.\n\n" + PLAN
+    assert "complaint" not in quoted(complaint)
+    assert "Chief complaint: No knee pain" in quoted(complaint.replace(": Knee", ": No knee"))
 
 
 def test_last_bullets_are_the_plan_where_something_is_to_be_done():

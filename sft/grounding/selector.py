@@ -289,6 +289,8 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     for number in _required(note, scores):
         if number in groups and (fits(number, 1.5) or not chosen):
             add(number)
+    reasons = {u.number for u in note.sentences if u == note.sentences[0] or u.topic == "reason"}
+    chosen -= {number for number in reasons & chosen if _is_in_another(note, number, chosen)}
     for missing in _missing(note, said):
         if missing.note_sentence in groups and fits(missing.note_sentence, 1.5):
             add(missing.note_sentence)
@@ -298,6 +300,15 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     while waiting := {n for n in waiting if fits(n, room[n])}:
         add(max(waiting, key=lambda number: (scores[number] - 0.3 * repeats(number), -number)))
     return chosen
+
+
+def _is_in_another(note: _Note, number: int, chosen: Collection[int]) -> bool:
+    """Whether a sentence says it all: "Chief complaint: Knee pain." before "She presents with ..."."""
+    is_denied = "negation" in note.cues[number]
+    return any(
+        note.stems[number] < note.stems[other] and is_denied == ("negation" in note.cues[other])
+        for other in chosen
+    )
 
 
 def _required(note: _Note, scores: dict[int, float]) -> list[int]:
@@ -325,9 +336,8 @@ def _required(note: _Note, scores: dict[int, float]) -> list[int]:
     tested = best([u for u in tests if u in present] or tests)
     came = set(about(told[: max(4, len(told) // 3)], "presentation"))
     first_told = best([u for u in came if len(note.stems[u.number]) > 3], 2)
-    # Actions and treatment first, and short ones: more is said
+    # Short ones first: more is said
     todo = plans or about(told[len(told) // 3 :], "action done dose")
-    urgent = set(about(todo, "action dose"))
     # For each problem of a plan its treatment, else what is to be done, else what it says
     of_problems = [u for u in plans if u.heading and not note.units[u.heading - 1].topic]
     treatments = about([u for u in of_problems if u.topic == "plan"], "action")
@@ -346,10 +356,11 @@ def _required(note: _Note, scores: dict[int, float]) -> list[int]:
         *(tested or findings[:1]),
         *best(about(reported[1:], "procedure"), 2),
         *first_told[:1],
+        *sorted(about(todo, "action dose"), key=lambda u: len(u.text)),
         *best(about(reported, "abnormal")),
         *best([u for u in about(reported, "done") if u in present and u not in came]),
         *best(about(sentences, "warning")),
-        *sorted(todo, key=lambda u: (u not in urgent, len(u.text))),
+        *sorted(todo, key=lambda u: len(u.text)),
         *findings,
         *first_told,
         *best(about(sentences, "warning"), 2),
