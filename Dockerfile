@@ -1,4 +1,4 @@
-# For a CPU; without the line of torch, for CUDA. Not built by its authors, who had no builder. Guide, section 2
+# For a CPU; without the line of torch, for CUDA. Never built: its authors had no builder. Guide, section 2
 FROM python:3.11-slim
 WORKDIR /app
 COPY requirements_training.txt .
