@@ -195,9 +195,13 @@ def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(conf
     # --overwrite removes what a run wrote, and nothing else
     (out / "mine.txt").write_text("not from the toolkit")
     (out / "sft_tracker").mkdir()
+    # Of earlier versions, and with patients' text
+    (out / "token_cache").mkdir()
+    (out / "token_cache" / "train.tokens").write_bytes(b"")
     train(configured(overwrite=True, num_epochs=1))
     assert (out / "mine.txt").exists()
     assert not (out / "sft_tracker").exists()
+    assert not (out / "token_cache").exists()
     assert not (out / "checkpoint_epoch_2").exists()
 
     # A file of that name, but not from the toolkit

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 _CHECKPOINT = re.compile(r"checkpoint_(epoch|step)_\d+")
 _FILES = re.compile(
     r"training_stats\.json|metrics\.jsonl|loss_curve\.png|sample_notes_epoch_\d+\.jsonl|sft_tracker"
+    r"|token_cache"  # of earlier versions
 )
 _LEFTOVER = re.compile(
     rf"\.({_CHECKPOINT.pattern}|final_model)\.(\d+|old|\w{{8}})|\.({_FILES.pattern})\.\w{{8}}"
@@ -48,7 +49,7 @@ _LEFTOVER = re.compile(
 _WRITTEN = re.compile(
     r"SHA256SUMS|README\.md|training_state\.pt|adapter_model\.safetensors|chat_template\.jinja|merges\.txt"
     r"|(sft_config|adapter_config|tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab)\.json"
-    r"|tokenizer\.model|events\.out\.tfevents\..*|hparams\.yml|\.DS_Store|Thumbs\.db|desktop\.ini"
+    r"|tokenizer\.model|events\.out\.tfevents\..*|hparams\.yml|\w+\.tokens|\.DS_Store|Thumbs\.db|desktop\.ini"
 )
 
 
