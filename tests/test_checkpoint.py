@@ -194,15 +194,13 @@ def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(conf
 
     # --overwrite removes what a run wrote, and nothing else
     (out / "mine.txt").write_text("not from the toolkit")
-    (out / "sft_tracker").mkdir()
-    # Of earlier versions, and with patients' text
-    (out / "token_cache").mkdir()
-    (out / "token_cache" / "train.tokens").write_bytes(b"")
+    # The second is of earlier versions, and holds patients' text
+    for name, file in (("sft_tracker", "hparams.yml"), ("token_cache", "train.tokens")):
+        (out / name).mkdir()
+        (out / name / file).write_bytes(b"")
     train(configured(overwrite=True, num_epochs=1))
     assert (out / "mine.txt").exists()
-    assert not (out / "sft_tracker").exists()
-    assert not (out / "token_cache").exists()
-    assert not (out / "checkpoint_epoch_2").exists()
+    assert not any((out / name).exists() for name in ("sft_tracker", "token_cache", "checkpoint_epoch_2"))
 
     # A file of that name, but not from the toolkit
     (tmp_path / "other").mkdir()
