@@ -37,7 +37,10 @@ from sft.files import ROOT
 from sft.options import DataOptions, TrainConfig
 from sft.training.run import epoch_order
 
-MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog" / "train.csv"
+FILES = {
+    "mts": ROOT.parent / "shared" / "data" / "mts_dialog" / "train.csv",
+    "phase1": ROOT / "phase1_data" / "sft" / "train_set_processed.csv",
+}
 BATCH_SIZE = 8
 LEARNING_RATE = 2e-4
 SEED = 42
@@ -45,9 +48,10 @@ MAX_LENGTH = 512
 SHORT_ROWS = (60, 120)  # tokens of prompt and summary
 SHAPES = {
     "mts": "MTS-Dialog, notes of real conversations, up to 512 tokens (the training file's rows, longer notes shortened)",
+    "phase1": "phase1_data, up to 512 tokens (the training file's rows)",
     "short": "Short rows, invented radiology reports of 60 to 120 tokens, evenly spread",
 }
-DEFAULT_N_ROWS = {"mts": 24, "short": 48}
+DEFAULT_N_ROWS = {"mts": 24, "phase1": 24, "short": 48}
 
 
 # ------------------------------------------------------------------------------- rows
@@ -102,7 +106,7 @@ def write_rows(options: argparse.Namespace) -> dict:
     if options.rows[0] == "short":
         rows = short_rows(options.n_rows, encoder)
     else:
-        rows = factual_rows(read_rows(MTS_DIALOG))
+        rows = factual_rows(read_rows(FILES[options.rows[0]]))
         refused = {row_id for row_id, _ in SFTDataset(rows, encoder, MAX_LENGTH).refused}
         rows = random.Random(SEED).sample([row for row in rows if row.id not in refused], options.n_rows)
     rows.sort(key=lambda row: len(row.clinical_note) + len(row.model_summary))
@@ -417,8 +421,10 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
 # ------------------------------------------------------------------------------- the table
 
 
-def table(shape: str, section: dict) -> str:
-    """Medians over the alternations, what is needed at least, and the circumstances."""
+def table(name: str, section: dict) -> str:
+    """Medians over the alternations, what is needed at least, and the circumstances. `name`: of the section,
+    shape and layers."""
+    shape, _, layers = name.partition(", ")
     counts = section["counts"]
     floors = {name: counts["needed_flop"] / rate for name, rate in section["rates"].items()}
     seconds, memory = (
@@ -427,7 +433,7 @@ def table(shape: str, section: dict) -> str:
     )
     best = section["best_of_trl"]
     lines = [
-        f"## {SHAPES[shape]}",
+        f"## {SHAPES[shape]}; LoRA on {layers or 'q_proj v_proj'}",
         f"\n{counts['n_rows']} rows timed after a warm-up step of {BATCH_SIZE}, {counts['n_tokens']:,} tokens "
         f"({counts['shortest']} to {counts['longest']} a row), {counts['n_target_tokens']:,} of them targets. Medians "
         f"of {section['alternations']} alternations (TRL's slower settings: one turn).\n",
@@ -478,8 +484,9 @@ def main() -> None:
         return
     file = options.output_dir / "training_throughput.json"
     sections = json.loads(file.read_text()) if file.is_file() else {}
+    layers = " ".join(options.target_modules)
     for shape in options.rows:
-        sections[shape] = compare(options, shape)
+        sections[f"{shape}, {layers}"] = compare(options, shape)
         file.write_text(json.dumps(sections, indent=1) + "\n")
     tables = "\n".join(table(shape, section) for shape, section in sections.items())
     # What stands above the first table is written by hand

@@ -33,5 +33,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 # no gain.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
+# A thread of libgomp's that is done turns 300,000 times, waiting for the others, before it gives up its core.
+# 10,000 are as fast on a quiet machine, and three times as fast beside one busy program
+# (benchmarks/busy_neighbor.py).
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 # bitsandbytes logs a warning on import where there is no GPU, and PEFT imports it.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
