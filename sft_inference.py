@@ -372,8 +372,8 @@ def write_merged(config: InferenceConfig) -> None:
 
 def main() -> None:
     description = (
-        "Summarizes clinical notes with a trained adapter: one note, a file, or interactively. "
-        "With neither --clinical_note nor --input_file, starts an interactive session."
+        "Summarizes clinical notes with a trained adapter: one note, a file, requests, or interactively. "
+        "With none of --clinical_note, --input_file and --serve, starts an interactive session."
     )
     config = parse_options(InferenceConfig, description)
     notes = check_files(config)

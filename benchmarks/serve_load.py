@@ -1,6 +1,6 @@
 """How fast is the server under load, against a file of the same notes?
 
-    python benchmarks/serve_load.py [--model_path FOLDER] [--requests 100] [--clients 8] [--rounds 1] [OPTION ...]
+    python benchmarks/serve_load.py [--model_path FOLDER] [--requests 100] [--clients 8] [OPTION ...]
 
 Further options go to sft_inference.py both times, as `--writing free --max_new_tokens 40`. Each round writes
 the file (its own figure, without loading), then asks for the notes one by one, so many at a time; as many
@@ -93,7 +93,9 @@ def main() -> None:
             server_rate, answers = ask_server(command, notes, arguments.clients)
             n_same = sum(text == answer for text, answer in zip(texts, answers))
             ratio = server_rate / file_rate
-            print(f"| {file_rate:.2f} | {server_rate:.2f} | {ratio:.2f} | {n_same}/{len(notes)} |", flush=True)
+            print(
+                f"| {file_rate:.2f} | {server_rate:.2f} | {ratio:.2f} | {n_same}/{len(notes)} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -33,9 +33,7 @@ from sft.inference.results import FIXES, note_problem
 MODEL = "specialist"
 ROUTES = "POST /summaries, POST /v1/chat/completions, GET /v1/models, GET /health"
 NOTES_FORM = 'send {"note": "..."} or {"notes": ["...", "..."]}'
-CHAT_FORM = (
-    'send {"messages": [{"role": "user", "content": "the note"}]}; settings are chosen when the server is started'
-)
+CHAT_FORM = 'send {"messages": [{"role": "user", "content": "the note"}]}; settings are chosen when the server is started'
 GONE = "the client has gone"
 LARGEST_BODY = 4 * 2**20  # bytes
 MOST_NOTES = 64  # of one request
@@ -73,18 +71,15 @@ class Waiting:
                     self.turn = turn
         return taken
 
-    def write(self, summarize: Callable, most: int) -> None:
-        """Summarizes the notes that wait, at most so many. A failure ends these, not the server."""
-        taken = self.take(most)
-        try:
-            for number, result in summarize({i: note for i, (note, _) in taken.items()}) if taken else ():
-                taken.pop(number)[1].set_result(result)
-        except Exception as error:
-            for _, future in taken.values():
-                future.set_exception(error)
 
-
-# ------------------------------------------------------------------------------- what clients send
+def write_together(taken: dict[int, tuple[str, Future]], summarize: Callable) -> None:
+    """Gives each note's future its result, or the failure of all, which does not end the server."""
+    try:
+        for number, result in summarize({number: note for number, (note, _) in taken.items()}):
+            taken.pop(number)[1].set_result(result)
+    except Exception as error:
+        for _, future in taken.values():
+            future.set_exception(error)
 
 
 class Body(BaseModel):
@@ -125,7 +120,7 @@ def check_headers(request: Request, token: bytes) -> None:
     headers = request.headers
     if not re.fullmatch(r"(127\.0\.0\.1|localhost)(:\d+)?", headers.get("host", "")):
         raise HTTPException(403, "the Host header must be localhost or 127.0.0.1")
-    given = headers.get("authorization", "").encode()
+    given = headers.get("authorization", "").encode("latin-1")
     if token and not hmac.compare_digest(given, b"Bearer " + token):
         problem = "send the header Authorization: Bearer TOKEN, with this server's token"
         raise HTTPException(401, problem, {"WWW-Authenticate": "Bearer"})
@@ -137,9 +132,6 @@ def check_headers(request: Request, token: bytes) -> None:
         raise HTTPException(411, "send the body whole, with the header Content-Length")
     if int(headers["content-length"]) > LARGEST_BODY:
         raise HTTPException(413, f"the body has more than {LARGEST_BODY:,} bytes; send fewer notes at a time")
-
-
-# ------------------------------------------------------------------------------- what they get
 
 
 def make_app(waiting: Waiting, token: bytes) -> FastAPI:
@@ -219,9 +211,6 @@ def completion(result: dict) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------- the server
-
-
 def listen(port: int) -> socket.socket:
     """A socket of this machine alone. Raises InputError if the port cannot be had."""
     try:
@@ -236,7 +225,9 @@ def read_token(file: str | None) -> bytes:
     let everybody in."""
     words = Path(file).read_bytes().split() if file else [b""]
     if len(words) != 1:
-        raise InputError(f"--serve_token_file {file}: not one word", "write the token to it, and nothing else")
+        raise InputError(
+            f"--serve_token_file {file}: not one word", "write the token to it, and nothing else"
+        )
     return words[0]
 
 
@@ -255,7 +246,8 @@ def serve(summarize: Callable, batch_size: int, listener: socket.socket, token: 
         thread.start()
         log(f"Serving on http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C stops): {ROUTES}")
         while thread.is_alive() and not noted:
-            waiting.write(summarize, batch_size)
+            if taken := waiting.take(batch_size):
+                write_together(taken, summarize)
         server.should_exit = True
         while thread.is_alive():
             for _, future in waiting.take(MOST_WAITING).values():
