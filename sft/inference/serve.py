@@ -40,6 +40,7 @@ MOST_NOTES = 64  # of one request
 MOST_WAITING = 512  # notes
 RETRY = {"Retry-After": "5"}  # seconds
 PAUSE = 0.2  # seconds between two looks at what has changed
+GATHER = 0.05  # of the last batch's time: as long may the next note come later, and still be in a batch
 
 
 class Waiting:
@@ -50,6 +51,7 @@ class Waiting:
         self.queue = PriorityQueue()
         self.numbers = itertools.count()
         self.turn = 0  # of the note that was taken last
+        self.patience = 0.0  # seconds to wait for one more note of a batch
 
     def add(self, notes: Sequence[str]) -> list[Future]:
         """The futures of their results. Raises HTTPException if too many notes wait."""
@@ -65,7 +67,7 @@ class Waiting:
         taken = {}
         with suppress(Empty):
             while len(taken) < most:
-                turn, number, note, future = self.queue.get(timeout=0 if taken else PAUSE)
+                turn, number, note, future = self.queue.get(timeout=self.patience if taken else PAUSE)
                 if future.set_running_or_notify_cancel():
                     taken[number] = (note, future)
                     self.turn = turn
@@ -247,7 +249,10 @@ def serve(summarize: Callable, batch_size: int, listener: socket.socket, token: 
         log(f"Serving on http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C stops): {ROUTES}")
         while thread.is_alive() and not noted:
             if taken := waiting.take(batch_size):
+                started = time.monotonic()
                 write_together(taken, summarize)
+                # Clients that have just been answered come back together
+                waiting.patience = min(PAUSE, GATHER * (time.monotonic() - started))
         server.should_exit = True
         while thread.is_alive():
             for _, future in waiting.take(MOST_WAITING).values():
