@@ -37,7 +37,7 @@ $(VENV)/.setup: requirements_training.txt | $(VENV)/bin/pip
 	$(VENV)/bin/python -c 'from sft.model.base import bundled_model; bundled_model()'
 	touch $@
 
-$(VENV)/.setup_dev: $(VENV)/.setup requirements_dev.txt
+$(VENV)/.setup_dev: $(VENV)/.setup requirements_dev.txt requirements_serve.txt
 	$(INSTALL) -r requirements_dev.txt
 	touch $@
 

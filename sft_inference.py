@@ -1,8 +1,9 @@
-"""Summaries from a trained adapter: one note, a file of notes, or a conversation.
+"""Summaries from a trained adapter: one note, a file of notes, a conversation, or a server.
 
 python sft_inference.py --clinical_note "Patient reports fever of 38.5°C and cough."
 python sft_inference.py --input_file notes.csv --output_file summaries.jsonl
 python sft_inference.py                                   # interactive
+python sft_inference.py --serve 8000
 
 from sft_inference import SFTInference
 result = SFTInference("models/sft_specialist/final_model").generate_summary("Patient reports ...")
@@ -371,8 +372,8 @@ def write_merged(config: InferenceConfig) -> None:
 
 def main() -> None:
     description = (
-        "Summarizes clinical notes with a trained adapter: one note, a file, or interactively. "
-        "With neither --clinical_note nor --input_file, starts an interactive session."
+        "Summarizes clinical notes with a trained adapter: one note, a file, requests, or interactively. "
+        "With none of --clinical_note, --input_file and --serve, starts an interactive session."
     )
     config = parse_options(InferenceConfig, description)
     notes = check_files(config)
@@ -380,6 +381,10 @@ def main() -> None:
     way = "free" if config.merge_to else config.writing
     config.writing = way_of_writing(way, sft_config, config.citations)
     log_idle_options(config)
+    if config.serve:
+        from sft.inference.serve import listen, read_token, serve
+
+        token, listener = read_token(config.serve_token_file), listen(config.serve)
     config.max_new_tokens = config.max_new_tokens or sft_config["max_new_tokens"]
     if config.output_file:
         counts = check_output(config, functools.partial(fingerprint, config, sft_config, notes))
@@ -401,13 +406,15 @@ def main() -> None:
         if config.merge_to:
             return write_merged(config)
         inference = load_inference(config)
-        if notes is not None:
-            # Before a file is created: is there room for any note?
-            if config.writing != "quote":
-                inference.prompts.max_note_tokens(config.max_new_tokens)
-            names = ("max_new_tokens", "temperature", "batch_size", "seed")
-            settings = {name: getattr(config, name) for name in names}
-            summarize = functools.partial(inference.summarize, **settings)
+        # Before a file is created or a request taken: is there room for any note?
+        if (config.serve or notes is not None) and config.writing != "quote":
+            inference.prompts.max_note_tokens(config.max_new_tokens)
+        names = ("max_new_tokens", "temperature", "batch_size", "seed")
+        settings = {name: getattr(config, name) for name in names}
+        summarize = functools.partial(inference.summarize, **settings)
+        if config.serve:
+            serve(summarize, config.batch_size, listener, token)
+        elif notes is not None:
             summarize_file(notes, config, fingerprint(config, sft_config, notes), summarize)
         elif config.clinical_note is not None:
             write_summary(inference.generate_summary, config.clinical_note, config)

@@ -5,7 +5,7 @@
     data/                  a file -> checked rows -> tokens -> batches
     model/                 what runs, and on what
     training/              around the training loop; the loop itself is stage_a_sft_training.py
-    inference/             decoding, files of notes, the conversation
+    inference/             decoding, files of notes, the conversation, the server
 
 Imports run one way: training -> evaluation -> inference -> model, data, grounding; data -> grounding; cli,
 options and files import no folder. tests/test_layout.py asserts it.

@@ -107,7 +107,8 @@ def _explain(error: Exception) -> _Explained | None:
     if isinstance(error, _Explained):
         return error
     if missing := missing_package(error):
-        fix = "run: pip install -r requirements_training.txt (with the python that runs this script)"
+        kind = "serve" if missing in ("fastapi", "uvicorn") else "training"
+        fix = f"run: pip install -r requirements_{kind}.txt (with the python that runs this script)"
         return InputError(f"the Python package {missing} is not installed", fix)
     if is_out_of_memory(error):
         return RunError("out of memory", "use a smaller batch size or model, or close other programs")

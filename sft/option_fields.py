@@ -26,7 +26,7 @@ MAP = "A=B,..."
 
 def option(default, help: str, *, group: str, needs: str = "", **argparse_arguments):
     """A dataclass field that is also a command-line option. `needs`: another option, without which this one
-    has no effect."""
+    has no effect, as "a", or one of several, as "a or --b"."""
     metadata = {"help": help, "group": group, "needs": needs, "argparse": argparse_arguments}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -148,7 +148,8 @@ def _check_needs(config) -> None:
     stay in a command that has no use for it: that is said."""
     for field in dataclasses.fields(config):
         needed = field.metadata["needs"]
-        if not needed or getattr(config, needed) or getattr(config, field.name) == default_of(field):
+        is_met = not needed or any(getattr(config, name) for name in needed.split(" or --"))
+        if is_met or getattr(config, field.name) == default_of(field):
             continue
         problem = f"--{field.name} has no effect without --{needed}"
         if field.metadata["group"] not in (GENERATION, MACHINE):

@@ -358,6 +358,18 @@ class InferenceConfig(PromptFromOption, MachineOptions):
         DEFAULT_GENERATION_BATCH_SIZE,
         "summaries written at the same time",
         type=AT_LEAST_1,
-        needs="input_file",
+        needs="input_file or --serve",
     )
     no_merge: bool = machine(False, "keep the adapter beside the base weights instead of merging it: slower")
+    serve: int | None = run(
+        None,
+        "answer requests on this port of 127.0.0.1, of this machine alone; needs requirements_serve.txt",
+        type=number(int, 1, 65535),
+        metavar="PORT",
+    )
+    serve_token_file: str | None = run(
+        None,
+        "file with a word that requests must show: Authorization: Bearer WORD",
+        metavar="FILE",
+        needs="serve",
+    )

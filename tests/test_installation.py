@@ -22,6 +22,7 @@ def requirements(name: str) -> set[str]:
     ("file", "listed"),
     [
         ("requirements_training.txt", PROJECT["project"]["dependencies"]),
+        ("requirements_serve.txt", PROJECT["dependency-groups"]["serve"]),
         ("requirements_dev.txt", PROJECT["dependency-groups"]["dev"]),
     ],
 )

@@ -39,6 +39,9 @@ def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
         "one_note": has_one_note,
     }
     for name, is_given in of_notes.items():
+        problem = f"--serve cannot be combined with --{name}"
+        yield config.serve and is_given, problem, "leave it out: notes come with requests"
+    for name, is_given in {**of_notes, "serve": config.serve}.items():
         problem = f"--merge_to cannot be combined with --{name}"
         yield config.merge_to and is_given, problem, "merge first, then summarize"
     yield one and has_one_note, "--one_note has no effect with --clinical_note, which is one", "leave it out"
@@ -60,7 +63,7 @@ def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
 
 
 def is_conversation(config: InferenceConfig) -> bool:
-    return config.clinical_note is None and not config.input_file and not config.merge_to
+    return config.clinical_note is None and not (config.input_file or config.merge_to or config.serve)
 
 
 def log_idle_options(config: InferenceConfig) -> None:
