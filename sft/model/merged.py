@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from sft.cli import InputError, as_input_error, log
 from sft.files import new_folder, write_atomic, write_checksums, write_json
 from sft.model.adapter import unwrap
-from sft.model.base import context_window, own_settings
+from sft.model.base import context_window, load_base_model, own_settings
 from sft.model.kernels import Int8Linear, replace_linear_layers
 from sft.model.probes import logits_problem
 
@@ -144,11 +144,22 @@ def save_merged(
         with as_input_error(f"{folder}: the merged model cannot be written", fix):
             merged.save_pretrained(temporary)
             ours.save_pretrained(temporary)
+        check_written(temporary, merged)
         mark = {"merged": {"chat_template": tokenizer.chat_template}}
         write_json(temporary / "sft_config.json", sft_config | mark)
         write_atomic(temporary / "Modelfile", modelfile(tokenizer, prompt, stop_token_ids, window))
         write_checksums(temporary)
     return merged
+
+
+def check_written(folder: Path, merged) -> None:
+    """Raises InputError unless transformers loads from `folder` the weights of `merged`."""
+    found = load_base_model(folder, torch.device("cpu"), merged.dtype).state_dict()
+    expected = merged.state_dict().items()
+    differing = [name for name, weight in expected if not torch.equal(found[name], weight.cpu())]
+    if differing:
+        problem = f"the merged model would be loaded with other weights, the first {differing[0]}"
+        raise InputError(problem, "use the adapter with its base model")
 
 
 def _adds_bos(tokenizer) -> bool:
