@@ -72,10 +72,12 @@ def merge_into_int8(model: PeftModel, dtype: torch.dtype):
     # As transformers marks its own: `save_merged` refuses to write it
     base.is_quantized = True
     base = base.to(dtype)
-    # Rounding changed up to 5e-2 of the largest logit, a missing adapter 0.1 to 0.8 (17 models)
-    problem = logits_problem(_probe_logits(base), expected, base, bound=0.1)
-    if problem:
-        raise InputError(f"merged in 8 bit, {problem}", "use --quantization none, or --no_merge")
+    difference = (_probe_logits(base).float() - expected.float()).norm() / expected.float().norm()
+    # Of 80 tiny models of 40 architectures, and the default specialist: rounding changed less than 0.027 but
+    # for one (0.10, its experts were chosen otherwise), an adapter that was missing 0.055 and more
+    if not difference <= 0.04:
+        problem = f"merged in 8 bit, its logits differ by {difference:.1%}"
+        raise InputError(problem, "use --quantization none, or --no_merge")
     return base
 
 
