@@ -98,10 +98,10 @@ def prompt_source(
         return load_tokenizer(config.model_name), None
     from sft.model.folder import read_adapter_folder
 
-    for name in ("model_name", "max_length", "sentence_numbering", "instruction"):
-        if name in typed:
-            problem = f"--{name} cannot be combined with --model_path"
-            raise InputError(problem, f"leave out --{name}: the adapter's own is used")
+    decided = {"model_name", "max_length", "sentence_numbering", "instruction", "chat_template", "thinking"}
+    for name in sorted(decided & typed):
+        problem = f"--{name} cannot be combined with --model_path"
+        raise InputError(problem, f"leave out --{name}: the adapter's own is used")
     if Path(config.model_path).is_dir() and not (Path(config.model_path) / "sft_config.json").is_file():
         problem = f"{config.model_path}: no sft_config.json: not written by this toolkit"
         raise InputError(problem, "pass the adapter folder of this toolkit that it was trained further from")

@@ -49,6 +49,8 @@ class Stopped(Exception):
 _NO_MEMORY = (
     "out of memory",  # CUDA, MPS
     "can't allocate memory",  # CPU on Linux and macOS
+    "Cannot allocate memory",  # of a file that is mapped
+    "failed to map segment",  # of a library
     "not enough memory",  # CPU on Windows
     "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN's answer to a workspace that does not fit
     "could not create a primitive",  # oneDNN's
@@ -63,7 +65,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_named or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
+    has_words = any(words in str(error) for words in _NO_MEMORY)
+    return is_named or (isinstance(error, RuntimeError | ImportError) and has_words)
 
 
 def is_disk_full(error: BaseException) -> bool:

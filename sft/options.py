@@ -260,7 +260,7 @@ class TrainConfig(MachineOptions, DataOptions):
 # fingerprint stands for it (the SHA-256 of data and base weights, the dtype used in the end, use_8bit and
 # use_4bit, the checkpoint's prompt). An option that older runs did not have counts as having had its default
 MAY_CHANGE = set(
-    "preset config init_adapter train_csv val_csv model_name chat_template thinking device dtype quantization num_epochs"
+    "preset config init_adapter train_csv val_csv model_name chat_template device dtype quantization num_epochs"
     " early_stopping_patience shard_base gradient_checkpointing output_dir save_steps keep_checkpoints resume"
     " overwrite dry_run report_to".split()
 )

@@ -108,6 +108,22 @@ def test_layers_whose_weights_are_read_beside_them_get_no_adapter(targets):
     assert all(gradient is not None for gradient in adapted.values())
 
 
+def test_a_layer_that_returns_more_than_a_product_gets_no_adapter():
+    """As the router of Llama 4's experts, which is an nn.Linear by class."""
+
+    class Router(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    base = tiny_model()
+    base.model.router = Router(32, 4)
+    adapted = [
+        name for name, _ in with_lora(base, targets=["all-linear"]).named_parameters() if "lora_" in name
+    ]
+    assert any("down_proj" in name for name in adapted)
+    assert not any("router" in name or "lm_head" in name for name in adapted)
+
+
 def test_a_mixture_of_experts_with_dropout_says_what_works():
     config = transformers.MixtralConfig(
         **{k: v for k, v in tiny_config("llama").to_dict().items() if k in ("vocab_size", "hidden_size")},

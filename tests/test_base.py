@@ -29,7 +29,7 @@ from sft.model.base import (
     portable_name,
     resolve_model,
 )
-from sft.model.merged import merge_for_inference
+from sft.model.merged import check_written, merge_for_inference
 from sft.model.probes import enable_packing
 from sft.options import BUNDLED_MODEL
 from stage_a_sft_training import summed_loss
@@ -173,6 +173,15 @@ def test_a_base_model_with_missing_weights_is_refused(base_copy):
         load_base_model(base_copy, CPU, torch.float32)
 
 
+def test_a_base_model_with_weights_of_another_size_is_refused(base_copy):
+    config = (base_copy / "config.json").read_text()
+    (base_copy / "config.json").write_text(config.replace('"vocab_size": 420', '"vocab_size": 440'))
+    with pytest.raises(
+        InputError, match=r"2 of the model's weights .* wrong shape, the first lm_head\.weight"
+    ):
+        load_base_model(base_copy, CPU, torch.float32)
+
+
 def test_damaged_weights_are_refused(base_copy):
     (base_copy / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(InputError, match="cannot be loaded"):
@@ -217,6 +226,29 @@ def test_a_base_that_is_quantized_already(model_folder, tmp_path, capsys):
     base.model.layers[0].mlp.experts = torch.nn.Parameter(torch.zeros(4, 128, 256))
     log_unquantized(base)
     assert "of the base model's bytes are not quantized" in capsys.readouterr().err
+
+
+def test_a_base_that_is_widened_when_it_is_loaded(base_copy, tmp_path):
+    """As fp8 and mxfp4 are where no GPU takes them: what is merged is written as it is, and looked at."""
+    config = json.loads((base_copy / "config.json").read_text())
+    kind = {"quant_method": "fp8", "weight_block_size": [16, 16], "dequantize": True}
+    (base_copy / "config.json").write_text(json.dumps(config | {"quantization_config": kind}))
+    base = load_base_model(base_copy, CPU, torch.float32)
+    base.save_pretrained(tmp_path / "merged")
+    check_written(tmp_path / "merged", base)
+    with torch.no_grad():
+        base.lm_head.weight[0, 0] += 1
+    with pytest.raises(InputError, match=r"with other weights, the first lm_head\.weight"):
+        check_written(tmp_path / "merged", base)
+
+
+def test_a_quantized_base_whose_package_is_missing_says_so(base_copy):
+    config = json.loads((base_copy / "config.json").read_text())
+    kind = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    (base_copy / "config.json").write_text(json.dumps(config | {"quantization_config": kind}))
+    with pytest.raises(InputError, match=r"(?i)gptq.*\n.*the unquantized version of this model") as refused:
+        load_base_model(base_copy, CPU, torch.float32)
+    assert "check the model folder" not in str(refused.value)
 
 
 def test_a_multimodal_folder_that_cannot_be_loaded_says_so(base_copy):

@@ -124,6 +124,8 @@ def test_a_closed_pipe_ends_quietly():
         ),
         (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."), True),
         (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("unable to mmap 9 bytes from file <f>: Cannot allocate memory (12)"), True),
+        (ImportError("/lib/x.so: failed to map segment from shared object"), True),
         (RuntimeError("MPS backend out of memory"), True),
         (MemoryError(), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),

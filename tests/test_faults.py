@@ -207,16 +207,19 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(configured, finished, tmp_pat
         subprocess.run(["umount", disk], check=True)
 
 
-@pytest.mark.parametrize("n", range(1, 12, 2))
+@pytest.mark.parametrize(
+    "n, file",
+    [(n, "training_stats.json") for n in range(1, 12, 2)] + [(n, "metrics.jsonl") for n in (1, 3, 6)],
+)
 def test_a_write_that_fails_half_way_leaves_the_earlier_checkpoint(
-    configured, finished, monkeypatch, tmp_path, n
+    configured, finished, monkeypatch, tmp_path, n, file
 ):
-    """The n-th fsync after the first epoch is saved finds the disk full."""
+    """The n-th fsync after the first epoch is saved, or after the start, finds the disk full."""
     real = os.fsync
     calls = []
 
     def fsync(descriptor):
-        if (tmp_path / "out" / "training_stats.json").exists():
+        if (tmp_path / "out" / file).exists():
             calls.append(1)
             if len(calls) >= n:
                 raise OSError(errno.ENOSPC, "No space left on device")

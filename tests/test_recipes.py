@@ -1,5 +1,6 @@
 """Presets, repeated runs, runs that start from an adapter."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -8,11 +9,12 @@ import numpy
 import pytest
 from conftest import assert_same_run, stats_of
 from peft.tuners.lora import LoraLayer
+from tiny import CHAT_TEMPLATES, tiny_tokenizer
 
 from sft.cli import InputError
 from sft.data.dataset import load_datasets, read_data
 from sft.model.base import load_tokenizer
-from sft.training.recipes import PRESETS, resolve
+from sft.training.recipes import FROM_DATA, PRESETS, resolve
 from sft.training.set_up import set_up
 from stage_a_sft_training import TrainConfig, train
 
@@ -149,3 +151,49 @@ def test_rank_stabilized_lora_is_scaled_by_the_root_of_the_rank(configured):
         run = set_up(config, read_data(config))
         layer = next(module for module in run.model.modules() if isinstance(module, LoraLayer))
         assert layer.scaling["default"] == scaling
+
+
+# ------------------------------------------------------------------------------- what stays
+
+
+def test_the_chat_template_of_a_run_stays(configured, model_folder, tmp_path):
+    """On --resume and with --init_adapter: wherever its file is now, or not given; another is refused."""
+    shutil.copytree(model_folder(), tmp_path / "base")
+    file, other = tmp_path / "mine.jinja", tmp_path / "other.jinja"
+    file.write_text(CHAT_TEMPLATES["llama3"])
+    other.write_text(CHAT_TEMPLATES["mistral"])
+    options = {"model_name": str(tmp_path / "base"), "num_epochs": 1, "save_steps": 1}
+    train(configured("reference", chat_template=str(file), **options))
+
+    def kill(run, metrics):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(configured(chat_template=str(file), **options), on_step=kill)
+    moved = file.rename(tmp_path / "moved.jinja")
+    for changed, words in (
+        ({"chat_template": str(other)}, "other.jinja: .* was trained with another\nleave it out"),
+        ({"thinking": "on"}, "thinking was off, is on"),
+    ):
+        with pytest.raises(InputError, match=words):
+            train(configured(resume=True, **options, **changed))
+    train(configured(resume=True, **options))
+    assert_same_run(configured(), configured("reference"))
+
+    parent = str(tmp_path / "out" / "final_model")
+    for given in ({}, {"chat_template": str(moved)}):
+        train(configured("child", init_adapter=parent, overwrite=True, lora_r=16, **options, **given))
+        assert (tmp_path / "child/final_model/chat_template.jinja").read_text() == moved.read_text()
+    with pytest.raises(InputError, match="was trained with another"):
+        train(configured("other", init_adapter=parent, lora_r=16, chat_template=str(other), **options))
+
+
+def test_one_of_several_chat_templates_where_the_length_comes_from_the_rows(
+    configured, model_folder, tmp_path
+):
+    base = shutil.copytree(model_folder(), tmp_path / "base")
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = {"short": CHAT_TEMPLATES["mistral"], "long": CHAT_TEMPLATES["llama3"]}
+    tokenizer.save_pretrained(base)
+    config = configured(model_name=str(base), max_length=FROM_DATA, chat_template="short")
+    assert "[INST]" in set_up(config, read_data(config)).sft_config["prompt"]["prefix"]

@@ -10,6 +10,7 @@ from conftest import assert_same_adapter, lines_of, stats_of
 
 import stage_a_sft_training as training
 from sft.cli import InputError
+from sft.training.samples import spread
 from stage_a_sft_training import train
 
 SCORES = {"rouge_l", "check_score", "coverage"}
@@ -17,6 +18,11 @@ SCORES = {"rouge_l", "check_score", "coverage"}
 
 def sample_files(config) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(config.output_dir).glob("sample_notes_*")}
+
+
+def test_samples_are_spread_over_the_notes():
+    assert spread(30, 8) == [0, 3, 7, 11, 15, 18, 22, 26]
+    assert spread(3, 8) == [0, 1, 2]
 
 
 def test_sample_notes_are_written_scored_and_change_no_training(configured, finished, capfd, csv_files):

@@ -250,7 +250,7 @@ def test_what_a_run_says(configured, capfd, tmp_path):
     assert not any(phrase in text for phrase in phrases for text in [*texts, logged])
 
 
-def test_one_batch_is_learned_by_heart_and_written_down(configured, tmp_path):
+def test_one_batch_is_learned_by_heart_and_written_down(configured, capfd, tmp_path):
     from sft_inference import SFTInference
 
     rows = [(f"r{i}", note, summary, "factual", "") for i, (note, summary) in enumerate(NOTES[:4] * 10)]
@@ -266,6 +266,7 @@ def test_one_batch_is_learned_by_heart_and_written_down(configured, tmp_path):
     )
     stats = train(config)
     assert stats["epochs"][-1]["train_loss"] < 0.1
+    assert "did not come to an end" not in capfd.readouterr().err
     inference = SFTInference(f"{config.output_dir}/final_model", device="cpu")
     results = inference.generate_batch([note for note, _ in NOTES[:4]], 60)
     assert [result["generated_summary"] for result in results] == [summary for _, summary in NOTES[:4]]
@@ -274,7 +275,7 @@ def test_one_batch_is_learned_by_heart_and_written_down(configured, tmp_path):
 
 def test_summaries_that_do_not_end_are_said_loudly(configured, monkeypatch, capfd):
     train(configured(num_epochs=1, batch_size=8))
-    assert "WARNING: " in capfd.readouterr().err
+    assert re.search(r"WARNING: [23] of 3 summaries", capfd.readouterr().err)
     monkeypatch.setattr(training, "count_endings", lambda run: (2, 4))
     train(configured("other", num_epochs=1, batch_size=8))
     assert "WARNING: " not in capfd.readouterr().err

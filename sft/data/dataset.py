@@ -203,15 +203,16 @@ def load_datasets(
     """
     train, validation = (factual_rows(part) for part in rows)
     numbering = options.sentence_numbering
-    set_chat_template(tokenizer, options.chat_template)
-    template = template or build_template(
-        tokenizer,
-        thinking=options.thinking == "on",
-        is_untrained=is_untrained,
-        instruction=options.instruction,
-        number_sentences=cites_sentences(train) if numbering == "auto" else numbering != "off",
-        sentence_version=1 if numbering == "v1" else SENTENCE_VERSION,
-    )
+    if template is None:
+        set_chat_template(tokenizer, options.chat_template)
+        template = build_template(
+            tokenizer,
+            thinking=options.thinking == "on",
+            is_untrained=is_untrained,
+            instruction=options.instruction,
+            number_sentences=cites_sentences(train) if numbering == "auto" else numbering != "off",
+            sentence_version=1 if numbering == "v1" else SENTENCE_VERSION,
+        )
     encoder = PromptEncoder(tokenizer, template)
     datasets = tuple(SFTDataset(part, encoder, options.max_length) for part in (train, validation))
     for path, dataset in zip(file_names(options), datasets):

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import load_file
+from torch import nn
 
 from sft.cli import (
     InputError,
@@ -104,7 +105,10 @@ def _lora_targets(model, wanted: list[str]) -> list[str] | str:
         if "Linear" in type(module).__name__ or "Conv1D" in type(module).__name__
     }
     not_called = {"dt_proj", *(_NOT_CALLED if model.config.model_type in _NOT_CALLED_IN else ())}
-    all_linear = sorted(linear - not_called - {"lm_head"}) if linear & not_called else "all-linear"
+    # Routers of experts, as an example, return more than a product, which PEFT does not expect
+    kinds = {type(module).__name__ for _, module in model.named_modules() if isinstance(module, nn.Linear)}
+    is_plain = not linear & not_called and all("Linear" in kind for kind in kinds)
+    all_linear = "all-linear" if is_plain else sorted(linear - not_called - {"lm_head"})
     if "all-linear" in wanted:
         return all_linear
     if wanted == ["q_proj", "v_proj"] and not linear.intersection(wanted):

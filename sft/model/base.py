@@ -311,6 +311,7 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
         fix = "leave out --quantization, --use_8bit and --use_4bit"
         raise InputError(f"{folder}: this base model is quantized already", fix)
     arguments = {"local_files_only": True, "trust_remote_code": False, "use_safetensors": True}
+    arguments["ignore_mismatched_sizes"] = True  # they are refused below, by name
     arguments["dtype"] = "auto" if quantization == "int8" and not is_quantized else dtype
     if by_bitsandbytes or is_quantized:
         arguments["device_map"] = {"": device}
@@ -321,16 +322,22 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     fix = "check the model folder"
     if "vision_config" in settings:
         fix = "use a text-only version of this multimodal model"
+    if is_quantized:
+        fix = "install what it asks for, or use the unquantized version of this model"
     if not weight_files(folder) and any(folder.glob("*.bin")):
         fix = "use a safetensors version of this model (pickle files are not loaded, for security)"
     with as_input_error(f"{folder}: the model cannot be loaded", fix):
         model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **arguments)
     # transformers would fill these with random numbers
-    bad = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
+    bad = sorted([*loading["missing_keys"], *(name for name, *_ in loading["mismatched_keys"])])
     if bad:
         problem = f"{folder}: {len(bad)} of the model's weights are missing or have the wrong shape, the first {bad[0]}"
         raise InputError(problem, "download or copy the model again")
     model.requires_grad_(False)
+    if is_quantized and not getattr(model, "is_quantized", False):
+        # Widened when it was loaded, as fp8 without a GPU for it: else it would be written in 8 bits again,
+        # with a configuration that does not say so
+        model._weight_conversions = None
     if not (by_bitsandbytes or is_quantized):
         return model.to(device)
     # bitsandbytes would repack 4-bit weights for this CPU, and those pass no gradient back

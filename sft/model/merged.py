@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 from sft.cli import InputError, as_input_error, log
 from sft.files import new_folder, write_atomic, write_checksums, write_json
 from sft.model.adapter import unwrap
-from sft.model.base import context_window, own_settings
+from sft.model.base import context_window, load_base_model, own_settings
 from sft.model.kernels import Int8Linear, replace_linear_layers
 from sft.model.probes import logits_problem
 
@@ -72,10 +72,12 @@ def merge_into_int8(model: PeftModel, dtype: torch.dtype):
     # As transformers marks its own: `save_merged` refuses to write it
     base.is_quantized = True
     base = base.to(dtype)
-    # Rounding changed up to 5e-2 of the largest logit, a missing adapter 0.1 to 0.8 (17 models)
-    problem = logits_problem(_probe_logits(base), expected, base, bound=0.1)
-    if problem:
-        raise InputError(f"merged in 8 bit, {problem}", "use --quantization none, or --no_merge")
+    difference = (_probe_logits(base).float() - expected.float()).norm() / expected.float().norm()
+    # Of 80 tiny models of 40 architectures, and the default specialist: rounding changed less than 0.027 but
+    # for one (0.10, its experts were chosen otherwise), an adapter that was missing 0.055 and more
+    if not difference <= 0.04:
+        problem = f"merged in 8 bit, its logits differ by {difference:.1%}"
+        raise InputError(problem, "use --quantization none, or --no_merge")
     return base
 
 
@@ -144,11 +146,22 @@ def save_merged(
         with as_input_error(f"{folder}: the merged model cannot be written", fix):
             merged.save_pretrained(temporary)
             ours.save_pretrained(temporary)
+        check_written(temporary, merged)
         mark = {"merged": {"chat_template": tokenizer.chat_template}}
         write_json(temporary / "sft_config.json", sft_config | mark)
         write_atomic(temporary / "Modelfile", modelfile(tokenizer, prompt, stop_token_ids, window))
         write_checksums(temporary)
     return merged
+
+
+def check_written(folder: Path, merged) -> None:
+    """Raises InputError unless transformers loads from `folder` the weights of `merged`."""
+    found = load_base_model(folder, torch.device("cpu"), merged.dtype).state_dict()
+    expected = merged.state_dict().items()
+    differing = [name for name, weight in expected if not torch.equal(found[name], weight.cpu())]
+    if differing:
+        problem = f"the merged model would be loaded with other weights, the first {differing[0]}"
+        raise InputError(problem, "use the adapter with its base model")
 
 
 def _adds_bos(tokenizer) -> bool:

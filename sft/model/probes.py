@@ -17,13 +17,13 @@ from sft.model.adapter import unwrap
 from sft.model.attention import OWN_ATTENTION, PACKED_ATTENTION
 
 
-def logits_problem(found: torch.Tensor, expected: torch.Tensor, model, bound: float | None = None) -> str:
-    """ "" if `found` are `expected` to within rounding, else how they differ. Without `bound` they may
-    differ by 1e-3 of the largest logit for a model in float32, by 5e-2 in fewer bits or quantized."""
+def logits_problem(found: torch.Tensor, expected: torch.Tensor, model) -> str:
+    """ "" if `found` are `expected` to within rounding, else how they differ. They may differ by 1e-3 of the
+    largest logit for a model in float32, by 5e-2 in fewer bits or quantized."""
     if found.shape != expected.shape:
         return f"its logits have shape {tuple(found.shape)}, not {tuple(expected.shape)}"
     is_exact = model.dtype == torch.float32 and not getattr(model, "is_quantized", False)
-    bound = bound or (1e-3 if is_exact else 5e-2)
+    bound = 1e-3 if is_exact else 5e-2
     difference = (found.float() - expected.float()).abs().max().item()
     largest = expected.float().abs().max().item()
     # "not <=" is true for NaN too

@@ -47,7 +47,6 @@ _OF_ADAPTER = (
     "instruction",
     "sentence_numbering",
     "thinking",
-    "chat_template",
 )
 
 

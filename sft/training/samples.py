@@ -47,15 +47,20 @@ def write_summaries(
         run.model.train()
 
 
+def spread(n: int, n_chosen: int) -> list[int]:
+    """Up to `n_chosen` places among `n`, evenly spread."""
+    n_chosen = min(n_chosen, n)
+    return [i * n // n_chosen for i in range(n_chosen)]
+
+
 def count_endings(run: "Run") -> tuple[int, int]:
-    """(how many summaries come to an end, how many were written): of the four validation notes with the
-    shortest summaries, each up to four times as long."""
-    examples = sorted(run.val_set.examples, key=lambda example: example.n_target_tokens)[:4]
-    longest = min(4 * examples[-1].n_target_tokens, run.sft_config["max_new_tokens"])
-    written = write_summaries(run, examples, longest).values()
-    return sum(sequence is not None and sequence.finish_reason == "stop" for sequence in written), len(
-        examples
-    )
+    """(how many summaries come to an end, how many were written): of eight validation notes, evenly spread,
+    each as long as inference lets it be."""
+    # Not the shortest, which end more often
+    examples = [run.val_set.examples[i] for i in spread(len(run.val_set), 8)]
+    written = write_summaries(run, examples, run.sft_config["max_new_tokens"]).values()
+    n_ended = sum(sequence is not None and sequence.finish_reason == "stop" for sequence in written)
+    return n_ended, len(examples)
 
 
 def sample_notes(run: "Run", epoch: int) -> dict[str, float]:
@@ -67,8 +72,7 @@ def sample_notes(run: "Run", epoch: int) -> dict[str, float]:
 
     from sft.inference.endings import ended_text
 
-    n_notes = min(run.config.n_sample_notes, len(run.val_set))
-    places = [i * len(run.val_set) // n_notes for i in range(n_notes)]
+    places = spread(len(run.val_set), run.config.n_sample_notes)
     rows = [run.val_set.rows[run.val_set.row_indices[i]] for i in places]
     examples = [run.val_set.examples[i] for i in places]
     written = write_summaries(run, examples, run.sft_config["max_new_tokens"])

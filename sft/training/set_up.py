@@ -1,5 +1,6 @@
 """Everything before the first step: processes, base model, LoRA, optimizer, data."""
 
+import copy
 import functools
 import hashlib
 import json
@@ -20,7 +21,7 @@ from peft import PeftModel
 from sft.cli import InputError, log, on_main_process
 from sft.data.dataset import Example, SFTDataset, load_datasets
 from sft.data.formats import main_language
-from sft.data.prompt import PromptTemplate
+from sft.data.prompt import PromptTemplate, set_chat_template
 from sft.data.report import log_data_warnings
 from sft.data.rows import Row
 from sft.files import FORMAT_VERSION, sha256
@@ -44,10 +45,8 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     with accelerator.main_process_first():
         base_folder = base.resolve_model(config.model_name)
         hashes = hash_inputs(config, base_folder)
-    tokenizer = base.load_tokenizer(base_folder)
-    # Never rendered a second time: templates write the day's date, and may be edited
     source = checkpoint or config.init_adapter
-    template = PromptTemplate.of_folder(Path(source)) if source else None
+    tokenizer, template = load_prompt(config, base_folder, Path(source) if source else None)
     is_sharded = config.shard_base and accelerator.num_processes > 1
     device = torch.device("cpu") if is_sharded else accelerator.device
     model = base.load_base_model(base_folder, device, placement.dtype, quantization_of(vars(config)))
@@ -137,10 +136,28 @@ def hash_inputs(config: TrainConfig, base_folder: Path) -> dict[str, str]:
     return hashes
 
 
+def load_prompt(config: TrainConfig, base_folder: Path, source: Path | None) -> tuple:
+    """(tokenizer, prompt) of the adapter folder `source`, never rendered a second time: chat templates write
+    the day's date, and may be edited. Without one, (the base model's tokenizer, None).
+
+    Raises InputError if --chat_template is not the one that `source` was trained with."""
+    if source is None:
+        return base.load_tokenizer(base_folder), None
+    tokenizer = base.load_tokenizer(source)
+    if config.chat_template:
+        asked = base.load_tokenizer(base_folder)
+        set_chat_template(asked, config.chat_template)
+        if asked.chat_template != tokenizer.chat_template:
+            problem = f"--chat_template {config.chat_template}: {source} was trained with another"
+            raise InputError(problem, "leave it out: the prompt stays as it was")
+    return tokenizer, PromptTemplate.of_folder(source)
+
+
 def typical_length(config: TrainConfig, rows, tokenizer, template, window: float) -> int:
     """The --max_length that holds 95 % of the training rows whole, within the model's window."""
     whole = replace(config, max_length=int(min(window, 2**20)))
-    train_set, _ = load_datasets(rows, tokenizer, whole, template=template)
+    # A copy, since the choice of one of several chat templates is for once
+    train_set, _ = load_datasets(rows, copy.copy(tokenizer), whole, template=template)
     n_end_token = 1
     needed = train_set.lengths.sum(1) + train_set.encoder.n_template_tokens + n_end_token
     length = int(min(window, np.ceil(np.percentile(needed, 95))))
