@@ -51,6 +51,8 @@ _NO_MEMORY = (
     "can't allocate memory",  # CPU on Linux and macOS
     "Cannot allocate memory",  # of a file that is mapped
     "failed to map segment",  # of a library
+    "can't start new thread",
+    "thread pool has not been initialized",  # the tokenizers library's
     "not enough memory",  # CPU on Windows
     "CUDNN_STATUS_NOT_SUPPORTED",  # cuDNN's answer to a workspace that does not fit
     "could not create a primitive",  # oneDNN's
@@ -66,7 +68,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     has_words = any(words in str(error) for words in _NO_MEMORY)
-    return is_named or (isinstance(error, RuntimeError | ImportError) and has_words)
+    # The tokenizers library's own failures are no Exception
+    is_failure = isinstance(error, RuntimeError | ImportError) or type(error).__name__ == "PanicException"
+    return is_named or (is_failure and has_words)
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -105,7 +109,7 @@ def as_input_error(problem: str, fix: str) -> Iterator[None]:
         raise InputError(f"{problem}: {type(error).__name__}: {first_line(error)}", fix) from None
 
 
-def _explain(error: Exception) -> _Explained | None:
+def _explain(error: BaseException) -> _Explained | None:
     """The error and its fix in words; None for one that is neither the user's nor the machine's."""
     if isinstance(error, _Explained):
         return error
@@ -169,7 +173,7 @@ def _status_of(main: Callable[[], None]) -> int:
     except BrokenPipeError:  # as with `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except Exception as error:
+    except BaseException as error:
         explained = _explain(error)
         if explained is None:
             raise

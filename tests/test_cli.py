@@ -112,6 +112,10 @@ def test_a_closed_pipe_ends_quietly():
 # ------------------------------------------------------------------------------- kinds of errors
 
 
+class PanicException(BaseException):
+    """As the tokenizers library raises it."""
+
+
 @pytest.mark.parametrize(
     "error, expected",
     [
@@ -126,6 +130,9 @@ def test_a_closed_pipe_ends_quietly():
         (RuntimeError("could not create a primitive"), True),
         (RuntimeError("unable to mmap 9 bytes from file <f>: Cannot allocate memory (12)"), True),
         (ImportError("/lib/x.so: failed to map segment from shared object"), True),
+        (PanicException("The global thread pool has not been initialized.: ..."), True),
+        (PanicException("index out of bounds"), False),
+        (RuntimeError("can't start new thread"), True),
         (RuntimeError("MPS backend out of memory"), True),
         (MemoryError(), True),
         (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
@@ -145,10 +152,6 @@ def test_real_out_of_memory_is_recognized():
         mmap.mmap(-1, 1 << 60)
     assert is_out_of_memory(no_room.value)
     assert is_out_of_memory(no_map.value)
-
-
-class PanicException(BaseException):
-    """As the tokenizers library raises it."""
 
 
 @pytest.mark.parametrize(
