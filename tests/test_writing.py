@@ -40,7 +40,7 @@ PEOPLE = [
 PAIRS = [
     (
         f"{person} Lives with a cat. Drives a bus.\nStarted {drug} daily. Throat swab taken.",
-        f"{person} Started {drug} daily. Throat swab taken.",
+        f"{person} Started {drug} daily. Throat swab was taken.",
     )
     for person, drug in zip(PEOPLE, ("naproxen", "insulin", "iron") * 8)
 ]
@@ -95,11 +95,11 @@ def written(text: str, *log_probs: float) -> Answer:
 
 def summarize(note: str, settings: dict, answers: dict[int, Answer] | None = None, **options) -> dict:
     """The summary of a note for which the specialist gives these answers, the last part's first; to the other
-    parts its own words."""
+    parts its own words, but for one."""
 
     def ask(parts):
         for key, part in reversed(parts.items()):
-            yield key, answers.get(key[1], written(part.quoted))
+            yield key, answers.get(key[1], written(part.quoted.replace("swab taken", "swab was taken")))
 
     options = {"citations": False, **options}
     return dict(write_by_sentence({5: note}, settings, ask=None if answers is None else ask, **options))[5]
@@ -127,7 +127,7 @@ def test_parts_hold_what_their_sentences_say(learned):
     assert learned.counts["used"] == len(learned.rows) > len(PAIRS)
     for row in learned.rows:
         words = set(re.findall(r"\w+", row.model_summary.lower()))
-        assert words <= set(re.findall(r"\w+", row.clinical_note.lower()))
+        assert words <= {"was", *re.findall(r"\w+", row.clinical_note.lower())}
     assert (
         learned.digest != learn_writing(rows_of(PAIRS[1:]), TrainConfig(part_rows=True), False, None).digest
     )
@@ -178,9 +178,11 @@ def test_a_sentence_stands_if_it_can_be_traced(learned):
     note = PAIRS[1][0]
     answers = {0: written("The patient died."), 1: written("Throat swab taken, started insulin daily.")}
     result = summarize(note, learned.settings, answers)
-    assert [sentence["source"] for sentence in result["sentences"][:1]] == ["quoted"]
+    assert [bool(sentence["refused"]) for sentence in result["sentences"]] == [True, True, False]
     for sentence in result["sentences"]:
-        assert (sentence["source"] == "quoted") == bool(sentence["refused"])
+        # The note's words that are only repeated are the note's
+        assert (sentence["source"] == "written") == (sentence["text"] == "Throat swab was taken.")
+        assert not (sentence["refused"] and sentence["source"] == "written")
         assert set(sentence["note_sentences"]) <= set(range(1, 6))
     assert "died" not in result["generated_summary"]
     assert result["generated_summary"] == " ".join(sentence["text"] for sentence in result["sentences"])
@@ -190,8 +192,8 @@ def test_a_sentence_stands_if_it_can_be_traced(learned):
 @pytest.mark.parametrize("fault", [COMPUTED_NAN, OUT_OF_MEMORY, "not finished"])
 def test_what_fails_is_quoted(learned, fault):
     quoted = summarize(PAIRS[0][0], learned.settings)
-    result = summarize(PAIRS[0][0], learned.settings, {0: Answer(fault)})
-    assert result["sentences"][0] == quoted["sentences"][0] | {"refused": [fault]}
+    result = summarize(PAIRS[0][0], learned.settings, {2: Answer(fault)})
+    assert result["sentences"][2] == quoted["sentences"][2] | {"refused": [fault]}
     assert result["generated_summary"] == quoted["generated_summary"]
     assert result["warnings"] == ([] if fault == "not finished" else [fault])
 
@@ -200,8 +202,7 @@ def test_confidence_is_of_the_words_that_stand(learned):
     answers = {0: Answer("not finished", "", (-9.0,), 10)}
     result = summarize(PAIRS[0][0], learned.settings, answers)
     assert result["confidence"] == pytest.approx(math.exp(-0.2), abs=1e-4)
-    n_parts = len(result["sentences"])
-    assert result["n_new_tokens"] == 1 + 2 * (n_parts - 1)
+    assert result["n_new_tokens"] == 1 + 2 * (len(result["sentences"]) - 1)
     quoted = summarize(PAIRS[0][0], learned.settings)
     assert (quoted["confidence"], quoted["n_prompt_tokens"], quoted["n_new_tokens"]) == (None, 0, 0)
 
@@ -426,17 +427,17 @@ def test_what_stands_under_a_summary(learned):
     note = PAIRS[0][0]
     result = summarize(note, learned.settings, {0: Answer("not finished")})
     n = len(result["sentences"])
-    assert own_words(result) == f"1 of {n} sentences is the note's own words (--writing free writes freely)"
+    assert own_words(result) == f"{n - 1} of {n} sentences are the note's own words (--writing free writes freely)"
     assert own_words({"sentences": []}) == ""
     assert show_evidence(result).startswith(f"{PEOPLE[0]}  (quoted: S1)\n")
-    assert show_evidence(result).count("(written: S") == n - 1
+    assert show_evidence(result).count("(written: S") == 1
     missing = {"not_mentioned": [{"kind": "drug", "text": "Stop warfarin 5 mg.", "note_sentence": 5}] * 7}
     assert left_out(missing, True).startswith("not mentioned: Stop warfarin 5 mg. (S5); Stop")
     assert left_out(missing, True).endswith("; 2 more")
     assert left_out(missing, False) == "not mentioned: 7 drug"
     assert left_out({"not_mentioned": []}, True) == ""
     kinds = list(kinds_of(result | missing))
-    assert kinds.count("sentence quoted") == 1
+    assert kinds.count("sentence quoted") == 2
     assert kinds.count("sentence written") == n - 1
     assert kinds.count("not mentioned: drug") == 1
 

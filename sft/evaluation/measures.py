@@ -11,7 +11,7 @@ from sft.grounding.citations import citation_spans, has_citation, parse_citation
 from sft.grounding.quantities import Quantity, QuantityIndex
 from sft.grounding.reading import Text
 from sft.grounding.sentences import sentence_spans, split_sentences
-from sft.grounding.words import TOKEN, content_stems, is_telling
+from sft.grounding.words import TOKEN, bare_words, content_stems, is_telling
 
 RUN = 5  # words in a row that count as copied, or as remembered
 _HELD = 2 / 3  # of a phrase's words, for its fact to be held
@@ -94,14 +94,9 @@ def text_spans(summary: str) -> list[tuple[int, int]]:
     return [(start, end) for start, end in sentence_spans(text) if TOKEN.search(text, start, end)]
 
 
-def _words(text: str) -> list[str]:
-    """In lower case, without punctuation."""
-    return [word for word in TOKEN.findall(text.lower()) if word[0].isalnum()]
-
-
 def word_runs(text: str) -> list[tuple[str, ...]]:
     """All runs of RUN words, in order."""
-    words = _words(text)
+    words = bare_words(text)
     return [tuple(words[i : i + RUN]) for i in range(len(words) - RUN + 1)]
 
 
@@ -109,7 +104,7 @@ def copied_words(summary: str, note: str) -> tuple[int, int]:
     """(words in runs of at least RUN words that stand in the note, words)."""
     known = set(word_runs(note))
     copied = {i + k for i, run in enumerate(word_runs(summary)) if run in known for k in range(RUN)}
-    return len(copied), len(_words(summary))
+    return len(copied), len(bare_words(summary))
 
 
 def facts_held(reference: str, summary: str) -> tuple[int, int]:
@@ -171,8 +166,8 @@ def measure(row: Row, result: dict, rouge, expected: set[str], version: int) -> 
     checked = [] if result["check_score"] is None else sentences
     is_checked = bool(checked)
     n_flagged = sum(bool(s.findings) for s in checked)
-    known = " ".join(_words(row.clinical_note))
-    own = [s for s in checked if " ".join(_words(written[s.start : s.end])) not in known]
+    known = " ".join(bare_words(row.clinical_note))
+    own = [s for s in checked if " ".join(bare_words(written[s.start : s.end])) not in known]
     kinds = Counter(result["n_findings"])
     in_note = set(content_stems(row.clinical_note))
     stems = [set(content_stems(written[s.start : s.end])) for s in checked]

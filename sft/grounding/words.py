@@ -74,6 +74,11 @@ def is_telling(word: str) -> bool:
     return len(word) > 1 and is_content(word) and word not in _REPORTING
 
 
+def bare_words(text: str) -> list[str]:
+    """In lower case, without punctuation."""
+    return [word for word in TOKEN.findall(text.lower()) if word[0].isalnum()]
+
+
 def content_stems(text: str) -> list[str]:
     """The stems of the content words, in order, repeated as they are."""
     return [stem(word) for word in TOKEN.findall(text.lower()) if is_content(word)]

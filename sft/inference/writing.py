@@ -12,6 +12,7 @@ from sft.grounding.citations import strip_citations
 from sft.grounding.parts import Part, make_parts
 from sft.grounding.selector import Quoted, Selector, quote
 from sft.grounding.sentences import split_sentences
+from sft.grounding.words import bare_words
 from sft.inference.prompts import NotePrompts
 from sft.inference.results import (
     COMPUTED_NAN,
@@ -169,11 +170,13 @@ def write_by_sentence(
 
 
 def _sentence(note: str, part: Part, answer: Answer, shorthand: dict) -> dict:
-    """The specialist's sentence if it can be traced to its part, else the note's own."""
+    """The specialist's sentence if it can be traced to its part and does more than repeat it, else the note's
+    own."""
     refused = [answer.problem] if answer.problem else []
     if answer.text:
         refused = accept(part.quoted, answer.text, note, shorthand)
-    is_written = bool(answer.text) and not refused
+    is_repeated = bare_words(answer.text) == bare_words(part.quoted)
+    is_written = bool(answer.text) and not refused and not is_repeated
     return {
         "text": answer.text if is_written else part.quoted,
         "source": "written" if is_written else "quoted",
