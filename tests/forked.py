@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -79,6 +80,7 @@ def run_and_exit(arguments: list[str]) -> None:
     """Ends the process as Python would, but without tidying up, which takes longer than most programs."""
     from sft.cli import Progress
 
+    sys.executable = shutil.which("python")  # what the program starts is forked too
     # Lines of progress that else come every 30 seconds
     Progress.__init__.__kwdefaults__["interval"] = -1
     if os.environ.get("PARSE_ONLY"):
