@@ -115,12 +115,12 @@ def sections() -> dict:
     return first | presets | {"inference": measure_inference}
 
 
-def percent(share: float) -> str:
-    return str(int(100 * share + 0.5))
+def percent(share: float | None) -> str:
+    return "" if share is None else str(int(100 * share + 0.5))
 
 
-def hundredths(value: float) -> str:
-    return f"{value:.2f}".removeprefix("0")
+def hundredths(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}".removeprefix("0")
 
 
 def gigabytes(mebibytes: float) -> str:
@@ -137,15 +137,13 @@ def losses_table(numbers: dict) -> list[str]:
     found = numbers["losses"]
     losses = ", ".join(f"{loss:.4f}" for loss in [found["untrained_val_loss"], *found["val_losses"]])
     speeds = ", ".join(f"{speed:.0f}" for speed in found["tokens_per_second"])
-    headings = "| minutes | validation loss: untrained, after each epoch | tokens/s | peak memory"
+    heading = ["", "minutes", "Val Loss: untrained, after each epoch", "tokens/s", "peak memory"]
     row = ["the default run", f"{found['minutes']:.1f}", losses, speeds, gigabytes(found["peak_memory_mb"])]
-    return table([headings.split("|"), row])
+    return table([heading, row])
 
 
-SYSTEMS = "base base_examples free verified quote lead reference".split()
-SYSTEMS_SHOWN = "base; base, 2 examples; free; verified; quoted; first and last sentences; reference".split(
-    "; "
-)
+SYSTEMS = {"base": "base", "base_examples": "base, 2 examples", "free": "free", "verified": "verified"}
+SYSTEMS |= {"quote": "quoted", "lead": "first and last sentences", "reference": "reference"}
 MEASURES = {
     "summaries without a finding of the check, %": ("clean", percent),
     "findings per 100 rewritten sentences": ("rewritten", percent),
@@ -158,30 +156,31 @@ MEASURES = {
 
 def evaluation_table(numbers: dict) -> list[str]:
     figures = [numbers["evaluation"]["systems"][system] for system in SYSTEMS]
-    rows = [
-        [label, *(shown(values[name]) if name in values else "" for values in figures)]
-        for label, (name, shown) in MEASURES.items()
-    ]
-    return table([["", *SYSTEMS_SHOWN], *rows])
-
-
-PRESETS_HEADING = (
-    "rows, preset | Val Loss untrained | trained | verified: own sentences, % | free: facts held, % "
-    "| free: check score | free: ROUGE-L | minutes | peak memory"
-)
+    rows = [["", *SYSTEMS.values()]]
+    for label, (name, shown) in MEASURES.items():
+        rows.append([label, *(shown(values.get(name)) for values in figures)])
+    return table(rows)
 
 
 def presets_table(numbers: dict) -> list[str]:
-    rows = [PRESETS_HEADING.split(" | ")]
+    losses = "Val Loss untrained; trained"
+    scores = "verified: own sentences, %; free: facts held, %; free: check score; free: ROUGE-L"
+    rows = [["rows, preset", *f"{losses}; {scores}; minutes; peak memory".split("; ")]]
     for section in sorted(name for name in numbers if name.startswith("presets/")):
         found = numbers[section]
-        systems = found["evaluation"]["systems"]
-        free = systems["free"]
-        losses = [f"{found[name]:.4f}" for name in ("untrained_val_loss", "kept_val_loss")]
-        shares = [percent(systems["verified"]["own_share"]), percent(free["coverage"])]
-        scores = [hundredths(free["check_score"]), hundredths(free["rougeL"])]
-        costs = [f"{found['minutes']:.1f}", gigabytes(found["peak_memory_mb"])]
-        rows.append([section.removeprefix("presets/").replace("/", ", "), *losses, *shares, *scores, *costs])
+        free = found["evaluation"]["systems"]["free"]
+        row = [
+            section.removeprefix("presets/").replace("/", ", "),
+            f"{found['untrained_val_loss']:.4f}",
+            f"{found['kept_val_loss']:.4f}",
+            percent(found["evaluation"]["systems"]["verified"].get("own_share")),
+            percent(free.get("coverage")),
+            hundredths(free.get("check_score")),
+            hundredths(free.get("rougeL")),
+            f"{found['minutes']:.1f}",
+            gigabytes(found["peak_memory_mb"]),
+        ]
+        rows.append(row)
     return table(rows)
 
 
@@ -197,15 +196,14 @@ SHAPES = ("short rows (60 to 120 tokens)", "MTS-Dialog rows (up to 512 tokens)")
 def throughput_table(_) -> list[str]:
     """Medians of what training_throughput.py left."""
     found = json.loads((ROOT / "docs" / "training_throughput.json").read_text(encoding="utf-8"))
-    rows = [["", *(cell for shape in SHAPES for cell in (f"{shape}: rows/s", "peak memory"))]]
+    rows = [["", f"{SHAPES[0]}: rows/s", "peak memory", f"{SHAPES[1]}: rows/s", "peak memory"]]
     for label, peer in PEERS.items():
         rows.append([label])
         for section in (found["short"], found["mts"]):
             runs = section["runs"][peer or section["best_of_trl"]]
-            seconds, memory = (
-                statistics.median(run[key] for run in runs) for key in ("seconds", "peak_memory_mb")
-            )
-            rows[-1] += [f"{section['counts']['n_rows'] / seconds:.2f}", gigabytes(memory)]
+            speed = section["counts"]["n_rows"] / statistics.median(run["seconds"] for run in runs)
+            memory = statistics.median(run["peak_memory_mb"] for run in runs)
+            rows[-1] += [f"{speed:.2f}", gigabytes(memory)]
     return table(rows)
 
 
@@ -233,17 +231,11 @@ def with_numbers(text: str, numbers: dict) -> str:
     return re.sub(pattern, fill, text, flags=re.DOTALL)
 
 
-def read_numbers() -> dict:
-    return json.loads(NUMBERS.read_text(encoding="utf-8")) if NUMBERS.is_file() else {}
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="SECTION", help=", ".join(sections()))
     only = parser.parse_args().only
-    numbers = read_numbers()
+    numbers = json.loads(NUMBERS.read_text(encoding="utf-8"))
     for name, measure in sections().items():
         if any(f"{name}/".startswith(f"{wanted}/") for wanted in only) if only else name not in numbers:
             numbers[name] = {"date": date.today().isoformat(), "machine": MACHINE, **measure()}
