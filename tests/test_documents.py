@@ -263,7 +263,7 @@ class Sandbox:
             timeout=600,
         )
         assert result.returncode == status, f"{command}\n{result.stdout}{result.stderr}"
-        self.outputs[command] = result.stdout + result.stderr
+        self.outputs.setdefault(command, result.stdout + result.stderr)
         return result.stdout, result.stderr
 
     def parse(self, command: str) -> None:
@@ -552,7 +552,7 @@ def test_messages_in_tables_are_in_the_code(file):
             continue
         for cell, *_ in rows:
             for shown in [t.content for t in cell.children if t.type == "code_inline"]:
-                parts = [part for part in re.split(r"\.\.\.|\b[A-Z]\b", shown) if part.strip()]
+                parts = [part.strip() for part in re.split(r"\.\.\.|\b[A-Z]\b", shown)]
                 assert all(any(said_by(m, part) for m in messages) for part in parts), shown
 
 
