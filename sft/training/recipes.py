@@ -22,10 +22,11 @@ PRESETS = {
         "max_length": DEFAULT_MAX_LENGTH,
     },
     "thorough": {
-        "num_epochs": 3,
+        "num_epochs": 2,
         "learning_rate": 5e-4,
         "target_modules": ["all-linear"],
         "max_length": FROM_DATA,
+        "part_rows": True,
     },
     "quick": {
         "num_epochs": 1,
