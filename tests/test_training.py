@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -296,38 +295,6 @@ def test_validation_losses_stand_in_the_metrics(finished):
     losses = [stats["untrained_val_loss"], *(epoch["val_loss"] for epoch in stats["epochs"])]
     expected = [{"step": 3 * i, "epoch": i, "val_loss": loss} for i, loss in enumerate(losses)]
     assert [line for line in lines_of(config) if "val_loss" in line] == expected
-
-
-def tracked(folder: Path) -> dict[tuple[str, int], float]:
-    """The numbers in TensorBoard's files of a folder, by name and step."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    found = {}
-    for file in folder.rglob("*tfevents*"):
-        content = file.read_bytes()
-        start = 0
-        while start < len(content):
-            # A record is its length, a checksum of that, the event, and a checksum of it
-            (length,) = struct.unpack_from("<Q", content, start)
-            event = Event.FromString(content[start + 12 : start + 12 + length])
-            values = [value for value in event.summary.value if value.HasField("simple_value")]
-            found |= {(value.tag, event.step): value.simple_value for value in values}
-            start += 12 + length + 4
-    return found
-
-
-def test_tensorboard_has_the_numbers_of_metrics_jsonl(configured, tmp_path):
-    config = configured(num_epochs=2, report_to="tensorboard")
-    train(config)
-    expected = {
-        (name, line["step"]): pytest.approx(value, rel=1e-6)
-        for line in lines_of(config)
-        for name, value in line.items()
-        if name != "step" and value is not None
-    }
-    found = tracked(tmp_path / "out")
-    assert {name for name, _ in found} >= {"loss", "val_loss", "learning_rate"}
-    assert found == expected
 
 
 @pytest.mark.parametrize("broken", ["draw_losses", "log", "init_trackers", "finish"])
