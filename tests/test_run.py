@@ -1,13 +1,17 @@
-"""The plan of a run: every row once an epoch, however it is split; its progress."""
+"""The plan of a run: every row once an epoch, however it is split; its progress; its tracker."""
 
+import struct
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import lines_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sft.options import TrainConfig
 from sft.training.run import Plan, TrainingProgress, epoch_order
+from stage_a_sft_training import train
 
 
 @given(
@@ -72,3 +76,35 @@ def test_patience_counts_epochs_since_the_best():
     ):
         config = TrainConfig(early_stopping_patience=patience, keep_best=keep_best)
         assert progress.out_of_patience(config) is is_over
+
+
+def tracked(folder: Path) -> dict[tuple[str, int], float]:
+    """The numbers in TensorBoard's files of a folder, by name and step."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = {}
+    for file in folder.rglob("*tfevents*"):
+        content = file.read_bytes()
+        start = 0
+        while start < len(content):
+            # A record is its length, a checksum of that, the event, and a checksum of it
+            (length,) = struct.unpack_from("<Q", content, start)
+            event = Event.FromString(content[start + 12 : start + 12 + length])
+            values = [value for value in event.summary.value if value.HasField("simple_value")]
+            found |= {(value.tag, event.step): value.simple_value for value in values}
+            start += 12 + length + 4
+    return found
+
+
+def test_tensorboard_has_the_numbers_of_metrics_jsonl(configured, tmp_path):
+    config = configured(num_epochs=2, report_to="tensorboard")
+    train(config)
+    expected = {
+        (name, line["step"]): pytest.approx(value, rel=1e-6)
+        for line in lines_of(config)
+        for name, value in line.items()
+        if name != "step" and value is not None
+    }
+    found = tracked(tmp_path / "out")
+    assert {name for name, _ in found} >= {"loss", "val_loss", "learning_rate"}
+    assert found == expected

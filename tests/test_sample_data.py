@@ -52,6 +52,22 @@ EVIDENCE = load("evidence")
 FACTUAL = [row for rows in PLAIN.values() for row in rows if row.label == "factual"]
 
 
+def test_datasets_reads_the_same_rows(tmp_path):
+    """With the options of the guide: else an empty cell and "NA" are None, and an id of digits a number."""
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    features = datasets.Features({name: datasets.Value("string") for name in COLUMNS})
+    for path in sorted(FOLDER.glob("*.csv")):
+        loaded = datasets.load_dataset(
+            "csv", data_files=str(path), split="train", keep_default_na=False, features=features,
+            cache_dir=str(tmp_path),
+        )  # fmt: skip
+        expected = [
+            (row.id, row.clinical_note, row.model_summary, row.label, row.hallucination_type)
+            for row in read_rows(path)
+        ]
+        assert [tuple(row[name] for name in COLUMNS) for row in loaded] == expected
+
+
 def test_columns_ids_and_checksums():
     for path in FOLDER.glob("*.csv"):
         with open(path, newline="", encoding="utf-8") as file:

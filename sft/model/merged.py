@@ -188,6 +188,8 @@ def chat_template_problem(tokenizer, prompt: dict, encode: Callable[[str], list[
         found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if list(found) != encode(note):
             return "the tokenizer joins the note's end with the text around it"
+    if _adds_bos(tokenizer) and found[0] != tokenizer.bos_token_id:
+        return f"llama.cpp and Ollama begin it with {tokenizer.bos_token}, as the tokenizer does with other texts"
     return ""
 
 
