@@ -54,8 +54,8 @@ def run(*arguments) -> tuple[str, float]:
 
 
 def train(folder: Path, *options) -> dict:
-    """A run's losses, speed and memory, and its transcript as if `folder` were the default one."""
-    printed, minutes = run("stage_a_sft_training.py", "--output_dir", folder, "--overwrite", *options)
+    """A run's losses, speed and memory."""
+    _, minutes = run("stage_a_sft_training.py", "--output_dir", folder, "--overwrite", *options)
     stats = json.loads((folder / "training_stats.json").read_text())
     return {
         "untrained_val_loss": stats["untrained_val_loss"],
@@ -64,7 +64,6 @@ def train(folder: Path, *options) -> dict:
         "tokens_per_second": [epoch["tokens_per_second"] for epoch in stats["epochs"]],
         "peak_memory_mb": max(epoch["peak_memory_mb"] for epoch in stats["epochs"]),
         "minutes": minutes,
-        "transcript": printed.replace(str(folder), "models/sft_specialist").strip().split("\n"),
     }
 
 
@@ -94,7 +93,6 @@ def measure_preset(rows: str, preset: str) -> dict:
         validation = ["--val_csv", MTS_DIALOG / "validation.csv"]
         test = ["--test_csv", MTS_DIALOG / "test.csv", "--n_rows", N_MTS_TEST_NOTES]
     trained = train(folder, "--preset", preset, *training, *validation)
-    del trained["transcript"]
     systems = ["--systems", "free", "verified", "quote", "reference"]
     return trained | {"evaluation": evaluate(folder, *training, *test, *systems)}
 
@@ -215,7 +213,6 @@ def throughput_table(_) -> list[str]:
 
 # What is shown at a place, and the section that it needs
 PLACES = {
-    "transcript": (lambda numbers: ["```text", *numbers["losses"]["transcript"], "```"], "losses"),
     "losses": (losses_table, "losses"),
     "evaluation": (evaluation_table, "evaluation"),
     "presets": (presets_table, "evaluation"),

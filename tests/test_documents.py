@@ -578,7 +578,7 @@ def test_numbers_are_measured_and_shown(sandbox):
     numbers = json.loads((sandbox.root / "docs" / "numbers.json").read_text())
     assert set(wanted.split()) <= set(numbers)
     shown = readme.read_text()
-    assert f"Untrained Val Loss: {numbers['losses']['untrained_val_loss']:.4f}" in shown
+    assert f"| {numbers['losses']['untrained_val_loss']:.4f}, " in shown
     assert f"| phase1, quick | {numbers['presets/phase1/quick']['untrained_val_loss']:.4f} |" in shown
 
 
