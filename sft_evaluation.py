@@ -93,9 +93,13 @@ def read_data(config: EvaluationConfig, sft_config: dict) -> Data:
         raise InputError(problem, f"pass --{what}_csv FILE")
     template = PromptTemplate.from_dict(sft_config["prompt"])
     version = template.sentence_version if template.number_sentences else None
-    training = [row for file in train_files for row in factual_rows(read_rows(file, config))]
+    # Names of columns and labels are those of the files that were named
+    of_train, of_test = (
+        config if named else None for named in (config.train_csv, config.test_csv or config.train_csv)
+    )
+    training = [row for file in train_files for row in factual_rows(read_rows(file, of_train))]
     training, _ = drop_stray_citations(training, version)
-    all_rows = training if config.export_preferences else read_rows(files[0], config)
+    all_rows = training if config.export_preferences else read_rows(files[0], of_test)
     rows, _ = drop_stray_citations(factual_rows(all_rows), version)
     if len(rows) < 2:
         problem = f"{files[0]}: {plural(len(rows), 'row')} labeled factual: too few to evaluate"

@@ -14,6 +14,7 @@ from tiny import NOTES, write_csv
 
 import sft_evaluation
 from sft.cli import InputError
+from sft.data.prompt import PromptTemplate
 from sft.data.rows import factual_rows, read_rows
 from sft.evaluation.options import _SYSTEMS, EvaluationConfig
 from sft.evaluation.systems import SYSTEMS, Adapter, reference_loss, sentence_support, with_examples
@@ -322,3 +323,21 @@ def test_broken_specialists_beside_a_good_one(
     assert wrong == [NOTES[0][0]] and len(rows["relabeled"]) == len(NOTES)
     recorded = json.loads((tmp_path / "out/ten_times_the_rate/final_model/sft_config.json").read_text())
     assert recorded["training"]["learning_rate"] == pytest.approx(2e-3)
+
+
+def test_names_of_columns_are_those_of_the_files_that_were_named(tmp_path, monkeypatch):
+    """Not of the bundled training rows, which come with the adapter."""
+    test_csv = tmp_path / "test.csv"
+    lines = [
+        f"{i},{note},{summary}"
+        for i, (note, summary) in enumerate([("Fever.", "Fever."), ("Gout.", "Gout.")])
+    ]
+    test_csv.write_text("\n".join(["nr,text,target", *lines]))
+    train_csv = write_csv(tmp_path / "train.csv", [("t1", "Asthma.", "Asthma.", "factual", "")])
+    names = {"id_column": "nr", "note_column": "text", "summary_column": "target", "label": "factual"}
+    config = EvaluationConfig(test_csv=str(test_csv), **names)
+    monkeypatch.setattr(sft_evaluation, "find_files", lambda *_: ([str(test_csv)], [str(train_csv)]))
+    prompt = dataclasses.asdict(PromptTemplate("", "", False, 0, (0,), False))
+    data = sft_evaluation.read_data(config, {"sha256": {}, "prompt": prompt})
+    assert [row.clinical_note for row in data.rows.values()] == ["Fever.", "Gout."]
+    assert [row.clinical_note for row in data.training] == ["Asthma."]

@@ -412,7 +412,14 @@ def test_max_length_is_the_longest_prompt(adapters):
 def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
     # Blocks of 1,024 bytes
     command = 'ulimit -f 40; exec "$0" sft_inference.py --device cpu --model_path "$1" --merge_to "$2"'
-    arguments = ["bash", "-c", command, sys.executable, str(adapters("llama", "llama3")), str(tmp_path / "merged")]
+    arguments = [
+        "bash",
+        "-c",
+        command,
+        sys.executable,
+        str(adapters("llama", "llama3")),
+        str(tmp_path / "merged"),
+    ]
     assert_input_error(
         subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "ulimit -f"
     )

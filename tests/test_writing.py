@@ -427,7 +427,10 @@ def test_what_stands_under_a_summary(learned):
     note = PAIRS[0][0]
     result = summarize(note, learned.settings, {0: Answer("not finished")})
     n = len(result["sentences"])
-    assert own_words(result) == f"{n - 1} of {n} sentences are the note's own words (--writing free writes freely)"
+    assert (
+        own_words(result)
+        == f"{n - 1} of {n} sentences are the note's own words (--writing free writes freely)"
+    )
     assert own_words({"sentences": []}) == ""
     assert show_evidence(result).startswith(f"{PEOPLE[0]}  (quoted: S1)\n")
     assert show_evidence(result).count("(written: S") == 1

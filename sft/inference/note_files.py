@@ -393,6 +393,8 @@ def report(counts: Counter, rate: str, config: InferenceConfig) -> None:
         log(f"warning: {plural(counts[kind], 'note')}: {kind}")
     if n_sentences:
         log(f"{n_quoted:,} of {plural(n_sentences, 'sentence')} are the notes' own words")
+    elif counts["done"]:
+        log("all of it is written freely by the model, which may invent: read each summary beside its note")
     if counts["flagged"]:
         share = counts["flagged"] / counts["done"]
         log(f"The check flagged {counts['flagged']:,} of {counts['done']:,} summaries ({share:.0%})")

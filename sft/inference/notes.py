@@ -60,7 +60,8 @@ def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = No
         notes = list(_read_table(paths[0], config))
     else:
         fix = "use .txt, .csv, .tsv, .json, .jsonl (one JSON object per line), or a folder of .txt files"
-        raise InputError(f"{paths[0]}: unknown file extension", fix)
+        is_excel = kind.startswith((".xls", ".ods"))
+        raise InputError(f"{paths[0]}: unknown file extension", 'save it as "CSV UTF-8"' if is_excel else fix)
     return _checked_ids(notes, paths[0])
 
 

@@ -49,6 +49,10 @@ def learn_writing(
     writing = "quote" if selector.supported and n_notes >= _FEWEST_NOTES else "free"
     figure = f"kinship {selector.kinship:.2f}, needs {ENOUGH_KIN}; {plural(n_notes, 'note')}, needs {_FEWEST_NOTES}"
     messages = [f"Writing: {writing} by default (of summaries to their notes' sentences: {figure})"]
+    if writing == "free":
+        messages.append(
+            "free writing may invent: read every summary beside its note, or give --writing quote"
+        )
     part_rows, left_out = [], Counter()
     if config.part_rows and (why_not := _why_no_parts(is_numbered, checkpoint)):
         messages.append(f"Parts: none: {why_not}")
