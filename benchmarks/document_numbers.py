@@ -81,6 +81,12 @@ def evaluate(folder: Path, *options) -> dict:
     return {"n_notes": found["n_notes"], "minutes": minutes, "systems": systems}
 
 
+def estimated_time(options) -> str:
+    """Of a whole run, by --dry_run, such as "4 min"."""
+    printed, _ = run("stage_a_sft_training.py", "--dry_run", *options)
+    return re.search(r"whole run will take about (.*?):", printed)[1]
+
+
 def measure_preset(rows: str, preset: str) -> dict:
     """One preset, trained on one data set and evaluated on its test notes."""
     folder = RUNS / f"{rows}_{preset}"
@@ -92,7 +98,8 @@ def measure_preset(rows: str, preset: str) -> dict:
         training = ["--train_csv", RUNS / "mts.csv"]
         validation = ["--val_csv", MTS_DIALOG / "validation.csv"]
         test = ["--test_csv", MTS_DIALOG / "test.csv", "--n_rows", N_MTS_TEST_NOTES]
-    trained = train(folder, "--preset", preset, *training, *validation)
+    options = ["--preset", preset, *training, *validation]
+    trained = train(folder, *options) | {"estimate": estimated_time(options)}
     systems = ["--systems", "free", "verified", "quote", "reference"]
     return trained | {"evaluation": evaluate(folder, *training, *test, *systems)}
 
@@ -163,7 +170,7 @@ def evaluation_table(numbers: dict) -> list[str]:
 def presets_table(numbers: dict) -> list[str]:
     losses = "Val Loss untrained; trained"
     scores = "verified: own sentences, %; free: facts held, %; free: check score; free: ROUGE-L"
-    rows = [["rows, preset", *f"{losses}; {scores}; minutes; peak memory".split("; ")]]
+    rows = [["rows, preset", *f"{losses}; {scores}; time; peak memory".split("; ")]]
     default = numbers["losses"] | {"evaluation": numbers["evaluation"]}
     for section, found in [("presets/phase1/documents", default), *numbers.items()]:
         if not section.startswith("presets/"):
@@ -178,7 +185,7 @@ def presets_table(numbers: dict) -> list[str]:
             percent(free.get("coverage")),
             hundredths(free.get("check_score")),
             hundredths(free.get("rougeL")),
-            f"{found['minutes']:.1f}",
+            found.get("estimate") or f"{found['minutes']:.0f} min",
             gigabytes(found["peak_memory_mb"]),
         ]
         rows.append(row)
