@@ -93,13 +93,12 @@ def read_data(config: EvaluationConfig, sft_config: dict) -> Data:
         raise InputError(problem, f"pass --{what}_csv FILE")
     template = PromptTemplate.from_dict(sft_config["prompt"])
     version = template.sentence_version if template.number_sentences else None
-    # Names of columns and labels are those of the files that were named
-    of_train, of_test = (
-        config if named else None for named in (config.train_csv, config.test_csv or config.train_csv)
-    )
-    training = [row for file in train_files for row in factual_rows(read_rows(file, of_train))]
+    # Names of columns and labels are those of the files that were named, not of the bundled ones
+    train_options = config if config.train_csv else None
+    test_options = config if config.test_csv else None
+    training = [row for file in train_files for row in factual_rows(read_rows(file, train_options))]
     training, _ = drop_stray_citations(training, version)
-    all_rows = training if config.export_preferences else read_rows(files[0], of_test)
+    all_rows = training if config.export_preferences else read_rows(files[0], test_options)
     rows, _ = drop_stray_citations(factual_rows(all_rows), version)
     if len(rows) < 2:
         problem = f"{files[0]}: {plural(len(rows), 'row')} labeled factual: too few to evaluate"
@@ -266,7 +265,7 @@ def evaluate(columns: Sequence[System], groups: Mapping, measured: Mapping, data
         "figures": found,
         "changes": {name: figures.changes(found, name) for name in trained},
         "answers": answers,
-        "verdicts": {name: figures.verdict(given) for name, given in answers.items()},
+        "verdicts": {name: figures.verdict(given, found[name], len(data.rows)) for name, given in answers.items()},
         "twins": {kind: twin for kind, twin in twins.items() if kind == "all" or shown_kinds(kinds)},
         "groups": {name: {"n_notes": len(of), "figures": figures.figures(measured, of)} for name, of in groups.items()},
     }  # fmt: skip

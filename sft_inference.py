@@ -387,7 +387,7 @@ def main() -> None:
         token, listener = read_token(config.serve_token_file), listen(config.serve)
     config.max_new_tokens = config.max_new_tokens or sft_config["max_new_tokens"]
     if config.output_file:
-        counts = check_output(config, functools.partial(fingerprint, config, sft_config, notes))
+        counts = check_output(config, functools.partial(fingerprint, config, sft_config, notes, __version__))
         if counts is not None:
             log(f"{config.output_file} exists and is complete: nothing to do")
             return report(counts, "", config)
@@ -415,7 +415,7 @@ def main() -> None:
         if config.serve:
             serve(summarize, config.batch_size, listener, token)
         elif notes is not None:
-            summarize_file(notes, config, fingerprint(config, sft_config, notes), summarize)
+            summarize_file(notes, config, fingerprint(config, sft_config, notes, __version__), summarize)
         elif config.clinical_note is not None:
             write_summary(inference.generate_summary, config.clinical_note, config)
         else:

@@ -237,11 +237,16 @@ def test_figures_tell_a_good_system_from_a_bad_one(evaluated):
 def test_the_four_questions(evaluated):
     found = figures_of(evaluated)
     assert [answer["passed"] for answer in answer_questions(found, "base")][2:] == [False, False]
-    assert verdict(answer_questions(found, "base")).startswith("Do not go on")
+    assert verdict(answer_questions(found, "base"), found["base"], 40).startswith("Do not go on")
     answers = answer_questions(found, "specialist")
     # Without a model there is no loss
     assert answers[0]["passed"] is None and answers[1]["passed"]
-    assert verdict(answers).startswith("Not shown")
+    assert verdict(answers, {"rewritten": {}}, 40).startswith("Not shown")
+    passed = [answer | {"passed": True} for answer in answers]
+    assert verdict(passed, {"rewritten": {}}, 40).startswith("Go on")
+    assert verdict(passed, {"rewritten": {}}, 4).startswith("Not shown")
+    # A heading that is spelled out counts as rewritten
+    assert "nothing for Stage B" in verdict(passed, {"rewritten": {}, "own_share": {"value": 0.0}}, 40)
 
 
 def test_a_system_is_compared_with_its_own_adapters_sentences():
@@ -254,9 +259,11 @@ def test_a_system_is_compared_with_its_own_adapters_sentences():
 def test_who_rewrites_nothing_invents_nothing(evaluated):
     """Whole notes are no sentence of the model's own; coverage alone decides whether they are accurate."""
     rows, measured = evaluated
-    answers = answer_questions(figures(measured, list(rows)), "specialist")
+    found = figures(measured, list(rows))
+    answers = answer_questions(found, "specialist")
     assert [answer["passed"] for answer in answers[2:]] == [True, True]
     assert "applies to none" in answers[3]["figure"]
+    assert "nothing for Stage B to correct" in verdict(answers, found["specialist"], 40)
 
 
 def test_few_sentences_without_a_finding_show_nothing():

@@ -420,9 +420,8 @@ def test_a_merged_model_that_cannot_be_written(adapters, tmp_path):
         str(adapters("llama", "llama3")),
         str(tmp_path / "merged"),
     ]
-    assert_input_error(
-        subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True), "merged", "ulimit -f"
-    )
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert_input_error(result, "merged", "ulimit -f")
     assert not list(tmp_path.iterdir())
 
 

@@ -38,13 +38,17 @@ def test_documents_are_the_defaults_and_what_is_given_wins(monkeypatch):
     assert (config.num_epochs, config.learning_rate) == (2, quick["learning_rate"])
 
 
-def test_thorough_takes_its_length_from_the_data(configured):
+@pytest.mark.parametrize("least", [512, 8])
+def test_thorough_takes_its_length_from_the_data(configured, monkeypatch, least):
+    monkeypatch.setattr("sft.training.set_up.DEFAULT_MAX_LENGTH", least)
     config = resolve(configured(preset="thorough", **NOT_GIVEN))
     run = set_up(config, read_data(config))
     tokenizer = load_tokenizer(Path(config.model_name))
     dataset = load_datasets(read_data(config), tokenizer, configured())[0]
     needed = dataset.lengths.sum(1) + dataset.encoder.n_template_tokens + 1
-    assert run.config.max_length == numpy.ceil(numpy.percentile(needed, 95))
+    share = numpy.ceil(numpy.percentile(needed, 95))
+    assert run.config.max_length == (512 if least == 512 else share)
+    assert 8 < share < 512
     assert run.sft_config["max_length"] == run.sft_config["training"]["max_length"] == run.config.max_length
     assert run.sft_config["training"]["target_modules"] == ["all-linear"]
 

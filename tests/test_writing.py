@@ -358,7 +358,7 @@ def test_each_way_has_its_own_fingerprint(adapter):
     notes = [Note(1, "1", "Fever.")]
     ways = [("free", False), ("quote", False), ("verified", False), ("quote", True), ("verified", True)]
     made = [
-        fingerprint(InferenceConfig(writing=way, citations=citations), sft_config, notes)
+        fingerprint(InferenceConfig(writing=way, citations=citations), sft_config, notes, "1")
         for way, citations in ways
     ]
     for one in made:
@@ -366,8 +366,9 @@ def test_each_way_has_its_own_fingerprint(adapter):
             if one is not other:
                 with pytest.raises(InputError, match="was written with a different"):
                     check_fingerprint(Path("out.jsonl"), one, other, "")
-    # Records from before there were other ways
-    check_fingerprint(Path("out.jsonl"), {k: v for k, v in made[0].items() if v is not None}, made[0], "")
+    other = fingerprint(InferenceConfig(writing="free"), sft_config, notes, "2")
+    with pytest.raises(InputError, match="different toolkit"):
+        check_fingerprint(Path("out.jsonl"), made[0], other, "")
 
 
 def test_specialists_of_evidence_rows_always_cite(adapter, tmp_path):

@@ -174,6 +174,7 @@ class Bound(NamedTuple):
         return f"{'at least' if MEASURES[self.name].better > 0 else 'at most'} {self.limit * 100:g}"
 
 
+_FEWEST_NOTES = 20  # that never fail: still up to 3 / 20 might (rule of three)
 _LARGER = "use a larger base, more rows or all linear layers; or the note's own sentences (--writing quote)"
 _QUOTED = Bound("coverage", 0.5)  # where no chosen sentences say what the note's own words would cover
 QUESTIONS = (
@@ -203,10 +204,14 @@ def answer_questions(found: Mapping[str, dict], system: str) -> list[dict]:
     return answers
 
 
-def verdict(answers: Sequence[Mapping]) -> str:
+def verdict(answers: Sequence[Mapping], of: Mapping[str, dict], n_notes: int) -> str:
+    """What the answers about a system with these figures, on so many notes, mean for Stage B."""
+    own_share = of.get("own_share", {}).get("value")
+    if own_share == 0 or ("flagged" in of and "rewritten" not in of):
+        return "Nothing is in the model's own words: nothing for Stage B to correct. Judge what is left out (--blind_sheet)."
     failed = [answer for answer in answers if answer["passed"] is False]
     if failed:
         return f"Do not go on to Stage B yet: {failed[-1]['advice']}."
-    if any(answer["passed"] is None for answer in answers):
+    if n_notes < _FEWEST_NOTES or any(answer["passed"] is None for answer in answers):
         return "Not shown yet: evaluate more rows, with all systems, before going on."
     return "Go on to Stage B, once a blind reading (--blind_sheet) has confirmed it: the check does not see every error."

@@ -87,14 +87,15 @@ def import_libraries() -> None:
         import sft.model.adapter  # noqa: F401
 
 
-def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note]) -> dict:
-    """What two runs must share for their files of summaries to be the same: hashes and settings, no text."""
+def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note], toolkit: str) -> dict:
+    """What two runs must share for their files of summaries to be the same: hashes, settings and the version
+    of the toolkit, no text."""
     of_all = {
+        "toolkit": toolkit,
         "input_file or columns": notes_digest(notes),
         "adapter": sft_config["sha256"]["folder"],
-        # As older records lack them
-        "writing": None if config.writing == "free" else config.writing,
-        "citations": config.citations or None,
+        "writing": config.writing,
+        "citations": config.citations,
         "max_risk": config.max_risk,
         "review_file": config.review_file,
     }

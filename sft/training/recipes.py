@@ -13,7 +13,7 @@ from sft.model.folder import read_adapter_folder
 from sft.option_fields import default_of, given_names, parse_options
 from sft.options import DEFAULT_MAX_LENGTH, TrainConfig
 
-FROM_DATA = 0  # as max_length: what 95 % of the training rows need, within the model's window
+FROM_DATA = 0  # as max_length: what 95 % of the training rows need, see set_up.typical_length
 PRESETS = {
     "documents": {
         "num_epochs": 2,

@@ -30,7 +30,7 @@ from sft.model.adapter import add_lora, load_adapter_weights, set_gradient_check
 from sft.model.folder import read_sft_config
 from sft.model.kernels import use_frozen_kernels
 from sft.model.probes import enable_packing, is_untrained, longest_shared
-from sft.options import MAY_CHANGE, TrainConfig, quantization_of
+from sft.options import DEFAULT_MAX_LENGTH, MAY_CHANGE, TrainConfig, quantization_of
 from sft.training.parts import Learned, learn_writing
 from sft.training.recipes import FROM_DATA, sha256_of_files
 from sft.training.run import Plan, Run, TrainingProgress
@@ -154,15 +154,16 @@ def load_prompt(config: TrainConfig, base_folder: Path, source: Path | None) -> 
 
 
 def typical_length(config: TrainConfig, rows, tokenizer, template, window: float) -> int:
-    """The --max_length that holds 95 % of the training rows whole, within the model's window."""
+    """The --max_length that holds 95 % of the training rows whole, the default at least, within the model's
+    window."""
     whole = replace(config, max_length=int(min(window, 2**20)))
     # A copy, since the choice of one of several chat templates is for once
     train_set, _ = load_datasets(rows, copy.copy(tokenizer), whole, template=template)
     n_end_token = 1
     needed = train_set.lengths.sum(1) + train_set.encoder.n_template_tokens + n_end_token
-    length = int(min(window, np.ceil(np.percentile(needed, 95))))
+    length = int(min(window, max(DEFAULT_MAX_LENGTH, np.ceil(np.percentile(needed, 95)))))
     if on_main_process():
-        log(f"Longest row: {length} tokens, which hold 95 % of the training rows whole")
+        log(f"Longest row: {length} tokens, which hold at least 95 % of the training rows whole")
     return length
 
 
