@@ -14,8 +14,10 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# Before torch, which reads what this package sets in the environment
+from sft.cli import log
 
 SETTINGS = {
     "libgomp's own": {"GOMP_SPINCOUNT": "300000"},
@@ -91,7 +93,7 @@ def main() -> None:
                 seconds[name] = min(seconds[name], measured_beside(n_neighbors, setting))
         for name, value in seconds.items():
             ratio = value / seconds["this toolkit's"]
-            print(f"{n_neighbors} busy, {name}: {value:.2f} s/step, {ratio:.2f} x this toolkit's", flush=True)
+            log(f"{n_neighbors} busy, {name}: {value:.2f} s/step, {ratio:.2f} x this toolkit's")
 
 
 if __name__ == "__main__":
