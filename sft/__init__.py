@@ -34,8 +34,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # A thread of libgomp's that is done turns 300,000 times, waiting for the others, before it gives up its core.
-# 10,000 are as fast on a quiet machine, and three times as fast beside one busy program
-# (benchmarks/busy_neighbor.py).
+# 10,000 are as fast on a quiet machine, and 1.6 to 3 times as fast beside one busy program
+# (docs/measured.md).
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
