@@ -259,6 +259,9 @@ def work(name: str, options: argparse.Namespace, **changes) -> dict:
         if value is not None:
             command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
     environment = os.environ | {"OMP_NUM_THREADS": n_threads(), "HF_HUB_OFFLINE": "1"}
+    # This toolkit's own setting (sft/__init__.py) is not for the others: they wait as libgomp does by itself
+    if name != "toolkit":
+        environment["GOMP_SPINCOUNT"] = "300000"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
