@@ -10,7 +10,6 @@ stay in models/numbers. A figure's place in a document is between <!-- numbers: 
 import argparse
 import json
 import os
-import platform
 import re
 import shutil
 import statistics
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from sft.cli import log
 from sft.files import ROOT, write_atomic
+from sft.model.kernels import cpu_name
 from sft.training.recipes import PRESETS
 
 NUMBERS = ROOT / "docs" / "numbers.json"
@@ -38,7 +38,7 @@ MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog"
 N_MTS_ROWS = 200
 N_MTS_TEST_NOTES = 42  # as many as phase1_data has
 VERSIONS = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
-MACHINE = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {', '.join(VERSIONS)}"
+MACHINE = f"{cpu_name()}, {os.cpu_count()} cores, {', '.join(VERSIONS)}"
 FIGURES = "clean rewritten check_score coverage own_share rougeL loss copied".split()
 
 

@@ -274,6 +274,8 @@ def n_threads() -> str:
 
 def compare(options: argparse.Namespace, shape: str) -> dict:
     """All peers on the rows of one shape, alternating."""
+    from sft.model.kernels import cpu_name
+
     with tempfile.TemporaryDirectory() as folder:
         n_rows = (options.n_rows or DEFAULT_N_ROWS[shape]) + BATCH_SIZE
         settings = {"rows": [shape], "n_rows": n_rows, "train_csv": str(Path(folder) / "rows.csv")}
@@ -306,7 +308,7 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
         "runs": runs,
         "command": " ".join(["python", "benchmarks/training_throughput.py", *sys.argv[1:]]),
         "alternations": options.alternations,
-        "machine": f"{platform.processor() or platform.machine()}, {options.device}, {n_threads()} threads",
+        "machine": f"{cpu_name()}, {options.device}, {n_threads()} threads",
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
     }
 
