@@ -281,7 +281,7 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
         settings = {"rows": [shape], "n_rows": n_rows, "train_csv": str(Path(folder) / "rows.csv")}
         counts = work("write_rows", options, **settings)
         log(f"{shape}: {counts['n_rows']} rows, {counts['n_tokens']:,} tokens")
-        names = list(LABELS)
+        names = options.peers
         runs = {name: [] for name in names}
         losses = {}
         for name in names:
@@ -297,7 +297,7 @@ def compare(options: argparse.Namespace, shape: str) -> dict:
                 )
             if runs["toolkit"][-1]["n_tokens"] != counts["n_tokens"]:
                 sys.exit("this toolkit's steps took other rows than the peers' steps")
-            best = min(TRL_TUNED, key=lambda name: runs[name][0]["seconds"])
+            best = min(TRL_TUNED.keys() & runs, key=lambda name: runs[name][0]["seconds"])
             names = [name for name in names if name == best or name not in TRL_TUNED]
     packages = ("torch", "transformers", "peft", "accelerate", "trl")
     return {
@@ -361,6 +361,9 @@ def main() -> None:
         "--n_rows", type=int, help="rows timed, besides the warm-up's 8; best a multiple of 8"
     )
     parser.add_argument("--alternations", type=int, default=3, help="turns of all peers")
+    parser.add_argument(
+        "--peers", nargs="+", choices=LABELS, default=list(LABELS), help="TRL and a setting of it"
+    )
     parser.add_argument("--target_modules", nargs="+", default=["q_proj", "v_proj"], help="or all-linear")
     parser.add_argument("--lora_dropout", type=float, default=0.05, help="in the timed turns")
     parser.add_argument("--model_name", default="smollm2-135m-instruct", help="base model")
