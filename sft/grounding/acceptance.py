@@ -134,30 +134,37 @@ def clauses_keep_their_heads(traced: _Traced) -> str:
 
 
 def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
-    """What is left out may not limit what stays: a denial, a doubt, a side, an end, a setting."""
+    """What is left out may not limit what stays. Of a sentence that stays, only another finding, a value or
+    what somebody is doing may go."""
     kept = set(traced.kept)
     sentences = {traced.clauses[number].sentence for number in kept}
+    scopes = {clause.sentence for clause in traced.clauses if clause.words & SCOPES}
     for number, clause in enumerate(traced.clauses):
-        is_split = clause.sentence in sentences
-        guards = clause.words & (of.GUARDS if is_split else WORDS["undone"])
-        if number in kept or (not guards and (not is_split or clause.label)):
+        guards = clause.words & of.GUARDS
+        if number in kept or (not guards and (clause.sentence not in sentences or clause.label)):
             continue
-        if guards:
-            return f"leaves out '{min(guards)}'"
-        first, gap = traced.source.content[clause.first], set(traced.source.gaps[clause.first])
-        follows = number - 1 in kept
-        # "In pregnancy, BP 160/90"
-        is_setting = number + 1 in kept and (gap & {"in", "on", "at"} or first in WORDS["prepositions"])
-        # "If febrile and neutropenic", "no rash with fever"
-        is_in_reach = follows and traced.clauses[number - 1].words & SCOPES
-        # "Lipids and prolactin sent": the end may belong to both
-        is_shared = follows and clause.leans and gap == {"and"} and clause.last - clause.first > 1
-        # "Warfarin 5 mg Monday, 3 mg Tuesday"
-        is_value = follows and first[0].isdigit() and gap.isdisjoint(("of", "("))
-        has_year = any(re.fullmatch(r"(?:19|20)\d\d", word) for word in clause.words)
-        if is_setting or is_in_reach or is_shared or is_value or has_year:
-            return f"leaves out '{first}', which belongs to what stays"
+        words = traced.source.content[clause.first : clause.last]
+        gap = set(traced.source.gaps[clause.first])
+        is_degree = words[0][0].isdigit() and not gap.isdisjoint(("of", "("))
+        is_finding = of.CONDITION.fullmatch(words[-1]) and gap.isdisjoint({"with", "in", "on", "at"})
+        is_value = not clause.leans and any(word[0].isdigit() for word in words[1:]) and not gap & of.PLACES
+        may_go = is_degree or is_finding or is_value or words[0].endswith("ing")
+        has_year = any(re.fullmatch(r"(?:19|20)\d\d", word) for word in words)
+        if guards or has_year or not may_go or clause.sentence in scopes:
+            return f"leaves out '{min(guards, default=words[0])}', which belongs to what stays"
     return ""
+
+
+def events_keep_their_order(traced: _Traced) -> str:
+    """What happened or was done first is told first."""
+    content = traced.source.content
+    events = [
+        number
+        for number in traced.kept
+        for word in content[traced.clauses[number].first : traced.clauses[number].last]
+        if of.PARTICIPLE.fullmatch(word) or word in WORDS["own verbs"]
+    ]
+    return "" if events == sorted(events) else "tells events in another order"
 
 
 def labels_stay_labels(traced: _Traced) -> str:
@@ -314,6 +321,7 @@ def man_or_woman_as_the_note_has_it(traced: _Traced) -> str:
 RULES = (
     clauses_keep_their_heads,
     nothing_that_changes_it_is_dropped,
+    events_keep_their_order,
     labels_stay_labels,
     questions_stay_questions,
     it_reads_as_a_sentence,

@@ -42,7 +42,7 @@ WORDS["undone"] |= CONDITIONS
 OTHERS = WORDS["others"] | frozenset(KIN) | frozenset(GENERAL_KIN)
 # A denial, doubt or condition reaches over what follows; without any of the guards, what stays would say more
 SCOPES = WORDS["scopes"] | HEDGES | CONDITIONS
-GUARDS = SCOPES | OTHERS | WORDS["undone"] | WORDS["limits"]
+GUARDS = SCOPES | OTHERS | WORDS["undone"] | WORDS["limits"] | WORDS["future"]
 GUARDS |= set(map(key, GUARDS))
 BREAKS = frozenset(", ; : . ( ) - – — / ! ? \n".split(" "))
 AUXILIARY = WORDS["be"] | WORDS["have"]
