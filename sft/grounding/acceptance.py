@@ -24,6 +24,15 @@ _OPENING = re.compile(
 )
 _SUBJECT = WORDS["subject"]
 _ANEW = frozenset((";", ".", "but")) | _SUBJECT | AUXILIARY
+# The light words and marks before a word, in the order of English: ", and the patient has also had a"
+_GAP = re.compile(
+    r"(?:[^\w ] )*(?:(?:and|but|with|who|which) )?(?:[^\w ] )*"
+    r"(?:(?:(?:the|his|her|their) )?(?:patients?|pt) |(?:he|she|they|there) )?"
+    r"(?:also )?(?:(?:is|are|was|were|(?:has|have|had)(?: been| had)?|reports?|reported|complains|present(?:s|ed|ing)|stated?s?) )?"
+    r"(?:(?:also|of|in|on|at|with) )?(?:(?:an?|the|his|her|their) )?(?:[^\w ] )*"
+)
+# Of these a gap may have what the note has there
+_KEPT = frozenset("still currently also while although though however".split())
 _STARTS = WORDS["articles"] | _SUBJECT | frozenset('there his her their ( " “'.split())
 
 
@@ -207,16 +216,49 @@ def it_reads_as_a_sentence(traced: _Traced) -> str:
     gaps = traced.written.gaps
     if not _STARTS.issuperset(gaps[0][:1]) or any(word in of.FREE or word in ",;:" for word in gaps[-1]):
         return "begins or ends in the middle"
-    if any(one == two and one.isalpha() for gap in gaps for one, two in pairwise(gap)):
-        return "says a word twice"
-    if any(sum(word in _SUBJECT for word in gap) > 1 for gap in gaps):
-        return "names two at once"
     for step in traced.steps[1:]:
         is_date = MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
         changed = ((step.old - step.new) | (step.added - {"of"})) & of.PLACES
         if (changed and not is_date) or (step.added & _SUBJECT and not step.begins):
             return "small words changed inside a clause"
     return ""
+
+
+def small_words_stand_where_they_can(traced: _Traced) -> str:
+    """No "a she", "no was signs", "75 was mg", "there is TIVA"; "with" stays, and what goes on is not added."""
+    gaps = zip(traced.steps, (traced.source.gaps[step.index] for step in traced.steps), traced.written.gaps, strict=False)
+    has_verb = False
+    for step, old, new in gaps:
+        has_verb = bool(AUXILIARY & set(old)) or (has_verb and not step.begins)
+        if old == new:
+            continue
+        is_lost = "with" in step.old - step.new and step.new.isdisjoint(WORDS["have"])
+        if is_lost or not _GAP.fullmatch("".join(f"{word} " for word in new if word not in step.old & _KEPT)):
+            return "small words that do not go together"
+        if step.added & WORDS["articles"] and new[-1] in WORDS["articles"] and step.word in of.NO_NOUNS:
+            return f"an article before '{step.word}'"
+        if step.added & WORDS["be"] and not _can_be(traced, step, has_verb):
+            return f"a verb before '{step.word}'"
+        has_verb = has_verb or bool(AUXILIARY & step.new)
+    return ""
+
+
+def _can_be(traced: _Traced, step: _Step, has_verb: bool) -> bool:
+    """Whether "is" or "was" may be added before a word: "the wound is dry", "there is no pain"."""
+    content = traced.source.content
+    last = content[step.clause.last - 1]
+    is_said = bool(of.PREDICATE.fullmatch(step.word) or of.STATE.fullmatch(step.word))
+    if "there" in step.new:
+        is_thing = is_said and not of.PREDICATE.fullmatch(last)
+        return is_thing or step.word in SCOPES | WORDS["prepositions"] or bool(of.CONDITION.fullmatch(last))
+    if step.begins and step.index:
+        is_of_patient = is_said and step.new & {"and", "but"} and _SUBJECT & set(traced.written.gaps[0])
+        return bool(step.new & _SUBJECT or traced.clauses[step.number - 1].label or is_of_patient)
+    is_date = MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
+    is_said = is_said or is_date or (step.word[0].isdigit() and ":" not in step.word)
+    is_said = is_said or bool(step.new & of.PLACES) or step.word in WORDS["prepositions"]
+    before = content[step.index - 1] if step.index else ""
+    return is_said and not has_verb and before not in SCOPES | WORDS["prepositions"]
 
 
 def clauses_stay_apart(traced: _Traced) -> str:
@@ -325,6 +367,7 @@ RULES = (
     labels_stay_labels,
     questions_stay_questions,
     it_reads_as_a_sentence,
+    small_words_stand_where_they_can,
     clauses_stay_apart,
     denials_and_doubts_keep_their_reach,
     verbs_keep_their_time,

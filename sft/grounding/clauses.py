@@ -50,8 +50,17 @@ PARTING = WORDS["joiners"] | WORDS["have"] | BREAKS
 PLACES = frozenset("of in on at".split())
 FREE = AUXILIARY.union(*(WORDS[name] for name in ("articles", "subject", "report", "joiners", "light")))
 _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
+# What no article stands before
+NO_NOUNS = SCOPES.union(
+    "i my we our it both all any".split(), *(WORDS[name] for name in ("commands", "prepositions", "subject", "light"))
+)
 PARTICIPLE = re.compile(
     r"\w+ed|given|taken|seen|done|sent|held|told|found|shown|known|put|kept|begun|driven|drawn"
+)
+# What may be said with "is" or "was"
+PREDICATE = re.compile(
+    r"\w+(?:ed|en|ly|ing|ive|al|ous|ic|ful|less|[ai]ble|ent|ant|ular|tory|ary)|clear|clean|dry|wet|better|worse|aware|soft|firm|raised|high|low|"
+    r"up|down|poor|good|fair|mild|severe|equal|alert|well|due|warm|cold|pink|tender|not|now|very|done|gone|held|sent"
 )
 # What a patient can have, and what a patient can be; else a part without a verb may be a thing or an order
 CONDITION = re.compile(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 # Short forms of any note, and what a summary may say for each; what has two meanings is not here
 _TABLE = """
-pt=patient|hx=history|dx=diagnosis|bp=blood pressure|hr=heart rate|rr=respiratory rate|temp=temperature|htn=hypertension
+pt=patient|hx=history|dx=diagnosis|bp=blood pressure|rr=respiratory rate|temp=temperature|htn=hypertension
 c/o=complains of,complaining of,reports|sob=shortness of breath|cxr=chest x-ray,chest radiograph|abx=antibiotics
 bd bid=twice daily,twice a day|tds tid=three times daily,three times a day|qds qid=four times daily,four times a day
 prn=as needed|iv=intravenous,intravenously|po=by mouth,orally,oral|f/u=follow-up
@@ -30,6 +30,10 @@ _SPELLED_OUT = [
         (r"(?<![\d/])(?<!\d )\bR\b(?!/)|\bRt\b", "right"),
         (r"(?<![\d/])(?<!\d )\bL\b(?!/)|\bLt\b", "left"),
         (r"(?<=[a-z]\s)A\b", "typea"),
+        (r"(?<=\w )May\b|\bMay(?= \d)", "monthmay"),
+        (r"\bHR\b", "heart rate"),
+        # Prothrombin time or physical therapy, hepatic encephalopathy
+        (r"\b(PT|HE|IS|AT|WHO|HIS)\b", r"\1s"),
         (r"\?\s?(?=\w)", " possible "),
         (r"-{1,2}>|→|(?<=\d)\s?[-–]\s?(?=\d)", " to "),
         (r"(?<=\w)[-–](?=[^\W\d])", " "),
