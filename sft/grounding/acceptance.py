@@ -26,13 +26,16 @@ _SUBJECT = WORDS["subject"]
 _ANEW = frozenset((";", ".", "but")) | _SUBJECT | AUXILIARY
 # The light words and marks before a word, in the order of English: ", and the patient has also had a"
 _GAP = re.compile(
-    r"(?:[^\w ] )*(?:(?:and|but|with|who|which) )?(?:[^\w ] )*"
-    r"(?:(?:(?:the|his|her|their) )?(?:patients?|pt) |(?:he|she|they|there) )?"
+    r"(?:[^\w ] )*(?:(?:and|but|who|which) )?(?:[^\w ] )*"
+    r"(?:(?:the )?(?:patients?|pt) |(?:he|she|they|there) )?"
     r"(?:also )?(?:(?:is|are|was|were|(?:has|have|had)(?: been| had)?|reports?|reported|complains|present(?:s|ed|ing)|stated?s?) )?"
-    r"(?:(?:also|of|in|on|at|with) )?(?:(?:an?|the|his|her|their) )?(?:[^\w ] )*"
+    r"(?:(?:also|of|in|on|at|with) )?(?:(?:an?|the|his|her) )?(?:[^\w ] )*"
 )
 # Of these a gap may have what the note has there
-_KEPT = frozenset("still currently also while although though however".split())
+_KEPT = frozenset("still currently also while although though however their".split())
+_TWO_VERBS = re.compile(
+    r"(?i)\b(?:is|are|was|were|has|have|had|reports?|there|the|an?) (?:deni|endors)e[sd]\b"
+)
 _STARTS = WORDS["articles"] | _SUBJECT | frozenset('there his her their ( " “'.split())
 
 
@@ -157,7 +160,7 @@ def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
         is_degree = words[0][0].isdigit() and not gap.isdisjoint(("of", "("))
         is_finding = of.CONDITION.fullmatch(words[-1]) and gap.isdisjoint({"with", "in", "on", "at"})
         is_value = not clause.leans and any(word[0].isdigit() for word in words[1:]) and not gap & of.PLACES
-        may_go = is_degree or is_finding or is_value or words[0].endswith("ing")
+        may_go = is_degree or is_finding or is_value or (words[0].endswith("ing") and gap <= BREAKS | {"and"})
         has_year = any(re.fullmatch(r"(?:19|20)\d\d", word) for word in words)
         if guards or has_year or not may_go or clause.sentence in scopes:
             return f"leaves out '{min(guards, default=words[0])}', which belongs to what stays"
@@ -216,36 +219,68 @@ def it_reads_as_a_sentence(traced: _Traced) -> str:
     gaps = traced.written.gaps
     if not _STARTS.issuperset(gaps[0][:1]) or any(word in of.FREE or word in ",;:" for word in gaps[-1]):
         return "begins or ends in the middle"
-    for step in traced.steps[1:]:
+    if _TWO_VERBS.search(traced.written.text):
+        return "two verbs in a row"
+    for step in traced.steps:
         is_date = MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
         changed = ((step.old - step.new) | (step.added - {"of"})) & of.PLACES
-        if (changed and not is_date) or (step.added & _SUBJECT and not step.begins):
+        if (changed and not is_date) or (step.index and step.added & _SUBJECT and not step.begins):
             return "small words changed inside a clause"
     return ""
 
 
 def small_words_stand_where_they_can(traced: _Traced) -> str:
-    """No "a she", "no was signs", "75 was mg", "there is TIVA"; "with" stays, and what goes on is not added."""
-    gaps = zip(traced.steps, (traced.source.gaps[step.index] for step in traced.steps), traced.written.gaps, strict=False)
-    has_verb = False
-    for step, old, new in gaps:
-        has_verb = bool(AUXILIARY & set(old)) or (has_verb and not step.begins)
+    """No "a she", "with vomited", "75 was mg"; "with" and "has been" stay, and what goes on is not added."""
+    for step, new in zip(traced.steps, traced.written.gaps, strict=False):
+        old = traced.source.gaps[step.index]
         if old == new:
             continue
-        is_lost = "with" in step.old - step.new and step.new.isdisjoint(WORDS["have"])
-        if is_lost or not _GAP.fullmatch("".join(f"{word} " for word in new if word not in step.old & _KEPT)):
+        verbs = [[word in WORDS["be"] for word in gap if word in AUXILIARY] for gap in (old, new)]
+        is_lost = {"with", "while"} & step.old - step.new and step.new.isdisjoint(WORDS["have"])
+        is_with = "with" in step.added and ("and" in step.old or not _can_be_with(step))
+        is_of = "of" in step.added and (step.old & BREAKS or not _is_amount(traced, step))
+        is_his = step.added & {"his", "her"} and not step.begins
+        is_label = step.index and ":" in step.added and not traced.clauses[step.number - 1].label
+        words = "".join(f"{word} " for word in new if word not in step.old & _KEPT)
+        if is_lost or is_with or is_of or is_his or is_label or not _GAP.fullmatch(words):
             return "small words that do not go together"
-        if step.added & WORDS["articles"] and new[-1] in WORDS["articles"] and step.word in of.NO_NOUNS:
-            return f"an article before '{step.word}'"
-        if step.added & WORDS["be"] and not _can_be(traced, step, has_verb):
+        if (verbs[0] and verbs[0] != verbs[1]) or (step.added & WORDS["be"] and not _can_be(traced, step)):
             return f"a verb before '{step.word}'"
-        has_verb = has_verb or bool(AUXILIARY & step.new)
+        if (
+            step.added & WORDS["articles"]
+            and new[-1] in WORDS["articles"]
+            and not _can_be_named(traced, step)
+        ):
+            return f"an article before '{step.word}'"
     return ""
 
 
-def _can_be(traced: _Traced, step: _Step, has_verb: bool) -> bool:
+def _is_amount(traced: _Traced, step: _Step) -> bool:
+    """ "2 weeks of pain", "a shift of 4 mm", "weakness of the left arm"."""
+    before = traced.source.content[step.index - 1] if step.index else ""
+    return before in WORDS["times"] or step.word[0].isdigit() or step.word in ("left", "right")
+
+
+def _can_be_with(step: _Step) -> bool:
+    is_verb = bool(of.PARTICIPLE.fullmatch(step.word)) or step.word in WORDS["own verbs"]
+    is_noun = not is_verb and step.word not in WORDS["prepositions"] | SCOPES - {"no"}
+    return step.begins and step.index > 0 and is_noun
+
+
+def _can_be_named(traced: _Traced, step: _Step) -> bool:
+    """Whether an article may be added before a word."""
+    following = traced.source.content[step.index + 1 : step.clause.last][:1]
+    is_said = bool(of.PREDICATE.fullmatch(step.word)) and not WORDS["prepositions"].isdisjoint(following)
+    is_verb = bool(of.PARTICIPLE.fullmatch(step.word)) or step.word.endswith("ly")
+    return step.word not in of.NO_NOUNS and not (is_said or is_verb)
+
+
+def _can_be(traced: _Traced, step: _Step) -> bool:
     """Whether "is" or "was" may be added before a word: "the wound is dry", "there is no pain"."""
     content = traced.source.content
+    gaps = traced.source.gaps[step.clause.first + step.begins : step.clause.last]
+    if any(word in AUXILIARY for gap in gaps for word in gap):
+        return False
     last = content[step.clause.last - 1]
     is_said = bool(of.PREDICATE.fullmatch(step.word) or of.STATE.fullmatch(step.word))
     if "there" in step.new:
@@ -256,9 +291,9 @@ def _can_be(traced: _Traced, step: _Step, has_verb: bool) -> bool:
         return bool(step.new & _SUBJECT or traced.clauses[step.number - 1].label or is_of_patient)
     is_date = MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
     is_said = is_said or is_date or (step.word[0].isdigit() and ":" not in step.word)
-    is_said = is_said or bool(step.new & of.PLACES) or step.word in WORDS["prepositions"]
+    is_said = is_said or bool(step.new & of.PLACES - {"of"}) or step.word in WORDS["prepositions"]
     before = content[step.index - 1] if step.index else ""
-    return is_said and not has_verb and before not in SCOPES | WORDS["prepositions"]
+    return is_said and before not in SCOPES | WORDS["prepositions"]
 
 
 def clauses_stay_apart(traced: _Traced) -> str:
@@ -268,7 +303,7 @@ def clauses_stay_apart(traced: _Traced) -> str:
     for step in traced.steps:
         named = before is not None and "yearold" in traced.clauses[before].words
         is_of_patient = is_of_patient or named
-        can_have = step.new & _SUBJECT or step.old & (WORDS["report"] | WORDS["have"]) or named
+        can_have = step.added & _SUBJECT or step.old & (WORDS["report"] | WORDS["have"]) or named
         can_have = can_have or (is_of_patient and step.added & {"and", ","})
         if (step.added & WORDS["have"] and not can_have) or (step.added & {"who", "which"} and not named):
             return "has one thing have or be another"
@@ -338,7 +373,7 @@ def only_a_condition_is_the_patients(traced: _Traced) -> str:
     content, gaps = traced.source.content, traced.source.gaps
     ends = of.PLACES | WORDS["prepositions"] | {"with"}
     for step in traced.steps:
-        if not (step.added & _SUBJECT and step.added & AUXILIARY):
+        if not (step.added & _SUBJECT and step.added & (AUXILIARY | WORDS["report"])):
             continue
         last = step.index + 1
         while last < step.clause.last and not ends & {content[last], *gaps[last]}:

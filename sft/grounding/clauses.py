@@ -23,12 +23,12 @@ report: report reports reported complains presents presented presenting states s
 joiners: and but with who which while although though however
 light: his her their of in on at there also still currently " “ ” ‘ ’ *
 others: i me my mine we us our you your donor donors recipient relative relatives please kindly dr doctor doctors gp gps nurse nurses surgeon surgeons consultant team teams midwife physio therapist paramedic paramedics baby twin staff pharmacist dietitian radiologist oncologist cardiologist neurologist colleague
-scopes: no not never neither cannot
+scopes: no not never neither cannot between both either
 undone: but although though however except while when once stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned
 limits: none nor neg absent negative unlikely left right both bilaterally family ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse yesterday
 future: will plan planned tomorrow tonight due await awaiting awaited pending book booked to should would may might if once when aim target next request requested consider considered repeat
 commands: start stop continue increase reduce refer review return recheck order follow hold avoid switch arrange obtain perform proceed schedule give take check monitor keep remove send ring call discuss restart discharge admit add change commence complete wean transfer use for
-prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times
+prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times off out
 leaning: last largest maximum not now then later previously recently never subsequently again but although though however except while once
 own verbs: fell took drank woke tested developed collapsed vomited complained improved remained recovered noticed responded fainted tripped tolerated settled deteriorated survived slipped
 ahead: in at after every within
@@ -52,7 +52,8 @@ FREE = AUXILIARY.union(*(WORDS[name] for name in ("articles", "subject", "report
 _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
 # What no article stands before
 NO_NOUNS = SCOPES.union(
-    "i my we our it both all any".split(), *(WORDS[name] for name in ("commands", "prepositions", "subject", "light"))
+    "i my we our it this that these those all any today".split(),
+    *(WORDS[name] for name in ("commands", "prepositions", "subject", "light")),
 )
 PARTICIPLE = re.compile(
     r"\w+ed|given|taken|seen|done|sent|held|told|found|shown|known|put|kept|begun|driven|drawn"
@@ -82,6 +83,7 @@ class Reading:
     """The content words of a text as keys, and the light words and marks before each and after the last."""
 
     def __init__(self, text: str, free: frozenset[str]):
+        self.text = text
         self.words: list[str] = []
         self.content: list[str] = []
         self.gaps: list[list[str]] = [[]]
