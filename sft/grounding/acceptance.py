@@ -230,69 +230,61 @@ def it_reads_as_a_sentence(traced: _Traced) -> str:
 
 
 def small_words_stand_where_they_can(traced: _Traced) -> str:
-    """No "a she", "with vomited", "75 was mg"; "with" and "has been" stay, and what goes on is not added."""
+    """No "with vomited", "a shift, of 4 mm", "walked but driving"; no "still" that the note lacks."""
+    content = traced.source.content
     for step, new in zip(traced.steps, traced.written.gaps, strict=False):
-        old = traced.source.gaps[step.index]
-        if old == new:
+        if new == traced.source.gaps[step.index]:
             continue
-        verbs = [[word in WORDS["be"] for word in gap if word in AUXILIARY] for gap in (old, new)]
-        is_lost = {"with", "while"} & step.old - step.new and step.new.isdisjoint(WORDS["have"])
-        is_with = "with" in step.added and ("and" in step.old or not _can_be_with(step))
-        is_of = "of" in step.added and (step.old & BREAKS or not _is_amount(traced, step))
-        is_his = step.added & {"his", "her"} and not step.begins
-        is_label = step.index and ":" in step.added and not traced.clauses[step.number - 1].label
-        words = "".join(f"{word} " for word in new if word not in step.old & _KEPT)
-        if is_lost or is_with or is_of or is_his or is_label or not _GAP.fullmatch(words):
-            return "small words that do not go together"
-        if (verbs[0] and verbs[0] != verbs[1]) or (step.added & WORDS["be"] and not _can_be(traced, step)):
-            return f"a verb before '{step.word}'"
+        before = content[step.index - 1] if step.index else ""
+        is_verb = of.PARTICIPLE.fullmatch(step.word) or step.word in WORDS["own verbs"]
+        no_with = is_verb or not step.begins or not step.index or "and" in step.old
+        no_with = no_with or step.word in WORDS["prepositions"] | SCOPES - {"no"}
+        # "2 weeks of pain", "shift of 4 mm", "weakness of the left arm"
+        can_have_of = before in WORDS["times"] or step.word[0].isdigit() or step.word in ("left", "right")
         if (
-            step.added & WORDS["articles"]
-            and new[-1] in WORDS["articles"]
-            and not _can_be_named(traced, step)
+            ({"with", "while"} & step.old - step.new and step.new.isdisjoint(WORDS["have"]))
+            or ("with" in step.added and no_with)
+            or ("of" in step.added and (step.old & BREAKS or not can_have_of))
+            or (step.added & {"his", "her"} and not step.begins)
+            or (step.index and ":" in step.added and not traced.clauses[step.number - 1].label)
+            or not _GAP.fullmatch("".join(f"{word} " for word in new if word not in step.old & _KEPT))
         ):
+            return f"small words that do not go together before '{step.word}'"
+        has_article = step.added & WORDS["articles"] and new[-1] in WORDS["articles"]
+        is_said = of.PREDICATE.fullmatch(step.word) and not WORDS["prepositions"].isdisjoint(
+            content[step.index + 1 : step.clause.last][:1]
+        )
+        if has_article and (is_verb or is_said or step.word in of.NO_NOUNS or step.word.endswith("ly")):
             return f"an article before '{step.word}'"
     return ""
 
 
-def _is_amount(traced: _Traced, step: _Step) -> bool:
-    """ "2 weeks of pain", "a shift of 4 mm", "weakness of the left arm"."""
-    before = traced.source.content[step.index - 1] if step.index else ""
-    return before in WORDS["times"] or step.word[0].isdigit() or step.word in ("left", "right")
-
-
-def _can_be_with(step: _Step) -> bool:
-    is_verb = bool(of.PARTICIPLE.fullmatch(step.word)) or step.word in WORDS["own verbs"]
-    is_noun = not is_verb and step.word not in WORDS["prepositions"] | SCOPES - {"no"}
-    return step.begins and step.index > 0 and is_noun
-
-
-def _can_be_named(traced: _Traced, step: _Step) -> bool:
-    """Whether an article may be added before a word."""
-    following = traced.source.content[step.index + 1 : step.clause.last][:1]
-    is_said = bool(of.PREDICATE.fullmatch(step.word)) and not WORDS["prepositions"].isdisjoint(following)
-    is_verb = bool(of.PARTICIPLE.fullmatch(step.word)) or step.word.endswith("ly")
-    return step.word not in of.NO_NOUNS and not (is_said or is_verb)
+def a_verb_is_added_where_there_is_none(traced: _Traced) -> str:
+    """ "The wound is dry" and "there is no pain", not "high was sugar" or "75 was mg"."""
+    verbs = {step.number for step in traced.steps if not step.begins and step.old & AUXILIARY}
+    for step in traced.steps:
+        if not step.added & WORDS["be"]:
+            continue
+        if step.number in verbs or not _can_be(traced, step):
+            return f"a verb before '{step.word}'"
+        verbs.add(step.number)
+    return ""
 
 
 def _can_be(traced: _Traced, step: _Step) -> bool:
-    """Whether "is" or "was" may be added before a word: "the wound is dry", "there is no pain"."""
+    """Whether "is" or "was" may be added before a word."""
     content = traced.source.content
-    gaps = traced.source.gaps[step.clause.first + step.begins : step.clause.last]
-    if any(word in AUXILIARY for gap in gaps for word in gap):
-        return False
-    last = content[step.clause.last - 1]
+    last, before = content[step.clause.last - 1], content[step.index - 1] if step.index else ""
     is_said = bool(of.PREDICATE.fullmatch(step.word) or of.STATE.fullmatch(step.word))
     if "there" in step.new:
-        is_thing = is_said and not of.PREDICATE.fullmatch(last)
-        return is_thing or step.word in SCOPES | WORDS["prepositions"] or bool(of.CONDITION.fullmatch(last))
+        is_thing = (is_said and not of.PREDICATE.fullmatch(last)) or of.CONDITION.fullmatch(last)
+        return bool(is_thing) or step.word in SCOPES | WORDS["prepositions"]
     if step.begins and step.index:
         is_of_patient = is_said and step.new & {"and", "but"} and _SUBJECT & set(traced.written.gaps[0])
         return bool(step.new & _SUBJECT or traced.clauses[step.number - 1].label or is_of_patient)
     is_date = MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
     is_said = is_said or is_date or (step.word[0].isdigit() and ":" not in step.word)
     is_said = is_said or bool(step.new & of.PLACES - {"of"}) or step.word in WORDS["prepositions"]
-    before = content[step.index - 1] if step.index else ""
     return is_said and before not in SCOPES | WORDS["prepositions"]
 
 
@@ -341,10 +333,11 @@ def denials_and_doubts_keep_their_reach(traced: _Traced) -> str:
 
 def verbs_keep_their_time(traced: _Traced) -> str:
     """What was is not told as what is, nor what is to be done as done or as the patient's doing."""
-    tenses = WORDS["present"] | WORDS["past"]
     for step in traced.steps:
-        was, now = step.old & tenses, step.new & tenses
-        if was and (not now or bool(was & WORDS["past"]) != bool(now & WORDS["past"])):
+        was, now = (
+            {(w in WORDS["past"], w in WORDS["be"]) for w in gap & AUXILIARY} for gap in (step.old, step.new)
+        )
+        if was and was != now:
             return "another tense than in the note"
         if step.clause.is_plan and step.added & (AUXILIARY | _SUBJECT):
             return "tells a plan as done, or as the patient's part"
@@ -403,6 +396,7 @@ RULES = (
     questions_stay_questions,
     it_reads_as_a_sentence,
     small_words_stand_where_they_can,
+    a_verb_is_added_where_there_is_none,
     clauses_stay_apart,
     denials_and_doubts_keep_their_reach,
     verbs_keep_their_time,

@@ -14,7 +14,6 @@ from sft.grounding.words import TOKEN
 
 _LISTS = """
 articles: a an the
-present: is are has have
 past: was were had
 be: is are was were be been being
 have: has have had
