@@ -279,6 +279,9 @@ def _can_be(traced: _Traced, step: _Step) -> bool:
     if "there" in step.new:
         is_thing = (is_said and not of.PREDICATE.fullmatch(last)) or of.CONDITION.fullmatch(last)
         return bool(is_thing) or step.word in SCOPES | WORDS["prepositions"]
+    if step.added & _SUBJECT:
+        # only_a_condition_is_the_patients says whether
+        return True
     if step.begins and step.index:
         is_of_patient = is_said and step.new & {"and", "but"} and _SUBJECT & set(traced.written.gaps[0])
         return bool(step.new & _SUBJECT or traced.clauses[step.number - 1].label or is_of_patient)
@@ -354,7 +357,12 @@ def who_does_and_who_is_done_to_stay(traced: _Traced) -> str:
         if not of.PARTICIPLE.fullmatch(step.word):
             continue
         is_last = step.index + 1 == step.clause.last
-        has_object = not is_last and content[step.index + 1] not in WORDS["prepositions"]
+        # "Extubated at 10:00", "admitted Monday", but "reviewed the scan"
+        has_object = (
+            not is_last
+            and content[step.index + 1] not in WORDS["prepositions"] | MARKERS.keys()
+            and of.PLACES.isdisjoint(traced.source.gaps[step.index + 1])
+        )
         becomes_passive = step.new & WORDS["be"] and not step.old & WORDS["be"]
         if becomes_passive and (has_object or step.old & _SUBJECT):
             return "active for passive"

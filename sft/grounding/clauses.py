@@ -74,7 +74,7 @@ CONDITION = re.compile(
 STATE = re.compile(
     r"\w*(?:febrile|oriented|tensive)|drowsy|alert|rousable|pregnant|unwell|fit|stable|pale|dizzy|tired|weak|thirsty|"
     r"unsteady|breathless|comfortable|anxious|confused|jaundiced|depressed|man|woman|yearold|delirious|"
-    r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred"
+    r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred|treated|warned|reassured|immuni[sz]ed|smoker|allergic|safe"
 )
 
 
@@ -157,7 +157,8 @@ def _stands_alone(content: list[str], before: Clause, is_first: bool) -> bool:
 
 def _says_plan(source: Reading, clause: Clause, content: list[str]) -> bool:
     """A command, a word for what is to come, or "at 2 and 4 weeks"."""
-    if content[0] in WORDS["commands"] or WORDS["future"] & set(content):
+    future = WORDS["future"] - ({"to"} if {"secondary", "allergic", "related"} & set(content) else set())
+    if content[0] in WORDS["commands"] or future & set(content):
         return True
     for index in range(clause.first, clause.last):
         is_time = source.content[index][0].isdigit() and WORDS["times"] & set(
