@@ -13,10 +13,9 @@ from sft.grounding.words import is_telling, word_set
 
 WEIGHT = 1.7  # of a finding that by itself flags a sentence
 _LEAD = 0.3  # by which another place must be the likelier one
-# {kind of marker: kind of finding}
+# {kind of marker: kind of finding}; opposites are "misplaced"
 _MARKERS = {
     "kin": "person",
-    "course": "misplaced",
     **dict.fromkeys(("side", "level", "aspect", "front", "reach"), "side"),
 }
 _MARKERS |= dict.fromkeys(("weekday", "order", "when", "shift", "month"), "time")
@@ -100,15 +99,20 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
         is_missed = marker in ("weekday", "month") or (marker == "side" and not note.may_hold_sides)
         is_missed |= marker == "kin" and bool(places) and not note.relative_speaks
         begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
+        stated = {value for _, value in found[begin:end] if marker.startswith("opposite")}
         for index, value in found[begin:end]:
-            same = (value, "bilateral")
-            own, lead, number = note.contest(text, index, places, lambda n: values[n] in same)  # noqa: B023
+
+            def agrees(n: int) -> bool | None:
+                """Of "raised in May, reduced now" neither speaks against the other."""
+                return True if values[n] in (value, "bilateral") else None if values[n] in stated else False  # noqa: B023
+
+            own, lead, number = note.contest(text, index, places, agrees)
             is_other = (
                 lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_missed
             )
             if is_other and value != "bilateral":
                 place = _with_noun(note.text, places[number]) if number >= 0 else None
-                yield sentence.finding(_MARKERS[marker], *_with_noun(text, index), place)
+                yield sentence.finding(_MARKERS.get(marker, "misplaced"), *_with_noun(text, index), place)
 
 
 def _with_noun(text: Text, index: int) -> tuple[int, int]:
