@@ -99,14 +99,21 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
         is_missed = marker in ("weekday", "month") or (marker == "side" and not note.may_hold_sides)
         is_missed |= marker == "kin" and bool(places) and not note.relative_speaks
         begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
+        # Of "raised in May, reduced now" neither speaks against the other
         stated = {value for _, value in found[begin:end] if marker.startswith("opposite")}
         for index, value in found[begin:end]:
-
-            def agrees(n: int) -> bool | None:
-                """Of "raised in May, reduced now" neither speaks against the other."""
-                return True if values[n] in (value, "bilateral") else None if values[n] in stated else False  # noqa: B023
-
-            own, lead, number = note.contest(text, index, places, agrees)
+            same, others = (value, "bilateral"), stated - {value}
+            # What is not started has not started
+            is_any = marker != "course" or text.denied[index]
+            own, lead, number = note.contest(
+                text,
+                index,
+                places,
+                lambda n: (
+                    (values[n] in same and (is_any or not note.text.denied[places[n]]))  # noqa: B023
+                    or (None if values[n] in others else False)  # noqa: B023
+                ),
+            )
             is_other = (
                 lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_missed
             )
