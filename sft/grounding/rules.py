@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from sft.grounding.places import NotePlaces, name_before
 from sft.grounding.quantities import Quantity
@@ -188,6 +188,20 @@ def _is_no_claim(sentence: Sentence, quantity: Quantity) -> bool:
     )
 
 
+def direction_findings(sentence: Sentence) -> Iterator[Finding]:
+    """ "From 88 to 210" where the note has "210 to 88", or "88, down from 210"."""
+    text, known = sentence.summary, sentence.note.pairs
+    steps = [
+        (index, text.words[index], text.stems[index + 1] or text.words[index + 1])
+        for index in range(sentence.first, sentence.last - 1)
+        if text.words[index] in ("from", "to")
+    ]
+    for (first, one, start), (last, other, end) in pairwise(steps):
+        is_reverse = not known.isdisjoint((("to", start), ("from", end), (end, start)))
+        if one == "from" and other == "to" and is_reverse and not {("from", start), ("to", end)} & known:
+            yield sentence.finding("misplaced", first, last + 1)
+
+
 def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
     note, text = sentence.note, sentence.summary
@@ -260,6 +274,6 @@ def drug_findings(sentence: Sentence) -> Iterator[Finding]:
 
 
 RULES = (
-    *(marker_findings, quantity_findings, polarity_findings),
+    *(marker_findings, quantity_findings, direction_findings, polarity_findings),
     *(certainty_findings, person_findings, drug_findings),
 )
