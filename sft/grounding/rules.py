@@ -12,6 +12,10 @@ from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATION
 from sft.grounding.words import is_telling, word_set
 
 WEIGHT = 1.7  # of a finding that by itself flags a sentence
+_COMING = frozenset("to will should if unless".split())
+_AHEAD = frozenset(
+    "to will should if unless once when until being for await awaits awaiting planned plan may might can could would not".split()
+)
 _LEAD = 0.3  # by which another place must be the likelier one
 # {kind of marker: kind of finding}; opposites are "misplaced"
 _MARKERS = {
@@ -248,6 +252,20 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         seen.add(hedge)
 
 
+def plan_findings(sentence: Sentence) -> Iterator[Finding]:
+    """What the note has still to come, told as done: "to assess", "will start", "if it rises"."""
+    note, text = sentence.note, sentence.summary
+    if note.is_dialogue or not _AHEAD.isdisjoint(text.words[sentence.first : sentence.last]):
+        return
+    for index in range(sentence.first, sentence.last):
+        places = note.of(text.stems[index]) if text.words[index].endswith("ed") else []
+        ahead = [
+            place for place in places if not _COMING.isdisjoint(note.text.words[max(0, place - 2) : place])
+        ]
+        if ahead and len(ahead) == len(places):
+            yield sentence.finding("certainty", index, index, (ahead[0] - 1, ahead[0]))
+
+
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
     """A relative's illness given to the patient; "he" for a woman, unless a relative was named before."""
     note, text = sentence.note, sentence.summary
@@ -275,5 +293,5 @@ def drug_findings(sentence: Sentence) -> Iterator[Finding]:
 
 RULES = (
     *(marker_findings, quantity_findings, direction_findings, polarity_findings),
-    *(certainty_findings, person_findings, drug_findings),
+    *(certainty_findings, plan_findings, person_findings, drug_findings),
 )
