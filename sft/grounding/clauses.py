@@ -49,11 +49,6 @@ PARTING = WORDS["joiners"] | WORDS["have"] | BREAKS
 PLACES = frozenset("of in on at".split())
 FREE = AUXILIARY.union(*(WORDS[name] for name in ("articles", "subject", "report", "joiners", "light")))
 _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
-# What no article stands before
-NO_NOUNS = SCOPES.union(
-    "i my we our it this that these those all any today".split(),
-    *(WORDS[name] for name in ("commands", "prepositions", "subject", "light")),
-)
 PARTICIPLE = re.compile(
     r"\w+ed|given|taken|seen|done|sent|held|told|found|shown|known|put|kept|begun|driven|drawn"
 )
@@ -82,7 +77,6 @@ class Reading:
     """The content words of a text as keys, and the light words and marks before each and after the last."""
 
     def __init__(self, text: str, free: frozenset[str]):
-        self.text = text
         self.words: list[str] = []
         self.content: list[str] = []
         self.gaps: list[list[str]] = [[]]
