@@ -156,7 +156,9 @@ def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
         words = traced.source.content[clause.first : clause.last]
         gap = set(traced.source.gaps[clause.first])
         is_degree = words[0][0].isdigit() and not gap.isdisjoint(("of", "("))
+        # Not of "chronic kidney and heart disease"
         is_finding = of.CONDITION.fullmatch(words[-1]) and gap.isdisjoint({"with", "in", "on", "at"})
+        is_finding = is_finding and not ("and" in gap and len(words) > 1)
         is_value = not clause.leans and any(word[0].isdigit() for word in words[1:]) and not gap & of.PLACES
         may_go = is_degree or is_finding or is_value or (words[0].endswith("ing") and gap <= BREAKS | {"and"})
         has_year = any(re.fullmatch(r"(?:19|20)\d\d", word) for word in words)

@@ -105,10 +105,10 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
         begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
         # Of "raised in May, reduced now" neither speaks against the other
         stated = {value for _, value in found[begin:end] if marker.startswith("opposite")}
+        # What is not started has not started
+        is_any = marker != "course" or any(text.denied[sentence.first : sentence.last])
         for index, value in found[begin:end]:
             same, others = (value, "bilateral"), stated - {value}
-            # What is not started has not started
-            is_any = marker != "course" or text.denied[index]
             own, lead, number = note.contest(
                 text,
                 index,
