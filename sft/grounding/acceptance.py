@@ -34,7 +34,7 @@ _GAP = re.compile(
 # Of these a gap may have what the note has there
 _KEPT = frozenset("still currently also while although though however their".split())
 _DATES = {word for word, (kind, _) in MARKERS.items() if kind in ("weekday", "month", "when")}
-_STARTS = WORDS["articles"] | _SUBJECT | frozenset('there his her their ( " “'.split())
+_STARTS = WORDS["articles"] | _SUBJECT | frozenset('there still his her their ( " “'.split())
 
 
 @dataclass
