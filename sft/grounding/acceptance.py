@@ -155,14 +155,13 @@ def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
             continue
         words = traced.source.content[clause.first : clause.last]
         gap = set(traced.source.gaps[clause.first])
-        is_degree = words[0][0].isdigit() and not gap.isdisjoint(("of", "("))
+        is_degree = words[0][0].isdigit() and "of" in gap
         # Not of "chronic kidney and heart disease"
         is_finding = of.CONDITION.fullmatch(words[-1]) and gap.isdisjoint({"with", "in", "on", "at"})
         is_finding = is_finding and not ("and" in gap and len(words) > 1)
         is_value = not clause.leans and any(word[0].isdigit() for word in words[1:]) and not gap & of.PLACES
         may_go = is_degree or is_finding or is_value or (words[0].endswith("ing") and gap <= BREAKS | {"and"})
-        has_year = any(re.fullmatch(r"(?:19|20)\d\d", word) for word in words)
-        if guards or has_year or not may_go or clause.sentence in scopes:
+        if guards or not may_go or clause.sentence in scopes:
             return f"leaves out '{min(guards, default=words[0])}', which belongs to what stays"
     return ""
 
@@ -249,7 +248,7 @@ def small_words_stand_where_they_can(traced: _Traced) -> str:
             or not _GAP.fullmatch("".join(f"{word} " for word in new if word not in step.old & _KEPT))
         ):
             return f"small words that do not go together before '{step.word}'"
-        no_name = is_verb or step.word in SCOPES | WORDS["commands"] | WORDS["prepositions"]
+        no_name = is_verb or step.word in of.NO_NOUNS
         if no_name and step.added & WORDS["articles"] & set(new[-1:]):
             return f"an article before '{step.word}'"
     return ""
@@ -257,13 +256,12 @@ def small_words_stand_where_they_can(traced: _Traced) -> str:
 
 def a_verb_is_added_where_there_is_none(traced: _Traced) -> str:
     """ "The wound is dry" and "there is no pain", not "high was sugar" or "75 was mg"."""
-    verbs = {step.number for step in traced.steps if not step.begins and step.old & AUXILIARY}
+    verbs = {step.number for step in traced.steps if step.old & AUXILIARY}
     for step in traced.steps:
-        if not step.added & WORDS["be"]:
-            continue
-        if step.number in verbs or not _can_be(traced, step):
+        if step.added & WORDS["be"] and (step.number in verbs or not _can_be(traced, step)):
             return f"a verb before '{step.word}'"
-        verbs.add(step.number)
+        if step.added & WORDS["be"] or of.PARTICIPLE.fullmatch(step.word):
+            verbs.add(step.number)
     return ""
 
 
