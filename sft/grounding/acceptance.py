@@ -243,7 +243,6 @@ def small_words_stand_where_they_can(traced: _Traced) -> str:
             ({"with", "while"} & step.old - step.new and step.new.isdisjoint(WORDS["have"]))
             or ("with" in step.added and no_with)
             or ("of" in step.added and (step.old & BREAKS or not can_have_of))
-            or (step.added & {"his", "her"} and not step.begins)
             or (step.index and ":" in step.added and not traced.clauses[step.number - 1].label)
             or not _GAP.fullmatch("".join(f"{word} " for word in new if word not in step.old & _KEPT))
         ):
@@ -374,9 +373,8 @@ def only_a_condition_is_the_patients(traced: _Traced) -> str:
             last += 1
         is_state = bool(step.added & WORDS["be"])
         is_known = (of.STATE if is_state else of.CONDITION).fullmatch(content[last - 1])
-        # "Observations stable"; "ultrasound shows no stones": another sentence begins inside
+        # "Observations stable"
         is_broken = is_state and last - step.index > 1
-        is_broken = is_broken or any(AUXILIARY & set(gap) for gap in gaps[step.index + 1 : last])
         if not is_known or is_broken or not SCOPES.isdisjoint(content[step.index + 1 : step.clause.last]):
             return f"gives '{content[last - 1]}' to the patient"
     return ""

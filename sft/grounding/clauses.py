@@ -50,7 +50,7 @@ PLACES = frozenset("of in on at".split())
 FREE = AUXILIARY.union(*(WORDS[name] for name in ("articles", "subject", "report", "joiners", "light")))
 _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
 NO_NOUNS = SCOPES.union(
-    "i we it this".split(), *map(WORDS.get, ("commands", "prepositions", "subject", "light"))
+    "i we it this he she they".split(), *map(WORDS.get, ("commands", "prepositions", "light"))
 )
 PARTICIPLE = re.compile(
     r"\w+ed|given|taken|seen|done|sent|held|told|found|shown|known|put|kept|begun|driven|drawn"
