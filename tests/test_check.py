@@ -29,6 +29,11 @@ DIALOGUE = (
     "over seventy. All right. You had the E K G in July of ninety five?\nPatient: Right."
 )
 
+WARD = (
+    "Chronic kidney disease. Methotrexate 15 mg weekly for arthritis. CTG normal, sputum culture negative. Mild ankle "
+    "edema. CRP 210 to 88. Furosemide, switched to bumetanide. Sacubitril not started. Physiotherapy to visit her."
+)
+
 WRONG = [
     ("number", CLINIC, "Hemoglobin is 12.1."),
     ("unit", CLINIC, "She takes metoprolol 50 mcg twice daily."),
@@ -50,6 +55,15 @@ WRONG = [
     ("time", CLINIC, "Right knee pain for two months, worse on stairs."),
     ("time", CLINIC, "MRI on Friday."),
     ("number", DIALOGUE, "Blood pressure was 120/70."),
+    ("misplaced", WARD, "Acute kidney disease."),
+    ("misplaced", WARD, "Methotrexate 15 mg daily for arthritis."),
+    ("misplaced", WARD, "The CTG was abnormal."),
+    ("misplaced", WARD, "Sputum culture was positive."),
+    ("misplaced", WARD, "Severe ankle edema."),
+    ("misplaced", WARD, "CRP fell from 88 to 210."),
+    ("misplaced", WARD, "She was switched from bumetanide to furosemide."),
+    ("misplaced", WARD, "Sacubitril was started."),
+    ("certainty", WARD, "Physiotherapy visited her."),
 ]
 TRUE = [
     (CLINIC, "A 68-year-old woman has had right knee pain for 14 days, without fever or rash."),
@@ -78,6 +92,11 @@ TRUE = [
     ("Born 38/40 to a mother of 31. Now 40+2.", "Born at 38 weeks, now at 40+2 weeks."),
     ("Blood loss 400 mL. A drain in each wound.", "There is a drain in each wound. Blood loss 40"),
     ("CRP 402, now 260. GCS 13, down to 9.", "CRP 260 and GCS 9."),
+    (WARD, "CRP fell from 210 to 88, and furosemide was switched to bumetanide."),
+    (WARD, "Sacubitril has not been started; physiotherapy will visit her."),
+    ("Hb raised in May, low now.", "Hb was raised in May and is low now."),
+    ("No admissions, none since insulin was increased.", "Insulin was increased."),
+    ("Doctor: How are you?\nPatient: My wife says she worries.", "He lives with his wife."),
 ]
 
 

@@ -24,7 +24,17 @@ _OPENING = re.compile(
 )
 _SUBJECT = WORDS["subject"]
 _ANEW = frozenset((";", ".", "but")) | _SUBJECT | AUXILIARY
-_STARTS = WORDS["articles"] | _SUBJECT | frozenset('there his her their ( " “'.split())
+# The light words and marks before a word, in the order of English: ", and the patient has also had a"
+_GAP = re.compile(
+    r"(?:[^\w ] )*(?:(?:and|but|who|which) )?(?:[^\w ] )*"
+    r"(?:(?:the )?(?:patients?|pt) |(?:he|she|they|there) )?"
+    r"(?:also )?(?:(?:is|are|was|were|(?:has|have|had)(?: been| had)?|reports?|reported|complains|present(?:s|ed|ing)|stated?s?) )?"
+    r"(?:(?:also|of|in|on|at|with) )?(?:(?:an?|the|his|her) )?(?:[^\w ] )*"
+)
+# Of these a gap may have what the note has there
+_KEPT = frozenset("still currently also while although though however their".split())
+_DATES = {word for word, (kind, _) in MARKERS.items() if kind in ("weekday", "month", "when")}
+_STARTS = WORDS["articles"] | _SUBJECT | frozenset('there still his her their ( " “'.split())
 
 
 @dataclass
@@ -134,30 +144,38 @@ def clauses_keep_their_heads(traced: _Traced) -> str:
 
 
 def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
-    """What is left out may not limit what stays: a denial, a doubt, a side, an end, a setting."""
+    """What is left out may not limit what stays. Of a sentence that stays, only another finding, a value or
+    what somebody is doing may go."""
     kept = set(traced.kept)
     sentences = {traced.clauses[number].sentence for number in kept}
+    scopes = {clause.sentence for clause in traced.clauses if clause.words & SCOPES}
     for number, clause in enumerate(traced.clauses):
-        is_split = clause.sentence in sentences
-        guards = clause.words & (of.GUARDS if is_split else WORDS["undone"])
-        if number in kept or (not guards and (not is_split or clause.label)):
+        guards = clause.words & of.GUARDS
+        if number in kept or (not guards and (clause.sentence not in sentences or clause.label)):
             continue
-        if guards:
-            return f"leaves out '{min(guards)}'"
-        first, gap = traced.source.content[clause.first], set(traced.source.gaps[clause.first])
-        follows = number - 1 in kept
-        # "In pregnancy, BP 160/90"
-        is_setting = number + 1 in kept and (gap & {"in", "on", "at"} or first in WORDS["prepositions"])
-        # "If febrile and neutropenic", "no rash with fever"
-        is_in_reach = follows and traced.clauses[number - 1].words & SCOPES
-        # "Lipids and prolactin sent": the end may belong to both
-        is_shared = follows and clause.leans and gap == {"and"} and clause.last - clause.first > 1
-        # "Warfarin 5 mg Monday, 3 mg Tuesday"
-        is_value = follows and first[0].isdigit() and gap.isdisjoint(("of", "("))
-        has_year = any(re.fullmatch(r"(?:19|20)\d\d", word) for word in clause.words)
-        if is_setting or is_in_reach or is_shared or is_value or has_year:
-            return f"leaves out '{first}', which belongs to what stays"
+        words = traced.source.content[clause.first : clause.last]
+        gap = set(traced.source.gaps[clause.first])
+        is_degree = words[0][0].isdigit() and "of" in gap
+        # Not of "chronic kidney and heart disease"
+        is_finding = of.CONDITION.fullmatch(words[-1]) and gap.isdisjoint({"with", "in", "on", "at"})
+        is_finding = is_finding and not ("and" in gap and len(words) > 1)
+        is_value = not clause.leans and any(word[0].isdigit() for word in words[1:]) and not gap & of.PLACES
+        may_go = is_degree or is_finding or is_value or (words[0].endswith("ing") and gap <= BREAKS | {"and"})
+        if guards or not may_go or clause.sentence in scopes:
+            return f"leaves out '{min(guards, default=words[0])}', which belongs to what stays"
     return ""
+
+
+def events_keep_their_order(traced: _Traced) -> str:
+    """What happened or was done first is told first."""
+    content = traced.source.content
+    events = [
+        number
+        for number in traced.kept
+        for word in content[traced.clauses[number].first : traced.clauses[number].last]
+        if of.PARTICIPLE.fullmatch(word) or word in WORDS["own verbs"]
+    ]
+    return "" if events == sorted(events) else "tells events in another order"
 
 
 def labels_stay_labels(traced: _Traced) -> str:
@@ -200,16 +218,69 @@ def it_reads_as_a_sentence(traced: _Traced) -> str:
     gaps = traced.written.gaps
     if not _STARTS.issuperset(gaps[0][:1]) or any(word in of.FREE or word in ",;:" for word in gaps[-1]):
         return "begins or ends in the middle"
-    if any(one == two and one.isalpha() for gap in gaps for one, two in pairwise(gap)):
-        return "says a word twice"
-    if any(sum(word in _SUBJECT for word in gap) > 1 for gap in gaps):
-        return "names two at once"
-    for step in traced.steps[1:]:
-        is_date = MARKERS.get(step.word, ("",))[0] in ("weekday", "month")
+    for step in traced.steps:
         changed = ((step.old - step.new) | (step.added - {"of"})) & of.PLACES
-        if (changed and not is_date) or (step.added & _SUBJECT and not step.begins):
+        if (changed and step.word not in _DATES) or (
+            step.index and step.added & _SUBJECT and not step.begins
+        ):
             return "small words changed inside a clause"
     return ""
+
+
+def small_words_stand_where_they_can(traced: _Traced) -> str:
+    """No "with vomited", "a shift, of 4 mm", "walked but driving"; no "still" that the note lacks."""
+    content = traced.source.content
+    for step, new in zip(traced.steps, traced.written.gaps, strict=False):
+        if new == traced.source.gaps[step.index]:
+            continue
+        before = content[step.index - 1] if step.index else ""
+        is_verb = of.PARTICIPLE.fullmatch(step.word) or step.word in WORDS["own verbs"]
+        no_with = is_verb or not step.begins or not step.index or "and" in step.old
+        no_with = no_with or step.word in WORDS["prepositions"] | SCOPES - {"no"}
+        # "2 weeks of pain", "shift of 4 mm", "weakness of the left arm"
+        can_have_of = before in WORDS["times"] or step.word[0].isdigit() or step.word in ("left", "right")
+        if (
+            ({"with", "while"} & step.old - step.new and step.new.isdisjoint(WORDS["have"]))
+            or ("with" in step.added and no_with)
+            or ("of" in step.added and (step.old & BREAKS or not can_have_of))
+            or (step.index and ":" in step.added and not traced.clauses[step.number - 1].label)
+            or not _GAP.fullmatch("".join(f"{word} " for word in new if word not in step.old & _KEPT))
+        ):
+            return f"small words that do not go together before '{step.word}'"
+        no_name = is_verb or step.word in of.NO_NOUNS
+        if no_name and step.added & WORDS["articles"] & set(new[-1:]):
+            return f"an article before '{step.word}'"
+    return ""
+
+
+def a_verb_is_added_where_there_is_none(traced: _Traced) -> str:
+    """ "The wound is dry" and "there is no pain", not "high was sugar" or "75 was mg"."""
+    verbs = {step.number for step in traced.steps if step.old & AUXILIARY}
+    for step in traced.steps:
+        if step.added & WORDS["be"] and (step.number in verbs or not _can_be(traced, step)):
+            return f"a verb before '{step.word}'"
+        if step.added & WORDS["be"] or of.PARTICIPLE.fullmatch(step.word):
+            verbs.add(step.number)
+    return ""
+
+
+def _can_be(traced: _Traced, step: _Step) -> bool:
+    """Whether "is" or "was" may be added before a word."""
+    content = traced.source.content
+    last, before = content[step.clause.last - 1], content[step.index - 1] if step.index else ""
+    is_said = bool(of.PREDICATE.fullmatch(step.word) or of.STATE.fullmatch(step.word))
+    if "there" in step.new:
+        is_thing = (is_said and not of.PREDICATE.fullmatch(last)) or of.CONDITION.fullmatch(last)
+        return bool(is_thing) or step.word in SCOPES | WORDS["prepositions"]
+    if step.added & _SUBJECT:
+        # only_a_condition_is_the_patients says whether
+        return True
+    if step.begins and step.index:
+        is_of_patient = is_said and step.new & {"and", "but"} and _SUBJECT & set(traced.written.gaps[0])
+        return bool(step.new & _SUBJECT or traced.clauses[step.number - 1].label or is_of_patient)
+    is_said = is_said or step.word in _DATES or (step.word[0].isdigit() and ":" not in step.word)
+    is_said = is_said or bool(step.new & of.PLACES - {"of"}) or step.word in WORDS["prepositions"]
+    return is_said and before not in SCOPES | WORDS["prepositions"]
 
 
 def clauses_stay_apart(traced: _Traced) -> str:
@@ -219,7 +290,7 @@ def clauses_stay_apart(traced: _Traced) -> str:
     for step in traced.steps:
         named = before is not None and "yearold" in traced.clauses[before].words
         is_of_patient = is_of_patient or named
-        can_have = step.new & _SUBJECT or step.old & (WORDS["report"] | WORDS["have"]) or named
+        can_have = step.added & _SUBJECT or step.old & (WORDS["report"] | WORDS["have"]) or named
         can_have = can_have or (is_of_patient and step.added & {"and", ","})
         if (step.added & WORDS["have"] and not can_have) or (step.added & {"who", "which"} and not named):
             return "has one thing have or be another"
@@ -257,10 +328,11 @@ def denials_and_doubts_keep_their_reach(traced: _Traced) -> str:
 
 def verbs_keep_their_time(traced: _Traced) -> str:
     """What was is not told as what is, nor what is to be done as done or as the patient's doing."""
-    tenses = WORDS["present"] | WORDS["past"]
     for step in traced.steps:
-        was, now = step.old & tenses, step.new & tenses
-        if was and (not now or bool(was & WORDS["past"]) != bool(now & WORDS["past"])):
+        was, now = (
+            {(w in WORDS["past"], w in WORDS["be"]) for w in gap & AUXILIARY} for gap in (step.old, step.new)
+        )
+        if was and was != now:
             return "another tense than in the note"
         if step.clause.is_plan and step.added & (AUXILIARY | _SUBJECT):
             return "tells a plan as done, or as the patient's part"
@@ -277,7 +349,12 @@ def who_does_and_who_is_done_to_stay(traced: _Traced) -> str:
         if not of.PARTICIPLE.fullmatch(step.word):
             continue
         is_last = step.index + 1 == step.clause.last
-        has_object = not is_last and content[step.index + 1] not in WORDS["prepositions"]
+        # "Extubated at 10:00", "admitted Monday", but "reviewed the scan"
+        has_object = (
+            not is_last
+            and content[step.index + 1] not in WORDS["prepositions"] | _DATES
+            and of.PLACES.isdisjoint(traced.source.gaps[step.index + 1])
+        )
         becomes_passive = step.new & WORDS["be"] and not step.old & WORDS["be"]
         if becomes_passive and (has_object or step.old & _SUBJECT):
             return "active for passive"
@@ -289,16 +366,15 @@ def only_a_condition_is_the_patients(traced: _Traced) -> str:
     content, gaps = traced.source.content, traced.source.gaps
     ends = of.PLACES | WORDS["prepositions"] | {"with"}
     for step in traced.steps:
-        if not (step.added & _SUBJECT and step.added & AUXILIARY):
+        if not (step.added & _SUBJECT and step.added & (AUXILIARY | WORDS["report"])):
             continue
         last = step.index + 1
         while last < step.clause.last and not ends & {content[last], *gaps[last]}:
             last += 1
         is_state = bool(step.added & WORDS["be"])
         is_known = (of.STATE if is_state else of.CONDITION).fullmatch(content[last - 1])
-        # "Observations stable"; "ultrasound shows no stones": another sentence begins inside
+        # "Observations stable"
         is_broken = is_state and last - step.index > 1
-        is_broken = is_broken or any(AUXILIARY & set(gap) for gap in gaps[step.index + 1 : last])
         if not is_known or is_broken or not SCOPES.isdisjoint(content[step.index + 1 : step.clause.last]):
             return f"gives '{content[last - 1]}' to the patient"
     return ""
@@ -314,9 +390,12 @@ def man_or_woman_as_the_note_has_it(traced: _Traced) -> str:
 RULES = (
     clauses_keep_their_heads,
     nothing_that_changes_it_is_dropped,
+    events_keep_their_order,
     labels_stay_labels,
     questions_stay_questions,
     it_reads_as_a_sentence,
+    small_words_stand_where_they_can,
+    a_verb_is_added_where_there_is_none,
     clauses_stay_apart,
     denials_and_doubts_keep_their_reach,
     verbs_keep_their_time,

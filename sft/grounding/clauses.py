@@ -14,7 +14,6 @@ from sft.grounding.words import TOKEN
 
 _LISTS = """
 articles: a an the
-present: is are has have
 past: was were had
 be: is are was were be been being
 have: has have had
@@ -23,12 +22,12 @@ report: report reports reported complains presents presented presenting states s
 joiners: and but with who which while although though however
 light: his her their of in on at there also still currently " “ ” ‘ ’ *
 others: i me my mine we us our you your donor donors recipient relative relatives please kindly dr doctor doctors gp gps nurse nurses surgeon surgeons consultant team teams midwife physio therapist paramedic paramedics baby twin staff pharmacist dietitian radiologist oncologist cardiologist neurologist colleague
-scopes: no not never neither cannot
+scopes: no not never neither cannot between both either
 undone: but although though however except while when once stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned
 limits: none nor neg absent negative unlikely left right both bilaterally family ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse yesterday
 future: will plan planned tomorrow tonight due await awaiting awaited pending book booked to should would may might if once when aim target next request requested consider considered repeat
 commands: start stop continue increase reduce refer review return recheck order follow hold avoid switch arrange obtain perform proceed schedule give take check monitor keep remove send ring call discuss restart discharge admit add change commence complete wean transfer use for
-prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times
+prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times off out
 leaning: last largest maximum not now then later previously recently never subsequently again but although though however except while once
 own verbs: fell took drank woke tested developed collapsed vomited complained improved remained recovered noticed responded fainted tripped tolerated settled deteriorated survived slipped
 ahead: in at after every within
@@ -42,7 +41,7 @@ WORDS["undone"] |= CONDITIONS
 OTHERS = WORDS["others"] | frozenset(KIN) | frozenset(GENERAL_KIN)
 # A denial, doubt or condition reaches over what follows; without any of the guards, what stays would say more
 SCOPES = WORDS["scopes"] | HEDGES | CONDITIONS
-GUARDS = SCOPES | OTHERS | WORDS["undone"] | WORDS["limits"]
+GUARDS = SCOPES | OTHERS | WORDS["undone"] | WORDS["limits"] | WORDS["future"]
 GUARDS |= set(map(key, GUARDS))
 BREAKS = frozenset(", ; : . ( ) - – — / ! ? \n".split(" "))
 AUXILIARY = WORDS["be"] | WORDS["have"]
@@ -50,8 +49,16 @@ PARTING = WORDS["joiners"] | WORDS["have"] | BREAKS
 PLACES = frozenset("of in on at".split())
 FREE = AUXILIARY.union(*(WORDS[name] for name in ("articles", "subject", "report", "joiners", "light")))
 _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
+NO_NOUNS = SCOPES.union(
+    "i we it this he she they".split(), *map(WORDS.get, ("commands", "prepositions", "light"))
+)
 PARTICIPLE = re.compile(
     r"\w+ed|given|taken|seen|done|sent|held|told|found|shown|known|put|kept|begun|driven|drawn"
+)
+# What may be said with "is" or "was"
+PREDICATE = re.compile(
+    r"\w+(?:ed|en|ly|ing|ive|al|ous|ic|ful|less|[ai]ble|ent|ant|ular|tory|ary)|clear|clean|dry|wet|better|worse|aware|soft|firm|raised|high|low|"
+    r"up|down|poor|good|fair|mild|severe|equal|alert|well|due|warm|cold|pink|tender|not|now|very|done|gone|held|sent"
 )
 # What a patient can have, and what a patient can be; else a part without a verb may be a thing or an order
 CONDITION = re.compile(
@@ -65,7 +72,7 @@ CONDITION = re.compile(
 STATE = re.compile(
     r"\w*(?:febrile|oriented|tensive)|drowsy|alert|rousable|pregnant|unwell|fit|stable|pale|dizzy|tired|weak|thirsty|"
     r"unsteady|breathless|comfortable|anxious|confused|jaundiced|depressed|man|woman|yearold|delirious|"
-    r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred"
+    r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred|treated|warned|reassured|immuni[sz]ed|smoker|allergic|safe"
 )
 
 
@@ -147,7 +154,8 @@ def _stands_alone(content: list[str], before: Clause, is_first: bool) -> bool:
 
 def _says_plan(source: Reading, clause: Clause, content: list[str]) -> bool:
     """A command, a word for what is to come, or "at 2 and 4 weeks"."""
-    if content[0] in WORDS["commands"] or WORDS["future"] & set(content):
+    future = WORDS["future"] - ({"to"} if {"secondary", "allergic", "related"} & set(content) else set())
+    if content[0] in WORDS["commands"] or future & set(content):
         return True
     for index in range(clause.first, clause.last):
         is_time = source.content[index][0].isdigit() and WORDS["times"] & set(

@@ -15,6 +15,7 @@ _REACH = 10  # tokens
 _N_NEIGHBORS = 6  # content words on each side
 _EQUALS = frozenset("is was are were of : =".split())
 _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
+_PRONOUNS = frozenset("he him his she her hers".split())
 _SEXES = {"m": word_set("male"), "f": word_set("female")}
 
 
@@ -43,6 +44,9 @@ class NotePlaces:
             if words.isdisjoint(self.words) and not re.search(rf"(?i)\b\d\d{letter}\b", note)
         ]
         self.other_sex = unused[0] if len(unused) == 1 else frozenset()
+        # In a dialogue "she" is somebody else
+        if self.is_dialogue and self.words & (_SEXES["m"] | _SEXES["f"]) <= _PRONOUNS:
+            self.other_sex = frozenset()
         # "My mother" is the patient where her daughter speaks
         self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
         # Whole sentences and whole lines

@@ -121,7 +121,7 @@ class Text:
         if word in ".;:!?()" or n_denied > 3 or (n_denied and word in _PREPOSITIONS):
             return True
         if word in _END:
-            return any(self.stems[trigger + 1 : index])
+            return self.words[trigger] == "none" or any(self.stems[trigger + 1 : index])
         return word in (",", "and") and self._is_clause(index + 1, last)
 
     def _is_clause(self, first: int, last: int) -> bool:

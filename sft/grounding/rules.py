@@ -4,7 +4,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from sft.grounding.places import NotePlaces, name_before
 from sft.grounding.quantities import Quantity
@@ -12,11 +12,14 @@ from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATION
 from sft.grounding.words import is_telling, word_set
 
 WEIGHT = 1.7  # of a finding that by itself flags a sentence
+_COMING = frozenset("to will should if unless".split())
+_AHEAD = frozenset(
+    "to will should if unless once when until being for await awaits awaiting planned plan may might can could would not".split()
+)
 _LEAD = 0.3  # by which another place must be the likelier one
-# {kind of marker: kind of finding}
+# {kind of marker: kind of finding}; opposites are "misplaced"
 _MARKERS = {
     "kin": "person",
-    "course": "misplaced",
     **dict.fromkeys(("side", "level", "aspect", "front", "reach"), "side"),
 }
 _MARKERS |= dict.fromkeys(("weekday", "order", "when", "shift", "month"), "time")
@@ -100,15 +103,27 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
         is_missed = marker in ("weekday", "month") or (marker == "side" and not note.may_hold_sides)
         is_missed |= marker == "kin" and bool(places) and not note.relative_speaks
         begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
+        # Of "raised in May, reduced now" neither speaks against the other
+        stated = {value for _, value in found[begin:end] if marker.startswith("opposite")}
+        # What is not started has not started
+        is_any = marker != "course" or any(text.denied[sentence.first : sentence.last])
         for index, value in found[begin:end]:
-            same = (value, "bilateral")
-            own, lead, number = note.contest(text, index, places, lambda n: values[n] in same)  # noqa: B023
+            same, others = (value, "bilateral"), stated - {value}
+            own, lead, number = note.contest(
+                text,
+                index,
+                places,
+                lambda n: (
+                    (values[n] in same and (is_any or not note.text.denied[places[n]]))  # noqa: B023
+                    or (None if values[n] in others else False)  # noqa: B023
+                ),
+            )
             is_other = (
                 lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_missed
             )
             if is_other and value != "bilateral":
                 place = _with_noun(note.text, places[number]) if number >= 0 else None
-                yield sentence.finding(_MARKERS[marker], *_with_noun(text, index), place)
+                yield sentence.finding(_MARKERS.get(marker, "misplaced"), *_with_noun(text, index), place)
 
 
 def _with_noun(text: Text, index: int) -> tuple[int, int]:
@@ -177,6 +192,20 @@ def _is_no_claim(sentence: Sentence, quantity: Quantity) -> bool:
     )
 
 
+def direction_findings(sentence: Sentence) -> Iterator[Finding]:
+    """ "From 88 to 210" where the note has "210 to 88", or "88, down from 210"."""
+    text, known = sentence.summary, sentence.note.pairs
+    steps = [
+        (index, text.words[index], text.stems[index + 1] or text.words[index + 1])
+        for index in range(sentence.first, sentence.last - 1)
+        if text.words[index] in ("from", "to")
+    ]
+    for (first, one, start), (last, other, end) in pairwise(steps):
+        is_reverse = not known.isdisjoint((("to", start), ("from", end), (end, start)))
+        if one == "from" and other == "to" and is_reverse and not {("from", start), ("to", end)} & known:
+            yield sentence.finding("misplaced", first, last + 1)
+
+
 def polarity_findings(sentence: Sentence) -> Iterator[Finding]:
     """Denied in the summary and not in the note, or the other way round; one finding for a phrase."""
     note, text = sentence.note, sentence.summary
@@ -223,6 +252,20 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         seen.add(hedge)
 
 
+def plan_findings(sentence: Sentence) -> Iterator[Finding]:
+    """What the note has still to come, told as done: "to assess", "will start", "if it rises"."""
+    note, text = sentence.note, sentence.summary
+    if note.is_dialogue or not _AHEAD.isdisjoint(text.words[sentence.first : sentence.last]):
+        return
+    for index in range(sentence.first, sentence.last):
+        places = note.of(text.stems[index]) if text.words[index].endswith("ed") else []
+        ahead = [
+            place for place in places if not _COMING.isdisjoint(note.text.words[max(0, place - 2) : place])
+        ]
+        if ahead and len(ahead) == len(places):
+            yield sentence.finding("certainty", index, index, (ahead[0] - 1, ahead[0]))
+
+
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
     """A relative's illness given to the patient; "he" for a woman, unless a relative was named before."""
     note, text = sentence.note, sentence.summary
@@ -249,6 +292,6 @@ def drug_findings(sentence: Sentence) -> Iterator[Finding]:
 
 
 RULES = (
-    *(marker_findings, quantity_findings, polarity_findings),
-    *(certainty_findings, person_findings, drug_findings),
+    *(marker_findings, quantity_findings, direction_findings, polarity_findings),
+    *(certainty_findings, plan_findings, person_findings, drug_findings),
 )

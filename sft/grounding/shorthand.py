@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 # Short forms of any note, and what a summary may say for each; what has two meanings is not here
 _TABLE = """
-pt=patient|hx=history|dx=diagnosis|bp=blood pressure|hr=heart rate|rr=respiratory rate|temp=temperature|htn=hypertension
+pt=patient|hx=history|dx=diagnosis|bp=blood pressure|rr=respiratory rate|temp=temperature|htn=hypertension
 c/o=complains of,complaining of,reports|sob=shortness of breath|cxr=chest x-ray,chest radiograph|abx=antibiotics
 bd bid=twice daily,twice a day|tds tid=three times daily,three times a day|qds qid=four times daily,four times a day
 prn=as needed|iv=intravenous,intravenously|po=by mouth,orally,oral|f/u=follow-up
@@ -20,16 +20,26 @@ _SPELLED_OUT = [
     for pattern, to in [
         (r"\b(\d{1,3})[\s-]{0,3}(?:[Yy]ears?|[Yy]rs?)[\s-]{0,3}old\b", r"\1 yearold "),
         (r"\b(\d{1,3})\s?(?:[Yy]/?[Oo]|[Yy])\b|\b[Aa]ged (\d{1,3})\b", r"\1\2 yearold "),
-        (r"\b(\d{1,3})(?:\s?yearold\s{0,2})?F\b", r"\1 yearold woman "),
+        (
+            r"\b(\d{1,3})(?:\s?yearold\s{0,2})?F\b(?!\s(?:catheter|foley|drain|sheath|stent|tube)\b)",
+            r"\1 yearold woman ",
+        ),
         (r"\b(\d{1,3})(?:\s?yearold\s{0,2})?M\b", r"\1 yearold man "),
         (r"\b[Tt]his\s{1,3}(?=\d{1,3} yearold)", "a "),
         (r"(?<![\d/.])(\d{1,2})/7\b", r"\1 days"),
         (r"(?<![\d/.])(\d{1,2})/52\b", r"\1 weeks"),
         (r"(?<![\d/.])(\d{1,2})/12\b", r"\1 months"),
         (r"\b(?:[Aa]n?|[Oo]ne) (hour|day|week|fortnight|month|year)\b", r"1 \1"),
-        (r"(?<![\d/])(?<!\d )\bR\b(?!/)|\bRt\b", "right"),
-        (r"(?<![\d/])(?<!\d )\bL\b(?!/)|\bLt\b", "left"),
+        (r"(?<![\d/])(?<!\d )\bR\b(?!/|\s\d+\b)|\bRt\b", "right"),
+        (r"(?<![\d/])(?<!\d )\bL\b(?!/|\s\d+\b)|\bLt\b", "left"),
+        # "Flu A+, nitrites -."
+        (r"(?<=\w)\s?\+{1,4}(?=\s?(?:[,.;)]|$))", " positive"),
+        (r"(?<=\w)\s?[-–−](?=\s?(?:[,.;)]|$))", " negative"),
         (r"(?<=[a-z]\s)A\b", "typea"),
+        (r"(?<=\w )May\b|\bMay(?= \d)", "monthmay"),
+        (r"\bHR\b", "heart rate"),
+        # Prothrombin time or physical therapy, hepatic encephalopathy
+        (r"\b(PT|HE|IS|AT|WHO|HIS)\b", r"\1s"),
         (r"\?\s?(?=\w)", " possible "),
         (r"-{1,2}>|→|(?<=\d)\s?[-–]\s?(?=\d)", " to "),
         (r"(?<=\w)[-–](?=[^\W\d])", " "),
