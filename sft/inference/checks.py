@@ -41,7 +41,8 @@ def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
     for name, is_given in of_notes.items():
         problem = f"--serve cannot be combined with --{name}"
         yield config.serve and is_given, problem, "leave it out: notes come with requests"
-    for name, is_given in {**of_notes, "serve": config.serve}.items():
+    of_writing = {"serve": config.serve, "writing": config.writing, "citations": config.citations}
+    for name, is_given in {**of_notes, **of_writing}.items():
         problem = f"--merge_to cannot be combined with --{name}"
         yield config.merge_to and is_given, problem, "merge first, then summarize"
     yield one and has_one_note, "--one_note has no effect with --clinical_note, which is one", "leave it out"

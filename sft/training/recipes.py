@@ -10,7 +10,7 @@ from pathlib import Path
 from sft.cli import InputError, log, on_main_process, safe_id
 from sft.files import sha256
 from sft.model.folder import read_adapter_folder
-from sft.option_fields import default_of, given_names, parse_options
+from sft.option_fields import check_config, default_of, given_names, parse_options
 from sft.options import DEFAULT_MAX_LENGTH, TrainConfig
 
 FROM_DATA = 0  # as max_length: what 95 % of the training rows need, see set_up.typical_length
@@ -69,19 +69,30 @@ def resolve(config: TrainConfig) -> TrainConfig:
 
 def _read(file: str) -> tuple[dict, dict]:
     """(options, SHA-256s) of a YAML file of options, or of sft_config.json. Raises InputError."""
-    import yaml
+    from yaml import YAMLError
 
     content = {"training": None}
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, YAMLError, RecursionError):
         text = Path(file).read_text(encoding="utf-8")
-        content = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+        content = json.loads(text) if file.endswith(".json") else _load_yaml(text)
     parts = (
         [content.get("training", content), content.get("sha256", {})] if isinstance(content, dict) else [None]
     )
     if not all(isinstance(part, dict) for part in parts):
-        fix = "write lines such as num_epochs: 3 (.yaml), or pass an adapter's sft_config.json"
+        fix = "write lines such as num_epochs: 3 (.yaml), each option once, or pass an adapter's sft_config.json"
         raise InputError(f"--config {file}: not a readable file of options", fix)
     return tuple(parts)
+
+
+def _load_yaml(text: str):
+    """Raises ValueError for a name that is there twice, of which PyYAML would forget the first."""
+    import yaml
+
+    node = yaml.compose(text, yaml.SafeLoader)
+    names = [str(name.value) for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if len(set(names)) < len(names):
+        raise ValueError
+    return yaml.safe_load(text)
 
 
 def read_config(file: str) -> dict:
@@ -90,6 +101,10 @@ def read_config(file: str) -> dict:
     kinds = {field.name: field.type for field in fields(TrainConfig)}
     named = {name: value for name, value in _read(file)[0].items() if name not in _OF_THIS_RUN}
     for name, value in named.items():
+        values = value if isinstance(value, list) and "list" in str(kinds.get(name)) else [value]
+        if any(isinstance(one, list | dict) for one in values) and name in kinds:
+            fix = "write one word or number; for several files or layers: [a, b]"
+            raise InputError(f"--config {file}: {name}: not a value that this option takes", fix)
         # YAML reads on and off as truth values
         if isinstance(value, bool) and kinds.get(name) is not bool:
             value = "on" if value else "off"
@@ -135,4 +150,5 @@ def take_from_adapter(config: TrainConfig, given: set[str]) -> TrainConfig:
         if name in given and getattr(config, name) != value:
             problem = f"--{name}: the adapter in {folder} was trained with {safe_id(str(value))}"
             raise InputError(problem, f"leave out --{name}, or --init_adapter")
+    check_config(TrainConfig(**own))
     return replace(config, **own)
