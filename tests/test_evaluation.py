@@ -268,6 +268,11 @@ def test_trl_trains_on_preferences(evaluate, adapters, tmp_path):
         (["--train_csv", "{test}"], "not what the adapter was trained on"),
         (["--output_dir", "{adapter}/out"], "lies in the adapter's folder"),
         (["--ratings", "{test}"], "no key of a blind sheet"),
+        (["--ratings", "{test}", "--blind_sheet"], "--ratings cannot be combined with --blind_sheet"),
+        (
+            ["--export_preferences", "a.jsonl", "--by", "x"],
+            "--export_preferences cannot be combined with --by",
+        ),
     ],
 )
 def test_what_is_refused(evaluate, adapters, test_file, tmp_path, arguments, words):

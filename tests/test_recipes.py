@@ -99,6 +99,9 @@ def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
         ("- a\n", "not a readable file of options"),
         ("a: [\n", "not a readable file of options"),
         ("training: 5\n", "not a readable file of options"),
+        ("seed: 1\nnum_epochs: 2\nseed: 2\n", "not a readable file of options"),
+        ("num_epochs: [1, 2]\n", "num_epochs: not a value that this option takes"),
+        ("target_modules: [[Zebra]]\n", "target_modules: not a value that this option takes"),
         ("Zebra has fever: yes\n", "1 word outside any option"),
         ("num_epochs: {Zebra: 3}\n", "num_epochs"),
         ("train_csv: Zebra has a fever and coughs\n", "no such file, folder or model"),
@@ -201,3 +204,21 @@ def test_one_of_several_chat_templates_where_the_length_comes_from_the_rows(
     tokenizer.save_pretrained(base)
     config = configured(model_name=str(base), max_length=FROM_DATA, chat_template="short")
     assert "[INST]" in set_up(config, read_data(config)).sft_config["prompt"]["prefix"]
+
+
+def test_a_run_replaces_nothing_that_it_starts_from(configured, finished, csv_files):
+    """--overwrite removes the earlier run before the first step; an adapter's folder takes no run."""
+    out = Path(finished().output_dir)
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    for options, words in (
+        (
+            {"output_dir": str(out), "init_adapter": str(out / "final_model"), "lora_r": 16},
+            "--init_adapter .*",
+        ),
+        ({"output_dir": str(out), "train_csv": str(out / "sample_notes_epoch_1.jsonl")}, "--train_csv .*"),
+        ({"output_dir": str(out / "final_model")}, "--output_dir .* lies in the adapter's folder"),
+        ({"output_dir": str(out / "final_model" / "new")}, "--output_dir .* lies in the adapter's folder"),
+    ):
+        with pytest.raises(InputError, match=words + ".*choose another --output_dir"):
+            train(configured(overwrite=True, **options))
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
