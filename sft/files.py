@@ -87,7 +87,8 @@ def check_outside_models(option_name: str, path: str | Path) -> None:
     """Raises InputError for a place in an adapter's or a merged model's folder: with a file more than its
     SHA256SUMS lists, it would be refused from then on."""
     path = Path(path)
-    for folder in (path.resolve(), *path.resolve().parents):
+    real = Path(os.path.realpath(path))  # Path.resolve would raise its own error for a link to itself
+    for folder in (real, *real.parents):
         if (folder / "SHA256SUMS").is_file() and (folder / "sft_config.json").is_file():
             problem = (
                 f"{option_name} {path} lies in the adapter's folder, which new files would make unusable"

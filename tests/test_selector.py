@@ -302,7 +302,7 @@ def test_length_stays_that_of_training_summaries():
 
 def test_time_grows_linearly():
     def seconds(n: int) -> float:
-        note = STRUCTURED * n + "Dr. a: " * n + "it " * n + "- \n" * n
+        note = STRUCTURED * n + "Dr. a: " * n + "it " * n + "- \n" * n + "aa-" * n
         started = time.process_time()
         quote(note, selector())
         return time.process_time() - started

@@ -44,7 +44,10 @@ class NotePlaces:
         ]
         self.other_sex = unused[0] if len(unused) == 1 else frozenset()
         # "My mother" is the patient where her daughter speaks
-        self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
+        # Not \W: from each of many empty lines it would look to the end of the last
+        self.relative_speaks = bool(
+            re.search(rf"(?im)^[^\w\n]*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note)
+        )
         # Whole sentences and whole lines
         lines = [
             bisect_left(self.text.spans, (match.start(), 0)) for match in re.finditer(r"^|\Z", note, re.M)

@@ -60,7 +60,7 @@ _CUES = {
 }
 _CUES = {cue: re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE) for cue, pattern in _CUES.items()}
 _DOSE = re.compile(
-    r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+"
+    r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,40})(?:\s[A-Z]{2})?\s+"
     r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
 )
 _OPEN_QUESTION = re.compile(
