@@ -55,7 +55,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """The configuration with the values of --preset, --config and --init_adapter where none were given.
     Raises InputError."""
     given = given_names(config)
-    earlier = read_config(config.config) if config.config else {}
+    # Read once: it may be a pipe
+    options, recorded = _read(config.config) if config.config else ({}, {})
+    earlier = check_options(config.config, options)
     values = PRESETS[earlier.get("preset", config.preset)] | earlier
     if "preset" in given:
         values = earlier | PRESETS[config.preset]
@@ -63,7 +65,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
         given |= names if names & given else set()
     config = replace(config, **{name: value for name, value in values.items() if name not in given})
     if config.config:
-        log_other_files(config)
+        log_other_files(config, recorded)
     return take_from_adapter(config, given) if config.init_adapter else config
 
 
@@ -95,11 +97,11 @@ def _load_yaml(text: str):
     return yaml.safe_load(text)
 
 
-def read_config(file: str) -> dict:
-    """The options in a file, checked as if they had been typed. Raises InputError."""
+def check_options(file: str | None, options: dict) -> dict:
+    """The options of a file, checked as if they had been typed. Raises InputError."""
     typed = []
     kinds = {field.name: field.type for field in fields(TrainConfig)}
-    named = {name: value for name, value in _read(file)[0].items() if name not in _OF_THIS_RUN}
+    named = {name: value for name, value in options.items() if name not in _OF_THIS_RUN}
     for name, value in named.items():
         values = value if isinstance(value, list) and "list" in str(kinds.get(name)) else [value]
         if any(isinstance(one, list | dict) for one in values) and name in kinds:
@@ -121,9 +123,8 @@ def read_config(file: str) -> dict:
     return {name: getattr(parsed, name) for name in named}
 
 
-def log_other_files(config: TrainConfig) -> None:
-    """Says which of the files are not those that the earlier run recorded."""
-    recorded = _read(config.config)[1]
+def log_other_files(config: TrainConfig, recorded: dict) -> None:
+    """Says which of the files are not those of which the earlier run `recorded` the SHA-256."""
     for name, files in (("train_csv", config.train_files), ("val_csv", [config.val_file])):
         with contextlib.suppress(OSError, TypeError):  # missing ones are refused where they are read
             if recorded.get(name) not in (None, sha256_of_files(files)) and on_main_process():
