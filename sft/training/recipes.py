@@ -57,7 +57,7 @@ def resolve(config: TrainConfig) -> TrainConfig:
     given = given_names(config)
     # Read once: it may be a pipe
     options, recorded = _read(config.config) if config.config else ({}, {})
-    earlier = check_options(config.config, options)
+    earlier = check_options(config.config, options) if options else {}
     values = PRESETS[earlier.get("preset", config.preset)] | earlier
     if "preset" in given:
         values = earlier | PRESETS[config.preset]
