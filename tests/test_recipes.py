@@ -84,9 +84,9 @@ def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
 
     config = read(
         "learning_rate: 2e-3\nthinking: on\nsentence_numbering: off\npart_rows: true\nval_csv: null\n"
-        "target_modules: [q_proj, k_proj]\nlora_alpha: 8\npreset: thorough\nnum_epochs: 2\noutput_dir: elsewhere\n"
+        "target_modules: [q_proj, k_proj]\nlora_alpha: 8\nseed: 010\npreset: thorough\nnum_epochs: 2\noutput_dir: elsewhere\n"
     )
-    assert (config.learning_rate, config.lora_alpha, config.num_epochs) == (2e-3, 8, 2)
+    assert (config.learning_rate, config.lora_alpha, config.num_epochs, config.seed) == (2e-3, 8, 2, 10)
     assert (config.thinking, config.sentence_numbering, config.part_rows) == ("on", "off", True)
     assert (config.target_modules, config.max_length) == (
         ["q_proj", "k_proj"],
@@ -100,6 +100,7 @@ def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
         ("a: [\n", "not a readable file of options"),
         ("training: 5\n", "not a readable file of options"),
         ("seed: 1\nnum_epochs: 2\nseed: 2\n", "not a readable file of options"),
+        ("lora_alpha: 1:30\n", "1:30 is not a number"),
         ("num_epochs: [1, 2]\n", "num_epochs: not a value that this option takes"),
         ("target_modules: [[Zebra]]\n", "target_modules: not a value that this option takes"),
         ("Zebra has fever: yes\n", "1 word outside any option"),

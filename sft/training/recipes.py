@@ -87,14 +87,20 @@ def _read(file: str) -> tuple[dict, dict]:
 
 
 def _load_yaml(text: str):
-    """Raises ValueError for a name that is there twice, of which PyYAML would forget the first."""
+    """Numbers and dates stay as they are written: for YAML 010 is 8, and 1:30 is 90. Raises ValueError for a
+    name that is there twice, of which PyYAML would forget the first."""
     import yaml
 
-    node = yaml.compose(text, yaml.SafeLoader)
+    loader = yaml.SafeLoader(text)
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in kinds if tag.endswith(("bool", "null"))]
+        for first, kinds in loader.yaml_implicit_resolvers.items()
+    }
+    node = loader.get_single_node()
     names = [str(name.value) for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
-    if len(set(names)) < len(names):
+    if node is None or len(set(names)) < len(names):
         raise ValueError
-    return yaml.safe_load(text)
+    return loader.construct_document(node)
 
 
 def check_options(file: str | None, options: dict) -> dict:
