@@ -108,8 +108,9 @@ def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
         texts = [sft_config["sha256"][name] for name in ("base_weights", "adapter")]
         texts += [adapter_config["base_model_name_or_path"]] if adapter_config else []
         of_kinds = all(isinstance(sft_config.get(name), kind) for name, kind in _KINDS.items())
+        quantization_of(sft_config.get("training") or {})
         return of_kinds and all(isinstance(text, str) for text in texts)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return False
 
 
@@ -141,7 +142,7 @@ def _folder_hash(folder: Path, prompt_hash: str = "") -> str:
 
 def _trained_quantization(sft_config: dict) -> str | None:
     """How training loaded the base model; None for a merged folder, which holds full weights."""
-    return None if "merged" in sft_config else quantization_of(sft_config.get("training", {}))
+    return None if "merged" in sft_config else quantization_of(sft_config.get("training") or {})
 
 
 def quantization_for(options: dict, sft_config: dict) -> str | None:
