@@ -40,17 +40,15 @@ def evaluate(adapters, test_file, monkeypatch):
 
     def run(output_dir, *arguments):
         adapter = adapters()
-        values = ["--model_path", adapter, "--train_csv", adapter.parent.parent / "rows.csv"]
-        values += [
-            "--test_csv",
-            test_file,
-            "--output_dir",
-            output_dir,
-            "--device",
-            "cpu",
-            "--max_new_tokens",
-            12,
-        ]
+        defaults = {
+            "--model_path": adapter,
+            "--train_csv": adapter.parent.parent / "rows.csv",
+            "--test_csv": test_file,
+            "--output_dir": output_dir,
+            "--device": "cpu",
+            "--max_new_tokens": 12,
+        }
+        values = [word for option in defaults.items() if option[0] not in arguments for word in option]
         monkeypatch.setattr(sys, "argv", ["sft_evaluation.py", *map(str, [*values, *arguments])])
         sft_evaluation.main()
         file = output_dir / "evaluation.json"

@@ -207,19 +207,17 @@ def test_one_of_several_chat_templates_where_the_length_comes_from_the_rows(
     assert "[INST]" in set_up(config, read_data(config)).sft_config["prompt"]["prefix"]
 
 
-def test_a_run_replaces_nothing_that_it_starts_from(configured, finished, csv_files):
+def test_a_run_replaces_nothing_that_it_starts_from(configured, finished):
     """--overwrite removes the earlier run before the first step; an adapter's folder takes no run."""
     out = Path(finished().output_dir)
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    for options, words in (
-        (
-            {"output_dir": str(out), "init_adapter": str(out / "final_model"), "lora_r": 16},
-            "--init_adapter .*",
-        ),
-        ({"output_dir": str(out), "train_csv": str(out / "sample_notes_epoch_1.jsonl")}, "--train_csv .*"),
-        ({"output_dir": str(out / "final_model")}, "--output_dir .* lies in the adapter's folder"),
-        ({"output_dir": str(out / "final_model" / "new")}, "--output_dir .* lies in the adapter's folder"),
+    final_model = out / "final_model"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for folder, options, words in (
+        (out, {"init_adapter": str(final_model)}, "--init_adapter .* belongs to the run in"),
+        (out, {"train_csv": f"{out}/checkpoint_epoch_1/rows.csv"}, "--train_csv .* belongs to the run in"),
+        (final_model, {}, "--output_dir .* lies in the adapter's folder"),
+        (final_model / "new", {}, "--output_dir .* lies in the adapter's folder"),
     ):
-        with pytest.raises(InputError, match=words + ".*choose another --output_dir"):
-            train(configured(overwrite=True, **options))
-    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+        with pytest.raises(InputError, match=rf"{words}[\s\S]*\nchoose another --output_dir"):
+            train(configured(str(folder), overwrite=True, **options))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
