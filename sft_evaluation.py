@@ -30,7 +30,7 @@ from sft.data.table import OPTION_OF_COLUMN, column_name, read_table
 from sft.evaluation import figures, measures, page, sheet, systems
 from sft.evaluation.options import EvaluationConfig
 from sft.evaluation.systems import Adapter, System
-from sft.files import ROOT, check_new_file, make_private_dir, sha256, write_json
+from sft.files import ROOT, check_new_file, check_outside_models, make_private_dir, sha256, write_json
 from sft.inference.writing import read_selector
 from sft.model.folder import quantization_for, read_adapter_folder
 from sft.options import parse_options
@@ -316,17 +316,28 @@ def export_preferences(config: EvaluationConfig, adapter: Adapter, data: Data) -
     export_pairs(Path(config.export_preferences), pairs, encoder)
 
 
+def check_options(config: EvaluationConfig) -> None:
+    """Raises InputError for two things to do at once, of which one would be left out."""
+    others = "export_preferences blind_sheet systems by".split()
+    for one in ("ratings", "export_preferences"):
+        for other in others if getattr(config, one) else ():
+            if other != one and getattr(config, other):
+                raise InputError(
+                    f"--{one} cannot be combined with --{other}", "run the command once for each"
+                )
+
+
 def main() -> None:
     description = "Compares a specialist with its base model and simple baselines on held-out notes."
     config = parse_options(EvaluationConfig, description)
+    check_options(config)
     folder = Path(config.output_dir)
     if config.ratings:
         print(sheet.report_ratings(folder, config.ratings))
         return
     check_new_file("--export_preferences", config.export_preferences, (".jsonl",))
+    check_outside_models("--output_dir", folder)
     adapters = read_adapters(config.model_path, config.prompt_from)
-    if any(folder.resolve().is_relative_to(adapter.folder.resolve()) for adapter in adapters):
-        raise InputError(f"--output_dir {folder} lies in the adapter's folder", "choose another --output_dir")
     data = read_data(config, adapters[0].sft_config)
     if config.export_preferences:
         export_preferences(config, adapters[0], data)

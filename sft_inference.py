@@ -23,8 +23,7 @@ from pathlib import Path
 from sft import __version__
 from sft.cli import InputError, RunError, as_input_error, is_terminal, log, run_script
 from sft.data.prompt import PromptEncoder, PromptTemplate
-from sft.data.text import decode_bytes
-from sft.inference.chat import converse, note_terminal, read_piped, write_summary
+from sft.inference.chat import converse, note_terminal, read_one_note, read_piped, write_summary
 from sft.inference.checks import (
     check_files,
     fingerprint,
@@ -391,10 +390,8 @@ def main() -> None:
         if counts is not None:
             log(f"{config.output_file} exists and is complete: nothing to do")
             return report(counts, "", config)
-    if config.clinical_note == "-":
-        config.clinical_note = decode_bytes(sys.stdin.buffer.read(), "standard input")
-    if config.clinical_note is not None and note_problem(config.clinical_note):
-        raise InputError("--clinical_note is empty", "pass a note with text")
+    if config.clinical_note is not None:
+        config.clinical_note = read_one_note(config.clinical_note)
     is_piped = is_conversation(config) and not is_terminal(sys.stdin)
     piped = read_piped(config.one_note) if is_piped else None
     with contextlib.ExitStack() as stack:

@@ -196,7 +196,7 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
     with contextlib.suppress(AttributeError):  # streams that a test put there
-        sys.stdin.reconfigure(errors="replace")
+        sys.stdin.reconfigure(errors="surrogateescape")
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
@@ -271,6 +271,16 @@ def processes() -> tuple[int, int]:
     except ValueError:
         fix = "unset them, or start with torchrun"
         raise InputError("RANK or WORLD_SIZE in the environment is not a number", fix) from None
+
+
+def check_processes() -> None:
+    """Raises InputError if the environment makes this one of several processes that no launcher has started:
+    it would do its share, say nothing, and wait for the others."""
+    rank, n_processes = processes()
+    is_launched = n_processes == 1 or "MASTER_ADDR" in os.environ
+    if not (0 <= rank < n_processes and is_launched):
+        problem = f"RANK={rank} and WORLD_SIZE={n_processes} in the environment, but no launcher started them"
+        raise InputError(problem, "unset RANK and WORLD_SIZE, or start with torchrun")
 
 
 def on_main_process() -> bool:

@@ -72,6 +72,7 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
     if path is None:
         return
     path = Path(path)
+    check_outside_models(option_name, path)
     name = f"{option_name} {path}"
     if extensions and path.suffix.lower() not in extensions:
         raise InputError(f"{name}: unknown file extension", f"use {' or '.join(extensions)}")
@@ -80,6 +81,19 @@ def check_new_file(option_name: str, path: str | Path | None, extensions: tuple[
     # Also a link that leads nowhere, which a rename would replace
     if os.path.lexists(path):
         raise InputError(f"{name} exists", f"rename or move it, or choose another {option_name}")
+
+
+def check_outside_models(option_name: str, path: str | Path) -> None:
+    """Raises InputError for a place in an adapter's or a merged model's folder: with a file more than its
+    SHA256SUMS lists, it would be refused from then on."""
+    path = Path(path)
+    real = Path(os.path.realpath(path))  # Path.resolve would raise its own error for a link to itself
+    for folder in (real, *real.parents):
+        if (folder / "SHA256SUMS").is_file() and (folder / "sft_config.json").is_file():
+            problem = (
+                f"{option_name} {path} lies in the adapter's folder, which new files would make unusable"
+            )
+            raise InputError(problem, f"choose another {option_name}")
 
 
 def remove(paths: list[Path]) -> None:

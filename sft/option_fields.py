@@ -12,7 +12,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
+from sft.cli import InputError, check_processes, log, on_main_process, plural, preview_list, safe_id
 
 # The groups of --help, in this order
 _GROUPS = ("data", "notes", "model", "training", "LoRA", "generation", "machine", "run")
@@ -207,6 +207,7 @@ def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
 def parse_options(config_class, description: str, argv: list[str] | None = None):
     """The command line as a `config_class` (a dataclass of `option` fields). Raises InputError for a bad
     option."""
+    check_processes()
     parser = _make_parser(config_class, description)
     values, unknown = parser.parse_known_args(argv)
     names = [word.partition("=")[0] for word in unknown if re.fullmatch(r"--\w+(=.*)?", word, re.DOTALL)]
@@ -216,11 +217,16 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
         problem = f"unexpected arguments: {plural(len(unknown), 'word')} outside any option"
         raise InputError(problem, "put quotes around a text with spaces")
     config = config_class(**vars(values))
+    words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
     for field in dataclasses.fields(config):
         arguments = field.metadata["argparse"]
         value = getattr(config, field.name)
         if not isinstance(value, str | list):
             continue
+        # argparse would forget the first files
+        if isinstance(value, list) and words.count(f"--{field.name}") > 1:
+            problem = f"--{field.name} is given {words.count(f'--{field.name}')} times"
+            raise InputError(problem, f"give it once, with all values: --{field.name} A B")
         # Shells leave ~ alone in --name=~/folder and within quotes
         if arguments.get("metavar") != TEXT:
             expand = os.path.expanduser

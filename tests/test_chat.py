@@ -13,8 +13,8 @@ import pytest
 from conftest import ROOT, run_inference
 from tiny import NOTES
 
-from sft.cli import InputError, RunError, log
-from sft.inference.chat import converse, print_piece, read_piped, show_evidence
+from sft.cli import InputError, RunError, log, open_standard_streams
+from sft.inference.chat import converse, print_piece, read_one_note, read_piped, show_evidence
 from sft.inference.results import check_result, to_json
 from sft.options import InferenceConfig
 
@@ -152,6 +152,21 @@ def test_a_piped_letter_is_not_taken_apart(monkeypatch, capsys):
     assert read_piped("auto") is None
     converse(made_up, InferenceConfig(max_new_tokens=150))
     assert capsys.readouterr().out.splitlines() == ["'pain' 150 0.0 0", "'fever.' 5 0.0 0"]
+
+
+def test_a_note_in_another_encoding_is_read_as_from_a_file(monkeypatch, capsys):
+    """Not with its degree sign replaced: on the command line, piped, and block by block."""
+    note = "Temp 38.5 °C, given 5 µg."
+    data = note.encode("latin-1")
+    assert read_one_note(os.fsdecode(data)) == read_one_note(note) == note
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    assert read_one_note("-") == note
+    with pytest.raises(InputError, match="--clinical_note is empty"):
+        read_one_note("\u200b")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data + b"\n\nNo fever.\n")))
+    open_standard_streams()
+    converse(made_up, InferenceConfig(max_new_tokens=5), read_piped("paragraph"))
+    assert capsys.readouterr().out.splitlines() == [f"{note!r} 5 0.0 0", "'No fever.' 5 0.0 0"]
 
 
 def test_control_characters_never_reach_a_terminal(monkeypatch):

@@ -231,7 +231,8 @@ def test_any_text(note, words):
 
 
 @pytest.mark.parametrize(
-    "unit", ["left ", "no fever, ", "5 mg ", "mother ", "[Evidence: S1, 2, ", "1/2 ", "a/", "pain? No. "]
+    "unit",
+    ["left ", "no fever, ", "5 mg ", "mother ", "[Evidence: S1, 2, ", "1/2 ", "a/", "pain? No. ", "\n"],
 )
 def test_time_grows_with_length_alone(unit):
     def seconds(n: int) -> float:

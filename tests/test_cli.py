@@ -17,6 +17,7 @@ from sft.cli import (
     Progress,
     RunError,
     as_input_error,
+    check_processes,
     is_disk_full,
     is_out_of_memory,
     noted_signals,
@@ -234,6 +235,24 @@ def test_processes_are_those_of_the_environment(monkeypatch):
     monkeypatch.setenv("RANK", "first")
     with pytest.raises(InputError, match="not a number"):
         processes()
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{"RANK": "1"}, {"WORLD_SIZE": "0"}, {"RANK": "-1", "WORLD_SIZE": "2"}, {"WORLD_SIZE": "2"}],
+)
+def test_processes_that_no_launcher_started_are_refused(monkeypatch, environment):
+    """A process that believes to be one of several would write its share and say nothing."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    check_processes()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match="no launcher started them\nunset RANK and WORLD_SIZE"):
+        check_processes()
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}.items():
+        monkeypatch.setenv(name, value)
+    check_processes()
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch):

@@ -3,6 +3,7 @@
 import csv
 import random
 import time
+from dataclasses import replace
 
 import pytest
 from conftest import ROOT, SHARED_DATA
@@ -248,3 +249,15 @@ def test_training_summaries_that_their_notes_do_not_support(capsys):
     assert capsys.readouterr().err == (
         "info: a.csv: checked a sample of 2,000 of 2,001 training summaries against their notes\n"
     )
+
+
+def test_factual_rows_that_name_a_kind_of_hallucination_are_named(capfd):
+    """As labels that were mapped the wrong way round leave them."""
+    kinds = ["", "wrong_number", "None", "n/a", "wrong dose"]
+    rows = [replace(row, hallucination_type=kind) for row, kind in zip(rows_of(NOTES[:5]), kinds)]
+    dataset = SFTDataset(rows, encoder_for("none"), 512)
+    empty = SFTDataset([], dataset.encoder, 512)
+    log_data_warnings((rows, []), (dataset, empty), DataOptions(train_csv="x.csv", val_csv="y.csv"))
+    names = f"{rows[1].name}, {rows[4].name}"
+    said = f"x.csv: 2 rows labeled factual that name a hallucination_type: ids {names}"
+    assert said in capfd.readouterr().err

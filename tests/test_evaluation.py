@@ -40,17 +40,15 @@ def evaluate(adapters, test_file, monkeypatch):
 
     def run(output_dir, *arguments):
         adapter = adapters()
-        values = ["--model_path", adapter, "--train_csv", adapter.parent.parent / "rows.csv"]
-        values += [
-            "--test_csv",
-            test_file,
-            "--output_dir",
-            output_dir,
-            "--device",
-            "cpu",
-            "--max_new_tokens",
-            12,
-        ]
+        defaults = {
+            "--model_path": adapter,
+            "--train_csv": adapter.parent.parent / "rows.csv",
+            "--test_csv": test_file,
+            "--output_dir": output_dir,
+            "--device": "cpu",
+            "--max_new_tokens": 12,
+        }
+        values = [word for option in defaults.items() if option[0] not in arguments for word in option]
         monkeypatch.setattr(sys, "argv", ["sft_evaluation.py", *map(str, [*values, *arguments])])
         sft_evaluation.main()
         file = output_dir / "evaluation.json"
@@ -268,6 +266,11 @@ def test_trl_trains_on_preferences(evaluate, adapters, tmp_path):
         (["--train_csv", "{test}"], "not what the adapter was trained on"),
         (["--output_dir", "{adapter}/out"], "lies in the adapter's folder"),
         (["--ratings", "{test}"], "no key of a blind sheet"),
+        (["--ratings", "{test}", "--blind_sheet"], "--ratings cannot be combined with --blind_sheet"),
+        (
+            ["--export_preferences", "a.jsonl", "--by", "x"],
+            "--export_preferences cannot be combined with --by",
+        ),
     ],
 )
 def test_what_is_refused(evaluate, adapters, test_file, tmp_path, arguments, words):

@@ -112,6 +112,20 @@ def test_checksums_find_every_kind_of_damage(tmp_path):
     assert checksum_problem(tmp_path) == "SHA256SUMS cannot be read"
 
 
+def test_nothing_new_is_written_into_a_models_folder(tmp_path):
+    """It would be refused from then on: by its sums, there is a file too many."""
+    model = tmp_path / "final_model"
+    (model / "inner").mkdir(parents=True)
+    check_new_file("--output", model / "new.csv")
+    write_json(model / "sft_config.json", {})
+    write_checksums(model)
+    (tmp_path / "link").symlink_to(model)
+    for path in (model / "new.csv", model / "inner" / "new", tmp_path / "link" / "new"):
+        with pytest.raises(InputError, match=r"--output .* lies in the adapter's folder"):
+            check_new_file("--output", path)
+    check_new_file("--output", tmp_path / "new.csv")
+
+
 def test_new_files_are_checked_before_work_begins(tmp_path):
     check_new_file("--output", None)
     check_new_file("--output", tmp_path / "new.csv", (".csv",))

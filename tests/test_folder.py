@@ -1,6 +1,7 @@
 """sft/model/folder.py and merged.py: what inference loads is what was written; other tools' adapters; merged
 folders that other programs prompt as training did."""
 
+import contextlib
 import copy
 import errno
 import json
@@ -272,6 +273,19 @@ def test_the_modelfile_has_prompt_stop_tokens_and_temperature(specialist):
     assert "PARAMETER temperature 0\nPARAMETER num_ctx 1024\n" in text
     quoted = modelfile(specialist.tokenizer, {**prompt, "prefix": 'a "b" {{'}, [4], None)
     assert r'{{ "a \"b\" {{" }}{{ .Prompt }}' in quoted
+
+
+@pytest.mark.parametrize("value", [5, "Zebra", [1], {"Zebra": [1]}, None, True, -1.5, 10**400])
+def test_values_of_other_kinds_are_two_lines(folder, value):
+    """Whatever stands in sft_config.json, with sums that fit: a refusal or a summary, never a traceback."""
+    file = folder / "sft_config.json"
+    values = json.loads(file.read_text())
+    for name in values:
+        file.write_text(json.dumps(values | {name: value}))
+        write_checksums(folder)
+        with contextlib.suppress(InputError):
+            inference = SFTInference(folder, writing="quote")
+            assert inference.generate_summary(NOTE)["generated_summary"]
 
 
 # ------------------------------------------------------------------------------- other tools

@@ -213,6 +213,7 @@ def test_one_note(adapters, specialist):
         (["--clinical_note", " ", "--model_path", "ADAPTER"], "empty"),
         (["--clinical_note", "x", "--temperature", "-1"], "temperature"),
         (["--clinical_note", "x", "--merge_to", "m"], "--merge_to cannot be combined with"),
+        (["--merge_to", "m", "--writing", "quote"], "--merge_to cannot be combined with --writing"),
         (["--merge_to", ""], "empty"),
         (["--merge_to", "m", "--use_8bit"], "--merge_to cannot be combined with --quantization 8bit"),
         (["--input_file", "a.txt", ""], "--input_file is empty"),

@@ -120,6 +120,14 @@ def test_columns_that_are_not_there(tmp_path, options, words):
         read_notes(path, InferenceConfig(**options))
 
 
+def test_of_two_columns_of_one_name_none_is_kept(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,Ward,clinical_note,ward,bed\n1,A,Fever.,B,9\n")
+    assert read_notes(path, InferenceConfig(keep_columns=["bed"]))[0].kept == {"bed": "9"}
+    with pytest.raises(InputError, match="no column ward, or more than one\ncheck --keep_columns"):
+        read_notes(path, InferenceConfig(keep_columns=["ward"]))
+
+
 def test_odd_json(tmp_path):
     path = tmp_path / "a.jsonl"
     for line in ("[" * 100_000, '{"clinical_note": ' * 100_000, "5", '{"clinical_note": "\0"}'):

@@ -237,3 +237,11 @@ def test_options_without_effect_are_refused_or_said(capsys):
 
 def test_what_was_typed():
     assert typed_names(["--a", "1", "--b=--c", "-d", "e --f"]) == {"a", "b"}
+
+
+def test_a_list_is_given_once():
+    for config, name in ((TrainConfig, "train_csv"), (InferenceConfig, "input_file")):
+        for words in ((f"--{name}", "a.csv"), (f"--{name}=a.csv",)):
+            with pytest.raises(InputError, match=f"--{name} is given 2 times\ngive it once"):
+                parse(*words, f"--{name}", "b.csv", config=config)
+    assert parse("--seed", "1", "--seed", "2").seed == 2

@@ -84,9 +84,9 @@ def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
 
     config = read(
         "learning_rate: 2e-3\nthinking: on\nsentence_numbering: off\npart_rows: true\nval_csv: null\n"
-        "target_modules: [q_proj, k_proj]\nlora_alpha: 8\npreset: thorough\nnum_epochs: 2\noutput_dir: elsewhere\n"
+        "target_modules: [q_proj, k_proj]\nlora_alpha: 8\nseed: 010\npreset: thorough\nnum_epochs: 2\noutput_dir: elsewhere\n"
     )
-    assert (config.learning_rate, config.lora_alpha, config.num_epochs) == (2e-3, 8, 2)
+    assert (config.learning_rate, config.lora_alpha, config.num_epochs, config.seed) == (2e-3, 8, 2, 10)
     assert (config.thinking, config.sentence_numbering, config.part_rows) == ("on", "off", True)
     assert (config.target_modules, config.max_length) == (
         ["q_proj", "k_proj"],
@@ -99,6 +99,10 @@ def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
         ("- a\n", "not a readable file of options"),
         ("a: [\n", "not a readable file of options"),
         ("training: 5\n", "not a readable file of options"),
+        ("seed: 1\nnum_epochs: 2\nseed: 2\n", "not a readable file of options"),
+        ("lora_alpha: 1:30\n", "1:30 is not a number"),
+        ("num_epochs: [1, 2]\n", "num_epochs: not a value that this option takes"),
+        ("target_modules: [[Zebra]]\n", "target_modules: not a value that this option takes"),
         ("Zebra has fever: yes\n", "1 word outside any option"),
         ("num_epochs: {Zebra: 3}\n", "num_epochs"),
         ("train_csv: Zebra has a fever and coughs\n", "no such file, folder or model"),
@@ -201,3 +205,19 @@ def test_one_of_several_chat_templates_where_the_length_comes_from_the_rows(
     tokenizer.save_pretrained(base)
     config = configured(model_name=str(base), max_length=FROM_DATA, chat_template="short")
     assert "[INST]" in set_up(config, read_data(config)).sft_config["prompt"]["prefix"]
+
+
+def test_a_run_replaces_nothing_that_it_starts_from(configured, finished):
+    """--overwrite removes the earlier run before the first step; an adapter's folder takes no run."""
+    out = Path(finished().output_dir)
+    final_model = out / "final_model"
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for folder, options, words in (
+        (out, {"init_adapter": str(final_model)}, "--init_adapter .* belongs to the run in"),
+        (out, {"train_csv": f"{out}/checkpoint_epoch_1/rows.csv"}, "--train_csv .* belongs to the run in"),
+        (final_model, {}, "--output_dir .* lies in the adapter's folder"),
+        (final_model / "new", {}, "--output_dir .* lies in the adapter's folder"),
+    ):
+        with pytest.raises(InputError, match=rf"{words}[\s\S]*\nchoose another --output_dir"):
+            train(configured(str(folder), overwrite=True, **options))
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before

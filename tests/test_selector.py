@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import json
 import re
 import time
 
@@ -89,6 +90,12 @@ def test_saved_selector_is_small_and_other_files_are_refused():
     for text in ["{}", "[]", '{"version": 99}', '{"version": 1}', "no JSON"]:
         with pytest.raises(ValueError):
             Selector.from_json(text)
+    values = json.loads(selector().to_json())
+    for odd in ({"weights": [1]}, {"weights": {"place": "1"}}, {"bias": None}, {"most_words": 10**400}):
+        with pytest.raises(ValueError, match="not a selector"):
+            Selector.from_json(json.dumps(values | odd))
+    with pytest.raises(ValueError, match="not a selector"):
+        Selector.from_json(json.dumps(values | {"bias": float("nan")}))
 
 
 def test_kin_summaries_support_quoting_and_others_do_not():
@@ -295,7 +302,7 @@ def test_length_stays_that_of_training_summaries():
 
 def test_time_grows_linearly():
     def seconds(n: int) -> float:
-        note = STRUCTURED * n + "Dr. a: " * n + "it " * n + "- \n" * n
+        note = STRUCTURED * n + "Dr. a: " * n + "it " * n + "- \n" * n + "aa-" * n
         started = time.process_time()
         quote(note, selector())
         return time.process_time() - started

@@ -339,6 +339,23 @@ def test_half_a_request_and_nonsense_are_no_errors_of_the_server(running, capsys
     assert MARK not in said
 
 
+def test_slow_clients_hold_nobody_up_for_long(running, monkeypatch, capsys):
+    """Bodies that never come whole are given up, and as many at most are read at the same time."""
+    monkeypatch.setattr(server_module, "BODY_SECONDS", 0.5)
+    writer, port, _ = running
+    writer.go.release(10)
+    head = "POST /summaries HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(40)]
+        for connection in slow:
+            connection.sendall(f'{head}Content-Length: {LARGEST_BODY}\r\n\r\n{{"note": "{MARK}'.encode())
+        assert ask(port, SUMMARIES, {"note": "fine"})[0] == 200
+        for connection in slow:
+            connection.settimeout(30)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
+    assert MARK not in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------- refusals
 
 

@@ -57,6 +57,17 @@ def test_numbers_and_null_of_json_are_text(tmp_path):
     assert (second["id"], second["clinical_note"], second["x"]) == ("", "", "1")
 
 
+def test_of_two_texts_under_one_key_none_is_chosen(tmp_path):
+    for name, content in (
+        ("a.jsonl", '{"clinical_note": "a"}\n{"id": 1, "clinical_note": "Zebra", "id": 2}\n'),
+        ("a.json", '[{"clinical_note": "Zebra", "clinical_note": "Zebra again"}]'),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(InputError, match="a JSON object has the same key twice\nkeep one") as refused:
+            list(read_table(tmp_path / name, ("clinical_note",)))
+        assert "Zebra" not in str(refused.value)
+
+
 def test_a_data_frame(csv_files):
     import pandas as pd
 
@@ -186,6 +197,22 @@ def test_an_unknown_label_among_known_ones(tmp_path, label_map):
         error.value
     )
     assert "SECRET" not in str(error.value)
+
+
+def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path):
+    """Hallucinated rows would be trained on."""
+    labels = ["factual", "Hallucinated ", "factual"]
+    rows = [(i, f"note {i}", f"summary {i}", label, "") for i, label in enumerate(labels)]
+    path = write_csv(tmp_path / "a.csv", rows)
+    words = "--label factual, but the file itself labels 1 row otherwise\nleave out --label"
+    with pytest.raises(InputError, match=words):
+        read_rows(path, DataOptions(label="factual"))
+    for more in ({"label_column": "label"}, {"label_map": "a=factual"}):
+        with pytest.raises(InputError, match="--label cannot be combined with --label_column or --label_map"):
+            read_rows(path, DataOptions(label="factual", **more))
+    # Labels of another kind, and none
+    write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["cardiology", "", "factual"])])
+    assert [row.label for row in read_rows(path, DataOptions(label="factual"))] == ["factual"] * 3
 
 
 def test_kinds_are_shown_only_if_they_can_be_no_texts():

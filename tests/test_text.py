@@ -1,5 +1,7 @@
 """Encodings that files arrive in, and the cleaning of their text."""
 
+import os
+
 import pytest
 
 from sft.cli import InputError
@@ -62,10 +64,14 @@ def test_files_that_are_none(tmp_path):
         decode_text(tmp_path)
     with pytest.raises(InputError, match="no such file"):
         decode_text(tmp_path / "nothing.txt")
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(InputError, match="a pipe or a device, not a file"):
+        decode_text(tmp_path / "pipe.txt")
 
 
 def test_cleaning():
     assert clean_text(" a\r\nb\rc\x0cd\0\x07 \n") == "a\nb\nc\nd"
+    assert clean_text("a\x85b\u2028c\u2029d") == "a\nb\nc\nd"
     assert clean_text("fever \ud83d today") == "fever \ufffd today"
 
 

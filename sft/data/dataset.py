@@ -158,8 +158,6 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
     """
     if options.val_csv is not None and options.val_fraction is not None:
         raise InputError("--val_csv cannot be combined with --val_fraction", "choose one")
-    if options.label and (options.label_column or options.label_map):
-        raise InputError("--label cannot be combined with --label_column or --label_map", "choose one")
     # What was typed may be the default on purpose
     is_default = isinstance(options.train_csv, list) and options.train_csv == [BUNDLED_TRAIN_FILE]
     is_default = is_default and "train_csv" not in typed_names()

@@ -9,12 +9,14 @@ from sft.cli import Progress, log, on_main_process, plural, preview_list
 from sft.data.dataset import Example, SFTDataset, file_names
 from sft.data.formats import describe_problem, main_language
 from sft.data.rows import Row, contradicted_texts, factual_rows, leaked_rows, name_rows, repeated_rows
+from sft.data.table import plain
 from sft.grounding.check import TRAINING_THRESHOLD, PreparedNote
 from sft.grounding.citations import strip_citations, unreadable_citations
 from sft.options import DataOptions
 
 _MAX_CHECKED = 2_000  # training summaries
 _FEW_NOTES = 2  # may have the same summary by chance
+_NO_TYPE = frozenset(("", *"none no n/a na nan null factual false 0 -".split()))
 _NUMBERS_AND_WORDS = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]{5,}")
 
 
@@ -122,6 +124,8 @@ def _text_warnings(rows: Sequence[Row], dataset: SFTDataset, language: str | Non
             found["with citations that cannot be read"].append(row.name)
         if row.texts_key in contradicted:
             found["whose note and summary are labeled both factual and hallucinated"].append(row.name)
+        if row.label == "factual" and plain(row.hallucination_type) not in _NO_TYPE:
+            found["labeled factual that name a hallucination_type"].append(row.name)
     why = "cite sentences that their notes do not have"
     if dataset.encoder.template.cited_version is None:
         why = "cite sentences, which the prompt does not number (--sentence_numbering on does)"

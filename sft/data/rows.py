@@ -104,13 +104,15 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
 
     Raises InputError with the bad rows' numbers and ids."""
     options = options or DataOptions()
+    if options.label and (options.label_column or options.label_map):
+        raise InputError("--label cannot be combined with --label_column or --label_map", "choose one")
     name = source_name(source)
     columns = {ours: getattr(options, option.removeprefix("--")) for ours, option in OPTION_OF_COLUMN.items()}
     required = REQUIRED_COLUMNS[:2] if options.label else REQUIRED_COLUMNS
     label_of = _SPELLINGS | _label_map(options.label_map)
     rows, problems, labels, unknown = [], [], [], []
     repairs, empty = Counter(), Counter()
-    n_read = 0
+    n_read = n_others = 0
     for number, fields, has_more in read_table(source, required, repairs, columns):
         # As a DataFrame ends in that was a spreadsheet; a CSV's blank rows are skipped by its reader
         if not any(fields.values()):
@@ -125,6 +127,7 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
         if "id" in fields and not row.id:
             repairs["row", "without an id, called by row number"] += 1
         labels.append(plain(fields.get("label", "")))
+        n_others += bool(options.label) and label_of.get(labels[-1], options.label) != options.label
         # Behind a comma outside quotes it is another column's text
         is_shifted = has_more or plain(row.hallucination_type) in label_of
         if not (row.label or is_shifted):
@@ -135,6 +138,9 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
         found = _problems(row, has_more, is_shifted, missing)
         problems += (f"row {number}{shown_id}: {problem}" for problem in found)
     counts = ", ".join(f"{n:,} with an empty {column}" for column, n in sorted(empty.items()))
+    if n_others:
+        problem = f"--label {options.label}, but the file itself labels {plural(n_others, 'row')} otherwise"
+        raise InputError(f"{name}: {problem}", "leave out --label")
     if problems:
         problem, fix = _refusal(problems, counts, unknown, labels, options.label_map)
         raise InputError(f"{name}: {problem}", fix)

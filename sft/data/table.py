@@ -190,18 +190,27 @@ def _read_json(path: Path, required: Sequence[str]) -> "tuple[Iterable[int], pd.
             if not all(isinstance(record, dict) for record in records):
                 raise ValueError
         return numbers, pd.DataFrame(records, dtype=object)
+    except KeyError:
+        raise InputError(f"{path}: a JSON object has the same key twice", "keep one of each") from None
     except (ValueError, RecursionError, AttributeError):
         fix = "write a list of objects, or one object per line; if it is a CSV, name it .csv"
         raise InputError(f"{path}: {place}", fix) from None
 
 
 def _parse_json(text: str):
-    """JSON whose numbers stay as they are written, except that 3.0 is 3: pandas writes ids like that."""
+    """JSON whose numbers stay as they are written, except that 3.0 is 3: pandas writes ids like that. Raises
+    KeyError for a key that is there twice."""
 
     def whole(number: str) -> str:
         return re.sub(r"\.0+$", "", number)
 
-    return json.loads(text, parse_int=str, parse_float=whole, parse_constant=lambda _: None)
+    def record(pairs: list[tuple]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            raise KeyError
+        return found
+
+    how = {"parse_int": str, "parse_float": whole, "parse_constant": lambda _: None}
+    return json.loads(text, object_pairs_hook=record, **how)
 
 
 def _records(
@@ -259,7 +268,9 @@ def _checked_columns(
         raise InputError(
             f"{path}: more than once in the header: {preview_list(repeated)}", "keep one of each"
         )
-    return columns
+    # Of two others of one name nobody can mean one
+    counts = Counter(columns)
+    return [column if counts[column] == 1 else f"{column} (repeated)" for column in columns]
 
 
 def _missing_columns(

@@ -11,7 +11,8 @@ from pathlib import Path
 from sft.cli import InputError, log, on_main_process, plural
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
-_LINE_ENDS = re.compile(r"\r\n?|[\x0b\x0c]")  # a form feed separates words too
+# A form feed separates words too; NEL and Unicode's line and paragraph separators are read by no other rule
+_LINE_ENDS = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _SURROGATES = re.compile(r"[\ud800-\udfff]")  # unpaired ones, which JSON can hold and UTF-8 cannot
 
 # How a file begins; UTF-16 without a mark has a NUL beside each ASCII character
@@ -72,6 +73,8 @@ def read_bytes(path: Path) -> bytes:
     """Raises InputError if there is no such file."""
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file", "check the path")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: a pipe or a device, not a file", "write its text to a file first")
     if not path.is_file():
         raise InputError(f"{path}: no such file", "check the path")
     return path.read_bytes()

@@ -48,7 +48,10 @@ class NotePlaces:
         if self.is_dialogue and self.words & (_SEXES["m"] | _SEXES["f"]) <= _PRONOUNS:
             self.other_sex = frozenset()
         # "My mother" is the patient where her daughter speaks
-        self.relative_speaks = bool(re.search(rf"(?im)^\W*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note))
+        # Not \W: from each of many empty lines it would look to the end of the last
+        self.relative_speaks = bool(
+            re.search(rf"(?im)^[^\w\n]*(?:guest|family|{'|'.join(KIN)})\w*\s*:", note)
+        )
         # Whole sentences and whole lines
         lines = [
             bisect_left(self.text.spans, (match.start(), 0)) for match in re.finditer(r"^|\Z", note, re.M)

@@ -5,6 +5,7 @@ add what a reader must not miss and keep together what belongs together. Fitted 
 """
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -59,7 +60,7 @@ _CUES = {
 }
 _CUES = {cue: re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE) for cue, pattern in _CUES.items()}
 _DOSE = re.compile(
-    r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,})(?:\s[A-Z]{2})?\s+"
+    r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,40})(?:\s[A-Z]{2})?\s+"
     r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
 )
 _OPEN_QUESTION = re.compile(
@@ -113,9 +114,13 @@ class Selector:
         if not isinstance(values, dict) or values.pop("version", None) not in (1, _VERSION):
             raise ValueError("not a selector of this version")
         try:
-            return Selector(**values)
-        except TypeError as error:
-            raise ValueError("not a selector: fields are missing or unknown") from error
+            selector = Selector(**values)
+            lengths = (selector.base_words, selector.words_per_note_word, selector.most_words)
+            if all(map(math.isfinite, (*selector.weights.values(), selector.bias, *lengths))):
+                return selector
+        except (TypeError, AttributeError, OverflowError):
+            pass
+        raise ValueError("not a selector: fields are missing, unknown or no numbers")
 
     def score(self, features: dict[str, float]) -> float:
         return self.bias + sum(self.weights.get(name, 0.0) * value for name, value in features.items())

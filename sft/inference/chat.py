@@ -17,7 +17,7 @@ from functools import partial
 from sft.cli import InputError, RunError, is_terminal, log, plural, visible
 from sft.data.text import decode_bytes, is_blank
 from sft.inference.notes import split_text
-from sft.inference.results import describe_finding, failure, to_json
+from sft.inference.results import describe_finding, failure, note_problem, to_json
 from sft.inference.writing import NoteWords
 from sft.options import InferenceConfig, number
 
@@ -77,6 +77,17 @@ def marks_pastes() -> bool:
     return "libedit" not in (readline.__doc__ or "") and os.environ.get("TERM", "dumb") != "dumb"
 
 
+def read_one_note(typed: str) -> str:
+    """The note of --clinical_note, or of standard input for "-", whatever its encoding. Raises InputError if
+    it is empty."""
+    name = "standard input" if typed == "-" else "--clinical_note"
+    # Python keeps bytes that are no UTF-8 as surrogates
+    note = decode_bytes(sys.stdin.buffer.read() if typed == "-" else os.fsencode(typed), name)
+    if note_problem(note):
+        raise InputError("--clinical_note is empty", "pass a note with text")
+    return note
+
+
 def read_piped(one_note: str) -> list[str] | None:
     """The notes that are piped in, or None to read them block by block as they arrive. Raises InputError if
     there is none, or they look like parts of notes."""
@@ -103,7 +114,7 @@ def read_block(prompt: str) -> str:
         with suppress(EOFError):
             while lines[-1].strip() and not COMMAND.fullmatch(lines[-1]):
                 lines.append(input(""))
-        return "\n".join(lines)
+        return decode_bytes("\n".join(lines).encode(errors="surrogateescape"), "standard input")
     lines = [input(prompt)]
     with suppress(EOFError):
         while lines[-1].endswith("\\") or (not COMMAND.fullmatch(lines[0]) and _more_lines_wait()):

@@ -1,8 +1,8 @@
 """What a run of the inference script checks before a model is loaded, and what identifies its results."""
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from sft.cli import InputError, as_input_error, is_terminal, log, processes
 from sft.files import check_new_file
@@ -29,7 +29,7 @@ def check_files(config: InferenceConfig) -> list[Note] | None:
 def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
     """(whether it is so, problem, fix) of options that do not go together."""
     one = config.clinical_note is not None
-    out, review = (name and Path(name).resolve() for name in (config.output_file, config.review_file))
+    out, review = (name and os.path.realpath(name) for name in (config.output_file, config.review_file))
     yield one and config.input_file, "--clinical_note cannot be combined with --input_file", "choose one"
     has_one_note = config.one_note != "auto"
     of_notes = {
@@ -41,7 +41,8 @@ def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
     for name, is_given in of_notes.items():
         problem = f"--serve cannot be combined with --{name}"
         yield config.serve and is_given, problem, "leave it out: notes come with requests"
-    for name, is_given in {**of_notes, "serve": config.serve}.items():
+    of_writing = {"serve": config.serve, "writing": config.writing, "citations": config.citations}
+    for name, is_given in {**of_notes, **of_writing}.items():
         problem = f"--merge_to cannot be combined with --{name}"
         yield config.merge_to and is_given, problem, "merge first, then summarize"
     yield one and has_one_note, "--one_note has no effect with --clinical_note, which is one", "leave it out"

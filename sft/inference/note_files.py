@@ -44,11 +44,11 @@ class StandardOutput:
         self.next = 0
 
     def add(self, number: int, result: dict) -> None:
-        self.done.add(number)
         self.waiting[number] = result
         while self.next in self.waiting:
             self._print(self.next)
             self.next += 1
+        self.done.add(number)
 
     def _print(self, number: int) -> None:
         result = self.waiting.pop(number)

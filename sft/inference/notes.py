@@ -178,7 +178,8 @@ def _check_columns(path: Path, columns: Sequence[str], keep: dict[str, str]) -> 
     """Raises InputError for a column to keep that is not there; logs a column that may be the id."""
     absent = [name for name, column in keep.items() if column not in columns]
     if absent:
-        raise InputError(f"{path}: no column {preview_list(map(safe_id, absent))}", "check --keep_columns")
+        names = preview_list(map(safe_id, absent))
+        raise InputError(f"{path}: no column {names}, or more than one", "check --keep_columns")
     others = [name for name in columns if ID_LIKE.fullmatch(name)]
     if "id" not in columns and others and on_main_process():
         named = preview_list(others)

@@ -175,7 +175,7 @@ def format_result(result: dict, kind: str, stream=None) -> str:
     if kind == ".csv":
         cells = {**result, "warnings": "; ".join(result.get("warnings", []))}
         return csv_row([cells.get(name, "") for name in csv_columns(result)])
-    name = f"row {result['row']}" if result["id"] is None else result["id"]
+    name = f"row {result['row']}" if result["id"] is None else " ".join(result["id"].split())
     return visible(f"[{name}] {result.get('error') or result['generated_summary']}\n\n", stream)
 
 

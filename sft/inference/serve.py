@@ -36,6 +36,8 @@ NOTES_FORM = 'send {"note": "..."} or {"notes": ["...", "..."]}'
 CHAT_FORM = 'send {"messages": [{"role": "user", "content": "the note"}]}; settings are chosen when the server is started'
 GONE = "the client has gone"
 LARGEST_BODY = 4 * 2**20  # bytes
+MOST_BODIES = 32  # that are read at the same time, for they lie in memory
+BODY_SECONDS = 20  # until a body is there whole, on its way within this machine
 MOST_NOTES = 64  # of one request
 MOST_WAITING = 512  # notes
 RETRY = {"Retry-After": "5"}  # seconds
@@ -107,7 +109,11 @@ class Chat(Body):
 async def read(request: Request, kind: type[Body], form: str) -> Body:
     """The body of a request. Raises HTTPException that says where it is wrong, without its text."""
     try:
-        return kind.model_validate_json(await request.body())
+        async with request.app.state.bodies, asyncio.timeout(BODY_SECONDS):
+            body = await request.body()
+        return kind.model_validate_json(body)
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {BODY_SECONDS} seconds") from None
     except ValidationError as error:
         first = error.errors(include_input=False, include_context=False)[0]
         place = ".".join(safe_id(str(part)) for part in first["loc"]) or "body"
@@ -141,6 +147,7 @@ def make_app(waiting: Waiting, token: bytes) -> FastAPI:
         check_headers(request, token)
 
     app = FastAPI(dependencies=[Depends(check)], docs_url=None, redoc_url=None, openapi_url=None)
+    app.state.bodies = asyncio.Semaphore(MOST_BODIES)
 
     @app.exception_handler(AnyHTTPException)
     async def refuse(request: Request, error: AnyHTTPException) -> JSONResponse:

@@ -15,6 +15,13 @@ from sft.options import OLDER_MAX_NEW_TOKENS, quantization_of
 _FIX = "restore it from a backup, or train again"
 # Files of these kinds decide nothing of what a summary says: model cards, the training state, file managers'
 _DECIDE_NOTHING = (".md", ".pt", ".db", ".ini")
+_KINDS = {
+    **dict.fromkeys("training base_config shorthand merged".split(), dict | None),
+    "prompt": dict,
+    "max_length": int,
+    "max_new_tokens": int | None,
+    "language": str | None,
+}
 _RECORDED_BEFORE = {
     "adapter": "adapter_model.safetensors",
     "adapter_config": "adapter_config.json",
@@ -100,9 +107,10 @@ def _is_complete(sft_config: dict, adapter_config: dict) -> bool:
     try:
         texts = [sft_config["sha256"][name] for name in ("base_weights", "adapter")]
         texts += [adapter_config["base_model_name_or_path"]] if adapter_config else []
-        of_kinds = isinstance(sft_config["prompt"], dict) and isinstance(sft_config["max_length"], int)
+        of_kinds = all(isinstance(sft_config.get(name), kind) for name, kind in _KINDS.items())
+        quantization_of(sft_config.get("training") or {})
         return of_kinds and all(isinstance(text, str) for text in texts)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, AttributeError):
         return False
 
 
@@ -134,7 +142,7 @@ def _folder_hash(folder: Path, prompt_hash: str = "") -> str:
 
 def _trained_quantization(sft_config: dict) -> str | None:
     """How training loaded the base model; None for a merged folder, which holds full weights."""
-    return None if "merged" in sft_config else quantization_of(sft_config.get("training", {}))
+    return None if "merged" in sft_config else quantization_of(sft_config.get("training") or {})
 
 
 def quantization_for(options: dict, sft_config: dict) -> str | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from sft.cli import InputError, as_input_error, log, on_main_process, safe_id
 from sft.files import (
+    check_outside_models,
     checksum_problem,
     lock,
     make_private_dir,
@@ -115,8 +116,10 @@ def check_output_dir(config: TrainConfig) -> Path | None:
     output_dir = Path(config.output_dir)
     if config.resume and config.overwrite:
         raise InputError("--resume cannot be combined with --overwrite", "choose one")
+    check_outside_models("--output_dir", output_dir)
     if config.resume or config.overwrite:
         check_others_files(output_dir)
+        check_inputs_elsewhere(config, run_files(output_dir))
         return newest_checkpoint(config) if config.resume else None
     if run_files(output_dir):
         fix = "use --resume to continue it, --overwrite to replace it, or choose another --output_dir"
@@ -142,6 +145,17 @@ def check_others_files(output_dir: Path) -> None:
             if not (is_folder or is_ours):
                 fix = "move it elsewhere: the run may replace its folder"
                 raise InputError(f"{path} was not written by a training run", fix)
+
+
+def check_inputs_elsewhere(config: TrainConfig, replaced: list[Path]) -> None:
+    """Raises InputError if the run would remove what it starts from."""
+    inputs = {"init_adapter": config.init_adapter, "val_csv": config.val_csv, "model_name": config.model_name}
+    named = [*inputs.items(), *(("train_csv", file) for file in config.train_files)]
+    for name, file in named:
+        places = {Path(file).resolve(), *Path(file).resolve().parents} if file else set()
+        if not places.isdisjoint(path.resolve() for path in replaced):
+            problem = f"--{name} {file} belongs to the run in {config.output_dir}, which would be replaced"
+            raise InputError(problem, "choose another --output_dir")
 
 
 def newest_checkpoint(config: TrainConfig) -> Path | None:

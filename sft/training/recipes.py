@@ -10,7 +10,7 @@ from pathlib import Path
 from sft.cli import InputError, log, on_main_process, safe_id
 from sft.files import sha256
 from sft.model.folder import read_adapter_folder
-from sft.option_fields import default_of, given_names, parse_options
+from sft.option_fields import check_config, default_of, given_names, parse_options
 from sft.options import DEFAULT_MAX_LENGTH, TrainConfig
 
 FROM_DATA = 0  # as max_length: what 95 % of the training rows need, see set_up.typical_length
@@ -55,7 +55,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """The configuration with the values of --preset, --config and --init_adapter where none were given.
     Raises InputError."""
     given = given_names(config)
-    earlier = read_config(config.config) if config.config else {}
+    # Read once: it may be a pipe
+    options, recorded = _read(config.config) if config.config else ({}, {})
+    earlier = check_options(config.config, options) if options else {}
     values = PRESETS[earlier.get("preset", config.preset)] | earlier
     if "preset" in given:
         values = earlier | PRESETS[config.preset]
@@ -63,33 +65,54 @@ def resolve(config: TrainConfig) -> TrainConfig:
         given |= names if names & given else set()
     config = replace(config, **{name: value for name, value in values.items() if name not in given})
     if config.config:
-        log_other_files(config)
+        log_other_files(config, recorded)
     return take_from_adapter(config, given) if config.init_adapter else config
 
 
 def _read(file: str) -> tuple[dict, dict]:
     """(options, SHA-256s) of a YAML file of options, or of sft_config.json. Raises InputError."""
-    import yaml
+    from yaml import YAMLError
 
     content = {"training": None}
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+    with contextlib.suppress(OSError, ValueError, YAMLError, RecursionError):
         text = Path(file).read_text(encoding="utf-8")
-        content = json.loads(text) if file.endswith(".json") else yaml.safe_load(text)
+        content = json.loads(text) if file.endswith(".json") else _load_yaml(text)
     parts = (
         [content.get("training", content), content.get("sha256", {})] if isinstance(content, dict) else [None]
     )
     if not all(isinstance(part, dict) for part in parts):
-        fix = "write lines such as num_epochs: 3 (.yaml), or pass an adapter's sft_config.json"
+        fix = "write lines such as num_epochs: 3 (.yaml), each option once, or pass an adapter's sft_config.json"
         raise InputError(f"--config {file}: not a readable file of options", fix)
     return tuple(parts)
 
 
-def read_config(file: str) -> dict:
-    """The options in a file, checked as if they had been typed. Raises InputError."""
+def _load_yaml(text: str):
+    """Numbers and dates stay as they are written: for YAML 010 is 8, and 1:30 is 90. Raises ValueError for a
+    name that is there twice, of which PyYAML would forget the first."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in kinds if tag.endswith(("bool", "null"))]
+        for first, kinds in loader.yaml_implicit_resolvers.items()
+    }
+    node = loader.get_single_node()
+    names = [str(name.value) for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+    if node is None or len(set(names)) < len(names):
+        raise ValueError
+    return loader.construct_document(node)
+
+
+def check_options(file: str | None, options: dict) -> dict:
+    """The options of a file, checked as if they had been typed. Raises InputError."""
     typed = []
     kinds = {field.name: field.type for field in fields(TrainConfig)}
-    named = {name: value for name, value in _read(file)[0].items() if name not in _OF_THIS_RUN}
+    named = {name: value for name, value in options.items() if name not in _OF_THIS_RUN}
     for name, value in named.items():
+        values = value if isinstance(value, list) and "list" in str(kinds.get(name)) else [value]
+        if any(isinstance(one, list | dict) for one in values) and name in kinds:
+            fix = "write one word or number; for several files or layers: [a, b]"
+            raise InputError(f"--config {file}: {name}: not a value that this option takes", fix)
         # YAML reads on and off as truth values
         if isinstance(value, bool) and kinds.get(name) is not bool:
             value = "on" if value else "off"
@@ -106,9 +129,8 @@ def read_config(file: str) -> dict:
     return {name: getattr(parsed, name) for name in named}
 
 
-def log_other_files(config: TrainConfig) -> None:
-    """Says which of the files are not those that the earlier run recorded."""
-    recorded = _read(config.config)[1]
+def log_other_files(config: TrainConfig, recorded: dict) -> None:
+    """Says which of the files are not those of which the earlier run `recorded` the SHA-256."""
     for name, files in (("train_csv", config.train_files), ("val_csv", [config.val_file])):
         with contextlib.suppress(OSError, TypeError):  # missing ones are refused where they are read
             if recorded.get(name) not in (None, sha256_of_files(files)) and on_main_process():
@@ -135,4 +157,5 @@ def take_from_adapter(config: TrainConfig, given: set[str]) -> TrainConfig:
         if name in given and getattr(config, name) != value:
             problem = f"--{name}: the adapter in {folder} was trained with {safe_id(str(value))}"
             raise InputError(problem, f"leave out --{name}, or --init_adapter")
+    check_config(TrainConfig(**own))
     return replace(config, **own)
