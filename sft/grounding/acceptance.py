@@ -28,7 +28,8 @@ _ANEW = frozenset((";", ".", "but")) | _SUBJECT | AUXILIARY
 _GAP = re.compile(
     r"(?:[^\w ] )*(?:(?:and|but|who|which) )?(?:[^\w ] )*"
     r"(?:(?:the )?(?:patients?|pt) |(?:he|she|they|there) )?"
-    r"(?:also )?(?:(?:is|are|was|were|(?:has|have|had)(?: been| had)?|reports?|reported|complains|present(?:s|ed|ing)|stated?s?) )?"
+    r"(?:also )?(?:(?:is|are|was|were|(?:has|have|had)(?: been| had)?|"
+    r"report(?:s|ed)?|complains|present(?:s|ed|ing)|states?|stated) )?"
     r"(?:(?:also|of|in|on|at|with) )?(?:(?:an?|the|his|her) )?(?:[^\w ] )*"
 )
 # Of these a gap may have what the note has there

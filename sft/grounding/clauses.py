@@ -49,6 +49,7 @@ PARTING = WORDS["joiners"] | WORDS["have"] | BREAKS
 PLACES = frozenset("of in on at".split())
 FREE = AUXILIARY.union(*(WORDS[name] for name in ("articles", "subject", "report", "joiners", "light")))
 _LABEL = re.compile(r"\s*([^.;:?!\n]{1,45}|\d\d?[:.]\d\d):(?=\s)")
+# No article stands before these
 NO_NOUNS = SCOPES.union(
     "i we it this he she they".split(), *map(WORDS.get, ("commands", "prepositions", "light"))
 )
@@ -57,8 +58,9 @@ PARTICIPLE = re.compile(
 )
 # What may be said with "is" or "was"
 PREDICATE = re.compile(
-    r"\w+(?:ed|en|ly|ing|ive|al|ous|ic|ful|less|[ai]ble|ent|ant|ular|tory|ary)|clear|clean|dry|wet|better|worse|aware|soft|firm|raised|high|low|"
-    r"up|down|poor|good|fair|mild|severe|equal|alert|well|due|warm|cold|pink|tender|not|now|very|done|gone|held|sent"
+    r"\w+(?:ed|en|ly|ing|ive|al|ous|ic|ful|less|[ai]ble|ent|ant|ular|tory|ary)|clear|clean|dry|wet|soft|firm|high|low|"
+    r"better|worse|aware|up|down|poor|good|fair|mild|severe|equal|alert|well|due|warm|cold|pink|tender|not|now|very|"
+    r"done|gone|held|sent"
 )
 # What a patient can have, and what a patient can be; else a part without a verb may be a thing or an order
 CONDITION = re.compile(
@@ -72,7 +74,8 @@ CONDITION = re.compile(
 STATE = re.compile(
     r"\w*(?:febrile|oriented|tensive)|drowsy|alert|rousable|pregnant|unwell|fit|stable|pale|dizzy|tired|weak|thirsty|"
     r"unsteady|breathless|comfortable|anxious|confused|jaundiced|depressed|man|woman|yearold|delirious|"
-    r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred|treated|warned|reassured|immuni[sz]ed|smoker|allergic|safe"
+    r"admitted|discharged|transferred|intubated|extubated|catheteri[sz]ed|referred|treated|warned|"
+    r"reassured|immuni[sz]ed|smoker|allergic|safe"
 )
 
 

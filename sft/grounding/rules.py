@@ -12,10 +12,6 @@ from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATION
 from sft.grounding.words import is_telling, word_set
 
 WEIGHT = 1.7  # of a finding that by itself flags a sentence
-_COMING = frozenset("to will should if unless".split())
-_AHEAD = frozenset(
-    "to will should if unless once when until being for await awaits awaiting planned plan may might can could would not".split()
-)
 _LEAD = 0.3  # by which another place must be the likelier one
 # {kind of marker: kind of finding}; opposites are "misplaced"
 _MARKERS = {
@@ -25,6 +21,11 @@ _MARKERS = {
 _MARKERS |= dict.fromkeys(("weekday", "order", "when", "shift", "month"), "time")
 _DRUG_ENDINGS = tuple(word_set("drug endings"))
 _NO_DRUGS = word_set("no drugs")
+# What is still to come in a note; a summary may say it in these and more words
+_COMING = frozenset("to will should if unless".split())
+_AHEAD = _COMING.union(
+    "once when until being for await awaits awaiting planned plan may might can could would not".split()
+)
 _SOFT = word_set("soft") | HEDGES | CONDITIONS
 _SELF_NEGATING = word_set("self-negating")
 _RELATIVES = frozenset("family families familial paternal maternal side".split()) | GENERAL_KIN | set(KIN)
