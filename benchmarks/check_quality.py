@@ -81,7 +81,7 @@ def swap(summary: str, words: dict[str, str], chance: random.Random) -> str | No
 def exchange(note: str, summary: str, chance: random.Random) -> str | None:
     """The summary with two words of different sentences exchanged, both of which the note has."""
     sentences = [summary[start:end] for start, end in sentence_spans(summary)]
-    known = set(content_stems(note))
+    known = set(content_stems(note, numbers=False))
     words = [
         (number, word)
         for number, sentence in enumerate(sentences)

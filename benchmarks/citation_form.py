@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sft.cli import log, plural
+from sft.cli import log, plural, run_script
 from sft.data.rows import Row, factual_rows, read_rows
 from sft.grounding.citations import cited_sentence_numbers, strip_citations, unreadable_citations
 from sft.grounding.sentences import split_sentences
@@ -72,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

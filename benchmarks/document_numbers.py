@@ -31,7 +31,7 @@ from sft.model.kernels import cpu_name
 from sft.training.recipes import PRESETS
 
 NUMBERS = ROOT / "docs" / "numbers.json"
-DOCUMENTS = [ROOT / "README.md", ROOT / "STAGE_A_SFT_GUIDE.md"]
+DOCUMENTS = [ROOT / name for name in ("README.md", "STAGE_A_SFT_GUIDE.md", "docs/measured.md")]
 RUNS = ROOT / "models" / "numbers"
 DEFAULT_RUN = RUNS / "default"
 MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog"

@@ -34,6 +34,8 @@ SINGLE = 8
 TOOLKIT = {"toolkit": {}, "toolkit-bfloat16": {"dtype": "bfloat16"}, "toolkit-int8": {"use_8bit": True}}
 sys.path.insert(0, str(ROOT))
 
+from sft.cli import run_script
+
 
 def write_loops() -> None:
     """From now on the toolkit writes what repeats itself to its end, as the others do."""
@@ -167,10 +169,10 @@ def prepare(arguments, folder: Path) -> dict:
     from sft.inference.notes import read_notes
     from sft_inference import SFTInference
 
+    inference = SFTInference(arguments.model_path, device="cpu", merge=False)
     mts = [note.text for note in read_notes(DATA / "mts_dialog" / "test.csv")]
     aci = [note.text for note in read_notes(DATA / "aci_bench" / "notes.csv")]
     notes = [str(note) for note in mts[: arguments.mts] + aci[: arguments.aci]]
-    inference = SFTInference(arguments.model_path, device="cpu", merge=False)
     inference.save_merged(folder / "merged")
     inference = SFTInference(arguments.model_path, device="cpu", writing="free")
     prompts = [inference.prompt_ids(note.strip(), arguments.max_new_tokens)[0] for note in notes]
@@ -220,7 +222,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         # In a process of its own too: what this one holds would count in the peers' peak memory
         prepare_command = [sys.executable, __file__, *sys.argv[1:], "--peer", "prepare", "--folder", name]
-        subprocess.run(prepare_command, check=True)
+        # It has said what is wrong
+        if status := subprocess.run(prepare_command).returncode:
+            sys.exit(status)
         work = json.loads((Path(name) / "work.json").read_text())
         best = best_rounds(peer_commands(arguments, Path(name)), arguments)
     print_table(best, work, f"{arguments.mts} MTS-Dialog, {arguments.aci} ACI-BENCH")
@@ -300,4 +304,4 @@ def print_table(best: dict[str, dict], work: dict, sources: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

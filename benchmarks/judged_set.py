@@ -178,14 +178,14 @@ def measure(record: dict, note: str) -> Summary:
     """The check's risks of a summary beside what the reader marked."""
     text = record["summary"]
     check = PreparedNote(note).check(text)
-    known = set(content_stems(note))
+    known = set(content_stems(note, numbers=False))
     spans = distinct_sentences(record)
 
     def risk_at(start: int, end: int) -> float:
         return max((one.risk for one in check.sentences if one.start < end and start < one.end), default=0.0)
 
     def n_missing(start: int, end: int) -> int:
-        return sum(stem not in known for stem in content_stems(text[start:end]))
+        return sum(stem not in known for stem in content_stems(text[start:end], numbers=False))
 
     sentences = []
     marks = []

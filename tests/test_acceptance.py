@@ -303,6 +303,13 @@ ATTACKS = [
     ("Ultrasound shows no stones.", "The patient has ultrasound shows no stones."),
     ("He was catheterised.", "The patient is he was catheterised."),
     ("Redressed with alginate.", "The patient is redressed with alginate."),
+    # A stamp of place or time is no subject
+    ("Recovery 14:10.", "Recovery is 14:10."),
+    ("14:10 recovery.", "14:10 is recovery."),
+    ("Resus 9:05 pm.", "The resus was 9:05 pm."),
+    ("Clinic 12/03/2024.", "The clinic is 12/03/2024."),
+    ("Theatre 3.", "The theatre is 3."),
+    ("Day 2 of antibiotics.", "The day is 2 of antibiotics."),
     ("Base 80% granulation, no odour.", "The patient has a base 80% granulation with no odour."),
 ]
 

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, assert_input_error, run_python
 
 from sft.cli import (
     InputError,
@@ -276,6 +276,12 @@ def test_progress_is_quiet_on_other_processes(monkeypatch):
     progress.advance()
     progress.close()
     assert lines.getvalue() == ""
+
+
+@pytest.mark.parametrize("command", ["citation_form.py none", "inference_throughput.py --model_path none"])
+def test_benchmarks_without_an_adapter_say_so(command):
+    program, *arguments = command.split()
+    assert_input_error(run_python(f"benchmarks/{program}", *arguments), "none: no such folder")
 
 
 # ------------------------------------------------------------------------------- words

@@ -245,6 +245,11 @@ def test_the_four_questions(evaluated):
     passed = [answer | {"passed": True} for answer in answers]
     assert verdict(passed, {"rewritten": {}}, 40).startswith("Go on")
     assert verdict(passed, {"rewritten": {}}, 4).startswith("Not shown")
+    assert "--max_new_tokens" in answers[1]["advice"]
+    # Quoted sentences are as the note has them, whatever a model could write
+    quoted = {"specialist": found["specialist"] | {"own_share": {"value": 0.0}}}
+    for answer in answer_questions(quoted, "specialist")[1:]:
+        assert "no model writes these" in answer["advice"]
     # A heading that is spelled out counts as rewritten
     assert "nothing for Stage B" in verdict(passed, {"rewritten": {}, "own_share": {"value": 0.0}}, 40)
 

@@ -56,6 +56,35 @@ def test_files_in_and_out(adapters, specialist, tmp_path, monkeypatch, capsys, k
     assert not list(tmp_path.glob("*.partial"))
 
 
+@pytest.mark.parametrize("separator, kind", [(";", ".csv"), ("\t", ".csv"), ("\t", ".tsv"), ("|", ".csv")])
+def test_a_csv_has_the_separator_of_its_notes(adapters, tmp_path, monkeypatch, separator, kind):
+    """Also one that was interrupted; cells that hold the separator stay whole."""
+    source = tmp_path / f"notes{kind}"
+    with open(source, "w", newline="") as file:
+        rows = [["id", "text", "a;b"], ["n1", "Fever, cough; 5|6\tof seven.", "x;y"], ["n2", "Cough.", "5,5"]]
+        csv.writer(file, delimiter=separator).writerows(rows)
+    arguments = f"--device cpu --writing quote --note_column text --model_path {adapters()}".split()
+
+    def run(name, *more):
+        values = ["--input_file", source, "--keep_columns", "a;b", "--output_file", tmp_path / name, *more]
+        monkeypatch.setattr(sys, "argv", ["sft_inference.py", *arguments, *map(str, values)])
+        sft_inference.main()
+        return (tmp_path / name).read_bytes()
+
+    whole = run("whole.csv")
+    written = list(csv.DictReader(whole.decode("utf-8-sig").splitlines(), delimiter=separator))
+    assert [(row["id"], row["a;b"]) for row in written] == [("n1", "x;y"), ("n2", "5,5")]
+    assert written[0]["generated_summary"] == rows[1][1].replace("\t", " ")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("sft.inference.note_files.format_result", raise_interrupt)
+        run("again.csv")
+    assert run("again.csv", "--resume") == whole
+
+
+def raise_interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
 def made_notes(*texts):
     return [Note(i, f"n{i}", text) for i, text in enumerate(texts)]
 

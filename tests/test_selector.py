@@ -286,6 +286,16 @@ def test_airway_is_no_assessment():
     assert "Assessment: tonsillitis." in quoted(soap)
 
 
+def test_the_label_of_one_thing_comes_with_it():
+    lines = (
+        "Fluid: protein 44 g/L, straw-colored. Cytology and AFB culture sent. Plan: rest. Repeat CT tomorrow."
+    )
+    text = quoted(f"54-year-old man with a pleural effusion.\n{lines}")
+    assert "Fluid: protein 44 g/L" in text
+    assert "Fluid: Cytology" not in text
+    assert "Cytology and AFB culture sent." in text
+
+
 def test_a_time_goes_with_its_line():
     note = "10:50 Arrived, 4-year-old boy. Calm.\n10:58 Laryngospasm, silent chest. SpO2 81%.\n11:00 Propofol 10 mg IV."
     assert "10:58: Laryngospasm" in quoted(note)
@@ -323,3 +333,13 @@ def test_not_mentioned():
     }
     assert all(split_sentences(note)[m.note_sentence - 1].endswith(m.text) for m in missing)
     assert not_mentioned(note, split_sentences(note)) == []
+
+
+def test_not_mentioned_ends_with_what_else_is_left_out():
+    note = "ECG, 34M. No ischaemic ST change. QTc 418 ms. Her sister likes tea. Chest clear.\nPlan: refer to cardiology."
+    missing = not_mentioned(note, ["ECG, 34M.", "Chest clear."])
+    assert [(m.kind, m.text) for m in missing] == [
+        ("plan", "refer to cardiology."),
+        ("other", "No ischaemic ST change."),
+        ("other", "QTc 418 ms."),
+    ]

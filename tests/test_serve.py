@@ -126,6 +126,8 @@ BAD = [
     (SUMMARIES, b"\xff\xfe", 422, "body: Invalid JSON"),
     (SUMMARIES, "[" * 100_000, 422, "body: Invalid JSON"),
     (SUMMARIES, '{"note": "half \\ud83d character"}', 422, "body: Invalid JSON"),
+    (SUMMARIES, f'{{"note": "two\n{MARK} lines"}}', 422, r"a line break is \n"),
+    (SUMMARIES, f'{{"note": {MARK}}}', 422, "send {"),
     (SUMMARIES, [MARK], 422, "send {"),
     (SUMMARIES, {}, 422, "note or notes"),
     (SUMMARIES, {"note": MARK, "notes": [MARK]}, 422, "note or notes"),

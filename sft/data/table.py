@@ -75,6 +75,14 @@ def read_table(
         log_repairs(str(source), counts)
 
 
+def separator_of(path: Path, columns: Mapping[str, str | None]) -> str:
+    """What stands between the cells of a .csv or .tsv; `columns` as for read_table."""
+    data = read_bytes(path)
+    names = {column_name(theirs): ours for ours, theirs in columns.items() if theirs}
+    encoding = find_encoding(data, str(path), Counter())
+    return _find_header(data, encoding, names, path.suffix.lower() == ".tsv")[0]
+
+
 def source_name(source: "str | Path | pd.DataFrame") -> str:
     """What messages call a table."""
     return str(source) if isinstance(source, str | Path) else "the DataFrame"

@@ -176,6 +176,7 @@ class Bound(NamedTuple):
 
 _FEWEST_NOTES = 20  # that never fail: still up to 3 / 20 might (rule of three)
 _LARGER = "use a larger base, more rows or all linear layers; or the note's own sentences (--writing quote)"
+_CHOSEN = "no model writes these: read what is left out (--blind_sheet); more training rows teach the choice"
 _QUOTED = Bound("coverage", 0.5)  # where no chosen sentences say what the note's own words would cover
 QUESTIONS = (
     ("Does it know the terminology?", [Bound("loss", 0, "base")],
@@ -199,6 +200,9 @@ def answer_questions(found: Mapping[str, dict], system: str) -> list[dict]:
         bounds = [_QUOTED if bound.role == "chosen" and not has_quoted else bound for bound in bounds]
         kept, words = zip(*(bound.keeps(found[system]) for bound in bounds))
         passed = False if False in kept else None if None in kept else True
+        # Of sentences that no model wrote none can be cut or written better
+        is_chosen = found[system].get("own_share", {}).get("value") == 0
+        advice = _CHOSEN if is_chosen and question != QUESTIONS[0][0] else advice
         answer = {"question": question, "passed": passed, "figure": "; ".join(words)}
         answers.append(answer | {"threshold": "; ".join(map(str, bounds)), "advice": advice})
     return answers

@@ -169,8 +169,8 @@ def measure(row: Row, result: dict, rouge, expected: set[str], version: int) -> 
     known = " ".join(bare_words(row.clinical_note))
     own = [s for s in checked if " ".join(bare_words(written[s.start : s.end])) not in known]
     kinds = Counter(result["n_findings"])
-    in_note = set(content_stems(row.clinical_note))
-    stems = [set(content_stems(written[s.start : s.end])) for s in checked]
+    in_note = set(content_stems(row.clinical_note, numbers=False))
+    stems = [set(content_stems(written[s.start : s.end], numbers=False)) for s in checked]
     likelihoods = result.get("model_support", [])
     citations = parse_citations(written, row.clinical_note, version)
     texts = split_sentences(summary)

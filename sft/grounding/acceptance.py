@@ -23,6 +23,8 @@ _OPENING = re.compile(
     r"\s*(?:an?|the|this)?\s*(?:(\d{1,3}) yearold\s+)?(man|woman|lady|gentleman|male|female)\b", re.IGNORECASE
 )
 _SUBJECT = WORDS["subject"]
+_CLOCK = re.compile(r"\d\d?:\d\d|\d+/\d+/\d{2,4}")
+_STAMPED = WORDS["stamps"] | WORDS["times"]
 _ANEW = frozenset((";", ".", "but")) | _SUBJECT | AUXILIARY
 # The light words and marks before a word, in the order of English: ", and the patient has also had a"
 _GAP = re.compile(
@@ -298,6 +300,11 @@ def clauses_stay_apart(traced: _Traced) -> str:
         if not step.begins:
             if step.new & PARTING - {"\n"} and not step.old & (PARTING | WORDS["report"]):
                 return "joins or parts words inside a clause"
+            # "Recovery 14:10", "Bed 6": a stamp of place or time is no subject
+            last = traced.source.content[step.index - 1]
+            is_stamp = last in _STAMPED and step.word[0].isdigit()
+            if step.added & AUXILIARY and (is_stamp or any(map(_CLOCK.fullmatch, (last, step.word)))):
+                return "tells a place or a time as a fact"
             continue
         is_next = before == step.number - 1 and traced.clauses[before].sentence == step.clause.sentence
         needed = PARTING if is_next else BREAKS | {"and", "but", "while"}

@@ -32,6 +32,7 @@ leaning: last largest maximum not now then later previously recently never subse
 own verbs: fell took drank woke tested developed collapsed vomited complained improved remained recovered noticed responded fainted tripped tolerated settled deteriorated survived slipped
 ahead: in at after every within
 times: minute hour day week fortnight month year
+stamps: ward bed bay room theatre theater cubicle resus recovery icu itu hdu nicu picu clinic
 male: he him his man boy mr
 female: she her hers woman girl mrs ms
 """

@@ -12,7 +12,8 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 
 from sft.grounding.sentences import split_sentences
-from sft.grounding.structure import Unit, content_stems, read_units, shown_label
+from sft.grounding.structure import Unit, read_units, shown_label, topic_of
+from sft.grounding.words import content_stems
 
 _VERSION = 2  # 1 had more features
 # What a sentence speaks of, for the regression and the rules
@@ -85,7 +86,7 @@ class Quoted:
 class NotMentioned:
     """Something that a note holds and its summary lacks."""
 
-    kind: str  # plan, drug, abnormal or problem
+    kind: str  # plan, drug, abnormal, problem or other
     text: str
     note_sentence: int
 
@@ -135,6 +136,9 @@ class _Note:
         self.sentences = [unit for unit in self.units if unit.kind == "sentence"]
         self.stems = {unit.number: frozenset(content_stems(unit.text)) for unit in self.units}
         self.cues = {unit.number: _cues(unit) for unit in self.sentences}
+        labels = Counter(unit.label for unit in self.units if unit.label_number == unit.number)
+        # That name neither a part of the note, as "Plan" does, nor who speaks again
+        self.own_labels = {x for x, n in labels.items() if n == 1 and shown_label(x) and not topic_of(x)}
 
     def is_plan(self, unit: Unit) -> bool:
         """By its label or heading, or as one of a note's last bullets if these have none."""
@@ -214,11 +218,12 @@ def quote(note: str, selector: Selector) -> list[Quoted]:
 
 
 def not_mentioned(note: str, summary_sentences: Iterable[str]) -> list[NotMentioned]:
-    """Plans, drugs with a dose, abnormal results and problems that the summary does not speak of."""
-    return _missing(_Note(note), set(content_stems(" ".join(summary_sentences))))
+    """Plans, drugs with a dose, abnormal results, problems and, last, other things that the summary lacks."""
+    missing = _missing(_Note(note), set(content_stems(" ".join(summary_sentences))), with_others=True)
+    return sorted(missing, key=lambda one: one.kind == "other")
 
 
-def _missing(note: _Note, said: set[str]) -> list[NotMentioned]:
+def _missing(note: _Note, said: set[str], with_others: bool = False) -> list[NotMentioned]:
     """The same, of a note that is read, with the stems of what the summary says."""
     listed = []
     for unit in note.sentences:
@@ -234,6 +239,8 @@ def _missing(note: _Note, said: set[str]) -> list[NotMentioned]:
             kind = "abnormal"
         elif is_new and unit.topic == "diagnosis" and len(stems) > 1:
             kind = "problem"
+        elif is_new and len(stems) > 1 and with_others and not ("others" in cues or _is_routine(note, unit)):
+            kind = "other"
         else:
             continue
         listed.append(NotMentioned(kind, unit.text, unit.number))
@@ -304,6 +311,11 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     room = {n: 1.3 if note.cues[n] & _MATTERS else 1.1 for n in waiting}
     while waiting := {n for n in waiting if fits(n, room[n])}:
         add(max(waiting, key=lambda number: (scores[number] - 0.3 * repeats(number), -number)))
+    # "Fluid: pH 7.2. Culture sent.": the label of one thing comes with it
+    labeled = {u.label_number for u in note.sentences if u.number in chosen and u.label in note.own_labels}
+    for number in sorted(labeled & groups.keys()):
+        if len(note.stems[number]) > 1 and fits(number, 9):
+            add(number)
     return chosen
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sft.grounding.lines import wrapped_newlines
 from sft.grounding.sentences import sentence_spans
 from sft.grounding.shorthand import spell_out
-from sft.grounding.words import TOKEN, is_content, stem
+from sft.grounding.words import content_stems, stem
 
 _NUMBER = r"\(?\d{1,2}[.)]\s+"
 _BULLET = re.compile(rf"\s*(?:[-•*–·▪>]+\s+|{_NUMBER}|[-•*–·▪](?=\w))")
@@ -95,14 +95,6 @@ class Unit:
     needs: int = 0  # the sentence that it refers back to
     listed: int = 0  # the sentence that begins its list of bullets
     names_patient: bool = False
-
-
-def content_stems(text: str) -> list[str]:
-    """The stems of the words that say something, and the numbers, in order."""
-    words = TOKEN.findall(text.lower())
-    return [
-        word if word[0].isdigit() else stem(word) for word in words if word[0].isdigit() or is_content(word)
-    ]
 
 
 def topic_of(label: str) -> str:

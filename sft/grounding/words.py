@@ -79,9 +79,10 @@ def bare_words(text: str) -> list[str]:
     return [word for word in TOKEN.findall(text.lower()) if word[0].isalnum()]
 
 
-def content_stems(text: str) -> list[str]:
-    """The stems of the content words, in order, repeated as they are."""
-    return [stem(word) for word in TOKEN.findall(text.lower()) if is_content(word)]
+def content_stems(text: str, numbers: bool = True) -> list[str]:
+    """The stems of the content words and, as they are, the `numbers`: in order, repeated as there."""
+    words = TOKEN.findall(text.lower())
+    return [stem(word) for word in words if is_content(word) or (numbers and word[0].isdigit())]
 
 
 def detect_language(text: str) -> str:

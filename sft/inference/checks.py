@@ -3,8 +3,10 @@
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from sft.cli import InputError, as_input_error, is_terminal, log, processes
+from sft.data.table import separator_of
 from sft.files import check_new_file
 from sft.inference.notes import Note, notes_digest, read_notes
 from sft.model.folder import quantization_for
@@ -88,12 +90,21 @@ def import_libraries() -> None:
         import sft.model.adapter  # noqa: F401
 
 
+def output_separator(config: InferenceConfig) -> str:
+    """That of a table of notes, so that the same spreadsheet opens its summaries; else a comma."""
+    path = Path(*(config.input_file or ())[:1])
+    is_table = path.suffix.lower() in (".csv", ".tsv") and path.is_file()
+    names = {"clinical_note": config.note_column, "id": config.id_column}
+    return separator_of(path, names) if is_table else ","
+
+
 def fingerprint(config: InferenceConfig, sft_config: dict, notes: Sequence[Note], toolkit: str) -> dict:
     """What two runs must share for their files of summaries to be the same: hashes, settings and the version
     of the toolkit, no text."""
     of_all = {
         "toolkit": toolkit,
         "input_file or columns": notes_digest(notes),
+        "separator": output_separator(config),
         "adapter": sft_config["sha256"]["folder"],
         "writing": config.writing,
         "citations": config.citations,

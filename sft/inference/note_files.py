@@ -228,7 +228,8 @@ def join_partials(partials: list[Path], config: InferenceConfig, fingerprint: di
     targets = [Path(name) for name in (config.output_file, config.review_file) if name]
     joined = [target.with_name(f".{target.name}.joined") for target in targets]
     try:
-        counts = _write_joined(partials, joined, targets, config.max_risk)
+        separator = fingerprint.get("separator", ",")
+        counts = _write_joined(partials, joined, targets, config.max_risk, separator)
         for new, target in zip(joined, targets):
             # A review file with the same content is what an interrupted run left
             is_output = target == targets[0]
@@ -248,7 +249,7 @@ def join_partials(partials: list[Path], config: InferenceConfig, fingerprint: di
 
 
 def _write_joined(
-    partials: list[Path], joined: list[Path], targets: list[Path], max_risk: float | None
+    partials: list[Path], joined: list[Path], targets: list[Path], max_risk: float | None, separator: str
 ) -> Counter:
     """Writes new private files with the contents of `targets`; returns the counts."""
     counts = Counter()
@@ -265,9 +266,9 @@ def _write_joined(
             for file, kind in zip(files, kinds):
                 if kind == ".csv" and not counts:
                     # Excel takes a file for UTF-8 only with the mark
-                    file.write("\ufeff" + csv_row(csv_columns(result)))
+                    file.write("\ufeff" + csv_row(csv_columns(result), separator))
             place = int(needs_review(result, max_risk))
-            files[place].write(format_result(result, kinds[place]))
+            files[place].write(format_result(result, kinds[place], separator=separator))
             counts.update([*kinds_of(result), *["for review"] * place])
         for file in files:
             file.flush()

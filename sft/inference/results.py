@@ -167,14 +167,14 @@ def to_json(value, stream=None) -> str:
     return json.dumps(value, ensure_ascii=not is_utf_8 or is_terminal(stream), allow_nan=False)
 
 
-def format_result(result: dict, kind: str, stream=None) -> str:
+def format_result(result: dict, kind: str, stream=None, separator: str = ",") -> str:
     """One result as a line of .jsonl, a row of .csv, or readable text; `stream`: where it is printed, else it
     goes to a UTF-8 file."""
     if kind == ".jsonl":
         return to_json(result, stream) + "\n"
     if kind == ".csv":
         cells = {**result, "warnings": "; ".join(result.get("warnings", []))}
-        return csv_row([cells.get(name, "") for name in csv_columns(result)])
+        return csv_row([cells.get(name, "") for name in csv_columns(result)], separator)
     name = f"row {result['row']}" if result["id"] is None else " ".join(result["id"].split())
     return visible(f"[{name}] {result.get('error') or result['generated_summary']}\n\n", stream)
 
@@ -183,10 +183,10 @@ def csv_columns(result: dict) -> list[str]:
     return [*(name for name in result if name not in RESULT_COLUMNS), *RESULT_COLUMNS]
 
 
-def csv_row(cells: Sequence) -> str:
+def csv_row(cells: Sequence, separator: str = ",") -> str:
     row = io.StringIO()
     texts = [to_json(cell) if isinstance(cell, list | dict | bool) else cell for cell in cells]
-    csv.writer(row, lineterminator="\n").writerow([defuse(text) for text in texts])
+    csv.writer(row, delimiter=separator, lineterminator="\n").writerow([defuse(text) for text in texts])
     return row.getvalue()
 
 

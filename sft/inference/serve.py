@@ -117,7 +117,9 @@ async def read(request: Request, kind: type[Body], form: str) -> Body:
     except ValidationError as error:
         first = error.errors(include_input=False, include_context=False)[0]
         place = ".".join(safe_id(str(part)) for part in first["loc"]) or "body"
-        raise HTTPException(422, f"{place}: {first['msg']}; {form}") from None
+        # Where a note was pasted into a command line
+        hint = r"; inside a text a line break is \n, a quote \"" if first["type"] == "json_invalid" else ""
+        raise HTTPException(422, f"{place}: {first['msg']}{hint}; {form}") from None
     except ClientDisconnect:
         raise HTTPException(400, GONE) from None
 
