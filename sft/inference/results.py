@@ -146,7 +146,9 @@ def kinds_of(result: dict) -> Iterator[str]:
     findings = result.get("n_findings", ())
     yield from ["flagged"] if findings else []
     yield from (f"the check found: {kind}" for kind in findings)
-    yield from {f"not mentioned: {missing['kind']}": 1 for missing in result.get("not_mentioned", [])}
+    # Of nearly every note something else is left out: that is no news at the end of a file
+    missing = {missing["kind"] for missing in result.get("not_mentioned", [])} - {"other"}
+    yield from (f"not mentioned: {kind}" for kind in sorted(missing))
     yield from (f"sentence {sentence['source']}" for sentence in result.get("sentences", []))
     kinds = (warning.partition(":")[0] for warning in result.get("warnings", []))
     yield from {re.sub(r"(?<![\w.])\d[\d,]*(?!\w)", "N", kind) for kind in kinds}
