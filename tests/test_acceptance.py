@@ -309,6 +309,8 @@ ATTACKS = [
     ("Resus 9:05 pm.", "The resus was 9:05 pm."),
     ("Clinic 12/03/2024.", "The clinic is 12/03/2024."),
     ("Theatre 3.", "The theatre is 3."),
+    ("Dating scan Thursday.", "A dating scan was Thursday."),
+    ("Growth scans from 28 weeks.", "Growth scans were from 28 weeks."),
     ("Day 2 of antibiotics.", "The day is 2 of antibiotics."),
     ("Base 80% granulation, no odour.", "The patient has a base 80% granulation with no odour."),
 ]

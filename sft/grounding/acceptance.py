@@ -281,8 +281,14 @@ def _can_be(traced: _Traced, step: _Step) -> bool:
     if step.begins and step.index:
         is_of_patient = is_said and step.new & {"and", "but"} and _SUBJECT & set(traced.written.gaps[0])
         return bool(step.new & _SUBJECT or traced.clauses[step.number - 1].label or is_of_patient)
-    is_said = is_said or step.word in _DATES or (step.word[0].isdigit() and ":" not in step.word)
-    is_said = is_said or bool(step.new & of.PLACES - {"of"}) or step.word in WORDS["prepositions"]
+    is_preposition = step.word in WORDS["prepositions"]
+    has_place = bool(step.new & of.PLACES - {"of"})
+    # "Dating scan Thursday", "scans from 28 weeks": was it, or will it be?
+    when = content[step.index + is_preposition] if step.index + is_preposition < len(content) else ""
+    is_date = when in _DATES or (when[:1].isdigit() and (is_preposition or has_place))
+    if ":" in when or (is_date and step.added & WORDS["past"]):
+        return False
+    is_said = is_said or is_date or step.word[0].isdigit() or has_place or is_preposition
     return is_said and before not in SCOPES | WORDS["prepositions"]
 
 
