@@ -106,7 +106,7 @@ def measure_preset(rows: str, preset: str) -> dict:
 
 def measure_inference() -> dict:
     """The table that inference_throughput.py prints."""
-    options = "--rounds 2 --mts 28 --aci 4 --max_new_tokens 80".split()
+    options = "--rounds 1 --mts 28 --aci 4 --max_new_tokens 80".split()
     options += "--peers toolkit toolkit-bfloat16 toolkit-int8 generate pipeline-8 --model_path".split()
     printed, _ = run("benchmarks/inference_throughput.py", *options, DEFAULT_RUN / "final_model")
     return {"table": [line for line in printed.split("\n") if line.startswith("|")]}
