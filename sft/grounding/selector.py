@@ -109,17 +109,14 @@ class Selector:
 
     @staticmethod
     def from_json(text: str) -> "Selector":
-        """Of version 1, weights of features that are no more have no effect. Raises ValueError for what is no
-        selector, or one of a newer version."""
+        """Raises ValueError for what is no selector of this version or an older one, which had more weights."""
         values = json.loads(text)
         if not isinstance(values, dict) or values.pop("version", None) not in (1, _VERSION):
             raise ValueError("not a selector of this version")
         try:
-            selector = Selector(**values)
-            lengths = (selector.base_words, selector.words_per_note_word, selector.most_words)
-            if all(map(math.isfinite, (*selector.weights.values(), selector.bias, *lengths))):
-                return selector
-        except (TypeError, AttributeError, OverflowError):
+            if all(map(math.isfinite, ({**values, "weights": 0} | values["weights"]).values())):
+                return Selector(**values)
+        except (TypeError, KeyError, OverflowError):
             pass
         raise ValueError("not a selector: fields are missing, unknown or no numbers")
 
