@@ -109,7 +109,7 @@ class Selector:
 
     @staticmethod
     def from_json(text: str) -> "Selector":
-        """Raises ValueError for what is no selector of this version or an older one, which had more weights."""
+        """Raises ValueError for what is no selector of this version or an older one with more weights."""
         values = json.loads(text)
         if not isinstance(values, dict) or values.pop("version", None) not in (1, _VERSION):
             raise ValueError("not a selector of this version")
