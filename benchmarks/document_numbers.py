@@ -31,7 +31,7 @@ from sft.model.kernels import cpu_name
 from sft.training.recipes import PRESETS
 
 NUMBERS = ROOT / "docs" / "numbers.json"
-DOCUMENTS = [ROOT / name for name in ("README.md", "STAGE_A_SFT_GUIDE.md", "docs/measured.md")]
+DOCUMENTS = [ROOT / "README.md", ROOT / "STAGE_A_SFT_GUIDE.md"]
 RUNS = ROOT / "models" / "numbers"
 DEFAULT_RUN = RUNS / "default"
 MTS_DIALOG = ROOT.parent / "shared" / "data" / "mts_dialog"
@@ -104,21 +104,13 @@ def measure_preset(rows: str, preset: str) -> dict:
     return trained | {"evaluation": evaluate(folder, *training, *test, *systems)}
 
 
-def measure_inference() -> dict:
-    """The table that inference_throughput.py prints."""
-    options = "--rounds 1 --mts 28 --aci 4 --max_new_tokens 80".split()
-    options += "--peers toolkit toolkit-bfloat16 toolkit-int8 generate pipeline-8 --model_path".split()
-    printed, _ = run("benchmarks/inference_throughput.py", *options, DEFAULT_RUN / "final_model")
-    return {"table": [line for line in printed.split("\n") if line.startswith("|")]}
-
-
 def sections() -> dict:
     """What measures each section. The documents' recipe on phase1_data is the default run."""
     data_sets = ["phase1", "mts"] if MTS_DIALOG.is_dir() else ["phase1"]
     names = [(rows, preset) for rows in data_sets for preset in PRESETS][1:]
     presets = {f"presets/{rows}/{preset}": partial(measure_preset, rows, preset) for rows, preset in names}
     first = {"losses": lambda: train(DEFAULT_RUN), "evaluation": lambda: evaluate(DEFAULT_RUN)}
-    return first | presets | {"inference": measure_inference}
+    return first | presets
 
 
 def percent(share: float | None) -> str:
@@ -225,7 +217,6 @@ PLACES = {
     "evaluation": (evaluation_table, "evaluation"),
     "presets": (presets_table, "evaluation"),
     "throughput": (throughput_table, ""),
-    "inference": (lambda numbers: numbers["inference"]["table"], "inference"),
 }
 
 
