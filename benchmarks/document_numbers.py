@@ -25,9 +25,9 @@ import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.machine import cpu_name
 from sft.cli import log
 from sft.files import ROOT, write_atomic
-from sft.model.kernels import cpu_name
 from sft.training.recipes import PRESETS
 
 NUMBERS = ROOT / "docs" / "numbers.json"

@@ -27,8 +27,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.machine import cpu_name
 from benchmarks.throughput_rows import BATCH_SIZE, MAX_LENGTH, SEED, load_rows, write_rows
-from sft.cli import log
+from sft.cli import log, plural
 from sft.data.dataset import read_data
 from sft.files import ROOT
 from sft.options import TrainConfig
@@ -274,8 +275,6 @@ def n_threads() -> str:
 
 def compare(options: argparse.Namespace, shape: str) -> dict:
     """All peers on the rows of one shape, alternating."""
-    from sft.model.kernels import cpu_name
-
     with tempfile.TemporaryDirectory() as folder:
         n_rows = (options.n_rows or DEFAULT_N_ROWS[shape]) + BATCH_SIZE
         settings = {"rows": [shape], "n_rows": n_rows, "train_csv": str(Path(folder) / "rows.csv")}
@@ -331,7 +330,7 @@ def table(name: str, section: dict) -> str:
         f"## {SHAPES[shape]}; LoRA on {layers or 'q_proj v_proj'}",
         f"\n{counts['n_rows']} rows timed after a warm-up step of {BATCH_SIZE}, {counts['n_tokens']:,} tokens "
         f"({counts['shortest']} to {counts['longest']} a row), {counts['n_target_tokens']:,} of them targets. Medians "
-        f"of {section['alternations']} alternations (TRL's slower settings: one turn).\n",
+        f"of {plural(section['alternations'], 'alternation')} (TRL's slower settings: one turn).\n",
         "| | rows/s | × TRL default | × TRL best | peak memory, GB | loss of 2 steps, no dropout |",
         "|---|--:|--:|--:|--:|--:|",
     ]

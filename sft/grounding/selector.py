@@ -311,7 +311,7 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     # "Fluid: pH 7.2. Culture sent.": the label of one thing comes with it
     labeled = {u.label_number for u in note.sentences if u.number in chosen and u.label in note.own_labels}
     for number in sorted(labeled & groups.keys()):
-        if len(note.stems[number]) > 1 and fits(number, 9):
+        if len(note.stems[number]) > 1 and fits(number, math.inf):
             add(number)
     return chosen
 

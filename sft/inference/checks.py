@@ -91,9 +91,11 @@ def import_libraries() -> None:
 
 
 def output_separator(config: InferenceConfig) -> str:
-    """That of a table of notes, so that the same spreadsheet opens its summaries; else a comma."""
+    """Of a .csv of summaries: that of the table of notes, so that the same spreadsheet opens both; else a
+    comma."""
     path = Path(*(config.input_file or ())[:1])
     is_table = path.suffix.lower() in (".csv", ".tsv") and path.is_file()
+    is_table &= any(str(name).lower().endswith(".csv") for name in (config.output_file, config.review_file))
     names = {"clinical_note": config.note_column, "id": config.id_column}
     return separator_of(path, names) if is_table else ","
 
