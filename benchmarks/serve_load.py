@@ -12,7 +12,6 @@ import csv
 import http.client
 import json
 import re
-import signal
 import socket
 import subprocess
 import sys
@@ -66,7 +65,7 @@ def ask_server(command: list[str], notes: list[str], n_clients: int) -> tuple[fl
             answers = list(pool.map(lambda note: ask(port, note), notes))
         seconds = time.perf_counter() - started
     finally:
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait()
     return len(notes) / seconds, [answer["summaries"][0]["generated_summary"] for answer in answers]
 
