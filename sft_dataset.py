@@ -25,7 +25,7 @@ from sft.data.preferences import export_pairs, find_pairs
 from sft.data.prompt import PromptTemplate
 from sft.data.report import log_data_warnings, log_unsupported_summaries
 from sft.data.rows import Row, drop_stray_citations, factual_rows, shown_kinds
-from sft.files import ROOT, check_new_file, sha256
+from sft.files import check_new_file, is_bundled, sha256
 from sft.options import ReportConfig, parse_options, typed_names
 
 __all__ = ["SFTCollator", "SFTDataset", "create_sft_dataloaders"]
@@ -78,12 +78,6 @@ def show_spans(dataset: SFTDataset) -> str:
         text = dataset.encoder.tokenizer.decode(ids)
         lines += [f"  [{name}: {len(ids)} tokens]", *(f"    {line}" for line in text.split("\n"))]
     return "\n".join(lines)
-
-
-def is_bundled(path: str | Path) -> bool:
-    """Whether the file is an unchanged copy of our sample data: only then may its text be shown."""
-    checksums = ROOT / "phase1_data" / "sft" / "SHA256SUMS"
-    return checksums.is_file() and sha256(Path(path)) in checksums.read_text().split()
 
 
 def prompt_source(
@@ -149,7 +143,7 @@ def report(
     log_unsupported_summaries(file_names(config)[0], rows[0])
     numbered = "numbered" if encoder.template.number_sentences else "not numbered"
     print(f"The note's sentences are {numbered} in the prompt.")
-    if all(map(is_bundled, config.train_files)):
+    if all(is_bundled(sha256(Path(file))) for file in config.train_files):
         print("\n" + show_spans(datasets[0]))
     if config.export_preferences:
         if template is None:

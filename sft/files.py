@@ -199,6 +199,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_bundled(digest: str) -> bool:
+    """Whether a SHA-256 is that of an unchanged file of our sample data: only then may its text be shown."""
+    checksums = ROOT / "phase1_data" / "sft" / "SHA256SUMS"
+    return checksums.is_file() and digest in checksums.read_text().split()
+
+
 # The SHA-256 of large files by that of their path, after what they looked like. Beside the models, for all
 # users of an installation
 REMEMBERED = ROOT / "models" / ".sha256.json"

@@ -23,6 +23,7 @@ from conftest import (
 import stage_a_sft_training as training
 from sft.cli import InputError
 from sft.files import FORMAT_VERSION, write_checksums
+from sft.model.adapter import read_state
 from sft.training.checkpoint import newest_checkpoint, output_lock
 from stage_a_sft_training import TrainConfig, train
 
@@ -439,11 +440,14 @@ def test_the_prompt_is_the_checkpoints(configured, copied, finished, capfd, tmp_
 
 
 def test_the_rows_of_a_step_may_be_divided_in_another_way(configured, copied, finished, capfd):
-    options = {"batch_size": 8, "lora_dropout": 0.0}
+    options = {"batch_size": 4, "gradient_accumulation_steps": 2, "lora_dropout": 0.0}
     shutil.rmtree(copied(**options) / "checkpoint_epoch_2")
-    other = {"batch_size": 4, "gradient_accumulation_steps": 2, "lora_dropout": 0.0, "resume": True}
+    other = {"batch_size": 8, "lora_dropout": 0.0, "resume": True}
     train(configured(**other))
     for line, expected in zip(metrics_of(configured()), metrics_of(finished(**options)), strict=True):
         assert line == pytest.approx(expected, rel=1e-3)
-    with pytest.raises(InputError, match="gradient_accumulation_steps was 2, is 1"):
-        train(configured(**{**other, "gradient_accumulation_steps": 1}))
+    # The smaller batch was no sign of too little memory
+    state = read_state(Path(configured().output_dir) / "checkpoint_epoch_2")
+    assert state["progress"]["micro_batch_size"] == 8
+    with pytest.raises(InputError, match="batch_size was 8, is 4"):
+        train(configured(**{**other, "batch_size": 4}))

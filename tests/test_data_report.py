@@ -56,6 +56,21 @@ def test_near_copies_are_found_and_others_are_not():
     assert groups_of_similar(["", "a", SAMPLE[0], f"New. {SAMPLE[0]}"]) in ([0, 1, 2, 2], [0, 1, 3, 3])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_patients_notes_that_were_copied_forward_stay_together(seed):
+    """Each is like its neighbors in time, the first hardly like the last; the file is in any order."""
+    dice = random.Random(seed)
+    notes = []
+    for first in SAMPLE[:12]:
+        notes.append(first)
+        for _ in range(4):
+            notes.append(changed(notes[-1], 0.15, dice))
+    dice.shuffle(notes)
+    groups = groups_of_similar(notes)
+    assert len(set(groups)) == 12
+    assert all(groups[note] == groups[known] for note, known, _ in similar_notes(notes))
+
+
 def test_many_copies_of_one_note_cost_no_square():
     def seconds(n: int) -> float:
         start = time.process_time()
@@ -189,6 +204,9 @@ def test_a_citation_without_support_is_dropped_or_refused(tmp_path, capfd):
     assert not any("Evidence" in row.model_summary for row in datasets[0].rows)
     log_data_warnings(rows, datasets, options)
     assert "5 rows whose summaries cite sentences, which the prompt does not number" in capfd.readouterr().err
+    alone = [replace(row, model_summary="[Evidence: S9; Conf: 0.5]") for row in rows[0]]
+    with pytest.raises(InputError, match=r"a\.csv: every summary is a citation that was dropped"):
+        load_datasets((alone, alone), tiny_tokenizer("chatml"), options)
     options.stray_citations = "refuse"
     with pytest.raises(InputError, match="does not support: ids 0, 1, 2, 3, 4"):
         load_datasets(rows, tiny_tokenizer(), options)
@@ -245,6 +263,9 @@ def test_training_summaries_that_their_notes_do_not_support(capsys):
     assert "(number 1, side 1)" in err or "(side 1, number 1)" in err
     assert err.rstrip().endswith(rows[-1].name)
     assert "knee" not in err
+    same_id = [replace(row, id="n1") for row in rows[-1:] * 2 + rows[:1]]
+    log_unsupported_summaries("a.csv", same_id)
+    assert "2 of 3 training rows have" in capsys.readouterr().err
     log_unsupported_summaries("a.csv", rows_of(good[:1]) * 2_001)
     assert capsys.readouterr().err == (
         "info: a.csv: checked a sample of 2,000 of 2,001 training summaries against their notes\n"

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy
@@ -14,6 +15,7 @@ from tiny import CHAT_TEMPLATES, tiny_tokenizer
 from sft.cli import InputError
 from sft.data.dataset import load_datasets, read_data
 from sft.model.base import load_tokenizer
+from sft.options import BUNDLED_VALIDATION_FILE
 from sft.training.recipes import FROM_DATA, PRESETS, resolve
 from sft.training.set_up import set_up
 from stage_a_sft_training import TrainConfig, train
@@ -75,6 +77,20 @@ def test_a_run_is_repeated_from_its_configuration(configured, finished, csv_file
         train(TrainConfig(config=str(saved), **{**own, "train_csv": "no_such.csv", "overwrite": True}))
 
 
+def test_paths_from_python_are_taken_as_text(configured, csv_files, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    train(replace(configured(num_epochs=1), output_dir=Path("out"), train_csv=csv_files[0]))
+    (tmp_path / "run.yaml").write_text("num_epochs: 3\n")
+    assert resolve(TrainConfig(config=Path("run.yaml"))).num_epochs == 3
+
+
+def test_bundled_notes_of_an_earlier_run_do_not_validate_other_rows(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"val_csv: {BUNDLED_VALIDATION_FILE}\nnum_epochs: 3\n")
+    assert resolve(TrainConfig(config=str(file))).val_file == BUNDLED_VALIDATION_FILE
+    assert resolve(TrainConfig(config=str(file), train_csv="mine.csv")).val_file is None
+
+
 def test_options_in_a_yaml_file_are_checked_like_typed_ones(tmp_path):
     file = tmp_path / "run.yaml"
 
@@ -132,6 +148,8 @@ def test_training_goes_on_from_an_adapter(configured, finished, capfd, tmp_path)
     )
     assert recorded["sha256"]["parent"] == theirs["sha256"]["adapter"] != recorded["sha256"]["adapter"]
     assert recorded["prompt"] == theirs["prompt"]
+    with pytest.raises(InputError, match=r"parent was .*, is None"):
+        train(configured(num_epochs=2, resume=True))
     train(configured(init_adapter=str(parent), num_epochs=2, lora_r=16, resume=True))
 
 

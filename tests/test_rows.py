@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import HEADER, NOTES, rows_of, write_csv
 
 from sft.cli import InputError
-from sft.data.rows import Row, factual_rows, leaked_rows, read_rows, repeated_rows
+from sft.data.rows import Row, factual_rows, leaked_rows, name_rows, read_rows, repeated_rows
 from sft.data.text import clean_text, is_blank
 from sft.inference.notes import read_notes
 
@@ -346,6 +346,12 @@ def test_repeated_rows():
     assert not repeated_rows([rows[0], dataclasses.replace(other, source="b.csv")])
     # Several summaries of one note
     assert not repeated_rows([rows[0], Row(9, "r0", rows[0].clinical_note, "another", "factual")])
+
+
+def test_ids_and_row_numbers_are_told_apart():
+    assert name_rows(["7"]) == "id 7"
+    assert name_rows(["row 2", "row 5"]) == "rows 2, 5"
+    assert name_rows(["7", "row 2", "9"]) == "ids 7, row 2, 9"
 
 
 @pytest.mark.parametrize("kind", [".csv", ".jsonl", "frame"])

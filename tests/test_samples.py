@@ -3,14 +3,19 @@ kept."""
 
 import json
 import stat
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from conftest import assert_same_adapter, lines_of, stats_of
+from conftest import ROOT, assert_same_adapter, lines_of, stats_of
 
 import stage_a_sft_training as training
 from sft.cli import InputError
-from sft.training.samples import spread
+from sft.files import sha256
+from sft.options import BUNDLED_MODEL
+from sft.training import set_up
+from sft.training.samples import is_sample_data, spread
 from stage_a_sft_training import train
 
 SCORES = {"rouge_l", "check_score", "coverage"}
@@ -81,3 +86,28 @@ def test_a_score_decides_which_epoch_is_kept_and_when_to_stop(
 def test_a_score_needs_sample_notes(configured):
     with pytest.raises(InputError, match="--keep_best rouge_l needs the summaries of --n_sample_notes"):
         train(configured(keep_best="rouge_l"))
+
+
+def test_samples_stay_within_the_models_positions(configured, monkeypatch, capfd):
+    """GPT-2 has no more of them; the references fit, but summaries may be longer."""
+    monkeypatch.setattr(set_up, "longest_summary", lambda *arguments: 5000)
+    train(configured(architecture="gpt2", num_epochs=1, n_sample_notes=1))
+    assert "no check whether summaries end" not in capfd.readouterr().err
+
+
+def test_only_the_bundled_model_on_bundled_rows_is_shown(configured):
+    files = {
+        "train_csv": ROOT / "phase1_data/sft/train_set_processed.csv",
+        "val_csv": ROOT / "phase1_data/sft/validation_set_processed.csv",
+    }
+    hashes = {name: sha256(file) for name, file in files.items()}
+
+    def is_shown(model_name: str = BUNDLED_MODEL, **others: str) -> bool:
+        config = replace(configured(), model_name=model_name)
+        return is_sample_data(SimpleNamespace(config=config, sft_config={"sha256": hashes | others}))
+
+    assert is_shown()
+    assert not is_shown(train_csv="0")
+    assert not is_shown(val_csv="0")
+    assert not is_shown(parent="0")
+    assert not is_shown("models/merged")

@@ -10,7 +10,8 @@ from tiny import NOTES, encoder_for, rows_of
 
 from sft.cli import InputError
 from sft.data.dataset import SFTDataset
-from sft_dataset import describe_rows, is_bundled, main, show_spans
+from sft.files import is_bundled, sha256
+from sft_dataset import describe_rows, main, show_spans
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_spans_of_the_first_example():
 
 def test_only_unchanged_sample_data_is_bundled(tmp_path):
     bundled = ROOT / "phase1_data" / "sft" / "train_set_processed.csv"
-    assert is_bundled(bundled)
+    assert is_bundled(sha256(bundled))
     changed = tmp_path / bundled.name
     changed.write_bytes(bundled.read_bytes() + b"\n")
-    assert not is_bundled(changed)
+    assert not is_bundled(sha256(changed))

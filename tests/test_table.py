@@ -1,6 +1,7 @@
 """Tables of every format give the same text; columns and labels of other names; each refusal has its fix."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given, settings
@@ -242,6 +243,15 @@ def test_several_files_are_read_as_one(csv_files):
     rows, _ = read_data(DataOptions(train_csv=[train, validation], val_csv=validation))
     assert len(rows) == 15
     assert {row.source for row in rows} == {"train.csv", "val.csv"}
+
+
+def test_files_of_one_name_are_told_apart_by_their_folders(csv_files, tmp_path):
+    copies = []
+    for ward in "ab":
+        (tmp_path / ward / "2031").mkdir(parents=True)
+        copies.append(str(shutil.copy(csv_files[0], tmp_path / ward / "2031" / "train.csv")))
+    rows, _ = read_data(DataOptions(train_csv=copies, val_csv=str(csv_files[1])))
+    assert {row.source for row in rows} == {"a/2031/train.csv", "b/2031/train.csv"}
 
 
 def test_a_fraction_of_the_notes_is_set_apart(tmp_path):

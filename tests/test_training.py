@@ -14,7 +14,7 @@ from accelerate.tracking import TensorBoardTracker
 from conftest import assert_input_error, assert_same_adapter, lines_of, metrics_of, run_python, stats_of
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import NOTES, write_csv
+from tiny import NOTES, tiny_model, write_csv
 
 import stage_a_sft_training as training
 from sft.cli import InputError
@@ -287,6 +287,12 @@ def test_a_token_that_the_model_does_not_have(configured, model_folder, tmp_path
     tokenizer.add_tokens(["fever", *(f"word{i}" for i in range(40))][::-1])
     tokenizer.save_pretrained(base)
     with pytest.raises(InputError, match=r"its tokenizer gives token 4\d\d, the model knows 420\n"):
+        train(configured(model_name=str(base)))
+    # Nor the token that ends a summary
+    model = tiny_model()
+    model.resize_token_embeddings(tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    model.save_pretrained(base)
+    with pytest.raises(InputError, match="its tokenizer gives token"):
         train(configured(model_name=str(base)))
 
 

@@ -165,8 +165,8 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
         problem = "--val_csv without --train_csv: other notes would validate training on the bundled notes"
         raise InputError(problem, f"pass --train_csv FILE (the bundled notes: {BUNDLED_TRAIN_FILE})")
     train = []
-    for file in options.train_files:
-        source = Path(file).name if len(options.train_files) > 1 else ""
+    files = options.train_files
+    for file, source in zip(files, _short_names(files) if len(files) > 1 else [""]):
         train += [dataclasses.replace(row, source=source) for row in _read_factual(file, options)]
     if options.val_fraction is not None:
         return split_rows(train, options.val_fraction, options.seed)
@@ -177,6 +177,15 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
         fix = "pass --val_csv FILE, or --val_fraction 0.1 to set a tenth of the notes apart"
         raise InputError(problem, fix)
     return train, []
+
+
+def _short_names(files: Sequence[str]) -> list[str]:
+    """Each file's name, with as many of its folders as tell it from the others."""
+    parts = [Path(file).parts for file in files]
+    deepest = max(map(len, parts))
+    n_parts = (n for n in range(1, deepest) if len({path[-n:] for path in parts}) == len(parts))
+    n = next(n_parts, deepest)
+    return [str(Path(*path[-n:])) for path in parts]
 
 
 def _read_factual(source: "str | Path | pd.DataFrame", options: DataOptions) -> list[Row]:
@@ -218,6 +227,9 @@ def load_datasets(
             where = f"citations that the prompt or the note does not support: {name_rows(dataset.stray)}"
             fix = "correct them, number all summaries with --sentence_numbering on, or use --stray_citations drop"
             raise InputError(f"{path}: {where}", fix)
+        if dataset.stray and not dataset.rows:
+            fix = "write summaries, or number the sentences with --sentence_numbering on"
+            raise InputError(f"{path}: every summary is a citation that was dropped, and nothing else", fix)
         if dataset.rows and not dataset.examples:
             n_lost = f"{dataset.lengths[:, 0].sum():,} tokens in {plural(len(dataset.rows), 'row')}"
             problem = f"{path}: no row fits --max_length {options.max_length}"

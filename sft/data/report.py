@@ -49,14 +49,14 @@ def log_unsupported_summaries(path: str, rows: Sequence[Row]) -> None:
     n_rows = len(rows)
     rows = random.Random(0).sample(rows, min(n_rows, _MAX_CHECKED))
     progress = Progress(len(rows), "checked row")
-    risks = {}
+    risks = []  # (risk, name): rows may share a name
     kinds = Counter()
     n_other = 0
     for row in rows:
         check = PreparedNote(row.clinical_note).check(row.model_summary, TRAINING_THRESHOLD)
         n_other += check.language != "en"
         if any(sentence.flagged for sentence in check.sentences):
-            risks[row.name] = check.risk
+            risks.append((check.risk, row.name))
             kinds.update({finding.kind for finding in check.findings})
         progress.advance()
     progress.close()
@@ -67,7 +67,7 @@ def log_unsupported_summaries(path: str, rows: Sequence[Row]) -> None:
         unchecked = f"{plural(n_other, 'row')} not checked against the note"
         log(f"info: {path}: {unchecked}: the check reads English only")
     if risks:
-        worst = sorted(risks, key=risks.get, reverse=True)
+        worst = [name for _, name in sorted(risks, key=lambda found: found[0], reverse=True)]
         found = ", ".join(f"{kind} {count:,}" for kind, count in kinds.most_common())
         what = "may state what the note does not support, which teaches a model to invent"
         n_found = f"{len(risks):,} of {plural(len(rows), 'training row')} have summaries that {what}"

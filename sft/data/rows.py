@@ -80,10 +80,10 @@ def _same_text_key(text: str) -> bytes:
 
 
 def name_rows(names: Iterable[str], limit: int = 5) -> str:
-    """ "id a", "ids a, b", "row 5", "rows 5, 6": rows by their `name`."""
+    """ "id a", "ids a, b", "row 5", "rows 5, 6", "ids a, row 6": rows by their `name`."""
     names = list(names)
     s = "" if len(names) == 1 else "s"
-    if any(" " in name for name in names):
+    if names and all(" " in name for name in names):
         return f"row{s} {preview_list((name.removeprefix('row ') for name in names), limit)}"
     return f"id{s} {preview_list(names, limit)}"
 

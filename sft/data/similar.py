@@ -7,7 +7,7 @@ square (Broder 1997; Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, ch
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,14 +27,36 @@ def similar_notes(notes: Sequence[str], n_known: int = 0) -> list[tuple[int, int
 
     With `n_known`, later notes are compared with the first `n_known` only. Deterministic.
     """
+    best = {}
+    for note, known, share in _alike_pairs(notes, n_known):
+        best[note] = max(best.get(note, (0.0, 0)), (share, known))
+    return [(note, known, share) for note, (share, known) in sorted(best.items())]
+
+
+def groups_of_similar(notes: Sequence[str]) -> list[int]:
+    """A group's number for each note: notes that are alike, also through others, are in the same one."""
+    above = list(range(len(notes)))  # a note of the same group, or itself
+
+    def top(note: int) -> int:
+        while above[note] != note:
+            above[note] = above[above[note]]
+            note = above[note]
+        return note
+
+    for note, known, _ in _alike_pairs(notes):
+        above[top(note)] = top(known)
+    return [top(note) for note in above]
+
+
+def _alike_pairs(notes: Sequence[str], n_known: int = 0) -> Iterator[tuple[int, int, float]]:
+    """What `similar_notes` chooses from; a pair may come several times."""
     import numpy as np
 
     if len(notes) < 2:
-        return []
+        return
     signatures, n_words = _signatures(notes)
     later = np.arange(len(notes))
     mix = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], np.uint64)
-    best = {}
     for start in range(0, _N_BANDS * _N_ROWS, _N_ROWS):
         # The first note with the same values: a thousand copies of one note make no million pairs
         keys = signatures[:, start : start + _N_ROWS] @ mix
@@ -45,18 +67,7 @@ def similar_notes(notes: Sequence[str], n_known: int = 0) -> list[tuple[int, int
         alike = np.equal(*signatures[pairs]).mean(1)
         is_short = n_words[pairs].min(0) < SHORT_NOTE
         enough = alike >= np.where(is_short, MIN_ALIKE_SHORT, MIN_ALIKE)
-        for note, known, share in zip(*pairs[:, enough].tolist(), alike[enough].tolist()):
-            best[note] = max(best.get(note, (0.0, 0)), (share, known))
-    return [(note, known, share) for note, (share, known) in sorted(best.items())]
-
-
-def groups_of_similar(notes: Sequence[str]) -> list[int]:
-    """A group's number for each note: notes that are alike, also through others, are in the same one."""
-    group = list(range(len(notes)))
-    # Each note is linked to one earlier note at most, which has its group already
-    for note, known, _ in similar_notes(notes):
-        group[note] = group[known]
-    return group
+        yield from zip(*pairs[:, enough].tolist(), alike[enough].tolist())
 
 
 def _signatures(notes: Sequence[str]) -> "tuple[np.ndarray, np.ndarray]":

@@ -303,13 +303,17 @@ def restore(run: "Run", folder: Path) -> None:
     with as_input_error(f"--resume: {folder} cannot be continued by this version", fix):
         state = read_state(folder)
         # Format 1 called it "identity"
-        check_same_run(run, folder, state.get("fingerprint") or state["identity"])
+        fingerprint = state.get("fingerprint") or state["identity"]
+        check_same_run(run, folder, fingerprint)
         load_adapter_weights(run.model, folder, may_be_zero=True)
         run.optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
         run.progress.load_state(state["progress"])
     progress = run.progress
-    progress.micro_batch_size = min(progress.micro_batch_size, run.config.batch_size)
+    # Smaller than the batch if memory ran out
+    was_halved = progress.micro_batch_size < fingerprint["batch_size"]
+    limit = progress.micro_batch_size if was_halved else run.config.batch_size
+    progress.micro_batch_size = min(limit, run.config.batch_size)
     n_epochs = len(progress.epochs)
     if n_epochs > run.config.num_epochs or progress.step > run.plan.total_steps:
         needed = max(n_epochs, -(-progress.step // run.plan.steps_per_epoch))
@@ -327,7 +331,8 @@ def check_same_run(run: "Run", folder: Path, saved: dict) -> None:
     divided. An option that the saved run did not have counts as its default, what else it lacks as the
     same."""
     now = run.fingerprint
-    was = {name: saved.get(name, (now | asdict(TrainConfig()))[name]) for name in now}
+    lacking = now | asdict(TrainConfig()) | {"parent": None}
+    was = {name: saved.get(name, lacking[name]) for name in now}
     changed = [name for name in now if was[name] != now[name]]
     n_rows, n_rows_now = (math.prod(values[name] for name in LAYOUT) for values in (was, now))
     if changed and set(changed) <= set(LAYOUT) and n_rows == n_rows_now:

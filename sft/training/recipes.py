@@ -11,7 +11,7 @@ from sft.cli import InputError, log, on_main_process, safe_id
 from sft.files import sha256
 from sft.model.folder import read_adapter_folder
 from sft.option_fields import check_config, default_of, given_names, parse_options
-from sft.options import DEFAULT_MAX_LENGTH, TrainConfig
+from sft.options import BUNDLED_VALIDATION_FILE, DEFAULT_MAX_LENGTH, TrainConfig
 
 FROM_DATA = 0  # as max_length: what 95 % of the training rows need, see set_up.typical_length
 PRESETS = {
@@ -54,6 +54,9 @@ _OF_ADAPTER = (
 def resolve(config: TrainConfig) -> TrainConfig:
     """The configuration with the values of --preset, --config and --init_adapter where none were given.
     Raises InputError."""
+    # From Python a path may be a Path, which JSON does not know
+    paths = {name: str(value) for name, value in vars(config).items() if isinstance(value, Path)}
+    config = replace(config, **paths)
     given = given_names(config)
     # Read once: it may be a pipe
     options, recorded = _read(config.config) if config.config else ({}, {})
@@ -63,6 +66,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
         values = earlier | PRESETS[config.preset]
     for names in _EXCLUSIVE:
         given |= names if names & given else set()
+    # The bundled validation notes say nothing about training rows that are given
+    if "train_csv" in given and values.get("val_csv") == BUNDLED_VALIDATION_FILE:
+        del values["val_csv"]
     config = replace(config, **{name: value for name, value in values.items() if name not in given})
     if config.config:
         log_other_files(config, recorded)

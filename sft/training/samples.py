@@ -4,15 +4,17 @@
 import contextlib
 import functools
 import json
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
 from sft.data.dataset import Example
 from sft.evaluation.measures import facts_held
-from sft.files import ROOT, write_atomic
+from sft.files import is_bundled, write_atomic
 from sft.grounding import PreparedNote
 from sft.grounding.citations import strip_citations
+from sft.options import BUNDLED_MODEL
 
 if TYPE_CHECKING:
     from sft.inference.decoding import GeneratedSequence
@@ -25,17 +27,22 @@ def write_summaries(
     """The greedy summary of each example's prompt, by its place; None if memory does not hold it alone. The
     model is as before at the end."""
     from sft.inference.decoding import decode, decode_within_memory, enable_kv_cache
-    from sft.inference.generate import decode_with_generate
+    from sft.inference.generate import decode_apart, decode_with_generate
+    from sft.model.base import context_window
     from sft.model.probes import reference_attention
 
     base = run.model.get_base_model()
     attention = base.config._attn_implementation
     prompts = {i: example.input_ids[: example.n_prompt] for i, example in enumerate(examples)}
+    # Positions beyond the window may not exist; the references fit into it
+    window = context_window(base) or math.inf
+    max_new_tokens = min(max_new_tokens, window - max(map(len, prompts.values())))
     stop_ids = run.train_set.encoder.template.stop_token_ids
     run.model.eval()
     try:
         has_cache = enable_kv_cache(base)[0]
-        decoder = functools.partial(decode if has_cache else decode_with_generate, base)
+        decoder = decode if has_cache else decode_with_generate
+        decoder = functools.partial(decode_apart, decoder, run.longest_shared, base)
         with contextlib.nullcontext() if has_cache else reference_attention(base):
             return dict(
                 decode_within_memory(
@@ -103,7 +110,7 @@ def sample_notes(run: "Run", epoch: int) -> dict[str, float]:
 
 
 def is_sample_data(run: "Run") -> bool:
-    """Whether the validation notes are an unchanged file of phase1_data."""
-    checksums = ROOT / "phase1_data" / "sft" / "SHA256SUMS"
-    digest = run.sft_config["sha256"].get("val_csv", "none")
-    return checksums.is_file() and digest in checksums.read_text().split()
+    """Whether base model and rows are the bundled ones: other weights may repeat what they learned from."""
+    hashes = run.sft_config["sha256"]
+    is_own_base = run.config.model_name == BUNDLED_MODEL and "parent" not in hashes
+    return is_own_base and all(is_bundled(hashes.get(name, "none")) for name in ("train_csv", "val_csv"))

@@ -1,7 +1,6 @@
 """Everything before the first step: processes, base model, LoRA, optimizer, data."""
 
 import copy
-import functools
 import hashlib
 import json
 import math
@@ -206,15 +205,21 @@ def load_data(
     template: PromptTemplate | None,
 ) -> tuple[SFTDataset, SFTDataset]:
     """Both sets as tokens. Raises InputError for tokens that the model does not have."""
+    n_known = model.get_input_embeddings().weight.shape[0]
     # A sharded table has no rows to look at
     is_sharded = config.shard_base and accelerator.num_processes > 1
-    never_learned = (lambda token: False) if is_sharded else functools.partial(is_untrained, model)
+
+    def check_known(token: int) -> None:
+        if token >= n_known:
+            problem = f"{config.model_name}: its tokenizer gives token {token}, the model knows {n_known:,}"
+            raise InputError(problem, "put the tokenizer that belongs to the weights into the model folder")
+
+    def never_learned(token: int) -> bool:
+        check_known(token)
+        return not is_sharded and is_untrained(model, token)
+
     datasets = load_datasets(rows, tokenizer, config, template, never_learned)
-    n_known = model.get_input_embeddings().weight.shape[0]
-    highest = max(int(example.tokens.max()) for dataset in datasets for example in dataset.examples)
-    if highest >= n_known:
-        problem = f"{config.model_name}: its tokenizer gives token {highest}, the model knows {n_known:,}"
-        raise InputError(problem, "put the tokenizer that belongs to the weights into the model folder")
+    check_known(max(int(example.tokens.max()) for dataset in datasets for example in dataset.examples))
     log_data_warnings(rows, datasets, config)
     return datasets
 
@@ -232,7 +237,7 @@ def make_fingerprint(config: TrainConfig, hashes: dict[str, str], base_config: d
     """What a resumed run must share with the one before; `found`: what the options led to."""
     options = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(base_config).encode()).hexdigest()
-    return options | hashes | found | {"base_config": digest}
+    return options | {"parent": None} | hashes | found | {"base_config": digest}
 
 
 def longest_summary(dataset: SFTDataset, window: float) -> int:
