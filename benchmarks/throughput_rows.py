@@ -97,7 +97,7 @@ def write_rows(options: argparse.Namespace) -> dict:
         "n_target_tokens": n_target_tokens,
         "shortest": min(lengths),
         "longest": max(lengths),
-        # DESIGN.md, section 5
+        # Frozen layers: 2 FLOP a weight and token, forward and backward; the output layer for targets alone
         "needed_flop": 4 * n_weights * sum(lengths) + 4 * head.numel() * n_target_tokens,
     }
 

@@ -86,7 +86,7 @@ def pick_device(device: str = "auto", dtype: str = "auto") -> Placement:
         kind = device = next(name for name in available if available[name])
         why = {"cuda": "found a CUDA GPU", "mps": "found an Apple GPU", "cpu": "found no GPU"}[kind]
         if kind == "cpu" and dtype == "auto" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-            why += "; --dtype bfloat16 would be faster on this CPU"
+            why += "; --dtype bfloat16 may be faster on this CPU"
     else:
         why = "as requested"
     if not available.get(kind):

@@ -182,7 +182,7 @@ def chat_template(tokenizer, prompt: dict) -> str:
 def chat_template_problem(tokenizer, prompt: dict, encode: Callable[[str], list[int]]) -> str:
     """In which way the chat template's tokens are not those of training; "" if they are."""
     if prompt["number_sentences"]:
-        return "it has the note's sentences numbered; number them first (guide, section 12)"
+        return "it has the note's sentences numbered; number them first (guide, section 4)"
     for note in PROBES:
         messages = [{"role": "user", "content": note}]
         found = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
