@@ -45,8 +45,6 @@ OTHERS = WORDS["others"] | frozenset(KIN) | frozenset(GENERAL_KIN)
 SCOPES = WORDS["scopes"] | HEDGES | CONDITIONS
 GUARDS = SCOPES | OTHERS | WORDS["undone"] | WORDS["limits"] | WORDS["future"]
 GUARDS |= set(map(key, GUARDS))
-# "Stopping" guards as "stopped" does
-_STEMS = set(map(stem, WORDS["undone"] | WORDS["limits"] | WORDS["future"]))
 BREAKS = frozenset(", ; : . ( ) - – — / ! ? \n".split(" "))
 AUXILIARY = WORDS["be"] | WORDS["have"]
 PARTING = WORDS["joiners"] | WORDS["have"] | BREAKS
@@ -123,9 +121,17 @@ class Clause:
     is_plan: bool = False  # it, or another clause of its sentence
 
 
+def _stem(word: str) -> str:
+    """Of "stop", "stopping" and "stopped" the same."""
+    return re.sub(r"(.)\1$", r"\1", stem(word))
+
+
+_GUARD_STEMS = frozenset(map(_stem, WORDS["undone"] | WORDS["limits"] | WORDS["future"]))
+
+
 def guards(words: Iterable[str]) -> set[str]:
     """Those of the words without which what stays would say more."""
-    return {word for word in words if word in GUARDS or stem(word) in _STEMS}
+    return {word for word in words if word in GUARDS or _stem(word) in _GUARD_STEMS}
 
 
 def read_clauses(part: str, source: Reading) -> list[Clause]:
