@@ -102,7 +102,13 @@ class SFTInference:
             self.load()
 
     def load(self) -> None:
-        """Loads the model, if that is still to be done."""
+        """Loads the model, if that is still to be done; other threads' calls wait."""
+        if self._load:
+            with self._own_turn():
+                self._load_once()
+
+    def _load_once(self) -> None:
+        """The same, for whoever has the turn."""
         if self._load:
             import_libraries()
             self._load()
@@ -261,10 +267,12 @@ class SFTInference:
         max_new_tokens = self.sft_config["max_new_tokens"] if max_new_tokens is None else max_new_tokens
         settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         check_config(InferenceConfig(**settings, batch_size=batch_size))
-        way = way_of_writing(writing, self.sft_config) if writing else self.writing
+        # Where the adapter was trained on citations, free text has its own
+        citations = self.citations and not self.template.number_sentences
+        way = way_of_writing(writing, self.sft_config, citations) if writing else self.writing
         with self._own_turn():
             if way != "quote":
-                self.load()
+                self._load_once()
             made_by = {"made_by": self.made_by(way, **settings)}
             texts = {}
             warnings = {}

@@ -39,6 +39,10 @@ FLU = "Patient reports fever of 38.5°C and cough. Tested positive for influenza
         ),
         ("Home visit Thursday.", "A home visit is on Thursday."),
         ("Night sitter arranged.", "A night sitter is arranged."),
+        ("BP 120/80, pulse 76.", "The BP is 120/80."),
+        ("BP 184/96, SpO2 95% air, GCS 14.", "BP 184/96, GCS 14."),
+        ("Weight 60 kg, height 170 cm.", "The weight is 60 kg."),
+        ("Fever, visible haematuria.", "The patient has fever."),
         ("GCS now 13, asking where he is.", "The GCS is now 13."),
         ("Impression: Colles fracture.", "Colles fracture."),
         ("Diagnosis: Colles fracture.", "The diagnosis is Colles fracture."),
@@ -84,6 +88,13 @@ def test_a_learned_short_form_may_be_spelled_out():
     part = "Creat 212."
     assert accept(part, "The creatinine is 212.", part)
     assert accept(part, "The creatinine is 212.", part, {"creat": ["creatinine"]}) == []
+
+
+@pytest.mark.parametrize("forms", [[], [""], None])
+def test_a_short_form_that_was_emptied_stands_for_nothing(forms):
+    part, sentence = "Creat 212, swab taken.", "The creat is 212, swab taken."
+    assert accept(part, sentence, part, {"creat": forms}) == accept(part, sentence, part) == []
+    assert accept(part, "The creatinine is 212, swab taken.", part, {"creat": forms})
 
 
 # From the prototype: what slipped through it, or through looser rules
@@ -267,6 +278,11 @@ ATTACKS = [
     ("MS was suspected. It was later ruled out.", "MS was suspected."),
     ("Diagnosed with epilepsy. Diagnosis revised to syncope.", "Diagnosed with epilepsy."),
     ("Tamoxifen prescribed. She never took it.", "Tamoxifen was prescribed."),
+    ("Clinic in 6 weeks, sooner for fever.", "Clinic in 6 weeks."),
+    ("Aspirin 75 mg, avoid asthma.", "Aspirin 75 mg."),
+    ("Apixaban dose of 5 mg stopping Friday.", "Apixaban dose."),
+    ("Potassium 6.8, lactate 2, potassium 4.9.", "Potassium 6.8, lactate 2."),
+    ("Fluids 5 L over 24 h, half by 04:30.", "Fluids 5 L over 24 h."),
     # What came first, what goes with what
     ("Rash appeared. Amoxicillin stopped.", "Amoxicillin was stopped and a rash appeared."),
     ("Stent placed. Chest pain returned.", "Chest pain returned. Stent placed."),
@@ -321,6 +337,24 @@ def test_attacks_are_refused(part, sentence):
     reasons = accept(part, sentence, f"{WOMAN}\n{part}")
     assert reasons
     assert all(len(reason) < 100 for reason in reasons)
+
+
+@pytest.mark.parametrize("mark", [", ", ". "])
+@pytest.mark.parametrize(
+    "limit",
+    "stop Friday|stopping Friday|withholding this week|omitting doses|resolving|worsening|tapering|reducing 5 mg weekly|weaning|"
+    "max 3 g|maximum 3 g|limit 2 litres|omit HR 50|usual 75 kg|best 500|baseline 80|predicted 500".split("|"),
+)
+def test_what_withdraws_or_limits_may_not_be_left_out(limit, mark):
+    said = limit if mark == ", " else limit.capitalize()
+    assert accept(f"Value 180 mg daily{mark}{said}.", "Value 180 mg daily.", "")
+
+
+@pytest.mark.parametrize(
+    "order", ["cap 3 g", "admission 120", "alternating with 4 mg", "holding for bleeding"]
+)
+def test_what_is_no_finding_nor_a_measured_value_may_not_be_left_out(order):
+    assert accept(f"Warfarin 3 mg, {order}.", "Warfarin 3 mg.", "")
 
 
 @functools.cache

@@ -8,12 +8,16 @@ import time
 
 import pytest
 from conftest import ROOT, SHARED_DATA
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sft.grounding import PreparedNote, check_summary
+from sft.grounding.acceptance import accept
 from sft.grounding.check import TRAINING_THRESHOLD
+from sft.grounding.citations import parse_citations
+from sft.grounding.selector import not_mentioned
 from sft.grounding.sentences import split_sentences
+from sft.grounding.words import LEXICON
 
 SHARED = SHARED_DATA.parent / "cases"
 KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
@@ -213,6 +217,26 @@ WORDS = st.sampled_from(
     "no not left right mother 5 mg 130/80 3/52 , . ? : \n if possible before Tuesday a week knee pain "
     "[Evidence: S1,2; Conf: 0.5] one twenty two over half R/L 1,000 .5 he she 12:30 é ß İ 🙂".split(" ")
 )
+
+
+NUMBER_WORDS = (
+    [word.partition("=")[0] for name in ("numbers", "ordinals", "implied") for word in LEXICON[name].split()]
+    + "point half and a over out of to by old mg % weeks yearold 1/2 3/52 12/03/2024 10:30 1,2 1.2.3 - . , ; ( ) ?".split()
+    + "\n|no|fever|Plan:|F|[Evidence:|S1,2|Conf:|0.85]".split("|")
+)
+FREQUENT = st.sampled_from(["point", "half", "a", "and", "two", "thousand"])
+SAID = st.lists(FREQUENT | st.sampled_from(NUMBER_WORDS) | st.text("0123456789.,/:", min_size=1), max_size=15)
+
+
+@given(SAID.map(" ".join), SAID.map(" ".join))
+@example("A1c went up a half point two months ago.", "Two and a half point five.")
+@example("thousand " * 9 + "point five", "ten " + "thousand " * 9)
+@settings(max_examples=150, deadline=None)
+def test_numbers_in_any_words_are_read(note, summary):
+    assert check_summary(note, summary).risk >= 0
+    assert isinstance(accept(note, summary, note), list)
+    assert all(fact.text for fact in not_mentioned(note, [summary]))
+    assert all(citation["sentence_numbers"] for citation in parse_citations(summary, note))
 
 
 @settings(max_examples=150, deadline=None)

@@ -75,6 +75,17 @@ def test_in_another_language_nothing_is_checked():
     assert (found["check_score"], found["check_risk"], found["findings"]) == (None, None, [])
 
 
+@pytest.mark.parametrize("writing", ["quote", "free"])
+def test_what_was_not_checked_is_named_however_it_was_written(specialist, writing):
+    notes = [
+        "Der Patient klagt über Schmerzen in der Schulter und hat kein Fieber.",
+        "Fever and cough today.",
+    ]
+    for result in specialist.generate_batch(notes, 8, writing=writing):
+        is_named = any(warning.startswith("not checked against the note") for warning in result["warnings"])
+        assert is_named == (result["check_score"] is None)
+
+
 @pytest.mark.parametrize(
     "note, problem", [(" \x00", "empty"), ("\u200b", "empty"), (None, "not text"), ("x", "")]
 )

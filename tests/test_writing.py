@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -396,6 +398,34 @@ def test_older_adapters_write_freely(monkeypatch):
             ask()
     with pytest.raises(InputError, match="--citations needs --writing"):
         SFTInference(older, citations=True)
+
+
+def test_citations_of_free_text_are_refused_in_any_call(adapter):
+    inference = SFTInference(adapter, device="cpu", citations=True)
+    with pytest.raises(InputError, match="--citations needs --writing"):
+        inference.generate_summary("Fever.", writing="free")
+    assert not hasattr(inference, "model")
+    assert inference.generate_summary("Fever.", writing="quote")["made_by"]["citations"]
+
+
+def test_threads_load_the_model_once(adapter, monkeypatch):
+    loaded = []
+    load = SFTInference._load_now
+
+    def count(self, *arguments):
+        loaded.append(threading.get_ident())
+        load(self, *arguments)
+
+    monkeypatch.setattr(SFTInference, "_load_now", count)
+    inference = SFTInference(adapter, device="cpu")
+    with ThreadPoolExecutor(4) as threads:
+        calls = [threads.submit(inference.load) for _ in range(3)]
+        calls.append(threads.submit(inference.generate_summary, "Fever.", 3, writing="free"))
+        assert [call.result() for call in calls[:3]] == [None] * 3
+        calls[3].result()
+    assert len(loaded) == 1
+    # Loaded already: harmless from inside a call
+    inference.generate_summary("Fever.", 3, on_text=lambda text: inference.load())
 
 
 # ------------------------------------------------------------------------------- what is shown

@@ -39,6 +39,8 @@ _KEPT = frozenset("still currently also while although though however their".spl
 _DATES = {word for word, (kind, _) in MARKERS.items() if kind in ("weekday", "month", "when")}
 _STARTS = WORDS["articles"] | _SUBJECT | frozenset('there still his her their ( " “'.split())
 
+_NO_NAMES = WORDS["prepositions"] | WORDS["commands"]
+
 
 @dataclass
 class _Step:
@@ -147,26 +149,38 @@ def clauses_keep_their_heads(traced: _Traced) -> str:
 
 
 def nothing_that_changes_it_is_dropped(traced: _Traced) -> str:
-    """What is left out may not limit what stays. Of a sentence that stays, only another finding, a value or
-    what somebody is doing may go."""
+    """What is left out may not limit what stays. Of a sentence that stays, only another finding, a measured
+    value or what somebody asks may go."""
     kept = set(traced.kept)
     sentences = {traced.clauses[number].sentence for number in kept}
     scopes = {clause.sentence for clause in traced.clauses if clause.words & SCOPES}
     for number, clause in enumerate(traced.clauses):
-        guards = clause.words & of.GUARDS
+        guards = of.guards(clause.words)
         if number in kept or (not guards and (clause.sentence not in sentences or clause.label)):
             continue
         words = traced.source.content[clause.first : clause.last]
-        gap = set(traced.source.gaps[clause.first])
-        is_degree = words[0][0].isdigit() and "of" in gap
-        # Not of "chronic kidney and heart disease"
-        is_finding = of.CONDITION.fullmatch(words[-1]) and gap.isdisjoint({"with", "in", "on", "at"})
-        is_finding = is_finding and not ("and" in gap and len(words) > 1)
-        is_value = not clause.leans and any(word[0].isdigit() for word in words[1:]) and not gap & of.PLACES
-        may_go = is_degree or is_finding or is_value or (words[0].endswith("ing") and gap <= BREAKS | {"and"})
-        if guards or not may_go or clause.sentence in scopes:
+        if guards or clause.sentence in scopes or not _may_go(clause, words, traced):
             return f"leaves out '{min(guards, default=words[0])}', which belongs to what stays"
     return ""
+
+
+def _may_go(clause: Clause, words: list[str], traced: _Traced) -> bool:
+    """Whether a clause of these words, none of which guards, only adds to its sentence."""
+    gap = set(traced.source.gaps[clause.first])
+    if words[0][0].isdigit() and "of" in gap:
+        return True
+    # Not of "chronic kidney and heart disease", "sooner for fever" or "holding for bleeding"
+    is_name = not any(
+        word in _NO_NAMES or word.endswith("ing") or of.PARTICIPLE.fullmatch(word) for word in words[:-1]
+    )
+    if is_name and of.CONDITION.fullmatch(words[-1]) and gap.isdisjoint(("with", "in", "on", "at")):
+        return len(words) == 1 or "and" not in gap
+    # A second value of what stays may be the one that counts
+    said = {word for number in traced.kept for word in traced.clauses[number].words}
+    is_value = not clause.leans and of.MEASURE.fullmatch(" ".join(words)) and not gap & of.PLACES
+    return bool(is_value and words[0] not in said) or (
+        words[0] in ("asking", "wondering") and gap <= BREAKS | {"and"}
+    )
 
 
 def events_keep_their_order(traced: _Traced) -> str:

@@ -5,12 +5,13 @@ something only after the one before them.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN
 from sft.grounding.shorthand import key, spell_out
 from sft.grounding.structure import topic_of
-from sft.grounding.words import TOKEN
+from sft.grounding.words import TOKEN, stem
 
 _LISTS = """
 articles: a an the
@@ -23,8 +24,8 @@ joiners: and but with who which while although though however
 light: his her their of in on at there also still currently " “ ” ‘ ’ *
 others: i me my mine we us our you your donor donors recipient relative relatives please kindly dr doctor doctors gp gps nurse nurses surgeon surgeons consultant team teams midwife physio therapist paramedic paramedics baby twin staff pharmacist dietitian radiologist oncologist cardiologist neurologist colleague
 scopes: no not never neither cannot between both either
-undone: but although though however except while when once stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned
-limits: none nor neg absent negative unlikely left right both bilaterally family ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse yesterday
+undone: but although though however except while when once stopped held withheld discontinued ceased canceled cancelled declined refused failed changed switched removed instead until unless now from reason only rather versus vs down up reduced increased withdrawn abandoned withhold omit skip taper wean halve
+limits: none nor neg absent negative unlikely left right both bilaterally family ago last previous previously childhood after then later rising rose fell falling improving improved resolved settled better worse worsen yesterday max maximum limit ceiling usual baseline best normal predicted total
 future: will plan planned tomorrow tonight due await awaiting awaited pending book booked to should would may might if once when aim target next request requested consider considered repeat
 commands: start stop continue increase reduce refer review return recheck order follow hold avoid switch arrange obtain perform proceed schedule give take check monitor keep remove send ring call discuss restart discharge admit add change commence complete wean transfer use for
 prepositions: for from to by after before due because since until despite via per under over into onto than as if unless or within between through during about around when where whether so like plus times off out
@@ -72,6 +73,13 @@ CONDITION = re.compile(
     r"embolism|effusion|dvt|pe|uti|hernia|stone|thrombus|infarct|infarction|overdose|lesion|nodule|mass|edema|"
     r"erythema|murmur|tremor|insomnia|anxiety|depression|confusion|delirium|palpitation|syncope|jaundice"
 )
+# What may be left out with its value, as "BP 120/80" may: no limit, order or degree ("max 3 g", "omit HR 50")
+MEASURE = re.compile(
+    r"(?:bp|(?:blood )?pressure|(?:heart|respiratory) rate|pulse|hr|rr|t|temp|temperature|sat|saturation|weight|"
+    r"height|bmi|gcs|peak flow|pef|hb|hemoglobin|hba 1 c|wcc|wbc|platelet|plt|neut|neutrophil|crp|esr|na|sodium|k|"
+    r"potassium|urea|egfr|creat|creatinine|lactate|glucose|gluc|bm|ck|inr|alt|bilirubin|albumin|lipase|troponin|"
+    r"ferritin|tsh|ph|(?:spo|fio|pa?co|pa?o) 2)(?: \d\S*)+(?: (?:%|kg|cm|mmhg|bpm|ra|air|[gu]/l))*"
+)
 STATE = re.compile(
     r"\w*(?:febrile|oriented|tensive)|drowsy|alert|rousable|pregnant|unwell|fit|stable|pale|dizzy|tired|weak|thirsty|"
     r"unsteady|breathless|comfortable|anxious|confused|jaundiced|depressed|man|woman|yearold|delirious|"
@@ -111,6 +119,19 @@ class Clause:
     words: frozenset[str] = frozenset()
     label: str = ""  # the label that it is, as it stands
     is_plan: bool = False  # it, or another clause of its sentence
+
+
+def _stem(word: str) -> str:
+    """Of "stop", "stopping" and "stopped" the same."""
+    return re.sub(r"(.)\1$", r"\1", stem(word))
+
+
+_GUARD_STEMS = frozenset(map(_stem, WORDS["undone"] | WORDS["limits"] | WORDS["future"]))
+
+
+def guards(words: Iterable[str]) -> set[str]:
+    """Those of the words without which what stays would say more."""
+    return {word for word in words if word in GUARDS or _stem(word) in _GUARD_STEMS}
 
 
 def read_clauses(part: str, source: Reading) -> list[Clause]:

@@ -135,12 +135,14 @@ def _read_words(words: list[str], index: int) -> Quantity | None:
             break
     if pieces in ([], [1.0]):
         return None
-    digits = [f"{piece:g}" for piece in pieces]
-    if point is not None and point < len(pieces):
-        values = {float("".join(digits[:point]) + "." + "".join(digits[point:]).replace(".", ""))}
-    else:
-        values = set(pieces)
-        values |= {float("".join(digits))} if all(piece.is_integer() for piece in pieces) else set()
+    values = set(pieces)
+    # "A half point two" is no number
+    if all(piece.is_integer() for piece in pieces):
+        digits = [f"{piece:.0f}" for piece in pieces]
+        if point is not None and point < len(pieces):
+            values = {float(f"{''.join(digits[:point])}.{''.join(digits[point:])}")}
+        else:
+            values.add(float("".join(digits)))
     return Quantity(index, last, frozenset(values))
 
 

@@ -85,6 +85,8 @@ def use_short_forms(sentence: str, words: set[str], shorthand: Mapping[str, Sequ
     """The sentence with the part's short forms in place of what stands for them."""
     for table in (SHORTHAND, shorthand):
         for short in table.keys() & words:
-            long = "|".join(re.escape(form) for form in sorted(table[short], key=len, reverse=True))
-            sentence = re.sub(rf"\b(?:{long})\b", short, sentence, flags=re.IGNORECASE)
+            forms = sorted(filter(None, table[short] or ()), key=len, reverse=True)
+            long = "|".join(map(re.escape, forms))
+            # An entry may have been emptied
+            sentence = re.sub(rf"\b(?:{long})\b", short, sentence, flags=re.IGNORECASE) if long else sentence
     return sentence

@@ -70,9 +70,7 @@ def make_result(
     warnings = prompt_warnings + ending
     evidence = parse_citations(summary, note, sentence_version)
     checked = check_result(note, summary, sentence_version)
-    warnings += summary_warnings(summary, evidence)
-    if summary and checked["check_score"] is None:
-        warnings.append("not checked against the note: the check reads English only")
+    warnings += summary_warnings(summary, evidence) + unchecked(summary, checked)
     return {
         "generated_summary": summary,
         "sentences": [],
@@ -136,6 +134,12 @@ def summary_warnings(summary: str, evidence: Sequence[dict]) -> list[str]:
         f"{plural(n_unreadable, 'citation')} cannot be read": n_unreadable,
     }
     return [warning for warning, is_so in warnings.items() if is_so]
+
+
+def unchecked(summary: str, checked: dict) -> list[str]:
+    """The warning that nothing was checked, where check_result says so of a summary."""
+    is_so = summary and checked["check_score"] is None
+    return ["not checked against the note: the check reads English only"] if is_so else []
 
 
 def kinds_of(result: dict) -> Iterator[str]:

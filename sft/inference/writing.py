@@ -22,6 +22,7 @@ from sft.inference.results import (
     make_result,
     mean_probability,
     missing_facts,
+    unchecked,
 )
 
 SENTENCE_TOKENS = 96  # no sentence of a summary needs more
@@ -221,14 +222,15 @@ def _result(summary: _Summary, citations: bool, supported: bool) -> dict:
     if longest > _LONG_SENTENCE:
         warnings.append(f"quotes a sentence of {longest:,} words, as long as the note has it")
     text = " ".join(shown(sentence, citations) for sentence in sentences)
+    checked = check_result(summary.note, text)
     return {
         "generated_summary": text,
         "sentences": sentences,
         "not_mentioned": missing_facts(summary.note, [sentence["text"] for sentence in sentences]),
         "evidence": evidence if citations else [],
-        **check_result(summary.note, text),
+        **checked,
         "confidence": mean_probability(log_probs) if log_probs else None,
-        "warnings": warnings,
+        "warnings": warnings + unchecked(text, checked),
         "n_prompt_tokens": sum(answer.n_prompt_tokens for answer in answers),
         "n_new_tokens": sum(len(answer.log_probs) for answer in answers),
         "finish_reason": "stop",
