@@ -416,7 +416,7 @@ def _group(note: _Note, number: int) -> set[int]:
 
 def _render(note: _Note, numbers: list[int]) -> list[Quoted]:
     """The chosen sentences as a reader wants them: each under its heading, label or question once."""
-    quoted, shown = [], []
+    quoted, shown, last = [], [], None
     for number in numbers:
         unit = note.units[number - 1]
         head = note.heading(unit)
@@ -429,16 +429,31 @@ def _render(note: _Note, numbers: list[int]) -> list[Quoted]:
             note.units[n - 1].kind == "heading" and not note.units[n - 1].topic for n, _ in shown
         )
         if head and not heads and was_problem:
-            heads = [(head.number, head.text.capitalize())]
+            heads = [(head.number, head.text.rstrip(": ").capitalize())]
+        is_item = _is_next_item(note, unit, last)
+        last = unit
         new = [pair for pair in heads if pair not in shown]
         shown = heads
         # "CT KUB. Clinical details: left loin pain."
         before = ". ".join(text for _, text in new).replace("?.", "?")
         text = f"{before}{' ' if before.endswith('?') else ': '}{unit.text}" if before else unit.text
-        text = text[0].upper() + text[1:] if text[:2].islower() else text
+        text = text[0].upper() + text[1:] if text[:2].islower() and not is_item else text
         text = text if re.search(r"[.!?…][\"”'’)]*$", text) else text.rstrip(" ,;:") + "."
-        quoted.append(Quoted(text, tuple(sorted({n for n, _ in new} | {number}))))
+        sources = {n for n, _ in new} | {number}
+        # Alone, "Syncope." would say the opposite of "She denies:"
+        if is_item:
+            text = f"{quoted[-1].text.rstrip('.')}; {text}"
+            sources |= set(quoted.pop().note_sentences)
+        quoted.append(Quoted(text, tuple(sorted(sources))))
     return quoted
+
+
+def _is_next_item(note: _Note, unit: Unit, last: Unit | None) -> bool:
+    """Whether both are items of one list that goes on with the words of its heading, "She denies:"."""
+    head = note.heading(unit)
+    is_list = last and unit.listed and (last.listed, last.heading) == (unit.listed, unit.heading)
+    is_begun = head and head.text[-1] == ":" and not head.topic and shown_label(head.text)
+    return bool(is_list and is_begun and not unit.label and not last.label)
 
 
 def _shown_question(note: _Note, unit: Unit) -> str:

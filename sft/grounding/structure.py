@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sft.grounding.lines import wrapped_newlines
 from sft.grounding.sentences import sentence_spans
 from sft.grounding.shorthand import spell_out
-from sft.grounding.words import content_stems, stem
+from sft.grounding.words import content_stems, stem, word_set
 
 _NUMBER = r"\(?\d{1,2}[.)]\s+"
 _BULLET = re.compile(rf"\s*(?:[-•*–·▪>]+\s+|{_NUMBER}|[-•*–·▪](?=\w))")
@@ -41,6 +41,9 @@ _TOPICS = {
     "review": r"ros|review of systems|systems review",
 }
 _TOPICS = {topic: re.compile(pattern, re.IGNORECASE) for topic, pattern in _TOPICS.items()}
+# Topics of what is not said of the patient now
+_ASIDES = ("family", "drugs", "review")
+_VERBS = word_set("finite")
 # Labels that only say which part of the note this is: left out of a quotation
 _SILENT = re.compile(
     r"s|o|hp[ci]|c/o|subjective|objective|history|history of presen.*|presenting.*|"
@@ -108,8 +111,9 @@ def shown_label(label: str) -> str:
     if _SILENT.fullmatch(bare):
         return ""
     bare = SPELLED_OUT.get(bare.lower(), bare)
+    is_name = len(bare) > 3 and topic_of(bare)
     # "PAST MEDICAL HISTORY", but "PMH" and "CT KUB"
-    return bare.capitalize() if bare.isupper() and (len(bare) > 12 or topic_of(bare)) else bare
+    return bare.capitalize() if bare.isupper() and (len(bare) > 12 or is_name) else bare
 
 
 def read_units(note: str) -> list[Unit]:
@@ -127,17 +131,25 @@ def read_units(note: str) -> list[Unit]:
         before = units[-1] if units else Unit(0, "", "")
         is_listed = bool(before.listed)
         listed = before.listed if not starts_line else (before.listed or number) if bullet else 0
-        # A label in the middle of a line is its sentence's own
-        if starts_line or own_label:
+        # A label in the middle of a line is its sentence's own, and no verb stands in "FH: gout. Breast cancer."
+        is_aside = topic_of(label) in _ASIDES
+        if starts_line or own_label or (is_aside and not _VERBS.isdisjoint(body.lower().split())):
             label, label_number, own_label = "", 0, False
-        if gap > 1 or (is_listed and not listed):
+        # What an empty line ends: not a list with empty lines between its items, nor what is right above it
+        is_spaced = bool(is_listed and listed) and (before.number == listed or lines[number - 2][1] != 1)
+        ends = gap > 1 and not is_spaced
+        is_patient = _names_patient(text)
+        opens = is_patient and starts_line and re.search(r"\d", text)
+        if before.number != problem and (ends or (is_listed or opens) and not listed):
             problem = 0
+        if before.number != section and ends and section and units[section - 1].topic in _ASIDES:
+            section = 0
         above = units[section - 1].topic if section else ""
         heading_kind = _heading_kind(lines, number - 1, body, above) if starts_line else ""
         if heading_kind:
             section = number if heading_kind == "section" else section
             problem = number if heading_kind == "problem" else 0
-            name = body.rstrip(":. ")
+            name = body.rstrip(". ")
             units.append(Unit(number, name, "heading", topic_of(name)))
             continue
         found, body = _take_label(body, starts_line)
@@ -148,6 +160,8 @@ def read_units(note: str) -> list[Unit]:
         kind = _kind(body, topic)
         is_answer = before.kind == "question" and kind == "sentence"
         needs = 0 if is_answer or (starts_line and bullet) else _refers_to(body, units, last_with)
+        # Read without what stands right after the label, it might be the patient's
+        needs = label_number if label_number != number and topic_of(label) == "family" else needs
         units.append(
             Unit(
                 number,
@@ -160,7 +174,7 @@ def read_units(note: str) -> list[Unit]:
                 asked=before.number if is_answer else 0,
                 needs=needs,
                 listed=listed,
-                names_patient=_names_patient(text),
+                names_patient=is_patient,
             )
         )
         last_with |= dict.fromkeys(content_stems(body), number)
@@ -198,7 +212,7 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
 
 def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: str) -> str:
     """ "section", "problem" or "": whether the line `body` in a section of this topic heads what follows."""
-    text, _, after = lines[i]
+    text, gap, after = lines[i]
     body = body.strip('"“” ')
     bare = body.rstrip(":. ")
     n_words = len(bare.split())
@@ -224,8 +238,13 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
         and not (is_numbered and re.match(_NUMBER, following))
     ):
         return "problem" if above_bullets or len(following.split()) > n_words else ""
+    # "Latex" below "Penicillin" or "Allergies:"
+    above = lines[i - 1][0]
+    is_item = gap == 1 and len(above.split()) <= 3 and above[-1] != "." and not (topic_of(above) or ": " in above)
+    if is_item and not _BULLET.match(above) and not (above_bullets and after == 1):
+        return ""
     # "Genitourinary" above "No tenderness."
-    is_title = n_words <= 3 and (following[-1] == "." or ":" in following) and topic != "drugs"
+    is_title = after == 1 and n_words <= 3 and (following[-1] == "." or ":" in following) and topic != "drugs"
     is_above = is_title or (above_bullets and n_words <= 5)
     return "problem" if is_above and not (has_period or ":" in body or is_bulleted) else ""
 
