@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from sft.grounding.lines import wrapped_newlines
 from sft.grounding.sentences import sentence_spans
 from sft.grounding.shorthand import spell_out
-from sft.grounding.words import content_stems, stem, word_set
+from sft.grounding.words import content_stems, stem
 
 _NUMBER = r"\(?\d{1,2}[.)]\s+"
 _BULLET = re.compile(rf"\s*(?:[-•*–·▪>]+\s+|{_NUMBER}|[-•*–·▪](?=\w))")
@@ -43,7 +43,8 @@ _TOPICS = {
 _TOPICS = {topic: re.compile(pattern, re.IGNORECASE) for topic, pattern in _TOPICS.items()}
 # Topics of what is not said of the patient now
 _ASIDES = ("family", "drugs", "review")
-_VERBS = word_set("finite")
+# "CT shows a mass." is no relative's; "Breast cancer was found at 45." may be
+_VERBS = frozenset("is are will shows showed reveals revealed demonstrates demonstrated".split())
 # Labels that only say which part of the note this is: left out of a quotation
 _SILENT = re.compile(
     r"s|o|hp[ci]|c/o|subjective|objective|history|history of presen.*|presenting.*|"
@@ -79,6 +80,9 @@ KIN = re.compile(
     r"\b(?:mother|father|mum|mom|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|sibling|"
     r"grand\w+|niece|nephew|neighbou?r|donor|housemates?|flatmate|carer)s?\b",
     re.IGNORECASE,
+)
+_OPEN_QUESTION = re.compile(
+    r"(?:what (?:was|is|has|should|did|happened|else)|anything|any other|ready|handing)\b", re.IGNORECASE
 )
 _SHE = re.compile(r"(?:he|she|his|her)\b(?! (?:was|has been|is to be) \w+(?:ed|en)\b)", re.IGNORECASE)
 
@@ -116,6 +120,26 @@ def shown_label(label: str) -> str:
     return bare.capitalize() if bare.isupper() and (len(bare) > 12 or is_name) else bare
 
 
+def shown_question(units: list[Unit], unit: Unit) -> str:
+    """What the sentence answers; "" for "Anything else?", which only starts the talk."""
+    asked = units[unit.asked - 1].text if unit.asked else ""
+    if unit.names_patient or _OPEN_QUESTION.match(asked):
+        return ""
+    # "Pain?" of a nurse who asks is the topic of what follows; a question of a patient stays one
+    return asked.rstrip("?") if len(asked.split()) <= 3 and not unit.label else asked
+
+
+def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
+    """Whether both are items of one list that goes on with the words of its heading, "She denies:"."""
+    if not last or not unit.heading or (last.listed, last.heading) != (unit.listed, unit.heading):
+        return False
+    head = units[unit.heading - 1]
+    is_begun = head.text[-1] == ":" and not head.topic and shown_label(head.text)
+    # Without bullets, items are short lines without a period
+    are_items = all(u.listed or (len(u.text.split()) <= 3 and u.text[-1].isalnum()) for u in (last, unit))
+    return bool(is_begun and are_items and not unit.label and not last.label)
+
+
 def read_units(note: str) -> list[Unit]:
     """Every sentence of the note, in order. Linear in the note's length."""
     lines = _lines(note)
@@ -129,18 +153,15 @@ def read_units(note: str) -> list[Unit]:
         bullet = _BULLET.match(text)
         body = text[bullet.end() :] if bullet else text
         before = units[-1] if units else Unit(0, "", "")
-        is_listed = bool(before.listed)
         listed = before.listed if not starts_line else (before.listed or number) if bullet else 0
-        # A label in the middle of a line is its sentence's own, and no verb stands in "FH: gout. Breast cancer."
+        # A label in the middle of a line is its sentence's own; "FH: gout. Breast cancer." ends with a verb
         is_aside = topic_of(label) in _ASIDES
         if starts_line or own_label or (is_aside and not _VERBS.isdisjoint(body.lower().split())):
             label, label_number, own_label = "", 0, False
-        # What an empty line ends: not a list with empty lines between its items, nor what is right above it
-        is_spaced = bool(is_listed and listed) and (before.number == listed or lines[number - 2][1] != 1)
-        ends = gap > 1 and not is_spaced
-        is_patient = _names_patient(text)
-        opens = is_patient and starts_line and re.search(r"\d", text)
-        if before.number != problem and (ends or (is_listed or opens) and not listed):
+        # What stands right below a heading is under it
+        ends = _is_parted(lines, number - 1, before, listed)
+        is_new = before.listed or (starts_line and re.search(r"\d", text) and _names_patient(text))
+        if before.number != problem and (ends or (is_new and not listed)):
             problem = 0
         if before.number != section and ends and section and units[section - 1].topic in _ASIDES:
             section = 0
@@ -161,7 +182,7 @@ def read_units(note: str) -> list[Unit]:
         is_answer = before.kind == "question" and kind == "sentence"
         needs = 0 if is_answer or (starts_line and bullet) else _refers_to(body, units, last_with)
         # Read without what stands right after the label, it might be the patient's
-        needs = label_number if label_number != number and topic_of(label) == "family" else needs
+        needs = needs or (label_number if label_number != number and topic_of(label) == "family" else 0)
         units.append(
             Unit(
                 number,
@@ -174,7 +195,7 @@ def read_units(note: str) -> list[Unit]:
                 asked=before.number if is_answer else 0,
                 needs=needs,
                 listed=listed,
-                names_patient=is_patient,
+                names_patient=_names_patient(text),
             )
         )
         last_with |= dict.fromkeys(content_stems(body), number)
@@ -210,6 +231,12 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
     return list(zip(texts, gaps, [*gaps[1:], 0], strict=False))
 
 
+def _is_parted(lines: list[tuple[str, int, int]], i: int, before: Unit, listed: int) -> bool:
+    """Whether an empty line parts a sentence from what is before it; a list may have them between items."""
+    is_spaced = before.listed and listed and (before.number == listed or lines[i - 1][1] != 1)
+    return lines[i][1] > 1 and not is_spaced
+
+
 def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: str) -> str:
     """ "section", "problem" or "": whether the line `body` in a section of this topic heads what follows."""
     text, gap, after = lines[i]
@@ -240,7 +267,9 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
         return "problem" if above_bullets or len(following.split()) > n_words else ""
     # "Latex" below "Penicillin" or "Allergies:"
     above = lines[i - 1][0]
-    is_item = gap == 1 and len(above.split()) <= 3 and above[-1] != "." and not (topic_of(above) or ": " in above)
+    is_item = (
+        gap == 1 and len(above.split()) <= 3 and above[-1] != "." and not (topic_of(above) or ": " in above)
+    )
     if is_item and not _BULLET.match(above) and not (above_bullets and after == 1):
         return ""
     # "Genitourinary" above "No tenderness."
