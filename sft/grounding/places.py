@@ -18,8 +18,8 @@ _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
 _PRONOUNS = frozenset("he him his she her hers".split())
 _SEXES = {"m": word_set("male"), "f": word_set("female")}
 
-# A heading that ends in a colon, and its list: bullets, or lines of up to three words. It ends at an empty line
-# unless these are between its items
+# A heading that ends in a colon, and its list: bullets, or lines of up to three words. It ends at an empty
+# line unless these are between all of its items
 _ITEM = r"(?:[-•*–·▪>]|\d\d?[.)]\s).*"
 _LIST = re.compile(
     rf"^(?P<heading>.*\w) ?:[ \t]*+(?=\n)(?:\s*+{_ITEM}(?:\n[ \t]*+{_ITEM})+|(?:\s*+{_ITEM})+|(?:\n\w[\w-]*+(?: [\w-]++){{0,2}}+$)+)",
