@@ -134,10 +134,11 @@ def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
     if not last or not unit.heading or (last.listed, last.heading) != (unit.listed, unit.heading):
         return False
     head = units[unit.heading - 1]
-    is_begun = head.text[-1] == ":" and not head.topic and shown_label(head.text)
-    # Without bullets, items are short lines without a period
-    are_items = all(u.listed or (len(u.text.split()) <= 3 and u.text[-1].isalnum()) for u in (last, unit))
-    return bool(is_begun and are_items and not unit.label and not last.label)
+    # Without bullets or without a colon above, items are short lines without a period
+    is_clear = bool(unit.listed) and head.text[-1] == ":"
+    are_items = is_clear or all(len(u.text.split()) <= 3 and u.text[-1].isalnum() for u in (last, unit))
+    is_own = not head.topic and bool(shown_label(head.text))
+    return is_own and are_items and not unit.label and not last.label
 
 
 def read_units(note: str) -> list[Unit]:
