@@ -288,3 +288,21 @@ def test_quality_on_the_validation_notes():
     checks = [check_summary(note, summary) for note, summary in true.items()]
     flags = [sentence.flagged for check in checks for sentence in check.sentences]
     assert sum(flags) <= 0.15 * len(flags)
+
+
+@pytest.mark.parametrize(
+    "layout", ["{}:\n- {}\n- {}\n\nHome.", "{}:\n\n• {}\n\n• {}\n\nHome.", "{}:\n{}\n{}\n\nHome."]
+)
+@pytest.mark.parametrize("heading", ["She denies", "No evidence of"])
+def test_an_item_of_what_is_denied_is_not_said_alone(layout, heading):
+    note = "52F with a cough.\n\n" + layout.format(heading, "chest pain", "syncope")
+    assert check_summary(note, "Cough. Syncope. Chest pain.").sentences[-1].flagged
+    for true in (
+        f"{heading}: chest pain; syncope.",
+        f"{heading} chest pain or syncope.",
+        "No syncope.",
+        "Home.",
+    ):
+        assert not any(sentence.flagged for sentence in check_summary(note, true).sentences)
+    # The same items where nothing denies them
+    assert check_summary(note.replace(heading, "She reports"), "Syncope. Chest pain.").risk == 0

@@ -18,6 +18,14 @@ _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
 _PRONOUNS = frozenset("he him his she her hers".split())
 _SEXES = {"m": word_set("male"), "f": word_set("female")}
 
+# A heading that ends in a colon, and its list: bullets, or lines of up to three words. It ends at an empty
+# line unless these are between all of its items
+_ITEM = r"(?:[-•*–·▪>]|\d\d?[.)]\s).*"
+_LIST = re.compile(
+    rf"^(?P<heading>.*\w) ?:[ \t]*+(?=\n)(?:\s*+{_ITEM}(?:\n[ \t]*+{_ITEM})+|(?:\s*+{_ITEM})+|(?:\n\w[\w-]*+(?: [\w-]++){{0,2}}+$)+)",
+    re.MULTILINE,
+)
+
 
 class NotePlaces:
     """A note's words by stem, its word pairs, markers and quantities."""
@@ -56,7 +64,21 @@ class NotePlaces:
         lines = [
             bisect_left(self.text.spans, (match.start(), 0)) for match in re.finditer(r"^|\Z", note, re.M)
         ]
-        self.said = {self.text.plain(first, last) for first, last in (*self.text.ranges, *pairwise(lines))}
+        below = self._deny_lists(note)
+        runs = {self.text.plain(*run): run[0] in below for run in (*self.text.ranges, *pairwise(lines))}
+        # "Syncope" below "She denies:" says the opposite if it stands alone
+        self.said = {plain for plain, is_below in runs.items() if not is_below}
+        self.said_below = runs.keys() - self.said
+
+    def _deny_lists(self, note: str) -> set[int]:
+        """Marks the items of lists whose heading denies them, "No evidence of:"; their tokens."""
+        below: set[int] = set()
+        for match in _LIST.finditer(note):
+            colon, end = (bisect_left(self.text.spans, (at, 0)) for at in (match.end("heading"), match.end()))
+            if self.text.denied[colon]:
+                below.update(range(colon + 1, end))
+                self.text.denied[colon + 1 : end] = [True] * (end - colon - 1)
+        return below
 
     def of(self, word_stem: str) -> list[int]:
         """At most _MOST_PLACES token numbers where a stem stands, spread over the note."""

@@ -78,8 +78,9 @@ class Text:
         return self.words[index] if 0 <= index < len(self.words) else "."
 
     def plain(self, first: int, last: int) -> str:
-        """The words of some tokens, without the marks around them."""
-        return " ".join(self.words[first:last]).strip(" .,;:!?-")
+        """The words of some tokens, without the marks around them and the bullet or number of a list."""
+        plain = " ".join(self.words[first:last]).strip(" .,;:!?-•*–·▪>")
+        return re.sub(r"^\d\d? [.)] (?=\D)", "", plain)
 
     def near(self, index: int, words: frozenset, reach: int) -> int | None:
         """The nearest of certain words in a token's sentence, None if there is none within `reach` tokens; a

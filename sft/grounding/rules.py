@@ -57,10 +57,16 @@ class Sentence:
 
     def is_quoted(self) -> bool:
         """Whether the note says this as a whole sentence or line, perhaps under a heading of its own."""
-        words = self.summary.words[self.first : self.last]
-        n_heading = words.index(":") + 1 if ":" in words[:6] and self.note.words.issuperset(words[:6]) else 0
-        plain = (self.summary.plain(self.first + n, self.last) for n in (0, n_heading))
-        return not self.note.said.isdisjoint(plain)
+        words, note, plain = self.summary.words[self.first : self.last], self.note, self.summary.plain
+        colon = words.index(":") if ":" in words else 0
+        is_line = colon > 0 and plain(self.first, self.first + colon) in note.said
+        is_heading = is_line or (0 < colon < 6 and note.words.issuperset(words[:6]))
+        items = plain(self.first + (colon + 1 if is_heading else 0), self.last)
+        known = note.said | note.said_below if is_line else note.said
+        # "She denies: chest pain; syncope"
+        return not known.isdisjoint((plain(self.first, self.last), items)) or known.issuperset(
+            items.split(" ; ")
+        )
 
     def quantities(self) -> list[Quantity]:
         """Those that begin in this sentence."""

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 
 from sft.grounding.sentences import split_sentences
-from sft.grounding.structure import Unit, read_units, shown_label, topic_of
+from sft.grounding.structure import Unit, is_next_item, read_units, shown_label, shown_question, topic_of
 from sft.grounding.words import content_stems
 
 _VERSION = 2  # 1 had more features
@@ -63,9 +63,6 @@ _CUES = {cue: re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE) for cue,
 _DOSE = re.compile(
     r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,40})(?:\s[A-Z]{2})?\s+"
     r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
-)
-_OPEN_QUESTION = re.compile(
-    r"(?:what (?:was|is|has|should|did|happened|else)|anything|any other|ready|handing)\b", re.IGNORECASE
 )
 _MATTERS = frozenset(
     "action diagnosis disease finding abnormal procedure done dose warning presentation".split()
@@ -400,7 +397,7 @@ def _group(note: _Note, number: int) -> set[int]:
     while number and not (group and "trivia" in note.cues.get(number, ())):
         unit = note.units[number - 1]
         # "Handing over bed 6? Yes." only starts the talk
-        is_empty = unit.asked and len(unit.text.split()) < 2 and not _shown_question(note, unit)
+        is_empty = unit.asked and len(unit.text.split()) < 2 and not shown_question(note.units, unit)
         if unit.kind != "sentence" or is_empty or len(group) > 2:
             return set()
         group.add(number)
@@ -416,11 +413,11 @@ def _group(note: _Note, number: int) -> set[int]:
 
 def _render(note: _Note, numbers: list[int]) -> list[Quoted]:
     """The chosen sentences as a reader wants them: each under its heading, label or question once."""
-    quoted, shown = [], []
+    quoted, shown, last = [], [], None
     for number in numbers:
         unit = note.units[number - 1]
         head = note.heading(unit)
-        heads = [(unit.asked, _shown_question(note, unit))]
+        heads = [(unit.asked, shown_question(note.units, unit))]
         heads += [(head.number, shown_label(head.text))] if head else []
         heads += [(unit.label_number, shown_label(unit.label))]
         heads = sorted((n, text) for n, text in heads if text)
@@ -429,22 +426,20 @@ def _render(note: _Note, numbers: list[int]) -> list[Quoted]:
             note.units[n - 1].kind == "heading" and not note.units[n - 1].topic for n, _ in shown
         )
         if head and not heads and was_problem:
-            heads = [(head.number, head.text.capitalize())]
+            heads = [(head.number, head.text.rstrip(": ").capitalize())]
+        is_item = is_next_item(note.units, unit, last)
+        last = unit
         new = [pair for pair in heads if pair not in shown]
         shown = heads
         # "CT KUB. Clinical details: left loin pain."
         before = ". ".join(text for _, text in new).replace("?.", "?")
         text = f"{before}{' ' if before.endswith('?') else ': '}{unit.text}" if before else unit.text
-        text = text[0].upper() + text[1:] if text[:2].islower() else text
+        text = text[0].upper() + text[1:] if text[:2].islower() and not is_item else text
         text = text if re.search(r"[.!?…][\"”'’)]*$", text) else text.rstrip(" ,;:") + "."
-        quoted.append(Quoted(text, tuple(sorted({n for n, _ in new} | {number}))))
+        sources = {n for n, _ in new} | {number}
+        # Alone, "Syncope." would say the opposite of "She denies:"
+        if is_item:
+            text = f"{quoted[-1].text.rstrip('.')}; {text}"
+            sources |= set(quoted.pop().note_sentences)
+        quoted.append(Quoted(text, tuple(sorted(sources))))
     return quoted
-
-
-def _shown_question(note: _Note, unit: Unit) -> str:
-    """What the sentence answers; "" for "Anything else?", which only starts the talk."""
-    asked = note.units[unit.asked - 1].text if unit.asked else ""
-    if unit.names_patient or _OPEN_QUESTION.match(asked):
-        return ""
-    # "Pain?" of a nurse who asks is the topic of what follows; a question of a patient stays one
-    return asked.rstrip("?") if len(asked.split()) <= 3 and not unit.label else asked

@@ -41,6 +41,10 @@ _TOPICS = {
     "review": r"ros|review of systems|systems review",
 }
 _TOPICS = {topic: re.compile(pattern, re.IGNORECASE) for topic, pattern in _TOPICS.items()}
+# Topics of what is not said of the patient now
+_ASIDES = ("family", "drugs", "review")
+# "CT shows a mass." is no relative's; "Breast cancer was found at 45." may be
+_VERBS = frozenset("is are will shows showed reveals revealed demonstrates demonstrated".split())
 # Labels that only say which part of the note this is: left out of a quotation
 _SILENT = re.compile(
     r"s|o|hp[ci]|c/o|subjective|objective|history|history of presen.*|presenting.*|"
@@ -77,6 +81,9 @@ KIN = re.compile(
     r"grand\w+|niece|nephew|neighbou?r|donor|housemates?|flatmate|carer)s?\b",
     re.IGNORECASE,
 )
+_OPEN_QUESTION = re.compile(
+    r"(?:what (?:was|is|has|should|did|happened|else)|anything|any other|ready|handing)\b", re.IGNORECASE
+)
 _SHE = re.compile(r"(?:he|she|his|her)\b(?! (?:was|has been|is to be) \w+(?:ed|en)\b)", re.IGNORECASE)
 
 
@@ -108,8 +115,30 @@ def shown_label(label: str) -> str:
     if _SILENT.fullmatch(bare):
         return ""
     bare = SPELLED_OUT.get(bare.lower(), bare)
+    is_name = len(bare) > 3 and topic_of(bare)
     # "PAST MEDICAL HISTORY", but "PMH" and "CT KUB"
-    return bare.capitalize() if bare.isupper() and (len(bare) > 12 or topic_of(bare)) else bare
+    return bare.capitalize() if bare.isupper() and (len(bare) > 12 or is_name) else bare
+
+
+def shown_question(units: list[Unit], unit: Unit) -> str:
+    """What the sentence answers; "" for "Anything else?", which only starts the talk."""
+    asked = units[unit.asked - 1].text if unit.asked else ""
+    if unit.names_patient or _OPEN_QUESTION.match(asked):
+        return ""
+    # "Pain?" of a nurse who asks is the topic of what follows; a question of a patient stays one
+    return asked.rstrip("?") if len(asked.split()) <= 3 and not unit.label else asked
+
+
+def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
+    """Whether both are items of one list that goes on with the words of its heading, "She denies:"."""
+    if not last or not unit.heading or (last.listed, last.heading) != (unit.listed, unit.heading):
+        return False
+    head = units[unit.heading - 1]
+    # Without bullets or without a colon above, items are short lines without a period
+    is_clear = bool(unit.listed) and head.text[-1] == ":"
+    are_items = is_clear or all(len(u.text.split()) <= 3 and u.text[-1].isalnum() for u in (last, unit))
+    is_own = not head.topic and bool(shown_label(head.text))
+    return is_own and are_items and not unit.label and not last.label
 
 
 def read_units(note: str) -> list[Unit]:
@@ -125,19 +154,24 @@ def read_units(note: str) -> list[Unit]:
         bullet = _BULLET.match(text)
         body = text[bullet.end() :] if bullet else text
         before = units[-1] if units else Unit(0, "", "")
-        is_listed = bool(before.listed)
         listed = before.listed if not starts_line else (before.listed or number) if bullet else 0
-        # A label in the middle of a line is its sentence's own
-        if starts_line or own_label:
+        # A label in the middle of a line is its sentence's own; "FH: gout. Breast cancer." ends with a verb
+        is_aside = topic_of(label) in _ASIDES
+        if starts_line or own_label or (is_aside and not _VERBS.isdisjoint(body.lower().split())):
             label, label_number, own_label = "", 0, False
-        if gap > 1 or (is_listed and not listed):
+        # What stands right below a heading is under it
+        ends = _is_parted(lines, number - 1, before, listed)
+        is_new = before.listed or (starts_line and re.search(r"\d", text) and _names_patient(text))
+        if before.number != problem and (ends or (is_new and not listed)):
             problem = 0
+        if before.number != section and ends and section and units[section - 1].topic in _ASIDES:
+            section = 0
         above = units[section - 1].topic if section else ""
         heading_kind = _heading_kind(lines, number - 1, body, above) if starts_line else ""
         if heading_kind:
             section = number if heading_kind == "section" else section
             problem = number if heading_kind == "problem" else 0
-            name = body.rstrip(":. ")
+            name = body.rstrip(". ")
             units.append(Unit(number, name, "heading", topic_of(name)))
             continue
         found, body = _take_label(body, starts_line)
@@ -148,6 +182,8 @@ def read_units(note: str) -> list[Unit]:
         kind = _kind(body, topic)
         is_answer = before.kind == "question" and kind == "sentence"
         needs = 0 if is_answer or (starts_line and bullet) else _refers_to(body, units, last_with)
+        # Read without what stands right after the label, it might be the patient's
+        needs = needs or (label_number if label_number != number and topic_of(label) == "family" else 0)
         units.append(
             Unit(
                 number,
@@ -196,9 +232,15 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
     return list(zip(texts, gaps, [*gaps[1:], 0], strict=False))
 
 
+def _is_parted(lines: list[tuple[str, int, int]], i: int, before: Unit, listed: int) -> bool:
+    """Whether an empty line parts a sentence from what is before it; a list may have them between items."""
+    is_spaced = before.listed and listed and (before.number == listed or lines[i - 1][1] != 1)
+    return lines[i][1] > 1 and not is_spaced
+
+
 def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: str) -> str:
     """ "section", "problem" or "": whether the line `body` in a section of this topic heads what follows."""
-    text, _, after = lines[i]
+    text, gap, after = lines[i]
     body = body.strip('"“” ')
     bare = body.rstrip(":. ")
     n_words = len(bare.split())
@@ -224,8 +266,15 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
         and not (is_numbered and re.match(_NUMBER, following))
     ):
         return "problem" if above_bullets or len(following.split()) > n_words else ""
+    # "Latex" below "Penicillin" or "Allergies:"
+    above = lines[i - 1][0]
+    is_item = (
+        gap == 1 and len(above.split()) <= 3 and above[-1] != "." and not (topic_of(above) or ": " in above)
+    )
+    if is_item and not _BULLET.match(above) and not (above_bullets and after == 1):
+        return ""
     # "Genitourinary" above "No tenderness."
-    is_title = n_words <= 3 and (following[-1] == "." or ":" in following) and topic != "drugs"
+    is_title = after == 1 and n_words <= 3 and (following[-1] == "." or ":" in following) and topic != "drugs"
     is_above = is_title or (above_bullets and n_words <= 5)
     return "problem" if is_above and not (has_period or ":" in body or is_bulleted) else ""
 
