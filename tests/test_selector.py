@@ -347,6 +347,7 @@ def test_not_mentioned_ends_with_what_else_is_left_out():
 
 
 LAYOUTS = {
+    "in the middle of a line": "45M, chest pain since Monday. {head}:\n- {one}\n- {two}\n\n{after}",
     "right below": "45M with chest pain.\n{head}:\n- {one}\n- {two}\n\n{after}",
     "empty line below the heading": "45M with chest pain.\n\n{head}:\n\n- {one}\n- {two}\n\n{after}",
     "empty lines everywhere": "45M with chest pain.\n\n{head}:\n\n1. {one}\n\n2. {two}\n\n{after}",
@@ -364,6 +365,11 @@ LAYOUTS = {
         ("Stopped", "warfarin 5 mg", "digoxin 62.5 mcg"),
         ("If the pain gets worse", "give morphine 5 mg", "repeat the ECG"),
         ("Donor", "hepatitis B in 1990", "treated syphilis"),
+        (
+            "At that time the patient told the team in clinic that there had never been any",
+            "syncope",
+            "cough",
+        ),
     ],
 )
 def test_items_stand_behind_their_heading_alone(layout, head, one, two):
@@ -430,7 +436,12 @@ def test_a_relatives_second_disease_is_not_quoted_without_the_first():
     ],
 )
 @pytest.mark.parametrize(
-    "names", [("Allergies", "Penicillin", "Latex"), ("Avoid", "Gentamicin", "Iodine contrast")]
+    "names",
+    [
+        ("Allergies", "Penicillin", "Latex"),
+        ("Avoid", "Gentamicin", "Iodine contrast"),
+        ("Background", "COPD", "AF"),
+    ],
 )
 def test_the_last_line_of_a_list_is_no_heading(note, names):
     note = note.format(*names)
@@ -457,3 +468,11 @@ def test_short_forms_stay_in_capitals():
     for label in ("FH", "SH", "DH", "ROS", "OP", "CT KUB"):
         assert shown_label(label) == label
     assert [shown_label(label) for label in ("PLAN", "DIAGNOSIS")] == ["Plan", "Diagnosis"]
+
+
+def test_diagnoses_below_each_other_are_no_headings_and_end_before_the_story():
+    note = (
+        "Diagnoses\nGout\nAtrial fibrillation\n\nThis 58M attended for review. CRP 48.\nReview in 3 months."
+    )
+    assert [u.text for u in read_units(note) if u.kind == "heading"] == ["Diagnoses"]
+    assert [u.text for u in read_units(note) if u.heading] == ["Gout", "Atrial fibrillation"]

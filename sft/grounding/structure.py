@@ -161,13 +161,15 @@ def read_units(note: str) -> list[Unit]:
             label, label_number, own_label = "", 0, False
         # What stands right below a heading is under it
         ends = _is_parted(lines, number - 1, before, listed)
-        is_new = before.listed or (starts_line and re.search(r"\d", text) and _names_patient(text))
-        if before.number != problem and (ends or (is_new and not listed)):
+        is_story = starts_line and bool(re.search(r"\d", text)) and _names_patient(text)
+        if before.number != problem and (ends or ((before.listed or is_story) and not listed)):
             problem = 0
-        if before.number != section and ends and section and units[section - 1].topic in _ASIDES:
+        is_aside_above = section > 0 and units[section - 1].topic in _ASIDES
+        if before.number != section and ends and (is_aside_above or is_story):
             section = 0
         above = units[section - 1].topic if section else ""
-        heading_kind = _heading_kind(lines, number - 1, body, above) if starts_line else ""
+        may_head = starts_line or _leads_list(lines, number - 1)
+        heading_kind = _heading_kind(lines, number - 1, body, above) if may_head else ""
         if heading_kind:
             section = number if heading_kind == "section" else section
             problem = number if heading_kind == "problem" else 0
@@ -238,6 +240,12 @@ def _is_parted(lines: list[tuple[str, int, int]], i: int, before: Unit, listed: 
     return lines[i][1] > 1 and not is_spaced
 
 
+def _leads_list(lines: list[tuple[str, int, int]], i: int) -> bool:
+    """Whether a sentence, also in the middle of a line, ends with a colon above bullets."""
+    is_above = lines[i][2] > 0 and i + 1 < len(lines) and bool(_BULLET.match(lines[i + 1][0]))
+    return is_above and lines[i][0][-1] == ":"
+
+
 def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: str) -> str:
     """ "section", "problem" or "": whether the line `body` in a section of this topic heads what follows."""
     text, gap, after = lines[i]
@@ -251,9 +259,12 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
     following = lines[i + 1][0]
     above_bullets = bool(_BULLET.match(following))
     has_period, has_digits = body[-1] == ".", any(c.isdigit() for c in body)
-    if n_words > (12 if above_bullets else 8):
+    if n_words > (25 if _leads_list(lines, i) else 12 if above_bullets else 8):
         return ""
     is_capitals = bare.isupper() and len(bare) > 3 and not has_period and not has_digits
+    # "COPD" below "Diagnoses:" is one of them
+    below_colon = i > 0 and lines[i - 1][0][-1] == ":"
+    is_capitals = is_capitals and not (below_colon and n_words == 1 and len(bare) <= 5 and not topic_of(bare))
     if body[-1] == ":" or is_capitals or (topic_of(bare) and not has_period):
         return "section" if topic_of(bare) or is_capitals else "problem"
     is_numbered, is_bulleted = re.match(_NUMBER, text), _BULLET.match(text)
@@ -265,7 +276,9 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
         and re.search("plan|diagnosis", topic)
         and not (is_numbered and re.match(_NUMBER, following))
     ):
-        return "problem" if above_bullets or len(following.split()) > n_words else ""
+        # "Gout" above "Atrial fibrillation" is one of several
+        is_text = len(following.split()) > n_words and (following[-1] in ".:" or len(following.split()) > 4)
+        return "problem" if above_bullets or is_text else ""
     # "Latex" below "Penicillin" or "Allergies:"
     above = lines[i - 1][0]
     is_item = (
