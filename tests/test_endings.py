@@ -139,7 +139,9 @@ def test_the_warning_says_whether_something_was_dropped():
 def test_what_is_kept_is_the_beginning(text):
     kept = without_fragment(text)
     assert text.startswith(kept)
-    assert without_fragment(f"{kept}\n") == kept or not re.search(r"[.!?\n]", kept)
+    # Without what came after it, "38." may have been about to be 38.5
+    is_open = not re.search(r"[.!?\n]", kept) or re.search(r"\d\.\Z", kept)
+    assert is_open or without_fragment(f"{kept}\n") == kept
 
 
 def test_numbers_are_known_in_any_vocabulary():
