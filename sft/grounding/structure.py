@@ -164,12 +164,10 @@ def read_units(note: str) -> list[Unit]:
         is_story = starts_line and bool(re.search(r"\d", text)) and _names_patient(text)
         if before.number != problem and (ends or ((before.listed or is_story) and not listed)):
             problem = 0
-        is_aside_above = section > 0 and units[section - 1].topic in _ASIDES
-        if before.number != section and ends and (is_aside_above or is_story):
-            section = 0
         above = units[section - 1].topic if section else ""
-        may_head = starts_line or _leads_list(lines, number - 1)
-        heading_kind = _heading_kind(lines, number - 1, body, above) if may_head else ""
+        if before.number != section and ends and (above in _ASIDES or is_story):
+            section, above = 0, ""
+        heading_kind = _heading_kind(lines, number - 1, body, above)
         if heading_kind:
             section = number if heading_kind == "section" else section
             problem = number if heading_kind == "problem" else 0
@@ -249,6 +247,8 @@ def _leads_list(lines: list[tuple[str, int, int]], i: int) -> bool:
 def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: str) -> str:
     """ "section", "problem" or "": whether the line `body` in a section of this topic heads what follows."""
     text, gap, after = lines[i]
+    if i > 0 and not gap and not _leads_list(lines, i):
+        return ""
     body = body.strip('"“” ')
     bare = body.rstrip(":. ")
     n_words = len(bare.split())
