@@ -1,17 +1,14 @@
 """Note sentences chosen by a selector fitted on training rows, and what a summary leaves out."""
 
-import csv
-import functools
 import json
 import re
 import time
 
 import pytest
-from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import quoted, selector
 
-from sft.grounding.check import check_summary
 from sft.grounding.selector import Selector, fit_selector, not_mentioned, quote
 from sft.grounding.sentences import split_sentences
 from sft.grounding.structure import SPELLED_OUT, read_units, shown_label
@@ -35,17 +32,6 @@ LINES = [
 notes = st.lists(st.sampled_from(LINES) | st.text(max_size=40), max_size=12).map("\n".join) | st.text(
     max_size=200
 )
-
-
-@functools.cache
-def selector() -> Selector:
-    with open(ROOT / "phase1_data" / "sft" / "train_set_processed.csv", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["label"] == "factual"]
-    return fit_selector((row["clinical_note"], row["model_summary"]) for row in rows)
-
-
-def quoted(note: str) -> str:
-    return "\n".join(sentence.text for sentence in quote(note, selector()))
 
 
 def words(text: str) -> list[str]:
@@ -344,135 +330,3 @@ def test_not_mentioned_ends_with_what_else_is_left_out():
         ("other", "No ischaemic ST change."),
         ("other", "QTc 418 ms."),
     ]
-
-
-LAYOUTS = {
-    "in the middle of a line": "45M, chest pain since Monday. {head}:\n- {one}\n- {two}\n\n{after}",
-    "right below": "45M with chest pain.\n{head}:\n- {one}\n- {two}\n\n{after}",
-    "empty line below the heading": "45M with chest pain.\n\n{head}:\n\n- {one}\n- {two}\n\n{after}",
-    "empty lines everywhere": "45M with chest pain.\n\n{head}:\n\n1. {one}\n\n2. {two}\n\n{after}",
-    "periods": "45M with chest pain.\n{head}:\n• {one}.\n• {two}.\n{after}",
-    "a second list": "45M with chest pain.\n\n{head}:\n\n- {one}\n- {two}\n\n- {after}\n- home today",
-}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "head, one, two",
-    [
-        ("Ruled out", "pulmonary embolism", "myocardial infarction"),
-        ("She denies", "syncope", "haemoptysis"),
-        ("Stopped", "warfarin 5 mg", "digoxin 62.5 mcg"),
-        ("If the pain gets worse", "give morphine 5 mg", "repeat the ECG"),
-        ("Donor", "hepatitis B in 1990", "treated syphilis"),
-        (
-            "At that time the patient told the team in clinic that there had never been any",
-            "syncope",
-            "cough",
-        ),
-    ],
-)
-def test_items_stand_behind_their_heading_alone(layout, head, one, two):
-    note = LAYOUTS[layout].format(head=head, one=one, two=two, after="Ibuprofen 400 mg tds.")
-    sentences = quote(note, selector())
-    for sentence in sentences:
-        if one in sentence.text or two in sentence.text:
-            assert sentence.text.startswith(f"{head}: ")
-            # Cited with its heading
-            assert 2 in sentence.note_sentences
-        else:
-            assert head not in sentence.text
-    assert any(f"{one}; {two}" in sentence.text for sentence in sentences)
-    assert "Ibuprofen 400 mg tds." in [sentence.text for sentence in sentences]
-    assert check_summary(note, " ".join(sentence.text for sentence in sentences)).risk == 0
-
-
-def test_a_plan_by_item_stays_one():
-    note = "45M with palpitations.\nPlan:\n1. apixaban 5 mg\n2. refer to cardiology\n\nAF:\n• Treatment: start bisoprolol 5 mg.\n• Treatment: repeat ECG."
-    text = quoted(note)
-    assert "Plan: apixaban 5 mg.\nRefer to cardiology." in text
-    assert ";" not in text
-
-
-@pytest.mark.parametrize(
-    "note, wanted, unwanted",
-    [
-        ("PMH: COPD. Family history: mother had breast cancer. {}", "Family history: mother", ""),
-        ("FH: mother had gout. Sister: stroke. {}", "", "Sister: CT"),
-        ("Social history: smoker, lives alone. Retired. {}", "", ""),
-        ("PMH: COPD. Medications: aspirin 75 mg. Ramipril 5 mg. {}", "Ramipril 5 mg", ""),
-        ("Family history\nMother had breast cancer.\n\n{}", "", "breast cancer. CT"),
-        ("SOCIAL HISTORY\n\nSmoker.\n\n{}", "", ""),
-        ("Review of systems:\n- no fever\n\n- no cough\n\n{}", "", ""),
-    ],
-)
-def test_what_is_said_of_relatives_ends_where_the_patient_comes_in(note, wanted, unwanted):
-    note = "52F with a lump.\n" + note.format("CT shows a 4 cm mass.") + "\nPlan: biopsy."
-    text = quoted(note)
-    assert "CT shows a 4 cm mass." in text.split("\n")
-    assert wanted in text
-    assert not unwanted or unwanted not in text
-    (mass,) = [unit for unit in read_units(note) if "CT shows" in unit.text]
-    assert not (mass.topic or mass.label or mass.heading)
-    missing = not_mentioned(note, ["A 52-year-old woman has a lump."])
-    assert "CT shows a 4 cm mass." in [one.text for one in missing]
-
-
-def test_a_relatives_second_disease_is_not_quoted_without_the_first():
-    for label in ("FH", "Family history"):
-        note = f"52F with a lump. PMH: COPD. {label}: breast cancer at 45. Ovarian cancer. Plan: biopsy."
-        units = read_units(note)
-        assert [units[unit.needs - 1].label for unit in units if "Ovarian" in unit.text] == [label]
-
-
-@pytest.mark.parametrize(
-    "note",
-    [
-        "{}:\n{}\n{}\n\nChest X-ray shows a right pneumonia.\nPlan: home.",
-        "81M with a fall.\n{}:\n\n{}\n{}\n\nChest X-ray: right pneumonia.",
-        "81M with a fall.\n{}:\n{}\n{}\n\n- right pneumonia\n- home today",
-        "{}:\n{}\n{}\n81M, CKD 4. Chest X-ray shows a right pneumonia.",
-        "{}:\n{}\n{}\n81M, CKD 4",
-    ],
-)
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("Allergies", "Penicillin", "Latex"),
-        ("Avoid", "Gentamicin", "Iodine contrast"),
-        ("Background", "COPD", "AF"),
-    ],
-)
-def test_the_last_line_of_a_list_is_no_heading(note, names):
-    note = note.format(*names)
-    units = read_units(note)
-    assert {unit.text.rstrip(":") for unit in units if unit.kind == "heading"} == {names[0]}
-    below = [unit for unit in units if unit.heading]
-    assert {unit.text for unit in below} >= set(names[1:-1])
-    assert not any("81M" in unit.text or "pneumonia" in unit.text for unit in below)
-    said = quoted(note) + " ".join(one.text for one in not_mentioned(note, ["Fall."]))
-    assert names[2] in said
-
-
-def test_titles_are_headings_still():
-    note = "81M with a fall.\nExamination:\nAbdomen\nSoft, no masses.\nChest\nClear.\n\nPlan: home."
-    units = read_units(note)
-    assert [unit.text.rstrip(":") for unit in units if unit.kind == "heading"] == [
-        "Examination",
-        "Abdomen",
-        "Chest",
-    ]
-
-
-def test_short_forms_stay_in_capitals():
-    for label in ("FH", "SH", "DH", "ROS", "OP", "CT KUB"):
-        assert shown_label(label) == label
-    assert [shown_label(label) for label in ("PLAN", "DIAGNOSIS")] == ["Plan", "Diagnosis"]
-
-
-def test_diagnoses_below_each_other_are_no_headings_and_end_before_the_story():
-    note = (
-        "Diagnoses\nGout\nAtrial fibrillation\n\nThis 58M attended for review. CRP 48.\nReview in 3 months."
-    )
-    assert [u.text for u in read_units(note) if u.kind == "heading"] == ["Diagnoses"]
-    assert [u.text for u in read_units(note) if u.heading] == ["Gout", "Atrial fibrillation"]

@@ -214,3 +214,21 @@ class CountingTokenizer:
         self.calls += 1
         self.characters += sum(map(len, [texts] if isinstance(texts, str) else texts))
         return self.tokenizer(texts, **options)
+
+
+@functools.cache
+def selector():
+    """Fitted on the bundled training rows."""
+    from sft.grounding.selector import fit_selector
+
+    bundled = Path(__file__).resolve().parent.parent / "phase1_data" / "sft" / "train_set_processed.csv"
+    with open(bundled, encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["label"] == "factual"]
+    return fit_selector((row["clinical_note"], row["model_summary"]) for row in rows)
+
+
+def quoted(note: str) -> str:
+    """The sentences that the selector quotes, a line each."""
+    from sft.grounding.selector import quote
+
+    return "\n".join(sentence.text for sentence in quote(note, selector()))

@@ -310,10 +310,10 @@ def restore(run: "Run", folder: Path) -> None:
         run.scaler.load_state_dict(state["scaler"])
         run.progress.load_state(state["progress"])
     progress = run.progress
-    # Smaller than the batch if memory ran out
-    was_halved = progress.micro_batch_size < fingerprint["batch_size"]
-    limit = progress.micro_batch_size if was_halved else run.config.batch_size
-    progress.micro_batch_size = min(limit, run.config.batch_size)
+    # Only one that is smaller than the batch shows what memory holds
+    if progress.micro_batch_size == fingerprint["batch_size"]:
+        progress.micro_batch_size = run.config.batch_size
+    progress.micro_batch_size = min(progress.micro_batch_size, run.config.batch_size)
     n_epochs = len(progress.epochs)
     if n_epochs > run.config.num_epochs or progress.step > run.plan.total_steps:
         needed = max(n_epochs, -(-progress.step // run.plan.steps_per_epoch))
