@@ -147,7 +147,9 @@ def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
     if column_name(config.by) == "note_length":
         lengths = {number: len(row.clinical_note.split()) for number, row in data.rows.items()}
         thirds = np.array_split(sorted(lengths, key=lengths.get), min(3, len(lengths)))
-        return {f"{lengths[part[0]]} to {lengths[part[-1]]} words": part.tolist() for part in thirds}
+        for part in thirds:
+            name = f"{lengths[part[0]]} to {lengths[part[-1]]} words"
+            groups.setdefault(name, []).extend(part.tolist())
     names = {ours: getattr(config, option.removeprefix("--")) for ours, option in OPTION_OF_COLUMN.items()}
     table = read_table(data.test_file, [], Counter(), names)
     values = {number: cells.get(column_name(config.by)) for number, cells, _ in table}
@@ -337,6 +339,9 @@ def main() -> None:
         return
     check_new_file("--export_preferences", config.export_preferences, (".jsonl",))
     check_outside_models("--output_dir", folder)
+    if config.blind_sheet and (folder / "blind_sheet.csv").exists():
+        fix = "it may be filled in: rename or move it with its key, or choose another --output_dir"
+        raise InputError(f"--blind_sheet: {folder / 'blind_sheet.csv'} exists", fix)
     adapters = read_adapters(config.model_path, config.prompt_from)
     data = read_data(config, adapters[0].sft_config)
     if config.export_preferences:

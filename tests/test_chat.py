@@ -14,7 +14,7 @@ from conftest import ROOT, run_inference
 from tiny import NOTES
 
 from sft.cli import InputError, RunError, log, open_standard_streams
-from sft.inference.chat import converse, print_piece, read_one_note, read_piped, show_evidence
+from sft.inference.chat import converse, print_piece, read_block, read_one_note, read_piped, show_evidence
 from sft.inference.results import check_result, to_json
 from sft.options import InferenceConfig
 
@@ -152,6 +152,11 @@ def test_a_piped_letter_is_not_taken_apart(monkeypatch, capsys):
     assert read_piped("auto") is None
     converse(made_up, InferenceConfig(max_new_tokens=150))
     assert capsys.readouterr().out.splitlines() == ["'pain' 150 0.0 0", "'fever.' 5 0.0 0"]
+    for one_note in ("auto", "paragraph"):
+        for end in ("\r", "\r\n"):
+            piped(monkeypatch, end.join(["Chest pain.", "", "Fever.", ""]))
+            assert read_piped(one_note) is None
+            assert [read_block(""), read_block("")] == ["Chest pain.\n", "Fever."]
 
 
 def test_a_note_in_another_encoding_is_read_as_from_a_file(monkeypatch, capsys):

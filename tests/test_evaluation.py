@@ -138,6 +138,8 @@ def test_an_interrupted_run_continues(evaluate, tmp_path, adapters):
         for system in figures.values():
             system.pop("seconds", None)
     assert again["figures"]["reference"] == whole["figures"]["reference"]
+    with pytest.raises(InputError, match=r"blind_sheet\.csv exists"):
+        evaluate(tmp_path / "out", "--blind_sheet")
     for name, figure in whole["figures"]["verified"].items():
         assert again["figures"]["verified"][name]["value"] == pytest.approx(figure["value"], rel=1e-6), name
     assert {path: path.read_bytes() for path in adapters().iterdir()} == before

@@ -271,6 +271,12 @@ def test_who_rewrites_nothing_invents_nothing(evaluated):
     assert "nothing for Stage B to correct" in verdict(answers, found["specialist"], 40)
 
 
+def test_a_number_cut_at_its_end_is_no_copy(evaluated):
+    row = rows_of([("67-year-old man. CRP 120.", "CRP 120.")])[0]
+    measured = measure_systems({0: row}, {"cut": ["CRP 12."], "copied": ["CRP 120."]})
+    assert [measured[name][0].sums["rewritten"] for name in measured] == [(1, 1), (0, 0)]
+
+
 def test_few_sentences_without_a_finding_show_nothing():
     """Nothing found in ten sentences: the difference from others is as uncertain as the rule of three."""
 
@@ -378,6 +384,13 @@ def test_a_sheet_that_cannot_be_understood(evaluated, tmp_path, old, new, words)
     file.write_text(file.read_text().replace(old, new))
     with pytest.raises(InputError, match=words):
         read_ratings(str(file), items)
+
+
+def test_nothing_written_is_read_too(tmp_path):
+    rows = dict(enumerate(rows_of([("No fever.", "No fever.")])))
+    write_sheet(tmp_path, rows, measure_systems(rows, {"silent": [""], "copied": ["No fever."]}))
+    assert len(read_key(tmp_path)) == 2
+    assert (tmp_path / "blind_sheet.html").read_text().count("(nothing written)") == 1
 
 
 def test_another_sheets_ratings_are_refused(evaluated, tmp_path):

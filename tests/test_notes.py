@@ -1,6 +1,7 @@
 """Notes from files: ids, columns, what one note is."""
 
 import json
+import os
 import re
 
 import pytest
@@ -87,6 +88,12 @@ def test_ids_that_are_no_ids_are_refused(tmp_path, bad):
     path = json_lines(tmp_path / "a.jsonl", {"id": bad, "clinical_note": "x"})
     with pytest.raises(InputError, match=r"row 1: (the id|column id)"):
         read_notes(path)
+
+
+def test_names_that_are_no_utf8_stay_apart(tmp_path):
+    for name in (b"M\xfcller.txt", b"M\xf6ller.txt"):
+        (tmp_path / os.fsdecode(name)).write_text("No fever.")
+    assert sorted(note.id for note in read_notes(tmp_path)) == ["M\\xf6ller", "M\\xfcller"]
 
 
 def test_repeated_ids_and_other_id_columns_are_named(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """What a result says about its summary, and text while it is written."""
 
+import csv
+import io
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ from sft.grounding.citations import parse_citations
 from sft.grounding.sentences import split_sentences
 from sft.inference.results import (
     check_result,
+    csv_row,
     defuse,
     describe_finding,
     failure,
@@ -87,7 +90,8 @@ def test_what_was_not_checked_is_named_however_it_was_written(specialist, writin
 
 
 @pytest.mark.parametrize(
-    "note, problem", [(" \x00", "empty"), ("\u200b", "empty"), (None, "not text"), ("x", "")]
+    "note, problem",
+    [(" \x00", "empty"), ("<p>&nbsp;&#8203;</p><br>", "empty"), (None, "not text"), ("x", "")],
 )
 def test_notes_without_text(note, problem):
     found = note_problem(note)
@@ -123,6 +127,15 @@ def test_a_text_that_is_hardly_a_note_is_named(specialist):
     assert "looks like RTF" in warnings[0]
     assert "the note was HTML: its tags are left out" in warnings[1]
     assert "looks like" not in warnings[2]
+
+
+def test_a_line_end_in_a_cell_does_not_end_its_row():
+    for separator in ",;":
+        row = csv_row(["a\rb", "c\nd", "e\r\n", 5], separator)
+        assert row.endswith("5\n")
+        assert list(csv.reader(io.StringIO(row, newline=""), delimiter=separator)) == [
+            ["a\rb", "c\nd", "e\r\n", "5"]
+        ]
 
 
 def test_spreadsheet_formulas_are_defused():

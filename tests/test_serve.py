@@ -149,6 +149,8 @@ BAD = [
     (CHAT, chat_of(MARK, model="gpt-4"), 422, "model: "),
     (CHAT, chat_of(" "), 422, "the note is empty"),
     (f"/{MARK}?q={MARK}", {"note": MARK}, 404, "there is POST /summaries"),
+    # No redirection, which would send the note wherever the header Host says
+    ("/summaries/", {"note": MARK}, 404, "there is POST /summaries"),
     (f"{SUMMARIES}?q={MARK}", None, 405, "there is POST /summaries"),
 ]
 

@@ -87,7 +87,7 @@ def strip_markup(text: str) -> tuple[str, str | None]:
             plain = re.sub(pattern, replacement, plain, flags=re.IGNORECASE)
         lines = html.unescape(plain).split("\n")
         plain = "\n".join(filter(None, (" ".join(line.split()) for line in lines)))
-    return (plain, kind or "HTML") if plain.strip() and plain != text else (text, None)
+    return (plain, kind or "HTML") if plain != text else (text, None)
 
 
 def _find_markup(text: str) -> str | None:

@@ -119,7 +119,7 @@ def twins(rows: Sequence[Row]) -> dict[str, dict]:
         if row.label == "hallucinated" and row.note_key in factual:
             summaries = (row.model_summary, factual[row.note_key].model_summary)
             risks = [check_summary(row.clinical_note, summary).risk for summary in summaries]
-            for kind in ("all", row.hallucination_type or "unnamed"):
+            for kind in {"all", row.hallucination_type or "unnamed"}:
                 pairs.setdefault(kind, []).append((row.note_key, *risks))
     found = {}
     for kind in sorted(pairs):

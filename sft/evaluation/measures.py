@@ -166,8 +166,8 @@ def measure(row: Row, result: dict, rouge, expected: set[str], version: int) -> 
     checked = [] if result["check_score"] is None else sentences
     is_checked = bool(checked)
     n_flagged = sum(bool(s.findings) for s in checked)
-    known = " ".join(bare_words(row.clinical_note))
-    own = [s for s in checked if " ".join(bare_words(written[s.start : s.end])) not in known]
+    known = f" {' '.join(bare_words(row.clinical_note))} "
+    own = [s for s in checked if f" {' '.join(bare_words(written[s.start : s.end]))} " not in known]
     kinds = Counter(result["n_findings"])
     in_note = set(content_stems(row.clinical_note, numbers=False))
     stems = [set(content_stems(written[s.start : s.end], numbers=False)) for s in checked]

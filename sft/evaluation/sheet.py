@@ -56,7 +56,7 @@ def write_sheet(folder: Path, rows: Mapping[int, Row], measured: Mapping[str, Ma
         for system, ones in measured.items():
             systems.setdefault(ones[number].result["generated_summary"], []).append(system)
         same = {"note": number, "id": rows[number].name, "clinical_note": rows[number].clinical_note}
-        for summary in filter(str.strip, dice.sample(list(systems), len(systems))):
+        for summary in dice.sample(list(systems), len(systems)):
             item = f"{sheet}-{len(items) + 1:04}"
             items.append({**same, "systems": systems[summary], "summary": summary, "item": item})
     write_json(folder / KEY_FILE, {"items": items})

@@ -92,6 +92,9 @@ def read_piped(one_note: str) -> list[str] | None:
     """The notes that are piped in, or None to read them block by block as they arrive. Raises InputError if
     there is none, or they look like parts of notes."""
     if one_note == "paragraph":
+        # Else "\r" ends no line
+        with suppress(AttributeError):
+            sys.stdin.reconfigure(newline=None)
         return None
     text = decode_bytes(sys.stdin.buffer.read(), "standard input")
     if is_blank(text):
@@ -100,7 +103,8 @@ def read_piped(one_note: str) -> list[str] | None:
         return [note for _, note in split_text("standard input", text, one_note, "paragraph")]
     lines = ["" if COMMAND.fullmatch(line) else line for line in text.splitlines()]
     split_text("standard input", "\n".join(lines), "auto", "paragraph")
-    sys.stdin = io.StringIO(text)
+    # input() ends a line at "\n" alone
+    sys.stdin = io.StringIO("\n".join(text.splitlines()))
     return None
 
 

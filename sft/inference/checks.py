@@ -47,6 +47,12 @@ def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
     for name, is_given in {**of_notes, **of_writing}.items():
         problem = f"--merge_to cannot be combined with --{name}"
         yield config.merge_to and is_given, problem, "merge first, then summarize"
+    problem = "--keep_columns needs --output_file"
+    yield (
+        config.keep_columns and not (out or config.json),
+        problem,
+        "name one, or add --json: text has no columns",
+    )
     yield one and has_one_note, "--one_note has no effect with --clinical_note, which is one", "leave it out"
     problem = "--max_risk, --review_file and --output_file belong together"
     fix = "give all three: summaries with a higher risk go to --review_file, the others to --output_file"
@@ -57,6 +63,8 @@ def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
     fix = "add --clinical_note or --input_file, or pipe notes"
     is_typed = is_conversation(config) and is_terminal(sys.stdin)
     yield config.json and is_typed, "--json is not for a conversation", fix
+    problem = "--one_note has no effect in a conversation, where an empty prompt line ends a note"
+    yield has_one_note and is_typed, problem, "leave it out"
     problem = "running several processes requires --input_file and --output_file"
     yield processes()[1] > 1 and not out, problem, "add both, or start one process"
     quantization = quantization_of(vars(config))

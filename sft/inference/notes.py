@@ -6,6 +6,7 @@ text that looks like one note over many lines is not taken apart unless --one_no
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -51,10 +52,10 @@ def read_notes(paths: str | Path | Sequence, config: InferenceConfig | None = No
         problem = f"--one_note {config.one_note} is for one .txt; tables have one note per row, several files one each"
         raise InputError(problem, "leave it out")
     if not is_one:
-        notes = [Note(i, file.stem, decode_text(file)) for i, file in enumerate(_text_files(paths), 1)]
+        notes = [Note(i, _id_of(file), decode_text(file)) for i, file in enumerate(_text_files(paths), 1)]
     elif kind == ".txt":
         units = split_text(str(paths[0]), decode_text(paths[0]), config.one_note, "line")
-        file_id = paths[0].stem if config.one_note == "file" else None
+        file_id = _id_of(paths[0]) if config.one_note == "file" else None
         notes = [Note(row, file_id, text) for row, text in units]
     elif kind in (".csv", ".tsv", ".json", ".jsonl"):
         notes = list(_read_table(paths[0], config))
@@ -74,6 +75,12 @@ def notes_digest(notes: Sequence[Note]) -> str:
 
 
 # ------------------------------------------------------------------------------- texts
+
+
+def _id_of(file: Path) -> str:
+    """Its name without the extension. Bytes that are no UTF-8 (of an old zip) are escaped: replaced, two names
+    could become the same."""
+    return os.fsencode(file.stem).decode(errors="backslashreplace")
 
 
 def _text_files(paths: Sequence[Path]) -> list[Path]:

@@ -38,7 +38,7 @@ def note_problem(note: object) -> str:
     """Why a note cannot be summarized; "" if it can."""
     if not isinstance(note, str):
         return "the note is not text"
-    return "the note is empty" if is_blank(clean_text(note)) else ""
+    return "the note is empty" if is_blank(strip_markup(clean_text(note))[0]) else ""
 
 
 def read_note(note: str, language: str | None) -> tuple[str, list[str]]:
@@ -192,8 +192,9 @@ def csv_columns(result: dict) -> list[str]:
 def csv_row(cells: Sequence, separator: str = ",") -> str:
     row = io.StringIO()
     texts = [to_json(cell) if isinstance(cell, list | dict | bool) else cell for cell in cells]
-    csv.writer(row, delimiter=separator, lineterminator="\n").writerow([defuse(text) for text in texts])
-    return row.getvalue()
+    # Before Python 3.13 csv quotes, of line ends, those of its own alone: with "\n" a "\r" would tear the row
+    csv.writer(row, delimiter=separator, lineterminator="\r\n").writerow([defuse(text) for text in texts])
+    return row.getvalue().removesuffix("\r\n") + "\n"
 
 
 def defuse(cell):

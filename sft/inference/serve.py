@@ -148,7 +148,9 @@ def make_app(waiting: Waiting, token: bytes) -> FastAPI:
     async def check(request: Request) -> None:
         check_headers(request, token)
 
-    app = FastAPI(dependencies=[Depends(check)], docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        dependencies=[Depends(check)], docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False
+    )
     app.state.bodies = asyncio.Semaphore(MOST_BODIES)
 
     @app.exception_handler(AnyHTTPException)
@@ -202,6 +204,8 @@ async def results_of(notes: Sequence[str], waiting: Waiting, request: Request) -
     while not (await asyncio.wait([results], timeout=PAUSE))[0]:
         if await request.is_disconnected():
             results.cancel()
+            with suppress(asyncio.CancelledError):
+                await results
             raise HTTPException(400, GONE)
     return results.result()
 
