@@ -78,8 +78,8 @@ def notes_digest(notes: Sequence[Note]) -> str:
 
 
 def _id_of(file: Path) -> str:
-    """Its name without the extension. Bytes that are no UTF-8 (of an old zip) are escaped: replaced, two names
-    could become the same."""
+    """Its name without the extension. Bytes that are no UTF-8 are escaped: replaced, two names could become
+    one."""
     return os.fsencode(file.stem).decode(errors="backslashreplace")
 
 
