@@ -11,62 +11,12 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 
+from sft.grounding.cues import CUES, DOSE, MATTERS, cues_of
 from sft.grounding.sentences import split_sentences
 from sft.grounding.structure import Unit, is_next_item, read_units, shown_label, shown_question, topic_of
 from sft.grounding.words import content_stems
 
 _VERSION = 2  # 1 had more features
-# What a sentence speaks of, for the regression and the rules
-_CUES = {
-    "action": r"will|start|stop|continue|increase|reduce|repeat|refer(?:red|rals?)?|review|return|recheck|order(?:ed)?|follow|hold|"
-    r"avoid|switch|arrange|obtain|perform|proceed|schedul\w+|consider|provided|given(?! h| th)|recommend\w*|advis\w+|prescri\w+|"
-    r"initiate|asked for|offered|requested|reassess|book\w*|due(?! to)|await\w*|if|r/v|no more|to be|"
-    r"plan|tomorrow|weeks?|months?|again|check|discharge|clinic|f/u|monitor|pending|[1-9]/(?:7|52|12)",
-    "dose": r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|units?|puffs?|tablets?|gram)(?!/)",
-    "diagnosis": r"this is (?!an? \d)\w+|diagnos[ei]\w*|consistent|in keeping with|likel(?:y|iest)|probabl[ey]|possibl[ey]|"
-    r"possibility|suspect\w*|excluded|explanation|(?:I|we) (?:think|believe|suspect)|represents?|impression|confirm\w*|not detected|\?[a-z]+",
-    "abnormal": r"(?<!not )(?:positive|raised|elevated|abnormal|critical|resistant)|target (?:under|below|over|above)|crept|climbed|rose|risen|doubled|peaked|grew|"
-    r"(?:up|down|gone|fell|fallen|falling|dropped) (?:from|to)|from \d[^;]{0,40} to \d\S{0,9}|\d\S{0,9}\s?(?:->|→|↑|↓)\s?\d\S{0,9}|"
-    r"\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
-    "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|start(?:s|ed)|commenced|stopped|withheld|held|halved|paused|omitted|switched|"
-    r"(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|drawn (?:today|at|for)|sent|done|given(?! th)",
-    "test": r"MRI|CT|X-?rays?|XR|CXR|ultrasound|scans?|echo\w*|ECG|EEG|\w+gra(?:m|phy)|biops\w+|cultures?|films?|bloods|fluid|swab|"
-    r"aspirate|PCR|histology|cytology|smear|sequencing|variant|tests?|specimen|\w+scopy",
-    "finding": r"positive|elevated|raised|abnormal|low|high|reduced|critical|grew|growing|show(?:s|ed)?|demonstrat\w+|reveals?|suggests|"
-    r"could represent|evidence of|active|new|moderate|severe|large|tender|worse|swelling|weak\w*|drowsy|confus\w+|rose|fell|cm|mm|POS|↑|↓|->",
-    "disease": r"\w{3,}(?:itis|oma|osis|a?emia|opathy|rrhage|plegia|ectomy|otomy)|perforat\w+|ulcer\w*|bleed\w*|bled|tumou?r|mass|"
-    r"ruptur\w+|thromb\w+|embol\w+|infarct\w*|stones?|calcul(?:us|i)|abscess|obstruct\w+|infect\w+|stroke|dissection|seizure|"
-    r"arrest|hernia|cancer|malignan\w+|syndrome|deliri\w+|fracture\w*|effusion|tear|compression|occlusion|vegetation|bruis\w+|burns?|laceration|sensorineural|fibrillation|overdose|rash|erythema|o?edema|nodules?|"
-    r"lump|pneumonia|haematoma|wound|DVT|stenosis|failure|GDM|T[12]DM|diabetes|COPD|asthma|epilepsy|dementia|AF|AKI|CKD|pancreat\w+",
-    "procedure": r"laser|biops(?:y|ies|ied)|drained?|stent(?:ed)?|repair(?:ed)?|excis\w+|inject(?:ed|ion)|aspirat\w+|"
-    r"(?:in|ex)tubat\w+|transfus\w+|thrombolys\w+|dialys\w+|closed|sutur\w+|removed|applied|inserted|placed|bands?|shocks?|lavage|debrid\w+|clipped|plaster|splint\w*|backslab|sling|embolis\w+|\w+ectomy|\w+plasty",
-    "presentation": r"admitted|presents?|presented|presenting|came|found|complain\w*|c/o|history of|referred|seen|day \d+|fell|"
-    r"fall|pain|ache|vomit\w*|since|collapsed|went|became|woke|shook|suddenly?|then|stung|hit|hurts?|jerk\w*|unresponsive|(?:hours?|days?|weeks?|months?|[1-9]/(?:7|52|12)) (?:of|history)",
-    "negation": r"no|not|denies|denied|without|never|nil|none|neg(?:ative)?|normal|fine|intact|clear|(?<!as )well|unremarkable|satisfactory|equal|soft|settled",
-    # Of another person, of everyday life or of the past
-    "others": r"(?:mother|father|mum|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|neighbou?r|(?:house|flat)mates?)"
-    r"(?! (?:says?|said|reports?|noticed|found|rang|ringing))|next bed|cat|dog|lives|works|smok\w+|alcohol|drives|retired|school|holiday|"
-    r"(?<!/)(?:19|20)\d\d|last (?:month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
-    "warning": r"(?<!no )(?<!no known )(?<!nil )(?<!true )(?:allerg\w+|anaphyla\w+|intoleran\w+)|"
-    r"(?:hives|urticaria|rash|reaction|angio-?o?edema) (?:to|with|after|on)|suicid\w*|self-harm|harm(?:ing)?|intrusive|safeguarding|"
-    r"non-?immune|live vaccines?|NSAIDs?|(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
-    "trivia": r"lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful|"
-    r"pleasant|parking|biscuits?|tea|photo(?:graph)?s?|incidentally|chatty|cheerful|dogs?|cats?|pets?|garden\w*|likes|enjoys|prefers|hobb\w+|"
-    r"charger|belongings|slippers|newspaper|crosswords?|television|"
-    r"(?:asks|asking|asked|wonders|know) (?:whether|if|where|about)|own appointment",
-    "courtesy": r"agrees? with|understands? and|in agreement|agreed to (?:this|the) plan|discussed in detail|reviewed and|carefully reviewed|guidelines was reviewed|"
-    r"any (?:additional |other |further )?(?:questions|concerns|issues)|options (?:were )?discussed|questions (?:were )?(?:invited and )?answered|"
-    r"discuss\w* (?:the )?(?:diagnosis and )?treatment options(?!.*recommend)|verbaliz\w+|lengthy discussion|consent taken|applaud|reassured|"
-    r"nature of (?:this|her|his|the)|risks?,? (?:and )?benefits|the risks? includes?",
-}
-_CUES = {cue: re.compile(rf"(?<!\w)(?:{pattern})(?!\w)", re.IGNORECASE) for cue, pattern in _CUES.items()}
-_DOSE = re.compile(
-    r"\b(?!about|nearly|around|roughly|another|under|daily|twice)([A-Za-z][a-z-]{4,40})(?:\s[A-Z]{2})?\s+"
-    r"\d+(?:\.\d+)?\s?(?:mg|mcg|micrograms?|g|units?|puffs?)\b(?!/)"
-)
-_MATTERS = frozenset(
-    "action diagnosis disease finding abnormal procedure done dose warning presentation".split()
-)
 ENOUGH_KIN = 0.55  # of a training set's summary sentences: .73 on phase1_data, .27 on MTS-Dialog's dialogues
 _COVERED = 0.65
 
@@ -129,7 +79,7 @@ class _Note:
         self.n_words = len(text.split())
         self.sentences = [unit for unit in self.units if unit.kind == "sentence"]
         self.stems = {unit.number: frozenset(content_stems(unit.text)) for unit in self.units}
-        self.cues = {unit.number: _cues(unit) for unit in self.sentences}
+        self.cues = {unit.number: cues_of(unit) for unit in self.sentences}
         labels = Counter(unit.label for unit in self.units if unit.label_number == unit.number)
         # That name neither a part of the note, as "Plan" does, nor who speaks again
         self.own_labels = {x for x, n in labels.items() if n == 1 and shown_label(x) and not topic_of(x)}
@@ -160,7 +110,7 @@ class _Note:
                 "number": float(any(word[0].isdigit() for word in stems)),
                 "recurs": sum(count[word] > 1 for word in stems) / max(len(stems), 1),
             }
-            rows.append(row | {f"cue {name}": float(name in self.cues[unit.number]) for name in _CUES})
+            rows.append(row | {f"cue {name}": float(name in self.cues[unit.number]) for name in CUES})
         return rows
 
 
@@ -225,9 +175,9 @@ def _missing(note: _Note, said: set[str], with_others: bool = False) -> list[Not
         is_new = len(stems & said) < 0.4 * len(stems)
         if "courtesy" in cues:
             continue
-        if any(not set(content_stems(drug)) & said for drug in _DOSE.findall(unit.text)):
+        if any(not set(content_stems(drug)) & said for drug in DOSE.findall(unit.text)):
             kind = "drug"
-        elif is_new and note.is_plan(unit) and "action" in cues:
+        elif is_new and note.is_plan(unit) and "action" in cues and not _is_routine(note, unit):
             kind = "plan"
         elif is_new and cues & {"finding", "abnormal"} and any(word[0].isdigit() for word in stems - said):
             kind = "abnormal"
@@ -241,15 +191,6 @@ def _missing(note: _Note, said: set[str], with_others: bool = False) -> list[Not
         # What is said twice is missing once
         said = said | stems
     return listed
-
-
-def _cues(unit: Unit) -> frozenset[str]:
-    # What follows "Given: two units." on its line was not given
-    text = f"{unit.label} {unit.text}" if unit.label_number == unit.number else unit.text
-    # "Mother:" who tells of her child is no relative's history
-    return frozenset(
-        name for name, cue in _CUES.items() if cue.search(unit.text if name == "others" else text)
-    )
 
 
 def cover(wanted: set[str], words: dict[int, set[str]]) -> tuple[list[int], set[str]]:
@@ -286,7 +227,10 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
     def fits(number: int, room: float) -> bool:
         words = sum(n_words[k] for k in groups[number] | chosen)
         is_short = words <= min(room * budget, 1.35 * selector.most_words)
-        return number not in chosen and is_short and repeats(number) < 0.8
+        # What is denied, stopped or under a label of its own is said only where all of it is
+        is_more = note.cues[number] & {"negation", "done"} or note.units[number - 1].label in note.own_labels
+        is_said = repeats(number) >= 0.8 and not (is_more and not _is_in_another(note, number, chosen))
+        return number not in chosen and is_short and not is_said
 
     def add(number: int) -> None:
         chosen.update(groups[number])
@@ -302,7 +246,7 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
             add(missing.note_sentence)
     # The budget ends this after at most as many rounds as a summary has sentences
     waiting = {u.number for u in note.sentences if u.number in groups and not _is_routine(note, u)}
-    room = {n: 1.3 if note.cues[n] & _MATTERS else 1.1 for n in waiting}
+    room = {n: 1.3 if note.cues[n] & MATTERS else 1.1 for n in waiting}
     while waiting := {n for n in waiting if fits(n, room[n])}:
         add(max(waiting, key=lambda number: (scores[number] - 0.3 * repeats(number), -number)))
     # "Fluid: pH 7.2. Culture sent.": the label of one thing comes with it
@@ -314,12 +258,16 @@ def _choose(note: _Note, selector: Selector) -> set[int]:
 
 
 def _is_in_another(note: _Note, number: int, chosen: Collection[int]) -> bool:
-    """Whether a sentence says it all: "Chief complaint: Knee pain." before "She presents with ..."."""
-    is_denied = "negation" in note.cues[number]
-    return any(
-        note.stems[number] < note.stems[other] and is_denied == ("negation" in note.cues[other])
-        for other in chosen
-    )
+    """Whether a sentence says it all: "Chief complaint: Knee pain." before "She presents with ...". What is
+    denied or stopped says something else."""
+
+    def says(k: int) -> tuple[set[str], frozenset[str]]:
+        unit = note.units[k - 1]
+        return {*note.stems[k], *content_stems(unit.label)}, note.cues[k] & {"negation", "done"}
+
+    words, state = says(number)
+    others = (says(k) for k in chosen if k != number)
+    return any(words <= known and state == known_state for known, known_state in others)
 
 
 def _required(note: _Note, scores: dict[int, float]) -> list[int]:
@@ -358,6 +306,7 @@ def _required(note: _Note, scores: dict[int, float]) -> list[int]:
         *[u for u in sentences[:1] if not u.asked],
         *[u for u in sentences if u.names_patient][:1],
         *[u for u in of_topic("reason") if u.label_number == u.number][:1],
+        *about(sentences, "correction"),
         *best(of_topic("operation"), first="disease"),
         *best(of_topic("diagnosis"), first="disease"),
         *best(of_topic("result"), first="disease"),

@@ -54,8 +54,9 @@ _SILENT = re.compile(
 )
 SPELLED_OUT = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis"}
 SPELLED_OUT |= {"cc": "Chief complaint", "pc": "Presenting complaint"}
-# Where all of A, B and C are labels, A is no assessment
+# Where all of A, B and C are labels, A is no assessment; of specimens A and B neither
 PRIMARY_SURVEY = dict(zip("ABCDE", "Airway Breathing Circulation Disability Exposure".split(), strict=True))
+_SURVEYED = re.compile(r"airway|patent|GCS|AVPU|alert|\b(?:RR|HR|BP|sats?)\b|SpO2", re.IGNORECASE)
 _FIRST_AGAIN = re.compile(
     r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|thereafter|"
     r"otherwise|however|but|(?:a )?similar|which|instead|again|nothing|none|another|later|not|never|afterwards?|meanwhile|"
@@ -125,8 +126,7 @@ def shown_question(units: list[Unit], unit: Unit) -> str:
     asked = units[unit.asked - 1].text if unit.asked else ""
     if unit.names_patient or _OPEN_QUESTION.match(asked):
         return ""
-    # "Pain?" of a nurse who asks is the topic of what follows; a question of a patient stays one
-    return asked.rstrip("?") if len(asked.split()) <= 3 and not unit.label else asked
+    return asked
 
 
 def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
@@ -144,7 +144,10 @@ def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
 def read_units(note: str) -> list[Unit]:
     """Every sentence of the note, in order. Linear in the note's length."""
     lines = _lines(note)
-    letters = PRIMARY_SURVEY if {"A", "B", "C"} <= set(re.findall(r"(?<!\S)([A-E]):", note)) else {}
+    used = set(re.findall(r"(?<!\S)([A-EPR]):", note))
+    letters = PRIMARY_SURVEY if {"A", "B", "C"} <= used and _SURVEYED.search(note) else {}
+    if not letters and "B" in used and used.isdisjoint("PR"):
+        letters = {"A": "(A)"}
     units: list[Unit] = []
     last_with: dict[str, int] = {}
     label, own_label = "", False
@@ -229,6 +232,11 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
     for (_, end), (start, _) in itertools.pairwise(spans):
         gaps.append(sum(note[i] == "\n" and i not in wrapped for i in range(end, start)))
     texts = [" ".join(note[start:end].split()) for start, end in spans]
+    # "Imp: ? PE": the doubt is about what follows
+    for i in range(1, len(texts)):
+        if not gaps[i] and re.search(r"(?:^|\s)\?$", texts[i - 1]) and not _LABEL.match(texts[i]):
+            texts[i - 1] = texts[i - 1][:-1].rstrip() or "?"
+            texts[i] = f"?{texts[i]}"
     return list(zip(texts, gaps, [*gaps[1:], 0], strict=False))
 
 
@@ -257,6 +265,8 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
     if not after or not n_words or body[-1] in "?!;," or _SALUTATION.match(body):
         return ""
     following = lines[i + 1][0]
+    if _SALUTATION.match(following):
+        return ""
     above_bullets = bool(_BULLET.match(following))
     has_period, has_digits = body[-1] == ".", any(c.isdigit() for c in body)
     if n_words > (25 if _leads_list(lines, i) else 12 if above_bullets else 8):
@@ -274,6 +284,7 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
     if (
         after == 1
         and re.search("plan|diagnosis", topic)
+        and (above_bullets or not is_numbered)
         and not (is_numbered and re.match(_NUMBER, following))
     ):
         # "Gout" above "Atrial fibrillation" is one of several
@@ -295,7 +306,10 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
 def _kind(body: str, topic: str) -> str:
     if not re.search(r"\w", body):
         return "heading"
-    if _SALUTATION.match(body) and (len(body.split()) <= 7 or not re.search(r"\d", body)):
+    # "Thank you for seeing this man, who fainted while running": the complaint is told here
+    if _SALUTATION.match(body) and (
+        len(body.split()) <= 7 or not re.search(r"\d|\b(?:who|whose|with|because)\b", body)
+    ):
         return "salutation"
     asks = body.rstrip("\"”'’) ").endswith("?")
     return "question" if asks and "diagnosis" not in topic else "sentence"
