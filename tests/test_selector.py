@@ -203,7 +203,7 @@ def test_what_a_sentence_refers_back_to(note, number, needs):
 def test_an_answer_comes_with_its_question():
     note = 'Handover of 66M after liver resection.\n"Bleeding?"\n"None, Hb 104, repeat at 21:00."\n"Ready for the ward?"'
     text = quoted(note)
-    assert "Bleeding: None, Hb 104" in text
+    assert "Bleeding? None, Hb 104" in text
     assert "Ready" not in text
 
 

@@ -4,6 +4,7 @@ import pytest
 from tiny import quoted, selector
 
 from sft.grounding.check import check_summary
+from sft.grounding.cues import cues_of
 from sft.grounding.selector import not_mentioned, quote
 from sft.grounding.structure import read_units, shown_label
 
@@ -137,3 +138,59 @@ def test_diagnoses_below_each_other_are_no_headings_and_end_before_the_story():
     )
     assert [u.text for u in read_units(note) if u.kind == "heading"] == ["Diagnoses"]
     assert [u.text for u in read_units(note) if u.heading] == ["Gout", "Atrial fibrillation"]
+
+
+@pytest.mark.parametrize(
+    "note, wanted",
+    [
+        (
+            "Scan.\nImpression:\n1. Renal cyst.\n2. Aortic dissection.\nThank you for asking us",
+            "Aortic dissection.",
+        ),
+        ("72F, fall at home.\nImp: ? hip fracture. Plan: X-ray pelvis.", "Impression: ?hip fracture."),
+        ("? sepsis. 80M hot and confused. Plan: cultures.", "?sepsis."),
+        (
+            "33F. Scan: ectopic L tube? Right ovary normal. Plan: repeat.",
+            "Ectopic L tube? Right ovary normal.",
+        ),
+        (
+            "70M. Day 1: on vasopressin 0.03 units/min. Day 3: Off vasopressin. Plan: ward.",
+            "Day 3: Off vasopressin.",
+        ),
+        (
+            "Dear Dr Low,\nThank you for seeing this woman who fainted on stairs.\nKind regards",
+            "Thank you for seeing",
+        ),
+        ("Histology. A: Squamous carcinoma. B: Benign naevus. C: Normal skin.", "(A): Squamous carcinoma."),
+        ("Samples. A: benign naevus B: melanoma, 0.9 mm", "(A): benign naevus B: melanoma, 0.9 mm."),
+    ],
+)
+def test_what_would_turn_its_meaning_stays(note, wanted):
+    """The last item of a list, a doubt, a stop, a complaint in a greeting, a specimen's letter."""
+    assert wanted in quoted(note)
+
+
+def test_what_relatives_tell_is_of_the_patient():
+    def is_of_others(text: str) -> bool:
+        return "others" in cues_of(read_units(text)[0])
+
+    told = [
+        "Son states mum has not eaten.",
+        "Last seen well 09:20 by wife.",
+        "Mum was worried that he is limp.",
+    ]
+    assert not any(map(is_of_others, told))
+    assert all(
+        map(is_of_others, ["Son has diabetes.", "Mother says her sister has asthma.", "Wife had a stroke."])
+    )
+
+
+def test_retractions_laboratory_flags_and_listings_are_seen():
+    def cues(text: str) -> frozenset[str]:
+        return cues_of(read_units(text)[0])
+
+    assert "correction" in cues("Last entry filed in error, please ignore.")
+    assert "correction" not in cues("Refractive correction and INR correction discussed.")
+    assert "abnormal" in cues("Potassium 7.1 mmol/L 3.5-5.3 HH")
+    assert "abnormal" not in cues("Power 5/5 LL and 3-4 L of fluid.")
+    assert "action" in cues("Listed for LEFT total knee replacement.")

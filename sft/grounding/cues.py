@@ -5,7 +5,7 @@ import re
 from sft.grounding.structure import Unit
 
 _RELATIVE = "(?:mother|father|mum|dad|sister|brother|son|daughter|wife|husband|partner|cousin|aunt|uncle|neighbou?r|(?:house|flat)mates?)"
-# What a relative tells or saw is of the patient: "Daughter thinks mum is more breathless", "seen well by wife"
+# What a relative tells or saw is of the patient: "Daughter thinks mum is worse", "last seen well by wife"
 _TELLS = re.compile(
     rf"\b(?:by|per|according to) (?:his |her |the )?{_RELATIVE}\b|"
     rf"\b{_RELATIVE}\b(?: is| was)? (?:says?|said|reports?|reported|noticed|found|rang|ringing|thinks?|thought|feels|states|stated|puts|"
@@ -24,7 +24,7 @@ CUES = {
     "abnormal": r"(?<!not )(?:positive|raised|elevated|abnormal|critical|resistant)|target (?:under|below|over|above)|crept|climbed|rose|risen|doubled|peaked|grew|"
     r"(?:up|down|gone|fell|fallen|falling|dropped) (?:from|to)|from \d[^;]{0,40} to \d\S{0,9}|\d\S{0,9}\s?(?:->|→|↑|↓)\s?\d\S{0,9}|"
     # The flag of a laboratory beside its range
-    r"\d\s?[-–]\s?\d[\d.]*\)?\s+(?-i:HH?|LL?)|\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
+    r"\d\s?[-–]\s?\d[\d.]*\)?\s+(?-i:HH?|LL?)(?=\W*$)|\((?:lab )?(?:baseline|usual(?:ly)?|normal(?:ly)?|was|were|previous(?:ly)?|prev|last|limit|target|\d[\d.,]* (?:in|on|at|last|before))",
     "done": r"(?:was|were|been) given|gave|had \d|begins?|began|begun|start(?:s|ed)|commenced|stopped|withheld|held|halved|off (?!legs|food|work|feeds)|paused|omitted|switched|"
     r"(?:changed|down|up|cut|reduced|increased) (?:from .{1,20} )?to|supplied|drawn (?:today|at|for)|sent|done|given(?! th)",
     "test": r"MRI|CT|X-?rays?|XR|CXR|ultrasound|scans?|echo\w*|ECG|EEG|\w+gra(?:m|phy)|biops\w+|cultures?|films?|bloods|fluid|swab|"

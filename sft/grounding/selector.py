@@ -263,7 +263,8 @@ def _is_in_another(note: _Note, number: int, chosen: Collection[int]) -> bool:
 
     def says(k: int) -> tuple[set[str], frozenset[str]]:
         unit = note.units[k - 1]
-        return {*note.stems[k], *content_stems(unit.label)}, note.cues[k] & {"negation", "done"}
+        label = unit.label if unit.label in note.own_labels else ""
+        return {*note.stems[k], *content_stems(label)}, note.cues[k] & {"negation", "done"}
 
     words, state = says(number)
     others = (says(k) for k in chosen if k != number)

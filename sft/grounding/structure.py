@@ -54,8 +54,6 @@ _SILENT = re.compile(
 )
 SPELLED_OUT = {"p": "Plan", "a": "Assessment", "imp": "Impression", "rx": "Treatment", "dx": "Diagnosis"}
 SPELLED_OUT |= {"cc": "Chief complaint", "pc": "Presenting complaint"}
-# Where all of A, B and C are labels, A is no assessment; of specimens A and B neither
-PRIMARY_SURVEY = dict(zip("ABCDE", "Airway Breathing Circulation Disability Exposure".split(), strict=True))
 _SURVEYED = re.compile(r"airway|patent|GCS|AVPU|alert|\b(?:RR|HR|BP|sats?)\b|SpO2", re.IGNORECASE)
 _FIRST_AGAIN = re.compile(
     r"(?:it|its|this|that|these|those|they|them|their|both|neither|either|same|also|then|thereafter|"
@@ -141,13 +139,19 @@ def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
     return is_own and are_items and not unit.label and not last.label
 
 
+def _letters(note: str) -> dict[str, str]:
+    """What labels of one letter stand for. Where A, B and C are labels, A is no assessment but the airway; of
+    specimens A and B it is neither."""
+    used = set(re.findall(r"(?<!\S)([A-EPR]):", note))
+    if {"A", "B", "C"} <= used and _SURVEYED.search(note):
+        return dict(zip("ABCDE", "Airway Breathing Circulation Disability Exposure".split(), strict=True))
+    return {"A": "(A)"} if "B" in used and used.isdisjoint("PR") else {}
+
+
 def read_units(note: str) -> list[Unit]:
     """Every sentence of the note, in order. Linear in the note's length."""
     lines = _lines(note)
-    used = set(re.findall(r"(?<!\S)([A-EPR]):", note))
-    letters = PRIMARY_SURVEY if {"A", "B", "C"} <= used and _SURVEYED.search(note) else {}
-    if not letters and "B" in used and used.isdisjoint("PR"):
-        letters = {"A": "(A)"}
+    letters = _letters(note)
     units: list[Unit] = []
     last_with: dict[str, int] = {}
     label, own_label = "", False
