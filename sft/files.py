@@ -245,14 +245,15 @@ def _read_remembered() -> dict:
 
 
 def _listed_files(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Path]:
-    """The files of a folder by name, without hidden ones, SHA256SUMS itself and the `ignored` extensions. A
-    link to a folder counts as a file, since it must not hide what is behind it."""
+    """The files of a folder by name, without hidden ones, what Windows leaves in folders, SHA256SUMS itself
+    and the `ignored` extensions. A link to a folder counts as a file, since it must not hide what is behind
+    it."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
     return {
         name: path
         for name, path in paths.items()
         if (path.is_file() or path.is_symlink()) and name != "SHA256SUMS" and "/." not in f"/{name}"
-        if path.suffix not in ignored
+        if path.suffix not in ignored and path.name not in ("Thumbs.db", "desktop.ini")
     }
 
 

@@ -212,7 +212,7 @@ def test_other_mathematics_are_not_resumed_and_earlier_runs_not_overwritten(conf
     (tmp_path / "other" / "mine.txt").write_text("not from the toolkit")
     with pytest.raises(InputError, match="is not empty"):
         train(configured("other"))
-    with pytest.raises(InputError, match="no checkpoint"):
+    with pytest.raises(InputError, match="was not written by a training run"):
         train(configured("other", resume=True))
 
 
@@ -370,6 +370,43 @@ def test_a_users_own_file_in_a_folder_of_the_run_stops_it(configured, copied, op
     with pytest.raises(InputError, match=r"my notes\.xlsx was not written by a training run"):
         train(configured(**{option: True}))
     assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("option", ["overwrite", "resume"])
+@pytest.mark.parametrize("name", ["final_model", "checkpoint_step_7", "metrics.jsonl"])
+def test_what_another_program_wrote_under_a_name_of_the_run_stops_it(configured, tmp_path, option, name):
+    file = tmp_path / "out" / name / "model.safetensors"
+    file = file.parent if name == "metrics.jsonl" else file
+    file.parent.mkdir(parents=True)
+    file.write_text("theirs")
+    with pytest.raises(InputError, match=f"{name} was not written by a training run"):
+        train(configured(**{option: True}))
+    assert file.read_text() == "theirs"
+
+
+def test_a_finished_model_without_checkpoints_is_not_trained_over(configured, copied):
+    out = copied()
+    for folder in out.glob("checkpoint_*"):
+        shutil.rmtree(folder)
+    before = state_of(out)
+    with pytest.raises(InputError, match=r"holds a finished model and no checkpoint\n.*--init_adapter"):
+        train(configured(resume=True, num_epochs=3))
+    assert state_of(out) == before
+
+
+def test_the_best_epoch_stays_final_model_when_its_checkpoint_is_gone(configured, monkeypatch, tmp_path):
+    losses = iter([3.0, 1.0, 2.0, 2.5])
+    monkeypatch.setattr(training, "evaluate", lambda run, examples: next(losses))
+    assert train(configured(num_epochs=2))["kept_epoch"] == 1
+    shutil.rmtree(tmp_path / "out" / "checkpoint_epoch_1")
+    before = state_of(tmp_path / "out" / "final_model")
+    assert train(configured(num_epochs=3, resume=True))["kept_epoch"] == 1
+    assert state_of(tmp_path / "out" / "final_model") == before
+
+
+def test_what_windows_leaves_in_a_checkpoint_is_no_damage(configured, copied):
+    (copied() / "checkpoint_epoch_2" / "Thumbs.db").write_bytes(b"icons")
+    assert newest_checkpoint(configured()).name == "checkpoint_epoch_2"
 
 
 def test_a_link_in_place_of_final_model_is_replaced_not_followed(configured, copied, tmp_path):

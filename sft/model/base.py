@@ -364,7 +364,9 @@ def log_unquantized(model) -> None:
 
 def context_window(model) -> int | None:
     """The most tokens that a model takes; None if its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    text = model.config.get_text_config()
+    # MPT's name for it is the second
+    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
 
 
 # ------------------------------------------------------------------------------- what training records

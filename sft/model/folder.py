@@ -13,8 +13,8 @@ from sft.files import ROOT, check_format_version, checksum_problem, remembered_s
 from sft.options import OLDER_MAX_NEW_TOKENS, quantization_of
 
 _FIX = "restore it from a backup, or train again"
-# Files of these kinds decide nothing of what a summary says: model cards, the training state, file managers'
-_DECIDE_NOTHING = (".md", ".pt", ".db", ".ini")
+# Files of these kinds decide nothing of what a summary says: model cards, the training state
+_DECIDE_NOTHING = (".md", ".pt")
 _KINDS = {
     **dict.fromkeys("training base_config shorthand merged".split(), dict | None),
     "prompt": dict,

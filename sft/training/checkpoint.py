@@ -131,8 +131,13 @@ def check_output_dir(config: TrainConfig) -> Path | None:
 
 
 def check_others_files(output_dir: Path) -> None:
-    """Raises InputError if a folder of the run's, which it may replace or remove, holds what no run wrote."""
-    for folder in run_files(output_dir):
+    """Raises InputError if what the run may replace or remove by its name holds what no run wrote."""
+    ours = run_files(output_dir)
+    for path in [output_dir / "final_model", *_named(output_dir, _CHECKPOINT), *_named(output_dir, _FILES)]:
+        if path.exists() and not path.is_symlink() and path not in ours:
+            fix = "move it elsewhere, or choose another --output_dir: the run writes one of this name"
+            raise InputError(f"{path} was not written by a training run", fix)
+    for folder in ours:
         if folder.is_symlink() or not folder.is_dir() or folder.name.startswith("."):
             continue
         names = set()
@@ -182,6 +187,9 @@ def newest_checkpoint(config: TrainConfig) -> Path | None:
     if not _is_our_metrics(output_dir / "metrics.jsonl"):
         fix = "leave out --resume to start a new run, or pass the run's folder with --output_dir"
         raise InputError(f"--resume: {output_dir} holds no checkpoint", fix)
+    if (output_dir / "final_model").exists():
+        fix = "train on from it (--init_adapter, another --output_dir), or replace --resume with --overwrite"
+        raise InputError(f"--resume: {output_dir} holds a finished model and no checkpoint", fix)
     return None
 
 
@@ -247,6 +255,9 @@ def promote_best_epoch(run: "Run") -> int:
                         shutil.copyfile(path, temporary / path.name)
                 write_checksums(temporary)
             return epoch["epoch"]
+        # Its checkpoint was removed after an earlier end of the run
+        if _is_in_final_model(run, epoch["epoch"]):
+            return epoch["epoch"]
         log(f"warning: {source} is incomplete and cannot become final_model")
     raise InputError(
         f"{run.output_dir}: no epoch has a complete checkpoint", "use --overwrite to train again"
@@ -288,11 +299,13 @@ def begin(run: "Run", checkpoint: Path | None) -> None:
 def is_finished(run: "Run") -> bool:
     """Whether a restored run has nothing left to do, and final_model is the epoch it should be."""
     progress = run.progress
-    final_model = run.output_dir / "final_model"
     is_last = len(progress.epochs) >= run.config.num_epochs or progress.out_of_patience(run.config)
-    if not is_last or not final_model.is_dir() or checksum_problem(final_model):
-        return False
-    return read_sft_config(final_model)["epoch"] == progress.kept_epoch
+    return is_last and _is_in_final_model(run, progress.kept_epoch)
+
+
+def _is_in_final_model(run: "Run", epoch: int) -> bool:
+    folder = run.output_dir / "final_model"
+    return checksum_problem(folder) is None and read_sft_config(folder)["epoch"] == epoch
 
 
 def restore(run: "Run", folder: Path) -> None:

@@ -61,8 +61,11 @@ def spread(n: int, n_chosen: int) -> list[int]:
 
 
 def count_endings(run: "Run") -> tuple[int, int]:
-    """(how many summaries come to an end, how many were written): of eight validation notes, evenly spread,
-    each as long as inference lets it be."""
+    """(how many summaries of final_model come to an end, how many were written): of eight validation notes,
+    evenly spread, each as long as inference lets it be."""
+    from sft.model.adapter import load_adapter_weights
+
+    load_adapter_weights(run.model, run.output_dir / "final_model", may_be_zero=True)
     # Not the shortest, which end more often
     examples = [run.val_set.examples[i] for i in spread(len(run.val_set), 8)]
     written = write_summaries(run, examples, run.sft_config["max_new_tokens"]).values()
