@@ -46,7 +46,6 @@ class CheckedSentence:
     start: int
     end: int
     support: list[int]
-    supported_share: float
     risk: float = 0.0
     flagged: bool = False
 
@@ -140,7 +139,8 @@ def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
     for before, index in pairwise(sorted(telling & known)):
         places, others = note.of(summary.stems[before]), note.of(summary.stems[index])
         is_near = any(abs(place - other) <= _NEAR for place in places for other in others)
-        if index - before <= 3 and not is_near:
+        # A word that the note holds in a short form alone has no place there
+        if index - before <= 3 and places and others and not is_near:
             findings.append(sentence.finding("misplaced", before, index, weight=_GAP))
     findings += _repeated(sentence, sorted(telling))
     n_breaks = sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
@@ -182,10 +182,7 @@ def _support(sentence: Sentence) -> CheckedSentence:
         for number in numbers:
             votes[number] += 1 / len(numbers)
     support = sorted(votes, key=lambda number: (-votes[number], number))[:3]
-    share = sum(word_stem in note.places for word_stem in stems) / len(stems) if stems else 1.0
-    return CheckedSentence(
-        summary.spans[sentence.first][0], summary.spans[sentence.last - 1][1], support, share
-    )
+    return CheckedSentence(summary.spans[sentence.first][0], summary.spans[sentence.last - 1][1], support)
 
 
 def _citation_findings(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from sft.grounding.places import NotePlaces, name_before
-from sft.grounding.quantities import Quantity
+from sft.grounding.quantities import GRADES, Quantity
 from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, Text
 from sft.grounding.words import is_telling, word_set
 
@@ -107,27 +107,26 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
     for marker, found in text.markers.items():
         places, values = note.markers.get(marker, ((), ()))
         # Whether a note would hold such a word at all, if it were true
-        is_missed = marker in ("weekday", "month") or (marker == "side" and not note.may_hold_sides)
+        is_missed = marker == "weekday" or (marker == "side" and not note.may_hold_sides)
         is_missed |= marker == "kin" and bool(places) and not note.relative_speaks
         begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
         # Of "raised in May, reduced now" neither speaks against the other
         stated = {value for _, value in found[begin:end] if marker.startswith("opposite")}
         # What is not started has not started
         is_any = marker != "course" or any(text.denied[sentence.first : sentence.last])
+        # "Not started" is "withheld", "no malignancy" is "benign"; what is not large need not be small
+        is_either = marker in ("course", "opposite benign")
         for index, value in found[begin:end]:
-            same, others = (value, "bilateral"), stated - {value}
-            own, lead, number = note.contest(
-                text,
-                index,
-                places,
-                lambda n: (
-                    (values[n] in same and (is_any or not note.text.denied[places[n]]))  # noqa: B023
-                    or (None if values[n] in others else False)  # noqa: B023
-                ),
-            )
-            is_other = (
-                lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_missed
-            )
+
+            def agrees(number: int, value: str = value) -> bool | None:
+                is_denied = note.text.denied[places[number]]  # noqa: B023
+                if values[number] in (value, "bilateral"):  # noqa: B023
+                    return is_any or not is_denied  # noqa: B023
+                return None if values[number] in stated or (is_either and is_denied) else False  # noqa: B023
+
+            own, lead, number = note.contest(text, index, places, agrees)
+            is_new = is_missed or (marker == "month" and value not in note.dated)
+            is_other = lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_new
             if is_other and value != "bilateral":
                 place = _with_noun(note.text, places[number]) if number >= 0 else None
                 yield sentence.finding(_MARKERS.get(marker, "misplaced"), *_with_noun(text, index), place)
@@ -193,7 +192,7 @@ def _is_no_claim(sentence: Sentence, quantity: Quantity) -> bool:
     is_count = largest <= 3 and not quantity.unit[0] and (text.words[index].isalpha() or is_attached)
     is_last = index == len(text.words) - 1
     return (
-        is_count
+        (is_count and text.word(index - 1) not in GRADES)
         or largest == 0
         or (is_last and any(w.startswith(text.words[index]) for w in sentence.note.words))
     )
@@ -278,7 +277,7 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
     note, text = sentence.note, sentence.summary
     for first, head in sentence.phrases() if not note.relative_speaks else ():
         places = note.of(text.stems[head])
-        beside = text.words[max(sentence.first, head - 10) : min(sentence.last, head + 4)]
+        beside = text.words[max(sentence.first, head - 10) : min(sentence.last, head + 8)]
         if places and _RELATIVES.isdisjoint(beside) and all(note.text.kin[place] for place in places):
             yield sentence.finding("person", first, head, (places[0], places[0]))
     for index in range(sentence.first, min(sentence.last, text.named_relative)):
