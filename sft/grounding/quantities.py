@@ -57,13 +57,11 @@ def find_quantities(words: list[str]) -> list[Quantity]:
         elif (word in _WORDS and word not in ("o", "oh")) or word == "point":
             quantity = _read_words(words, index)
         if quantity is None and word in _IMPLIED:
-            is_grade = word in _GRADE_NUMBERS and not GRADES.isdisjoint(words[max(0, index - 1) : index])
+            is_grade = word in _GRADE_NUMBERS and not GRADES.isdisjoint(words[index - 1 : index])
             quantity = Quantity(index, index, frozenset([_IMPLIED[word]]), is_implied=not is_grade)
         if quantity and not _numbers_item(words, index):
             if quantity.unit == _NO_UNIT:
-                quantity.unit = (
-                    UNITS["week"] if word == "fortnight" else _unit_after(words, quantity.last + 1)
-                )
+                quantity.unit = _unit_after(words, quantity.last + 1)
             quantities.append(quantity)
         index = quantity.last + 1 if quantity else index + 1
     for first, second in pairwise(quantities):
@@ -169,9 +167,11 @@ def _add_piece(pieces: list[float], value: float, is_new: bool) -> None:
 
 
 def _unit_after(words: list[str], index: int) -> tuple:
+    if words[index - 1] == "fortnight":
+        return UNITS["week"]
     # "Half an hour"
-    skipped = "a an" if words[index - 1] == "half" else "- – more full"
-    while words[index : index + 1] and words[index] in skipped.split():
+    index += words[index - 1] == "half" and words[index : index + 1] in (["a"], ["an"])
+    while words[index : index + 1] in (["-"], ["–"], ["more"], ["full"]):
         index += 1
     following = words[index : index + 3]
     if not following or "old" in following:

@@ -26,6 +26,8 @@ _COMING = frozenset("to will should if unless".split())
 _AHEAD = _COMING.union(
     "once when until being for await awaits awaiting planned plan may might can could would not".split()
 )
+_DONE = frozenset("performed done completed undertaken carried".split())
+_PLANNED = frozenset("will planned scheduled booked tomorrow awaited".split())
 _SOFT = word_set("soft") | HEDGES | CONDITIONS
 _SELF_NEGATING = word_set("self-negating")
 _RELATIVES = frozenset("family families familial paternal maternal side".split()) | GENERAL_KIN | set(KIN)
@@ -107,7 +109,7 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
     for marker, found in text.markers.items():
         places, values = note.markers.get(marker, ((), ()))
         # Whether a note would hold such a word at all, if it were true
-        is_missed = marker == "weekday" or (marker == "side" and not note.may_hold_sides)
+        is_missed = marker in ("weekday", "month") or (marker == "side" and not note.may_hold_sides)
         is_missed |= marker == "kin" and bool(places) and not note.relative_speaks
         begin, end = (bisect_left(found, (index, "")) for index in (sentence.first, sentence.last))
         # Of "raised in May, reduced now" neither speaks against the other
@@ -125,9 +127,10 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
                 return None if values[number] in stated or (is_either and is_denied) else False  # noqa: B023
 
             own, lead, number = note.contest(text, index, places, agrees)
-            is_new = is_missed or (marker == "month" and value not in note.dated)
-            is_other = lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_new
-            if is_other and value != "bilateral":
+            is_other = (
+                lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_missed
+            )
+            if is_other and value != "bilateral" and value not in note.dated:
                 place = _with_noun(note.text, places[number]) if number >= 0 else None
                 yield sentence.finding(_MARKERS.get(marker, "misplaced"), *_with_noun(text, index), place)
 
@@ -251,6 +254,9 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         best = max(scores, key=scores.get, default=0)
         condition = note.text.near(places[best], CONDITIONS, 7)
         hedge = note.text.near(places[best], HEDGES, 4)
+        # "Concern for sepsis" is a doubt, the patient's own concern is none
+        if hedge is not None and note.text.words[hedge].startswith("concern"):
+            hedge = hedge if note.text.word(hedge + 1) == "for" else None
         if hedge is None and condition is not None and condition > places[best]:
             hedge = condition
         if hedge not in seen and text.near(index, _SOFT, 11) is None:
@@ -268,8 +274,12 @@ def plan_findings(sentence: Sentence) -> Iterator[Finding]:
         ahead = [
             place for place in places if not _COMING.isdisjoint(note.text.words[max(0, place - 2) : place])
         ]
+        # "The scan was performed" of "Scan planned"
+        if text.words[index] in _DONE and text.word(index - 1) in ("was", "were"):
+            places = note.of(text.stems[max(0, index - 2)])
+            ahead = [place for place in places if (note.text.near(place, _PLANNED, 5) or 0) > place]
         if ahead and len(ahead) == len(places):
-            yield sentence.finding("certainty", index, index, (ahead[0] - 1, ahead[0]))
+            yield sentence.finding("certainty", index, index, (max(0, ahead[0] - 1), ahead[0]))
 
 
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
