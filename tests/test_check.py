@@ -142,7 +142,10 @@ TRUE = [
     ("Clinic 11/09/2023: knee better.", "In the clinic on 11 September 2023 the knee was better."),
     ("Clinic 2023-09-11: better. Pain since June.", "In the clinic on 11 September 2023 it was better."),
     ("MRI 09/2023 normal. Cast off on 8/11.", "MRI in September 2023 was normal. Cast off on 8 November."),
-    ("TIA, on aspirin.", "Transient ischemic attack, on aspirin."),
+    (
+        "Known COPD, CCF, PVD.",
+        "Chronic obstructive pulmonary disease, congestive cardiac failure and peripheral vascular disease.",
+    ),
     ("Methotrexate 7½ mg, ¼ tablet of digoxin.", "Methotrexate 7.5 mg, 0.25 tablets of digoxin."),
     ("34+5 weeks, breech.", "34 weeks and five days, breech."),
     ("Itch for a fortnight, a fit of half an hour.", "Itch for 14 days, a fit of 30 minutes."),

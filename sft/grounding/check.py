@@ -126,8 +126,8 @@ def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
     note, summary = sentence.note, sentence.summary
     words = [index for index in range(sentence.first, sentence.last) if is_content(summary.words[index])]
     telling = {index for index in words if is_telling(summary.words[index])}
-    known = note.spelled_out(summary, sentence.first, sentence.last)
-    known |= {index for index in words if note.has(summary, index)}
+    spelled_out = note.spelled_out(summary, sentence.first, sentence.last)
+    known = spelled_out.union(index for index in words if note.has(summary, index))
     weight = _MISSING_IN_DIALOGUE if note.is_dialogue else _MISSING
     findings = []
     for is_known, row in groupby(words, key=known.__contains__):
@@ -142,7 +142,7 @@ def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
         # A word that the note holds in a short form alone has no place there
         if index - before <= 3 and places and others and not is_near:
             findings.append(sentence.finding("misplaced", before, index, weight=_GAP))
-    findings += _repeated(sentence, sorted(telling))
+    findings += _repeated(sentence, sorted(telling - spelled_out))
     n_breaks = sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
     risk = _BREAK * (n_breaks + len(set(words) - known - telling))
     # Words that stand nowhere in the note as here, denied or not
