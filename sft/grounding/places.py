@@ -17,7 +17,8 @@ _EQUALS = frozenset("is was are were of : =".split())
 _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
 # "2024-02-03", "03.02.24", "02/2024", "on 3/2": the parts that may be a month
 _DATE = re.compile(
-    r"\b(?:\d{4}[-/.](\d\d?)\b|(\d\d?)[-/.](\d\d?)[-/.](?:\d\d){1,2}\b|(\d\d?)/\d{4}\b|(?<=on )(\d\d?)/(\d\d?)\b)"
+    r"\b(?:\d{4}[-/.](\d\d?)|(\d\d?)[-/.](\d\d?)[-/.](?:\d\d){1,2}|(\d\d?)/\d{4}"
+    r"|(?<=on )(\d\d?)/(\d\d?))\b"
 )
 _PRONOUNS = frozenset("he him his she her hers".split())
 _SEXES = {"m": word_set("male"), "f": word_set("female")}

@@ -28,7 +28,7 @@ _OPENINGS = frozenset("a an the her his their she he they then now".split()) | H
 # "Two times daily"
 _TIMES = {"two": "bd", "2": "bd", "three": "tds", "3": "tds", "four": "qds", "4": "qds"}
 # "?pneumonia" is a doubt: a mark of its own, of the same length
-_DOUBT = re.compile(r"(?<![^\s(/,:;-])\?(?=\w)")
+_DOUBT = re.compile(r"(?<![^\s(/,:;?-])\?(?=\w)")
 _UNKNOWN = frozenset("know remember recall".split())
 _OR = frozenset(("or", "nor"))
 _SEPARATORS = frozenset(", or and nor /".split())
