@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from sft.grounding.check import TRAINING_THRESHOLD
 from sft.grounding.citations import parse_citations
 from sft.grounding.selector import not_mentioned
 from sft.grounding.sentences import split_sentences
-from sft.grounding.words import LEXICON
+from sft.grounding.words import LEXICON, TOKEN
 
 SHARED = SHARED_DATA.parent / "cases"
 KINDS = "number unit drug unsupported misplaced negation certainty side person time citation".split()
@@ -68,6 +69,33 @@ WRONG = [
     ("misplaced", WARD, "She was switched from bumetanide to furosemide."),
     ("misplaced", WARD, "Sacubitril was started."),
     ("certainty", WARD, "Physiotherapy visited her."),
+    *[
+        ("certainty", f"Calf swelling. {doubt}. Bloods sent.", "He has cellulitis.")
+        for doubt in (
+            *("?cellulitis", "Redness (?cellulitis)", "R/O cellulitis", "Ultrasound to rule out cellulitis"),
+            *("The GP suspects cellulitis", "Suggestive of cellulitis", "Concern for cellulitis"),
+        )
+    ],
+    *[
+        ("certainty", f"Colonoscopy {plan}.", "The colonoscopy was performed.")
+        for plan in ("is scheduled for June", "booked", "will follow")
+    ],
+    ("number", "ASA grade III, BMI 31.", "ASA grade II, BMI 31."),
+    ("number", "CKD stage IV.", "Stage three CKD."),
+    ("misplaced", "Gabapentin 300 mg TDS, senna at night.", "Gabapentin 300 mg twice a day."),
+    ("misplaced", "Gabapentin 300 mg twice daily. Three falls.", "Gabapentin 300 mg three times daily."),
+    ("time", "Clinic 11/09/2023: knee better.", "In the clinic on 11 December 2023 the knee was better."),
+    ("time", "MRI 09/2023 normal.", "MRI in October 2023 was normal."),
+    ("number", "Methotrexate 7½ mg weekly.", "Methotrexate 7 mg weekly."),
+    ("time", "34+5 weeks, breech.", "34 weeks and three days, breech."),
+    ("time", "Itch for a fortnight.", "Itch for 14 weeks."),
+    ("time", "The fit lasted half an hour.", "The fit lasted 50 minutes."),
+    ("number", "Fell at 6 pm.", "He fell at 19:00."),
+    ("drug", "Frusemide 40 mg.", "Torasemide 40 mg."),
+    ("person", "His uncle had retinoblastoma.", "He has retinoblastoma."),
+    ("misplaced", "Ramipril started despite a cough.", "Despite a cough, ramipril was withheld."),
+    ("misplaced", "Biopsy: malignancy.", "The biopsy was benign."),
+    ("negation", "WCC not raised, CRP 3.", "The WCC was raised."),
 ]
 TRUE = [
     (CLINIC, "A 68-year-old woman has had right knee pain for 14 days, without fever or rash."),
@@ -101,11 +129,43 @@ TRUE = [
     ("Hb raised in May, low now.", "Hb was raised in May and is low now."),
     ("No admissions, none since insulin was increased.", "Insulin was increased."),
     ("Doctor: How are you?\nPatient: My wife says she worries.", "He lives with his wife."),
+    ("Imp: ?cholangitis. Bilirubin 60.", "Cholangitis is suspected."),
+    ("R/O appendicitis.", "Appendicitis is to be ruled out."),
+    ("Any fever? No. Any cough? Yes.", "He has a cough and no fever."),
+    ("Her main concern is hair loss.", "She has hair loss."),
+    ("Colonoscopy done, biopsies planned.", "Colonoscopy was performed."),
+    ("Admitted for planned colonoscopy: no polyps.", "Colonoscopy was performed."),
+    ("ASA grade III. CKD stage IV. T2DM.", "ASA grade 3, stage four CKD and type two diabetes."),
+    ("One of two sisters has gout.", "One sister has gout."),
+    ("Vomited twice. Gabapentin 300 mg TDS.", "He vomited two times. Gabapentin three times a day."),
+    ("Cefalexin 500 mg every 8 hours.", "Cefalexin 500 mg three times daily."),
+    ("Clinic 11/09/2023: knee better.", "In the clinic on 11 September 2023 the knee was better."),
+    ("Clinic 2023-09-11: better. Pain since June.", "In the clinic on 11 September 2023 it was better."),
+    ("MRI 09/2023 normal. Cast off on 8/11.", "MRI in September 2023 was normal. Cast off on 8 November."),
+    (
+        "Known COPD, CCF, PVD.",
+        "Chronic obstructive pulmonary disease, congestive cardiac failure and peripheral vascular disease.",
+    ),
+    ("Methotrexate 7½ mg, ¼ tablet of digoxin.", "Methotrexate 7.5 mg, 0.25 tablets of digoxin."),
+    ("34+5 weeks, breech.", "34 weeks and five days, breech."),
+    ("Itch for a fortnight, a fit of half an hour.", "Itch for 14 days, a fit of 30 minutes."),
+    ("Fell at 6 pm, seen at 18:30.", "He fell at 18:00 and was seen at 6:30 pm."),
+    ("Frusemide 40 mg, noradrenaline off.", "Furosemide 40 mg, norepinephrine off."),
+    ("His uncle had retinoblastoma.", "Retinoblastoma was found long ago in an uncle of his."),
+    ("Ramipril not started because of cough.", "Because of cough, ramipril was withheld."),
+    ("Biopsy: no malignancy. WCC not raised.", "The biopsy was benign. The WCC was not elevated."),
 ]
 
 
 def kinds(note: str, summary: str) -> set[str]:
     return {finding.kind for finding in check_summary(note, summary).findings}
+
+
+def test_every_word_of_the_lexicon_is_one_token():
+    """Else it never matches a word of a text."""
+    numbers = re.compile(r"[\d.e-]+=|=[\d.]+|\|")
+    words = [word for words in LEXICON.values() for word in numbers.sub(" ", words).split()]
+    assert not [word for word in words if not TOKEN.fullmatch(word)]
 
 
 @pytest.mark.parametrize(("kind", "note", "summary"), WRONG)
@@ -142,7 +202,6 @@ def test_a_note_supports_itself():
     )
     check = check_summary(note, note)
     assert [sentence.support[0] for sentence in check.sentences] == list(range(1, len(check.sentences) + 1))
-    assert all(sentence.supported_share == 1 for sentence in check.sentences)
     for sentence in [
         *split_sentences(note),
         *note.split("\n")[1:],

@@ -46,7 +46,6 @@ class CheckedSentence:
     start: int
     end: int
     support: list[int]
-    supported_share: float
     risk: float = 0.0
     flagged: bool = False
 
@@ -127,8 +126,8 @@ def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
     note, summary = sentence.note, sentence.summary
     words = [index for index in range(sentence.first, sentence.last) if is_content(summary.words[index])]
     telling = {index for index in words if is_telling(summary.words[index])}
-    known = note.spelled_out(summary, sentence.first, sentence.last)
-    known |= {index for index in words if note.has(summary, index)}
+    spelled_out = note.spelled_out(summary, sentence.first, sentence.last)
+    known = spelled_out.union(index for index in words if note.has(summary, index))
     weight = _MISSING_IN_DIALOGUE if note.is_dialogue else _MISSING
     findings = []
     for is_known, row in groupby(words, key=known.__contains__):
@@ -140,9 +139,10 @@ def _wording(sentence: Sentence) -> tuple[list[Finding], float]:
     for before, index in pairwise(sorted(telling & known)):
         places, others = note.of(summary.stems[before]), note.of(summary.stems[index])
         is_near = any(abs(place - other) <= _NEAR for place in places for other in others)
-        if index - before <= 3 and not is_near:
+        # A word that the note holds in a short form alone has no place there
+        if index - before <= 3 and places and others and not is_near:
             findings.append(sentence.finding("misplaced", before, index, weight=_GAP))
-    findings += _repeated(sentence, sorted(telling))
+    findings += _repeated(sentence, sorted(telling - spelled_out))
     n_breaks = sum(pair not in note.pairs for pair in pairs(summary, sentence.first, sentence.last))
     risk = _BREAK * (n_breaks + len(set(words) - known - telling))
     # Words that stand nowhere in the note as here, denied or not
@@ -182,10 +182,7 @@ def _support(sentence: Sentence) -> CheckedSentence:
         for number in numbers:
             votes[number] += 1 / len(numbers)
     support = sorted(votes, key=lambda number: (-votes[number], number))[:3]
-    share = sum(word_stem in note.places for word_stem in stems) / len(stems) if stems else 1.0
-    return CheckedSentence(
-        summary.spans[sentence.first][0], summary.spans[sentence.last - 1][1], support, share
-    )
+    return CheckedSentence(summary.spans[sentence.first][0], summary.spans[sentence.last - 1][1], support)
 
 
 def _citation_findings(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from sft.grounding.quantities import UNITS, Quantity, QuantityIndex
-from sft.grounding.reading import KIN, Text
+from sft.grounding.reading import KIN, MONTHS, Text
 from sft.grounding.sentences import SENTENCE_VERSION
 from sft.grounding.words import word_set
 
@@ -15,6 +15,11 @@ _REACH = 10  # tokens
 _N_NEIGHBORS = 6  # content words on each side
 _EQUALS = frozenset("is was are were of : =".split())
 _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
+# "2024-02-03", "03.02.24", "02/2024", "on 3/2": the parts that may be a month
+_DATE = re.compile(
+    r"\b(?:\d{4}[-/.](\d\d?)|(\d\d?)[-/.](\d\d?)[-/.](?:\d\d){1,2}|(\d\d?)/\d{4}"
+    r"|(?<=on )(\d\d?)/(\d\d?))\b"
+)
 _PRONOUNS = frozenset("he him his she her hers".split())
 _SEXES = {"m": word_set("male"), "f": word_set("female")}
 
@@ -42,6 +47,8 @@ class NotePlaces:
         self.named = {name_before(self.text, quantity): quantity for quantity in self.text.quantities}
         self.markers = {kind: tuple(zip(*found)) for kind, found in self.text.markers.items()}
         self.values = {(kind, value) for kind, found in self.text.markers.items() for _, value in found}
+        parts = {int(part) for match in _DATE.finditer(note) for part in match.groups() if part}
+        self.dated = {month for number, month in enumerate(MONTHS, 1) if number in parts}
         self.is_dialogue = bool(re.search(r"\b[Yy]ou\b", note))
         # Right iliac fossa, left eye: abbreviations that may hold a side
         self.may_hold_sides = bool(re.search(r"\b[RL][A-Z]{1,3}\b", note))

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from itertools import pairwise
 
-from sft.grounding.words import LEXICON
+from sft.grounding.words import LEXICON, word_set
 
 
 def _numbers(name: str) -> dict[str, float]:
@@ -14,7 +14,8 @@ def _numbers(name: str) -> dict[str, float]:
     return {word: float(value) for word, value in pairs}
 
 
-_WORDS = _numbers("numbers")
+_FRACTIONS = {"½": 0.5, "¼": 0.25, "¾": 0.75}
+_WORDS = _numbers("numbers") | _FRACTIONS
 _ORDINALS = _numbers("ordinals")
 _IMPLIED = _numbers("implied") | _ORDINALS
 # {name: (dimension, size)}; only units of one dimension can be converted
@@ -29,6 +30,8 @@ _SHORTHAND = {7: UNITS["day"], 52: UNITS["week"], 12: UNITS["month"], 40: UNITS[
 _NO_UNIT = ("", 1.0)
 _RATIOS = (["over"], ["by"], ["out", "of"])
 _RANGES = (["to"], ["+"], ["-"], ["–"], ["or"], ["and"])
+GRADES = word_set("grades")
+_GRADE_NUMBERS = frozenset("i ii iii iv one".split())
 _MOST = 24  # quantities of one value that are looked at, so that time grows with length alone
 
 
@@ -54,7 +57,8 @@ def find_quantities(words: list[str]) -> list[Quantity]:
         elif (word in _WORDS and word not in ("o", "oh")) or word == "point":
             quantity = _read_words(words, index)
         if quantity is None and word in _IMPLIED:
-            quantity = Quantity(index, index, frozenset([_IMPLIED[word]]), is_implied=True)
+            is_grade = word in _GRADE_NUMBERS and not GRADES.isdisjoint(words[index - 1 : index])
+            quantity = Quantity(index, index, frozenset([_IMPLIED[word]]), is_implied=not is_grade)
         if quantity and not _numbers_item(words, index):
             if quantity.unit == _NO_UNIT:
                 quantity.unit = _unit_after(words, quantity.last + 1)
@@ -68,6 +72,9 @@ def find_quantities(words: list[str]) -> list[Quantity]:
         # In "5 to 7 days" the 5 has the unit of the 7
         elif between in _RANGES and first.unit == _NO_UNIT:
             first.unit = second.unit
+            # "28+3 weeks" of a pregnancy
+            if between == ["+"] and second.unit == UNITS["week"]:
+                second.unit = UNITS["day"]
     return quantities
 
 
@@ -82,9 +89,9 @@ def _read_digits(words: list[str], index: int) -> Quantity:
     word = words[index]
     if ":" in word:
         hour, minute = (int(part[:4]) for part in re.split(r"\D", word)[:2])
-        # "11:30" may be said "eleven thirty"
-        said = float(hour * 100 + minute if minute else hour)
-        return Quantity(index, index, frozenset([("clock", (hour * 60 + minute) % 720)]), frozenset([said]))
+        # "11:30" may be said "eleven thirty", "20:00" "8 pm"
+        said = frozenset(float(at * 100 + minute if minute else at) for at in (hour, (hour + 12) % 24))
+        return Quantity(index, index, frozenset([("clock", (hour * 60 + minute) % 720)]), said)
     parts = tuple(min(_readings(part)) for part in word.split("/"))
     if parts == (1, 2):
         return Quantity(index, index, frozenset([0.5]), is_implied=True)
@@ -97,7 +104,8 @@ def _read_digits(words: list[str], index: int) -> Quantity:
     following = words[index + 1] if index + 1 < len(words) else ""
     if re.fullmatch(r"\d{1,3} \d{3}", f"{word} {following}"):
         return Quantity(index, index + 1, frozenset(map(float, (word, following, word + following))))
-    return Quantity(index, index, frozenset(_readings(word)))
+    part = _FRACTIONS.get(following, 0.0)
+    return Quantity(index, index + bool(part), frozenset(value + part for value in _readings(word)))
 
 
 def _readings(digits: str) -> set[float]:
@@ -159,6 +167,10 @@ def _add_piece(pieces: list[float], value: float, is_new: bool) -> None:
 
 
 def _unit_after(words: list[str], index: int) -> tuple:
+    if words[index - 1] == "fortnight":
+        return UNITS["week"]
+    # "Half an hour"
+    index += words[index - 1] == "half" and words[index : index + 1] in (["a"], ["an"])
     while words[index : index + 1] in (["-"], ["–"], ["more"], ["full"]):
         index += 1
     following = words[index : index + 3]

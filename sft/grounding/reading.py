@@ -20,10 +20,15 @@ MARKERS = {
     if name.startswith("marker ")
     for word, value in groups(name).items()
 } | {word: ("kin", name) for word, name in KIN.items()}
+MONTHS = list(dict.fromkeys(groups("marker month").values()))
 _SELF = frozenset("he she his her i my patient".split())
 _CLAUSE = frozenset(", ; : . ? ! ( ) and but with who whose which".split())
 _LINKS = frozenset("of the a in - her his".split())
 _OPENINGS = frozenset("a an the her his their she he they then now".split()) | HEDGES
+# "Two times daily"
+_TIMES = {"two": "bd", "2": "bd", "three": "tds", "3": "tds", "four": "qds", "4": "qds"}
+# "?pneumonia" is a doubt: a mark of its own, of the same length
+_DOUBT = re.compile(r"(?<![^\s(/,:;?-])\?(?=\w)")
 _UNKNOWN = frozenset("know remember recall".split())
 _OR = frozenset(("or", "nor"))
 _SEPARATORS = frozenset(", or and nor /".split())
@@ -45,7 +50,7 @@ class Text:
 
     def __init__(self, text: str, sentence_version: int = SENTENCE_VERSION):
         lower = text.lower() if len(text.lower()) == len(text) else text
-        matches = list(TOKEN.finditer(lower))
+        matches = list(TOKEN.finditer(_DOUBT.sub("¿", lower)))
         self.text = text
         self.spans = [match.span() for match in matches]
         self.words = [match.group().replace("’", "'").removesuffix("'s") for match in matches]
@@ -70,6 +75,8 @@ class Text:
         self.markers: dict[str, list[tuple[int, str]]] = {}
         for index, word in enumerate(self.words):
             kind, value = MARKERS.get(word, ("", ""))
+            if word == "times" and self.word(index - 1) in _TIMES:
+                kind, value = "opposite times", _TIMES[self.words[index - 1]]
             if kind and self._is_marker(index, kind):
                 self.markers.setdefault(kind, []).append((index, value))
 

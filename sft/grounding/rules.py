@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 
 from sft.grounding.places import NotePlaces, name_before
-from sft.grounding.quantities import Quantity
+from sft.grounding.quantities import GRADES, Quantity
 from sft.grounding.reading import CONDITIONS, GENERAL_KIN, HEDGES, KIN, NEGATIONS, Text
 from sft.grounding.words import is_telling, word_set
 
@@ -26,6 +26,8 @@ _COMING = frozenset("to will should if unless".split())
 _AHEAD = _COMING.union(
     "once when until being for await awaits awaiting planned plan may might can could would not".split()
 )
+_DONE = frozenset("performed done completed undertaken carried".split())
+_PLANNED = frozenset("will planned scheduled booked tomorrow awaited".split())
 _SOFT = word_set("soft") | HEDGES | CONDITIONS
 _SELF_NEGATING = word_set("self-negating")
 _RELATIVES = frozenset("family families familial paternal maternal side".split()) | GENERAL_KIN | set(KIN)
@@ -114,21 +116,21 @@ def marker_findings(sentence: Sentence) -> Iterator[Finding]:
         stated = {value for _, value in found[begin:end] if marker.startswith("opposite")}
         # What is not started has not started
         is_any = marker != "course" or any(text.denied[sentence.first : sentence.last])
+        # "Not started" is "withheld", "no malignancy" is "benign"; what is not large need not be small
+        is_either = marker in ("course", "opposite benign")
         for index, value in found[begin:end]:
-            same, others = (value, "bilateral"), stated - {value}
-            own, lead, number = note.contest(
-                text,
-                index,
-                places,
-                lambda n: (
-                    (values[n] in same and (is_any or not note.text.denied[places[n]]))  # noqa: B023
-                    or (None if values[n] in others else False)  # noqa: B023
-                ),
-            )
+
+            def agrees(number: int, value: str = value) -> bool | None:
+                is_denied = note.text.denied[places[number]]  # noqa: B023
+                if values[number] in (value, "bilateral"):  # noqa: B023
+                    return is_any or not is_denied  # noqa: B023
+                return None if values[number] in stated or (is_either and is_denied) else False  # noqa: B023
+
+            own, lead, number = note.contest(text, index, places, agrees)
             is_other = (
                 lead > 1.1 * own + 0.05 if (marker, value) in note.values else lead > _LEAD or is_missed
             )
-            if is_other and value != "bilateral":
+            if is_other and value != "bilateral" and value not in note.dated:
                 place = _with_noun(note.text, places[number]) if number >= 0 else None
                 yield sentence.finding(_MARKERS.get(marker, "misplaced"), *_with_noun(text, index), place)
 
@@ -193,7 +195,7 @@ def _is_no_claim(sentence: Sentence, quantity: Quantity) -> bool:
     is_count = largest <= 3 and not quantity.unit[0] and (text.words[index].isalpha() or is_attached)
     is_last = index == len(text.words) - 1
     return (
-        is_count
+        (is_count and text.word(index - 1) not in GRADES)
         or largest == 0
         or (is_last and any(w.startswith(text.words[index]) for w in sentence.note.words))
     )
@@ -252,6 +254,9 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         best = max(scores, key=scores.get, default=0)
         condition = note.text.near(places[best], CONDITIONS, 7)
         hedge = note.text.near(places[best], HEDGES, 4)
+        # "Concern for sepsis" is a doubt, the patient's own concern is none
+        if hedge is not None and note.text.words[hedge].startswith("concern"):
+            hedge = hedge if note.text.word(hedge + 1) == "for" else None
         if hedge is None and condition is not None and condition > places[best]:
             hedge = condition
         if hedge not in seen and text.near(index, _SOFT, 11) is None:
@@ -269,8 +274,12 @@ def plan_findings(sentence: Sentence) -> Iterator[Finding]:
         ahead = [
             place for place in places if not _COMING.isdisjoint(note.text.words[max(0, place - 2) : place])
         ]
+        # "The scan was performed" of "Scan planned"
+        if text.words[index] in _DONE and text.word(index - 1) in ("was", "were"):
+            places = note.of(text.stems[max(0, index - 2)])
+            ahead = [place for place in places if (note.text.near(place, _PLANNED, 5) or 0) > place]
         if ahead and len(ahead) == len(places):
-            yield sentence.finding("certainty", index, index, (ahead[0] - 1, ahead[0]))
+            yield sentence.finding("certainty", index, index, (max(0, ahead[0] - 1), ahead[0]))
 
 
 def person_findings(sentence: Sentence) -> Iterator[Finding]:
@@ -278,7 +287,7 @@ def person_findings(sentence: Sentence) -> Iterator[Finding]:
     note, text = sentence.note, sentence.summary
     for first, head in sentence.phrases() if not note.relative_speaks else ():
         places = note.of(text.stems[head])
-        beside = text.words[max(sentence.first, head - 10) : min(sentence.last, head + 4)]
+        beside = text.words[max(sentence.first, head - 10) : min(sentence.last, head + 8)]
         if places and _RELATIVES.isdisjoint(beside) and all(note.text.kin[place] for place in places):
             yield sentence.finding("person", first, head, (places[0], places[0]))
     for index in range(sentence.first, min(sentence.last, text.named_relative)):
