@@ -72,6 +72,7 @@ WRONG = [
     *[
         ("certainty", f"Calf swelling. {doubt}. Bloods sent.", "He has cellulitis.")
         for doubt in (
+            "Imp: ? cellulitis",
             *("?cellulitis", "Redness (?cellulitis)", "R/O cellulitis", "Ultrasound to rule out cellulitis"),
             *("The GP suspects cellulitis", "Suggestive of cellulitis", "Concern for cellulitis"),
         )

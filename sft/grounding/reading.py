@@ -28,7 +28,7 @@ _OPENINGS = frozenset("a an the her his their she he they then now".split()) | H
 # "Two times daily"
 _TIMES = {"two": "bd", "2": "bd", "three": "tds", "3": "tds", "four": "qds", "4": "qds"}
 # "?pneumonia" is a doubt: a mark of its own, of the same length
-_DOUBT = re.compile(r"(?<![^\s(/,:;?-])\?(?=\w)")
+_DOUBT = re.compile(r"(?<![^\s(/,:;?-])\?(?= ?\w)")
 _UNKNOWN = frozenset("know remember recall".split())
 _OR = frozenset(("or", "nor"))
 _SEPARATORS = frozenset(", or and nor /".split())
@@ -55,7 +55,9 @@ class Text:
         self.spans = [match.span() for match in matches]
         self.words = [match.group().replace("’", "'").removesuffix("'s") for match in matches]
         self.stems = [stem(word) if is_content(word) else "" for word in self.words]
-        starts = [start for start, _ in sentence_spans(text, sentence_version)]
+        # "Imp: ? PE": the doubt is about the next sentence
+        doubts = {match.end() + 1: match.start() for match in _DOUBT.finditer(text)}
+        starts = [doubts.get(start, start) for start, _ in sentence_spans(text, sentence_version)]
         self.sentence_of = [max(0, bisect_right(starts, start) - 1) for start, _ in self.spans]
         edges = [bisect_left(self.sentence_of, number) for number in range(len(starts) + 1)]
         self.ranges = list(pairwise(edges))
