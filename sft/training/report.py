@@ -101,8 +101,10 @@ def advise(config: TrainConfig, progress: "TrainingProgress") -> list[str]:
         choices = {
             "--num_epochs 3": config.num_epochs < 3,
             "--learning_rate 5e-4": config.learning_rate < 5e-4,
-            "--lora_r 32": config.lora_r < 32,
-            "--target_modules all-linear": config.target_modules != ["all-linear"],
+            # An adapter to start from has decided on these
+            "--lora_r 32": config.lora_r < 32 and not config.init_adapter,
+            "--target_modules all-linear": config.target_modules != ["all-linear"]
+            and not config.init_adapter,
         }
         fixes = [fix for fix, is_more in choices.items() if is_more] or ["more rows"]
         advice.append(f"Val Loss barely moved: try {', '.join(fixes[:3])}")
