@@ -289,11 +289,16 @@ def public_name(folder: Path) -> str | None:
 
 @own_settings()
 def load_tokenizer(folder_or_name: str | Path):
-    """The tokenizer of a model folder, Hub id or the bundled model. Raises InputError if it cannot be
-    loaded."""
+    """The tokenizer of a model folder, Hub id or the bundled model; of a base model, with its window. Raises
+    InputError if it cannot be loaded."""
     folder = folder_or_name if isinstance(folder_or_name, Path) else resolve_model(folder_or_name)
     with as_input_error(f"{folder}: its tokenizer cannot be loaded", "check the model folder"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if (folder / "config.json").is_file():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            window = getattr(config.get_text_config(), "max_position_embeddings", None)
+            tokenizer.model_max_length = window or tokenizer.model_max_length
+        return tokenizer
 
 
 @own_settings()

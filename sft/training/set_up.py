@@ -131,16 +131,15 @@ def hash_inputs(config: TrainConfig, base_folder: Path) -> dict[str, str]:
     if config.val_file:
         hashes["val_csv"] = sha256(Path(config.val_file))
     if config.init_adapter:
-        parent = read_sft_config(Path(config.init_adapter))["sha256"]
-        if parent["base_weights"] != hashes["base_weights"]:
+        parent = Path(config.init_adapter)
+        if read_sft_config(parent)["sha256"]["base_weights"] != hashes["base_weights"]:
             problem = f"--init_adapter {config.init_adapter}: trained on another base model"
             raise InputError(problem, "pass --model_name with the model it was trained on")
-        hashes["parent"] = parent["adapter"]
+        hashes["parent"] = sha256(parent / "adapter_model.safetensors")
     names = ("train_csv", "val_csv", "base_weights", "parent")
     others = [name for name in names if config.recorded.get(name) not in (None, hashes.get(name))]
     if others and on_main_process():
-        differing = f"the SHA-256 of {', '.join(others)} differs"
-        log(f"warning: this is another run than that of {config.config}: {differing}")
+        log(f"warning: another run than that of {config.config} (SHA-256 differs: {', '.join(others)})")
     return hashes
 
 
