@@ -78,6 +78,7 @@ def check_config(config) -> None:
     """Raises InputError unless every value of a configuration made in Python is one that its option takes."""
     hints = typing.get_type_hints(type(config))
     fields = {field.name: field for field in dataclasses.fields(config)}
+    # Beside the options: what was typed, and what a repeated run recorded
     unknown = sorted(set(vars(config)) - set(fields) - {"given", "recorded"})
     if unknown:
         raise InputError(f"unknown options: {preview_list(map(safe_id, unknown))}", "check the spelling")

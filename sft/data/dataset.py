@@ -131,7 +131,7 @@ class SFTDataset:
 
     @property
     def whole_lengths(self) -> "np.ndarray":
-        """The max_length that each row needs with its whole note: int32 (n_rows,)."""
+        """The max_length that each row needs with its whole note: (n_rows,)."""
         n_end_token = 1
         return self.lengths.sum(1) + self.encoder.n_template_tokens + n_end_token
 
