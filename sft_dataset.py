@@ -26,7 +26,7 @@ from sft.data.prompt import PromptTemplate
 from sft.data.report import log_data_warnings, log_unsupported_summaries
 from sft.data.rows import Row, drop_stray_citations, factual_rows, shown_kinds
 from sft.files import check_new_file, is_bundled, sha256
-from sft.options import ReportConfig, parse_options, typed_names
+from sft.options import ReportConfig, given_names, parse_options
 
 __all__ = ["SFTCollator", "SFTDataset", "create_sft_dataloaders"]
 
@@ -57,12 +57,7 @@ def _length_lines(dataset: SFTDataset) -> Iterator[str]:
     import numpy as np
 
     note, summary = dataset.lengths.T
-    n_end_token = 1
-    lengths = {
-        "note": note,
-        "summary": summary,
-        "prompt and summary": note + summary + dataset.encoder.n_template_tokens + n_end_token,
-    }
+    lengths = {"note": note, "summary": summary, "prompt and summary": dataset.whole_lengths}
     for name, n_tokens in lengths.items():
         median, high, longest = np.quantile(n_tokens, [0.5, 0.95, 1.0])
         yield f"    {name:<20} {median:>9,.0f} {high:>17,.0f} {longest:>9,.0f}"
@@ -80,26 +75,21 @@ def show_spans(dataset: SFTDataset) -> str:
     return "\n".join(lines)
 
 
-def prompt_source(
-    config: ReportConfig, rows: Sequence[Row], typed: set[str]
-) -> tuple[object, PromptTemplate | None]:
+def prompt_source(config: ReportConfig, rows: Sequence[Row]) -> tuple[object, PromptTemplate | None]:
     """(tokenizer, prompt) of the adapter at --model_path, whose --max_length `config` takes over; without
-    one, the base model's tokenizer and None. Raises InputError for a `typed` option, or citations in `rows`,
+    one, the base model's tokenizer and None. Raises InputError for a given option, or citations in `rows`,
     that do not fit the adapter."""
     from sft.model.base import load_tokenizer
 
     if config.model_path is None:
         return load_tokenizer(config.model_name), None
-    from sft.model.folder import read_adapter_folder
+    from sft.model.folder import read_named_folder
 
     decided = {"model_name", "max_length", "sentence_numbering", "instruction", "chat_template", "thinking"}
-    for name in sorted(decided & typed):
+    for name in sorted(decided & given_names(config)):
         problem = f"--{name} cannot be combined with --model_path"
         raise InputError(problem, f"leave out --{name}: the adapter's own is used")
-    if Path(config.model_path).is_dir() and not (Path(config.model_path) / "sft_config.json").is_file():
-        problem = f"{config.model_path}: no sft_config.json: not written by this toolkit"
-        raise InputError(problem, "pass the adapter folder of this toolkit that it was trained further from")
-    folder, sft_config, _ = read_adapter_folder(config.model_path)
+    folder, sft_config, _ = read_named_folder("--model_path", config.model_path)
     template = PromptTemplate.from_dict(sft_config["prompt"])
     config.max_length = sft_config["max_length"]
     are_cited = cites_sentences(factual_rows(rows))
@@ -111,19 +101,15 @@ def prompt_source(
 
 
 def main() -> None:
-    description = (
-        "Checks training data and reports on it: counts, token lengths, what will be shortened or left out."
-    )
-    config = parse_options(ReportConfig, description)
+    config = parse_options(ReportConfig, __doc__.partition("\n")[0])
     check_new_file("--export_preferences", config.export_preferences, (".jsonl",))
-    typed = typed_names()
-    if "seed" in typed and config.val_fraction is None:
+    if "seed" in given_names(config) and config.val_fraction is None:
         log("info: --seed has no effect without --val_fraction")
     rows = read_data(config, validate=False)
     from sft.model.base import own_settings
 
     with own_settings():
-        report(config, rows, *prompt_source(config, rows[0], typed))
+        report(config, rows, *prompt_source(config, rows[0]))
 
 
 def report(

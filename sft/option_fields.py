@@ -15,8 +15,8 @@ from pathlib import Path
 from sft.cli import InputError, check_processes, log, on_main_process, plural, preview_list, safe_id
 
 # The groups of --help, in this order
-_GROUPS = ("data", "notes", "model", "training", "LoRA", "generation", "machine", "run")
-DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN = _GROUPS
+GROUPS = ("data", "notes", "model", "training", "LoRA", "generation", "machine", "run")
+DATA, NOTES, MODEL, TRAINING, LORA, GENERATION, MACHINE, RUN = GROUPS
 
 # The metavar of an option says what it takes: NAME a column, TEXT and MAP any text, else a path or a model
 NAME = "NAME"
@@ -65,16 +65,10 @@ def default_of(field: dataclasses.Field):
     return field.default_factory() if field.default is dataclasses.MISSING else field.default
 
 
-def typed_names(argv: list[str] | None = None) -> set[str]:
-    """The options on the command line, also those with their default."""
-    words = sys.argv[1:] if argv is None else argv
-    return {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
-
-
 def given_names(config) -> set[str]:
     """The options that were typed, or that have another value than their default."""
     changed = {f.name for f in dataclasses.fields(config) if getattr(config, f.name) != default_of(f)}
-    return changed | typed_names()
+    return changed | config.given
 
 
 # ------------------------------------------------------------------------------- checks
@@ -84,7 +78,8 @@ def check_config(config) -> None:
     """Raises InputError unless every value of a configuration made in Python is one that its option takes."""
     hints = typing.get_type_hints(type(config))
     fields = {field.name: field for field in dataclasses.fields(config)}
-    unknown = sorted(set(vars(config)) - set(fields))
+    # Beside the options: what was typed, and what a repeated run recorded
+    unknown = sorted(set(vars(config)) - set(fields) - {"given", "recorded"})
     if unknown:
         raise InputError(f"unknown options: {preview_list(map(safe_id, unknown))}", "check the spelling")
     for name, field in fields.items():
@@ -188,7 +183,7 @@ def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
     parser = _Parser(description=description, formatter_class=formatter, allow_abbrev=False)
     hints = typing.get_type_hints(config_class)
     groups = {}
-    for field in sorted(dataclasses.fields(config_class), key=lambda f: _GROUPS.index(f.metadata["group"])):
+    for field in sorted(dataclasses.fields(config_class), key=lambda f: GROUPS.index(f.metadata["group"])):
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -205,8 +200,8 @@ def _make_parser(config_class, description: str) -> argparse.ArgumentParser:
 
 
 def parse_options(config_class, description: str, argv: list[str] | None = None):
-    """The command line as a `config_class` (a dataclass of `option` fields). Raises InputError for a bad
-    option."""
+    """The command line as a `config_class` (a dataclass of `option` fields), `given`: what was typed. Raises
+    InputError for a bad option."""
     check_processes()
     parser = _make_parser(config_class, description)
     values, unknown = parser.parse_known_args(argv)
@@ -218,6 +213,7 @@ def parse_options(config_class, description: str, argv: list[str] | None = None)
         raise InputError(problem, "put quotes around a text with spaces")
     config = config_class(**vars(values))
     words = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
+    config.given = {word.removeprefix("--") for word in words if word.startswith("--")}
     for field in dataclasses.fields(config):
         arguments = field.metadata["argparse"]
         value = getattr(config, field.name)

@@ -6,17 +6,13 @@ Options that several scripts share are declared in groups that the scripts' conf
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
-from sft import option_fields
 from sft.cli import InputError
-from sft.option_fields import MAP, NAME, TEXT, number, option
+from sft.option_fields import GROUPS, MAP, NAME, TEXT, number, option
 
-# For those who read configurations
-check_config = option_fields.check_config
-check_value = option_fields.check_value
-check_words = option_fields.check_words
-parse_options = option_fields.parse_options
-typed_names = option_fields.typed_names
+# isort: split
+from sft.option_fields import check_config, check_value, check_words, given_names, parse_options  # noqa: F401
 
 BUNDLED_MODEL = "smollm2-135m-instruct"
 BUNDLED_TRAIN_FILE = "phase1_data/sft/train_set_processed.csv"
@@ -27,14 +23,9 @@ DEFAULT_GENERATION_BATCH_SIZE = 32
 CPU_TOKENS_PER_PASS = 800  # a CPU's matrix products gain little from more, and memory grows with them
 
 # A field of each group of --help
-data = partial(option, group=option_fields.DATA)
-notes = partial(option, group=option_fields.NOTES)
-model = partial(option, group=option_fields.MODEL)
-training = partial(option, group=option_fields.TRAINING)
-lora = partial(option, group=option_fields.LORA)
-generation = partial(option, group=option_fields.GENERATION)
-machine = partial(option, group=option_fields.MACHINE)
-run = partial(option, group=option_fields.RUN)
+data, notes, model, training, lora, generation, machine, run = (
+    partial(option, group=group) for group in GROUPS
+)
 
 COUNT = number(int, 0)
 AT_LEAST_1 = number(int, 1)
@@ -49,6 +40,8 @@ LENGTH = number(int, 32)
 
 @dataclass
 class FileOptions:
+    given: ClassVar[set[str]] = set()  # the names of what was typed, also with its default
+
     train_csv: str | list[str] = data(
         [BUNDLED_TRAIN_FILE],
         "training rows: .csv, .tsv, .json or .jsonl with the columns clinical_note, model_summary, label and "
@@ -177,6 +170,8 @@ class ReportConfig(DataOptions):
 @dataclass
 class TrainConfig(MachineOptions, DataOptions):
     """Options of stage_a_sft_training.py."""
+
+    recorded: ClassVar[dict] = {}  # the SHA-256s of the run that is repeated
 
     preset: str = training(
         "documents",

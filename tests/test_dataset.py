@@ -299,7 +299,7 @@ def test_warnings_about_many_rows(capfd):
     too_long = [(f"{i}. Fever.", "Feverish. " * dice.randint(200, 300)) for i in range(2)]
     rows = rows_of([*notes, *too_long, *notes[:2]])
     dataset = SFTDataset(rows, encoder_for("none"), 160)
-    whole = f"--max_length {dataset.whole_length} would hold all rows whole"
+    whole = f"--max_length {max(dataset.whole_lengths)} would hold all rows whole"
     log_data_warnings((rows, []), (dataset, SFTDataset([], dataset.encoder, 160)), options_for("x.csv"))
     assert capfd.readouterr().err.splitlines() == [
         "warning: x.csv: 9 notes shortened to fit --max_length 160, which cuts 69.4% of the text of all notes;"

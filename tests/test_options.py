@@ -12,10 +12,10 @@ from sft.options import (
     ReportConfig,
     TrainConfig,
     check_config,
+    given_names,
     number,
     parse_options,
     quantization_of,
-    typed_names,
 )
 
 CONFIGS = [ReportConfig, TrainConfig, InferenceConfig, EvaluationConfig]
@@ -235,8 +235,14 @@ def test_options_without_effect_are_refused_or_said(capsys):
     assert "--seed has no effect without --temperature" in said and "--batch_size has no effect" in said
 
 
-def test_what_was_typed():
-    assert typed_names(["--a", "1", "--b=--c", "-d", "e --f"]) == {"a", "b"}
+def test_what_was_typed_is_known_of_the_own_command_line_alone(monkeypatch):
+    config = parse("--seed", "42", "--instruction=--lora_r", "--model_name=a/b")
+    assert config.given == {"seed", "instruction", "model_name"}
+    assert given_names(config) == config.given
+    check_config(config)
+    # Of another program that has options of these names
+    monkeypatch.setattr("sys.argv", ["sweep.py", "--seed", "42", "--num_epochs=9"])
+    assert given_names(TrainConfig(lora_r=8)) == {"lora_r"}
 
 
 def test_a_list_is_given_once():

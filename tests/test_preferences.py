@@ -11,7 +11,7 @@ from tiny import CHAT_TEMPLATES, NOTES, encoder_for, tiny_tokenizer, write_csv
 import sft_dataset
 from sft.cli import InputError
 from sft.data.dataset import SFTDataset
-from sft.data.preferences import differing_texts, end_of_turn, find_pairs, preference_pairs
+from sft.data.preferences import differing_texts, end_of_turn, find_pairs
 from sft.data.prompt import PromptEncoder, build_template
 from sft.data.rows import Row, factual_rows
 
@@ -40,7 +40,7 @@ PAIRED = rows_of_labels(
 def test_a_pair_has_the_tokens_of_stage_a(chat, bos):
     """As ids, and as texts tokenized the way TRL does: with the tokenizer's BOS, and its EOS at the end."""
     encoder = encoder_with_bos(chat, bos)
-    pairs = preference_pairs(PAIRED, encoder, 256)
+    pairs = find_pairs("x.csv", PAIRED, encoder, 256)
     dataset = SFTDataset(factual_rows(PAIRED), encoder, 256)
     trained = {example.row_id: example for example in dataset.examples}
     assert len(pairs) == 6 and pairs[-1]["shortened"]
@@ -64,7 +64,7 @@ def test_trl_makes_the_same_tokens(chat):
     from trl import DPOConfig, DPOTrainer
 
     encoder = encoder_with_bos(chat, chat != "chatml")
-    pairs = preference_pairs(PAIRED, encoder, 256)
+    pairs = find_pairs("x.csv", PAIRED, encoder, 256)
     tokenizer = encoder.tokenizer
     eos = tokenizer.eos_token
     tokenizer.eos_token = end_of_turn(encoder)
@@ -86,7 +86,7 @@ def test_texts_that_trl_would_read_otherwise_are_found():
         ("Fever <|im_end|> and cough.", "Rash.", "hallucinated"),
     )
     encoder = encoder_for("chatml")
-    assert differing_texts(preference_pairs(rows, encoder, 256), encoder) == ["r1"]
+    assert differing_texts(find_pairs("x.csv", rows, encoder, 256), encoder) == ["r1"]
 
 
 def test_what_is_left_out_is_counted_and_named(capfd):
@@ -98,7 +98,7 @@ def test_what_is_left_out_is_counted_and_named(capfd):
         ("Rash.", "A rash. " * 60, "factual"),
         ("Rash.", "A burn.", "hallucinated"),
     )
-    pairs = preference_pairs(rows, encoder_for("chatml"), 200)
+    pairs = find_pairs("x.csv", rows, encoder_for("chatml"), 200)
     assert [(pair["id"], pair["factual_id"]) for pair in pairs] == [("r2", "r0")]
     said = capfd.readouterr().err
     assert "1 hallucinated row without a factual summary of the same note: id r3" in said
@@ -113,7 +113,7 @@ def test_a_summary_with_both_labels_is_on_neither_side(capfd):
         ("Fever.", "Febrile.", "hallucinated"),
         ("Fever.", "No fever.", "hallucinated"),
     )
-    pairs = preference_pairs(rows, encoder_for("chatml"), 256)
+    pairs = find_pairs("x.csv", rows, encoder_for("chatml"), 256)
     assert [(pair["chosen"], pair["rejected"]) for pair in pairs] == [("Has fever.", "No fever.")]
     assert "whose summary another row of the same note calls factual: id r2" in capfd.readouterr().err
     with pytest.raises(InputError, match="no pair"):
@@ -146,7 +146,9 @@ def test_the_prompt_is_the_adapters_own(adapters, csv_files, tmp_path, monkeypat
     run_script(monkeypatch, *arguments)
     (adapter / "sft_config.json").rename(tmp_path / "sft_config.json")
     try:
-        with pytest.raises(InputError, match="folder of this toolkit that it was trained further from"):
+        with pytest.raises(
+            InputError, match=r"--model_path .*no sft_config\.json[\s\S]*\nname the final_model"
+        ):
             run_script(monkeypatch, *arguments)
     finally:
         (tmp_path / "sft_config.json").rename(adapter / "sft_config.json")

@@ -37,6 +37,8 @@ def test_advice_follows_the_losses():
     beyond = {"num_epochs": 4, "learning_rate": 1e-2, "lora_r": 64}
     assert advice(3.0, (3.0, 2.99), **beyond).endswith("try --target_modules all-linear")
     assert advice(3.0, (3.0, 2.99), **beyond, target_modules=["all-linear"]).endswith("more rows")
+    from_adapter = advice(3.0, (3.0, 2.99), init_adapter="parent")
+    assert "barely moved" in from_adapter and "lora_r" not in from_adapter and "modules" not in from_adapter
     assert "--learning_rate" not in advice(3.0, (4.0, 3.5), learning_rate=1e-6)
     assert "1 step skipped" in advice(3.0, (2.0, 2.0), skipped_steps=1)
 

@@ -88,7 +88,7 @@ def without_confidence(results) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def learned():
-    return learn_writing(rows_of(PAIRS), TrainConfig(part_rows=True), False, None)
+    return learn_writing(rows_of(PAIRS), TrainConfig(part_rows=True), False)
 
 
 def written(text: str, *log_probs: float) -> Answer:
@@ -130,9 +130,7 @@ def test_parts_hold_what_their_sentences_say(learned):
     for row in learned.rows:
         words = set(re.findall(r"\w+", row.model_summary.lower()))
         assert words <= {"was", *re.findall(r"\w+", row.clinical_note.lower())}
-    assert (
-        learned.digest != learn_writing(rows_of(PAIRS[1:]), TrainConfig(part_rows=True), False, None).digest
-    )
+    assert learned.digest != learn_writing(rows_of(PAIRS[1:]), TrainConfig(part_rows=True), False).digest
 
 
 @pytest.mark.parametrize(
@@ -151,7 +149,7 @@ def test_parts_hold_what_their_sentences_say(learned):
 )
 def test_no_parts_and_why(pairs, options, numbered, why, capsys):
     rows = rows_of(pairs)
-    learned = learn_writing(rows, TrainConfig(**options), numbered, None)
+    learned = learn_writing(rows, TrainConfig(**options), numbered)
     assert learned.rows == []
     assert learned.digest == ""
     assert learned.settings["writing"] == ("quote" if pairs is PAIRS else "free")

@@ -22,7 +22,7 @@ from sft.options import (
     DataOptions,
     TrainConfig,
     check_config,
-    typed_names,
+    given_names,
 )
 
 if TYPE_CHECKING:
@@ -130,10 +130,19 @@ class SFTDataset:
                     self.row_indices.append(i)
 
     @property
-    def whole_length(self) -> int:
-        """The max_length that would hold every row with its whole note."""
+    def whole_lengths(self) -> "np.ndarray":
+        """The max_length that each row needs with its whole note: (n_rows,)."""
         n_end_token = 1
-        return int(self.lengths.sum(1).max(initial=0)) + self.encoder.n_template_tokens + n_end_token
+        return self.lengths.sum(1) + self.encoder.n_template_tokens + n_end_token
+
+    @property
+    def enough(self) -> str:
+        """What would hold all rows whole: --max_length, or another model."""
+        longest = self.whole_lengths.max(initial=0)
+        takes = getattr(self.encoder.tokenizer, "model_max_length", None) or longest
+        if longest > takes:
+            return f"all rows whole need a model that takes {longest} tokens (this one: {takes})"
+        return f"--max_length {longest} would hold all rows whole"
 
     @property
     def shortened(self) -> list[str]:
@@ -160,7 +169,7 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
         raise InputError("--val_csv cannot be combined with --val_fraction", "choose one")
     # What was typed may be the default on purpose
     is_default = isinstance(options.train_csv, list) and options.train_csv == [BUNDLED_TRAIN_FILE]
-    is_default = is_default and "train_csv" not in typed_names()
+    is_default = is_default and "train_csv" not in given_names(options)
     if is_default and options.val_csv is not None and str(options.val_csv) != BUNDLED_VALIDATION_FILE:
         problem = "--val_csv without --train_csv: other notes would validate training on the bundled notes"
         raise InputError(problem, f"pass --train_csv FILE (the bundled notes: {BUNDLED_TRAIN_FILE})")
@@ -233,8 +242,7 @@ def load_datasets(
         if dataset.rows and not dataset.examples:
             n_lost = f"{dataset.lengths[:, 0].sum():,} tokens in {plural(len(dataset.rows), 'row')}"
             problem = f"{path}: no row fits --max_length {options.max_length}"
-            fix = f"--max_length {dataset.whole_length} would hold all rows whole"
-            raise InputError(f"{problem}, so all of the notes' text ({n_lost}) is lost", fix)
+            raise InputError(f"{problem}, so all of the notes' text ({n_lost}) is lost", dataset.enough)
     return datasets
 
 

@@ -22,9 +22,9 @@ from sft.data.rows import Row, contradicted_texts, factual_rows, name_rows
 from sft.files import write_atomic
 
 
-def preference_pairs(rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> list[dict]:
-    """The pairs in `rows`, each note shortened as Stage A shortens it beside its factual summary. Logs which
-    hallucinated rows are left out, and why.
+def find_pairs(path: str, rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> list[dict]:
+    """The pairs in `rows` of the file `path`, each note shortened as Stage A shortens it beside its factual
+    summary. Logs which hallucinated rows are left out, and why. Raises InputError if there is no pair.
 
     A summary that has both labels for the same note is used on neither side."""
     contradicted = contradicted_texts(rows)
@@ -47,6 +47,10 @@ def preference_pairs(rows: Sequence[Row], encoder: PromptEncoder, max_length: in
             left_out["whose note and factual summary do not fit --max_length"].append(row.name)
     for reason, names in left_out.items():
         log(f"warning: no pair for {plural(len(names), 'hallucinated row')} {reason}: {name_rows(names)}")
+    if not pairs:
+        n_rows = plural(sum(row.label == "hallucinated" for row in rows), "hallucinated row")
+        problem = f"--export_preferences: {path} holds no pair of summaries of one note ({n_rows})"
+        raise InputError(problem, "give a hallucinated row the same clinical_note as a factual one")
     return pairs
 
 
@@ -98,16 +102,6 @@ def differing_texts(pairs: Sequence[dict], encoder: PromptEncoder) -> list[str]:
         return ids != pair["prompt_ids"] + pair[f"{answer}_ids"]
 
     return [pair["id"] for pair in pairs if differs(pair, "chosen") or differs(pair, "rejected")]
-
-
-def find_pairs(path: str, rows: Sequence[Row], encoder: PromptEncoder, max_length: int) -> list[dict]:
-    """`preference_pairs`, at least one. Raises InputError if there is none."""
-    pairs = preference_pairs(rows, encoder, max_length)
-    if not pairs:
-        n_rows = plural(sum(row.label == "hallucinated" for row in rows), "hallucinated row")
-        problem = f"--export_preferences: {path} holds no pair of summaries of one note ({n_rows})"
-        raise InputError(problem, "give a hallucinated row the same clinical_note as a factual one")
-    return pairs
 
 
 def export_pairs(path: Path, pairs: Sequence[dict], encoder: PromptEncoder) -> None:

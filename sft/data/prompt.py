@@ -6,7 +6,6 @@ Training and inference both build their prompts here, with the same functions, s
 import bisect
 import functools
 import itertools
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sft.cli import InputError, first_line, log, on_main_process, preview_list
-from sft.files import check_format_version
 from sft.grounding.sentences import SENTENCE_VERSION, number_sentences, sentence_spans
 
 INSTRUCTION = "Summarize the clinical note. State only what the note says."
@@ -63,13 +61,6 @@ class PromptTemplate:
         if not (are_texts and are_tokens and stop_token_ids and is_known):
             raise TypeError("the prompt's parts are of other types")
         return cls(**{**values, "stop_token_ids": stop_token_ids})
-
-    @classmethod
-    def of_folder(cls, folder: Path) -> "PromptTemplate":
-        """The prompt of an adapter folder or a checkpoint. Raises InputError for a newer version's folder."""
-        sft_config = json.loads((folder / "sft_config.json").read_text(encoding="utf-8"))
-        check_format_version(folder, sft_config)
-        return cls.from_dict(sft_config["prompt"])
 
     @property
     def cited_version(self) -> int | None:

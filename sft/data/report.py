@@ -76,10 +76,7 @@ def log_unsupported_summaries(path: str, rows: Sequence[Row]) -> None:
 
 def _length_warnings(dataset: SFTDataset) -> Iterator[str]:
     limit = f"--max_length {dataset.max_length}"
-    takes = getattr(dataset.encoder.tokenizer, "model_max_length", None) or 0
-    enough = f"--max_length {dataset.whole_length} would hold all rows whole"
-    if dataset.whole_length > takes > 0:
-        enough += f", but the model takes {takes} tokens"
+    enough = dataset.enough
     whole = dataset.lengths[:, 0]
     cut = [(i, example) for i, example in zip(dataset.row_indices, dataset.examples) if example.shortened]
     if cut:

@@ -300,7 +300,7 @@ def _find_base_model(folder: Path, sft_config: dict, adapter_config: dict, base_
             return bundled_model()
         if (ROOT / name).is_dir() or sft_config.get("base_model_is_local"):
             return resolve_model(str(ROOT / name), _FIX_BASE_MODEL)  # never looked up on the Hub
-        return resolve_model(name, _FIX_BASE_MODEL, may_download=False)
+        return resolve_model(name, _FIX_BASE_MODEL, to_type="--base_model")
     except InputError as error:
         problem = f"the adapter's base model is not available: {error.problem}"
         raise InputError(problem, error.fix) from None

@@ -136,11 +136,11 @@ def resolve_model(
     model_name: str,
     fix: str = f"use {BUNDLED_MODEL}, a folder with a model, or a Hub id such as meta-llama/Llama-2-7b-hf",
     *,
-    may_download: bool = True,
+    to_type: str = "",
 ) -> Path:
     """The folder of a base model: the bundled one (converted on first use), a local folder, or a Hub id
-    (downloaded, if the user typed it, unless it is in the local cache). Raises InputError if there is no such
-    model, with `fix` if that is a folder."""
+    (downloaded, unless it is in the local cache). What nobody typed is not downloaded: then `to_type` is the
+    option for it. Raises InputError if there is no such model, with `fix` if that is a folder."""
     if model_name == BUNDLED_MODEL:
         return bundled_model()
     folder = Path(model_name).expanduser()
@@ -157,11 +157,11 @@ def resolve_model(
             raise InputError(problem, f"use {match.expand(right)}")
     if model_name.startswith((".", "/", "~")) or model_name.count("/") != 1:
         raise InputError(f"{model_name}: no such folder", fix)
-    return _hub_model(model_name, may_download)
+    return _hub_model(model_name, to_type)
 
 
-def _hub_model(model_id: str, may_download: bool) -> Path:
-    """From the local cache or, only here and only if it `may_download`, from the Hub."""
+def _hub_model(model_id: str, to_type: str) -> Path:
+    """From the local cache or, only here and only without `to_type`, from the Hub."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 
@@ -179,9 +179,9 @@ def _hub_model(model_id: str, may_download: bool) -> Path:
             files = weight_files(folder)
             if files and all(file.is_file() for file in files):
                 return folder
-        if not may_download:
+        if to_type:
             problem = f"{model_id}: not a local folder, nor in the local cache of the Hub"
-            fix = f"run: hf download {model_id}; or pass --base_model with this id or a folder"
+            fix = f"run: hf download {model_id}; or pass {to_type} with this id or a folder"
             raise InputError(problem, fix)
         log(
             f"Downloading {model_id} from the Hugging Face Hub (first use only). The Hub is sent the model name, "
@@ -289,11 +289,16 @@ def public_name(folder: Path) -> str | None:
 
 @own_settings()
 def load_tokenizer(folder_or_name: str | Path):
-    """The tokenizer of a model folder, Hub id or the bundled model. Raises InputError if it cannot be
-    loaded."""
+    """The tokenizer of a model folder, Hub id or the bundled model; of a base model, with its window. Raises
+    InputError if it cannot be loaded."""
     folder = folder_or_name if isinstance(folder_or_name, Path) else resolve_model(folder_or_name)
     with as_input_error(f"{folder}: its tokenizer cannot be loaded", "check the model folder"):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if (folder / "config.json").is_file():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            window = getattr(config.get_text_config(), "max_position_embeddings", None)
+            tokenizer.model_max_length = window or tokenizer.model_max_length
+        return tokenizer
 
 
 @own_settings()

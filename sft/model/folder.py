@@ -92,6 +92,17 @@ def read_adapter_folder(
     return folder, sft_config, adapter_config
 
 
+def read_named_folder(option: str, path: str | Path, **options) -> tuple[Path, dict, dict]:
+    """As read_adapter_folder, of an adapter folder of ours that `option` names; its refusals name it too."""
+    try:
+        return read_adapter_folder(path, **options)
+    except InputError as error:
+        # Advice on inference's options would lead in a circle, or to options that are not there
+        is_elsewhere = "--prompt_from" in error.fix or "--model_path" in error.fix
+        fix = "name the final_model folder of this toolkit, as it was written" if is_elsewhere else error.fix
+        raise InputError(f"{option} {error.problem}", fix) from None
+
+
 def _check_adapter_files(folder: Path) -> None:
     if not (folder / "adapter_config.json").is_file():
         inside = sorted(folder.glob("*/adapter_config.json"), reverse=True)
@@ -171,14 +182,7 @@ def log_quantization(chosen: str | None, sft_config: dict) -> None:
 
 def _read_foreign_folder(folder: Path, prompt_from: str | Path, verify: bool) -> tuple[Path, dict, dict]:
     """As read_adapter_folder, of an adapter that another tool saved, with the prompt of `prompt_from`."""
-    try:
-        ours, sft_config, our_config = read_adapter_folder(prompt_from, verify=verify)
-    except InputError as error:
-        fix = error.fix
-        # Advice on these options would lead in a circle
-        if "--prompt_from" in fix or "--model_path" in fix:
-            fix = "name the final_model folder of this toolkit, as it was before the other tool"
-        raise InputError(f"--prompt_from {error.problem}", fix) from None
+    ours, sft_config, our_config = read_named_folder("--prompt_from", prompt_from, verify=verify)
     _check_adapter_files(folder)
     adapter_config = read_json_object(folder / "adapter_config.json")
     if adapter_config.get("peft_type") != "LORA":

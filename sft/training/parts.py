@@ -7,7 +7,6 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from sft.cli import log, on_main_process, plural
 from sft.data.rows import Row
@@ -37,9 +36,7 @@ class Learned:
         return hashlib.sha256(texts.encode()).hexdigest() if self.rows else ""
 
 
-def learn_writing(
-    rows: Sequence[Row], config: TrainConfig, is_numbered: bool, checkpoint: Path | None
-) -> Learned:
+def learn_writing(rows: Sequence[Row], config: TrainConfig, is_numbered: bool) -> Learned:
     """Fits the selector on the training rows and makes the rows of parts, if the run has them. `is_numbered`:
     whether the prompt numbers the note's sentences. Says what came of it, in figures."""
     rows = _every(rows, _MOST_ROWS)
@@ -54,8 +51,9 @@ def learn_writing(
             "free writing may invent: read every summary beside its note, or give --writing quote"
         )
     part_rows, left_out = [], Counter()
-    if config.part_rows and (why_not := _why_no_parts(is_numbered, checkpoint)):
-        messages.append(f"Parts: none: {why_not}")
+    # A part's sentence has no citations, which the instruction asks for
+    if config.part_rows and is_numbered:
+        messages.append("Parts: none: the summaries cite numbered sentences")
     elif config.part_rows:
         for row, pair in zip(rows, pairs, strict=True):
             sentences, reasons = training_pairs(*pair)
@@ -78,13 +76,3 @@ def learn_writing(
 def _every(items: Sequence, most: int) -> Sequence:
     """Every n-th of them, at most `most`."""
     return items[:: -(-len(items) // most) or 1]
-
-
-def _why_no_parts(is_numbered: bool, checkpoint: Path | None) -> str:
-    """Why a run cannot train on parts; "" if it can."""
-    if checkpoint:
-        saved = json.loads((checkpoint / "sft_config.json").read_text(encoding="utf-8"))
-        if "part_rows" not in saved.get("training", {}):
-            return "the run was begun by a version without them"
-    # A part's sentence has no citations, which the instruction asks for
-    return "the summaries cite numbered sentences" if is_numbered else ""

@@ -2,14 +2,13 @@
 adapter that it starts from. Needs no torch."""
 
 import contextlib
-import hashlib
+import copy
 import json
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
-from sft.cli import InputError, log, on_main_process, safe_id
-from sft.files import sha256
-from sft.model.folder import read_adapter_folder
+from sft.cli import InputError, preview_list, safe_id
+from sft.model.folder import read_named_folder
 from sft.option_fields import check_config, default_of, given_names, parse_options
 from sft.options import BUNDLED_VALIDATION_FILE, DEFAULT_MAX_LENGTH, TrainConfig
 
@@ -20,6 +19,7 @@ PRESETS = {
         "learning_rate": 2e-4,
         "target_modules": ["q_proj", "v_proj"],
         "max_length": DEFAULT_MAX_LENGTH,
+        "part_rows": False,
     },
     "thorough": {
         "num_epochs": 2,
@@ -33,6 +33,7 @@ PRESETS = {
         "learning_rate": 1e-3,
         "target_modules": ["q_proj", "v_proj"],
         "max_length": DEFAULT_MAX_LENGTH,
+        "part_rows": False,
     },
 }
 # Never taken from an earlier run
@@ -40,39 +41,33 @@ _OF_THIS_RUN = {"output_dir", "resume", "overwrite", "dry_run", "config"}
 # One that is given leaves no room for an earlier run's others
 _EXCLUSIVE = ({"val_csv", "val_fraction"}, {"quantization", "use_8bit", "use_4bit"})
 # What an adapter to start from has decided
-_OF_ADAPTER = (
-    "lora_r",
-    "lora_alpha",
-    "use_rslora",
-    "target_modules",
-    "instruction",
-    "sentence_numbering",
-    "thinking",
-)
+_OF_ADAPTER = "lora_r lora_alpha use_rslora target_modules instruction sentence_numbering thinking".split()
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """The configuration with the values of --preset, --config and --init_adapter where none were given.
-    Raises InputError."""
+    """A copy with the values of --preset, --config and --init_adapter where none were given. Raises
+    InputError."""
+    config = copy.copy(config)
     # From Python a path may be a Path, which JSON does not know
-    paths = {name: str(value) for name, value in vars(config).items() if isinstance(value, Path)}
-    config = replace(config, **paths)
-    given = given_names(config)
+    vars(config).update({name: str(value) for name, value in vars(config).items() if isinstance(value, Path)})
+    config.given = given = given_names(config)
     # Read once: it may be a pipe
-    options, recorded = _read(config.config) if config.config else ({}, {})
+    options, config.recorded = _read(config.config) if config.config else ({}, {})
     earlier = check_options(config.config, options) if options else {}
     values = PRESETS[earlier.get("preset", config.preset)] | earlier
     if "preset" in given:
         values = earlier | PRESETS[config.preset]
     for names in _EXCLUSIVE:
         given |= names if names & given else set()
+    # A value beside the adapter's name is meant for it
+    fixed = given if "init_adapter" in given else given | earlier.keys()
     # The bundled validation notes say nothing about training rows that are given
     if "train_csv" in given and values.get("val_csv") == BUNDLED_VALIDATION_FILE:
         del values["val_csv"]
-    config = replace(config, **{name: value for name, value in values.items() if name not in given})
-    if config.config:
-        log_other_files(config, recorded)
-    return take_from_adapter(config, given) if config.init_adapter else config
+    vars(config).update({name: value for name, value in values.items() if name not in given})
+    if config.init_adapter:
+        vars(config).update(shape_of_adapter(config, fixed))
+    return config
 
 
 def _read(file: str) -> tuple[dict, dict]:
@@ -113,20 +108,25 @@ def check_options(file: str | None, options: dict) -> dict:
     """The options of a file, checked as if they had been typed. Raises InputError."""
     typed = []
     kinds = {field.name: field.type for field in fields(TrainConfig)}
-    named = {name: value for name, value in options.items() if name not in _OF_THIS_RUN}
+    unknown = [safe_id(f"--{name}") for name in options if name not in kinds]
+    if unknown:
+        problem = f"--config {file}: unrecognized arguments: {preview_list(unknown)}"
+        raise InputError(problem, "run python stage_a_sft_training.py --help")
+    # Without a value an option is not given
+    named = {k: value for k, value in options.items() if k not in _OF_THIS_RUN and value is not None}
     for name, value in named.items():
-        values = value if isinstance(value, list) and "list" in str(kinds.get(name)) else [value]
-        if any(isinstance(one, list | dict) for one in values) and name in kinds:
+        values = value if isinstance(value, list) and "list" in str(kinds[name]) else [value]
+        if any(isinstance(one, list | dict) for one in values):
             fix = "write one word or number; for several files or layers: [a, b]"
             raise InputError(f"--config {file}: {name}: not a value that this option takes", fix)
         # YAML reads on and off as truth values
-        if isinstance(value, bool) and kinds.get(name) is not bool:
+        if isinstance(value, bool) and kinds[name] is not bool:
             value = "on" if value else "off"
         if isinstance(value, list):
             typed += [f"--{name}", *map(str, value)]
         elif value is True:
             typed.append(f"--{name}")
-        elif value is not None and value is not False:
+        elif value is not False:
             typed.append(f"--{name}={value}")
     try:
         parsed = parse_options(TrainConfig, "", typed)
@@ -135,33 +135,30 @@ def check_options(file: str | None, options: dict) -> dict:
     return {name: getattr(parsed, name) for name in named}
 
 
-def log_other_files(config: TrainConfig, recorded: dict) -> None:
-    """Says which of the files are not those of which the earlier run `recorded` the SHA-256."""
-    for name, files in (("train_csv", config.train_files), ("val_csv", [config.val_file])):
-        with contextlib.suppress(OSError, TypeError):  # missing ones are refused where they are read
-            if recorded.get(name) not in (None, sha256_of_files(files)) and on_main_process():
-                log(
-                    f"warning: {name} is not the file of {config.config} (SHA-256 differs): this is another run"
-                )
-
-
-def sha256_of_files(files: list) -> str:
-    """The SHA-256 of one file; of several, that of theirs."""
-    first, *more = [sha256(Path(file)) for file in files]
-    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
-
-
-def take_from_adapter(config: TrainConfig, given: set[str]) -> TrainConfig:
-    """The configuration with the LoRA shape and the prompt of the adapter to start from, whose folder is
-    verified. Raises InputError if another value was given."""
-    folder, parent, _ = read_adapter_folder(config.init_adapter)
+def shape_of_adapter(config: TrainConfig, given: set[str]) -> dict:
+    """What the adapter to start from has decided, as options; its folder is verified. Raises InputError if
+    another value was given."""
+    folder, parent, adapter = read_named_folder("--init_adapter", config.init_adapter)
     if "merged" in parent:
         raise InputError(f"--init_adapter {folder}: a merged model", "pass the adapter it was merged from")
+    odd = [name for name in ("use_dora", "rank_pattern", "alpha_pattern") if adapter.get(name)]
+    if odd:
+        problem = (
+            f"--init_adapter {folder}: training does not know its {', '.join(odd)} (adapter_config.json)"
+        )
+        raise InputError(problem, "leave out --init_adapter")
+    # The shape is what inference loads
+    shape = {"lora_r": adapter.get("r"), "lora_alpha": adapter.get("lora_alpha")}
+    shape["use_rslora"] = adapter.get("use_rslora", False)
+    recorded = {"target_modules": adapter.get("target_modules")} | (parent.get("training") or {}) | shape
     defaults = {field.name: default_of(field) for field in fields(config)}
-    own = {name: parent["training"].get(name, defaults[name]) for name in _OF_ADAPTER}
-    for name, value in own.items():
-        if name in given and getattr(config, name) != value:
-            problem = f"--{name}: the adapter in {folder} was trained with {safe_id(str(value))}"
-            raise InputError(problem, f"leave out --{name}, or --init_adapter")
+    own = {name: recorded.get(name, defaults[name]) for name in _OF_ADAPTER}
     check_config(TrainConfig(**own))
-    return replace(config, **own)
+    for name, value in own.items():
+        asked = getattr(config, name)
+        is_list = isinstance(value, list)
+        if name in given and (set(asked) != set(value) if is_list else asked != value):
+            shown = preview_list(map(safe_id, value if is_list else [str(value)]), 20)
+            problem = f"--{name}: the adapter in {folder} was trained with {shown}"
+            raise InputError(problem, f"leave out --{name}, or --init_adapter")
+    return own

@@ -98,11 +98,13 @@ def advise(config: TrainConfig, progress: "TrainingProgress") -> list[str]:
         whose = "the adapter's at the start" if config.init_adapter else "the untrained model's"
         advice.append(f"Val Loss rose above {whose} ({start:.4f}): {fix}")
     elif progress.step > 1 and best["val_loss"] > 0.98 * start:
+        # An adapter to start from has decided on its shape
+        is_new = not config.init_adapter
         choices = {
             "--num_epochs 3": config.num_epochs < 3,
             "--learning_rate 5e-4": config.learning_rate < 5e-4,
-            "--lora_r 32": config.lora_r < 32,
-            "--target_modules all-linear": config.target_modules != ["all-linear"],
+            "--lora_r 32": is_new and config.lora_r < 32,
+            "--target_modules all-linear": is_new and config.target_modules != ["all-linear"],
         }
         fixes = [fix for fix, is_more in choices.items() if is_more] or ["more rows"]
         advice.append(f"Val Loss barely moved: try {', '.join(fixes[:3])}")

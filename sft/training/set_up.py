@@ -18,7 +18,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from peft import PeftModel
 
 from sft.cli import InputError, log, on_main_process
-from sft.data.dataset import Example, SFTDataset, load_datasets
+from sft.data.dataset import SFTDataset, load_datasets
 from sft.data.formats import main_language
 from sft.data.prompt import PromptTemplate, set_chat_template
 from sft.data.report import log_data_warnings
@@ -31,7 +31,7 @@ from sft.model.kernels import use_frozen_kernels
 from sft.model.probes import enable_packing, is_untrained, longest_shared
 from sft.options import DEFAULT_MAX_LENGTH, MAY_CHANGE, TrainConfig, quantization_of
 from sft.training.parts import Learned, learn_writing
-from sft.training.recipes import FROM_DATA, sha256_of_files
+from sft.training.recipes import FROM_DATA
 from sft.training.run import Plan, Run, TrainingProgress
 
 
@@ -42,7 +42,9 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     accelerator = start_processes(config, placement)
     # One process converts or downloads the base model while the others wait
     with accelerator.main_process_first():
-        base_folder = base.resolve_model(config.model_name)
+        # The Hub is never asked for what a file names
+        to_type = "" if "model_name" in config.given else "--model_name"
+        base_folder = base.resolve_model(config.model_name, to_type=to_type)
         hashes = hash_inputs(config, base_folder)
     source = checkpoint or config.init_adapter
     tokenizer, template = load_prompt(config, base_folder, Path(source) if source else None)
@@ -54,8 +56,10 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
         config.max_length = typical_length(config, rows, tokenizer, template, window)
     model, packed = build_model(config, accelerator, model, window)
     datasets = load_data(config, accelerator, model, tokenizer, rows, template)
-    learned, part_examples = load_parts(config, datasets[0], checkpoint)
-    examples = datasets[0].examples + part_examples
+    train_set = datasets[0]
+    learned = learn_writing(train_set.rows, config, train_set.encoder.template.number_sentences)
+    part_examples = SFTDataset(learned.rows, train_set.encoder, config.max_length).examples
+    examples = train_set.examples + part_examples
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sft_config = describe_run(config, rows, datasets, learned, hashes, base_folder)
     sft_config["training"]["dtype"] = placement.dtype_name
@@ -118,8 +122,8 @@ def start_processes(config: TrainConfig, placement: base.Placement) -> Accelerat
 
 
 def hash_inputs(config: TrainConfig, base_folder: Path) -> dict[str, str]:
-    """The SHA-256 of data, base weights and parent adapter. Raises InputError if the adapter to start from
-    was trained on another base model."""
+    """The SHA-256 of data, base weights and parent adapter; says which the run that --config repeats had
+    others of. Raises InputError if the adapter to start from was trained on another base model."""
     hashes = {
         "train_csv": sha256_of_files(config.train_files),
         "base_weights": base.base_weights_sha256(base_folder),
@@ -127,12 +131,22 @@ def hash_inputs(config: TrainConfig, base_folder: Path) -> dict[str, str]:
     if config.val_file:
         hashes["val_csv"] = sha256(Path(config.val_file))
     if config.init_adapter:
-        parent = read_sft_config(Path(config.init_adapter))["sha256"]
-        if parent["base_weights"] != hashes["base_weights"]:
+        parent = Path(config.init_adapter)
+        if read_sft_config(parent)["sha256"]["base_weights"] != hashes["base_weights"]:
             problem = f"--init_adapter {config.init_adapter}: trained on another base model"
             raise InputError(problem, "pass --model_name with the model it was trained on")
-        hashes["parent"] = parent["adapter"]
+        hashes["parent"] = sha256(parent / "adapter_model.safetensors")
+    names = ("train_csv", "val_csv", "base_weights", "parent")
+    others = [name for name in names if config.recorded.get(name) not in (None, hashes.get(name))]
+    if others and on_main_process():
+        log(f"warning: another run than that of {config.config} (SHA-256 differs: {', '.join(others)})")
     return hashes
+
+
+def sha256_of_files(files: list) -> str:
+    """The SHA-256 of one file; of several, that of theirs."""
+    first, *more = [sha256(Path(file)) for file in files]
+    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
 
 
 def load_prompt(config: TrainConfig, base_folder: Path, source: Path | None) -> tuple:
@@ -149,7 +163,7 @@ def load_prompt(config: TrainConfig, base_folder: Path, source: Path | None) -> 
         if asked.chat_template != tokenizer.chat_template:
             problem = f"--chat_template {config.chat_template}: {source} was trained with another"
             raise InputError(problem, "leave it out: the prompt stays as it was")
-    return tokenizer, PromptTemplate.of_folder(source)
+    return tokenizer, PromptTemplate.from_dict(read_sft_config(source)["prompt"])
 
 
 def typical_length(config: TrainConfig, rows, tokenizer, template, window: float) -> int:
@@ -158,11 +172,12 @@ def typical_length(config: TrainConfig, rows, tokenizer, template, window: float
     whole = replace(config, max_length=int(min(window, 2**20)))
     # A copy, since the choice of one of several chat templates is for once
     train_set, _ = load_datasets(rows, copy.copy(tokenizer), whole, template=template)
-    n_end_token = 1
-    needed = train_set.lengths.sum(1) + train_set.encoder.n_template_tokens + n_end_token
+    needed = train_set.whole_lengths
     length = int(min(window, max(DEFAULT_MAX_LENGTH, np.ceil(np.percentile(needed, 95)))))
     if on_main_process():
-        log(f"Longest row: {length} tokens, which hold at least 95 % of the training rows whole")
+        share = math.floor(100 * (needed <= length).mean())
+        most = ", the most that the model takes" if length == window else ""
+        log(f"Longest row: {length} tokens{most}; {share} % of the training rows fit whole")
     return length
 
 
@@ -222,15 +237,6 @@ def load_data(
     check_known(max(int(example.tokens.max()) for dataset in datasets for example in dataset.examples))
     log_data_warnings(rows, datasets, config)
     return datasets
-
-
-def load_parts(
-    config: TrainConfig, train_set: SFTDataset, checkpoint: Path | None
-) -> tuple[Learned, list[Example]]:
-    """What the run learns of writing by sentences; the rows of parts that fit, as tokens."""
-    is_numbered = train_set.encoder.template.number_sentences
-    learned = learn_writing(train_set.rows, config, is_numbered, checkpoint)
-    return learned, SFTDataset(learned.rows, train_set.encoder, config.max_length).examples
 
 
 def make_fingerprint(config: TrainConfig, hashes: dict[str, str], base_config: dict, **found) -> dict:
