@@ -66,7 +66,8 @@ _ACCENTED = re.compile(r"[\u00df-\u024f\u1e00-\u1eff]")
 
 
 def strip_markup(text: str) -> tuple[str, str | None]:
-    """(the text of HTML or XML without tags, "HTML" or "XML"), or (`text`, None) if it is neither. Tags that HTML does not have stay: "plt <a few and >b" is no tag."""
+    """(the text of HTML or XML without tags, "HTML" or "XML"), or (`text`, None) if it is neither. Tags that
+    HTML does not have stay: "plt <a few and >b" is no tag."""
     if not ("<" in text or "&" in text) or _other_format(text):
         return text, None
     plain = text
