@@ -59,12 +59,14 @@ def test_numbers_and_null_of_json_are_text(tmp_path):
 
 
 def test_of_two_texts_under_one_key_none_is_chosen(tmp_path):
-    for name, content in (
-        ("a.jsonl", '{"clinical_note": "a"}\n{"id": 1, "clinical_note": "Zebra", "id": 2}\n'),
-        ("a.json", '[{"clinical_note": "Zebra", "clinical_note": "Zebra again"}]'),
+    for name, content, place in (
+        ("a.jsonl", '{"clinical_note": "a"}\n\n{"id": 1, "clinical_note": "Zebra", "id": 2}\n', "row 3"),
+        ("a.json", '[{"clinical_note": "Zebra", "clinical_note": "Zebra again"}]', "row 1"),
+        ("a.json", '[{"clinical_note": "a"}, {"x": {"y": 1, "y": 2}}]', "row 2"),
+        ("a.json", '{"clinical_note": ["a"], "clinical_note": ["Zebra"]}', "the object"),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(InputError, match="a JSON object has the same key twice\nkeep one") as refused:
+        with pytest.raises(InputError, match=f"{place} has the same key twice\nkeep one") as refused:
             list(read_table(tmp_path / name, ("clinical_note",)))
         assert "Zebra" not in str(refused.value)
 
@@ -189,8 +191,11 @@ def test_an_unknown_label_among_known_ones(tmp_path, label_map):
         InputError, match=r"1 problem: row 9 \(id 7\): label.*unknown labels: 1 unsure"
     ) as error:
         read_rows(path, DataOptions(label_map=label_map))
-    words = f"{label_map},unsure" if label_map else "unsure"
-    assert f"--label_map {words}=hallucinated" in error.value.fix
+    # What it means is for the user to say
+    advised = f"{label_map},unsure=?" if label_map else "unsure=?"
+    assert f'--label_map "{advised}"' in error.value.fix
+    with pytest.raises(InputError, match="does not map labels"):
+        read_rows(path, DataOptions(label_map=advised))
     write_csv(path, [*rows, (9, "SECRET", "SECRET", " and SECRET", "factual")])
     with pytest.raises(InputError, match="1 unsure") as error:
         read_rows(path, DataOptions(label_map=label_map))
@@ -200,7 +205,7 @@ def test_an_unknown_label_among_known_ones(tmp_path, label_map):
     assert "SECRET" not in str(error.value)
 
 
-def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path):
+def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path, capfd):
     """Hallucinated rows would be trained on."""
     labels = ["factual", "Hallucinated ", "factual"]
     rows = [(i, f"note {i}", f"summary {i}", label, "") for i, label in enumerate(labels)]
@@ -211,9 +216,14 @@ def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path):
     for more in ({"label_column": "label"}, {"label_map": "a=factual"}):
         with pytest.raises(InputError, match="--label cannot be combined with --label_column or --label_map"):
             read_rows(path, DataOptions(label="factual", **more))
+    # A misspelling of it among known labels
+    write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["factual", "halucinated", ""])])
+    with pytest.raises(InputError, match=words):
+        read_rows(path, DataOptions(label="factual"))
     # Labels of another kind, and none
-    write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["cardiology", "", "factual"])])
+    write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["cardiology", "", "cardiology"])])
     assert [row.label for row in read_rows(path, DataOptions(label="factual"))] == ["factual"] * 3
+    assert "2 labels (cardiology) not used: --label factual" in capfd.readouterr().err
 
 
 def test_kinds_are_shown_only_if_they_can_be_no_texts():
