@@ -112,6 +112,10 @@ def test_any_json_file_gives_rows_or_a_refusal(tmp_path_factory, content):
         ("a.json", "id,clinical_note\n1,SECRET\n", "if it is a CSV, name it .csv"),
         ("a.csv", '[{"clinical_note": "SECRET", "label": "factual"}]', "this is JSON, not a CSV"),
         ("a.json", '[{"clinical_note": ["SECRET"]}]', "row 1: column clinical_note holds a list"),
+        ("a.json", '[\n{"clinical_note": "SECRET"},\n]', "not a JSON table: line 3: "),
+        ("a.json", '{"clinical_note": ["a"],\n"id": [1\n}', "not a JSON table: line 3: "),
+        ("a.jsonl", '[\n{"clinical_note": "SECRET"\n{"id": 1}]', "not a JSON table: line 3: "),
+        ("a.jsonl", '{"clinical_note": "a"}\n5\n{"clinical_note": "a"}', "line 2 is not a JSON object"),
         ("a.json", "[]", "no column clinical_note"),
         (
             "a.json",
@@ -144,6 +148,67 @@ def test_an_option_names_a_column(tmp_path):
     assert cells == {"id": "9", "clinical_note": "Fever.", "other_clinical_note": "Other"}
     with pytest.raises(InputError, match="no column is called what --note_column says"):
         list(read_table(path, ("clinical_note",), columns={"clinical_note": "x"}))
+
+
+def test_two_options_cannot_name_one_column(tmp_path):
+    """One of them would be forgotten."""
+    path = write_csv(tmp_path / "a.csv", [("Fever.", "x")], ["Text", "other"])
+    for ours, words in (("id", "--id_column"), ("model_summary", "--summary_column")):
+        names = {ours: "text", "clinical_note": " TEXT"}
+        with pytest.raises(InputError, match=f"{words} and --note_column name the same column"):
+            list(read_table(path, ("clinical_note",), columns=names))
+
+
+def test_one_label_has_one_meaning(csv_files):
+    with pytest.raises(InputError, match="gives one label two meanings"):
+        read_rows(csv_files[0], DataOptions(label_map="Y=hallucinated,y=factual"))
+    assert read_rows(csv_files[0], DataOptions(label_map="Y=factual,y=factual"))
+
+
+@pytest.mark.parametrize("last", ["", "x"])
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (4, 70, 71)])
+def test_row_names_without_a_header_are_refused(tmp_path, last, numbers):
+    """As R writes them: each cell would be taken for that of the next column."""
+    path = tmp_path / "a.csv"
+    rows = "".join(f'"{number}","p","A note.","{last}"\n' for number in numbers)
+    path.write_text(f'"id","clinical_note","ward"\n{rows}')
+    with pytest.raises(InputError, match=r"row names\?\)\n.*row\.names=FALSE"):
+        list(read_table(path, ("clinical_note",)))
+    # A separator at the end of rows is none
+    path.write_text(f"id,clinical_note\nx{numbers[0]},Fever.,\nx{numbers[1]},Cough.,\n")
+    assert [cells["clinical_note"] for _, cells, _ in read_table(path, ("clinical_note",))] == [
+        "Fever.",
+        "Cough.",
+    ]
+
+
+@pytest.mark.parametrize("second", ['\ufeff"id","clinical_note","ward"', "ID, Clinical_Note ,Ward"])
+def test_a_second_header_is_no_patient(tmp_path, second):
+    path = tmp_path / "a.csv"
+    path.write_text(f"id,clinical_note,ward\n1,Fever.,A\n{second}\n2,Cough.,B\n", encoding="utf-8-sig")
+    rows = list(read_table(path, ("clinical_note",)))
+    assert [(number, cells["id"]) for number, cells, _ in rows] == [(2, "1"), (4, "2")]
+
+
+@pytest.mark.parametrize("second", ["id,ward,clinical_note", "clinical_note,id", "note_id,clinical_note,bed"])
+def test_a_header_unlike_the_first_is_refused(tmp_path, second):
+    path = tmp_path / "a.csv"
+    path.write_text(f"id,clinical_note,ward\n1,Fever.,A\n{second}\n2,B,Cough.\n")
+    with pytest.raises(InputError, match="row 3: a second header, unlike the first"):
+        list(read_table(path, ("clinical_note",)))
+
+
+def test_a_tsv_of_one_column_has_no_other_separators(tmp_path):
+    (tmp_path / "a.tsv").write_text("clinical_note\nFever, cough; rash.\n")
+    ((_, cells, problem),) = read_table(tmp_path / "a.tsv", ("clinical_note",))
+    assert (cells, problem) == ({"clinical_note": "Fever, cough; rash."}, "")
+
+
+def test_unpaired_surrogates_of_json_become_visible(tmp_path):
+    """They cannot be written as UTF-8."""
+    (tmp_path / "a.jsonl").write_text(r'{"id": "\ud800x", "clinical_note": "a", "ward": "\udc00"}')
+    ((_, cells, _),) = read_table(tmp_path / "a.jsonl", ("clinical_note",))
+    assert cells == {"id": "\ufffdx", "clinical_note": "a", "ward": "\ufffd"}
 
 
 NAMES = ("Fall-Nr", "Befund", "Kurzfassung")

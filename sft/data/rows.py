@@ -171,7 +171,7 @@ def _label_map(text: str | None) -> dict[str, str]:
 def _make_row(
     number: int, fields: dict[str, str], label: str | None, label_of: Mapping[str, str], repairs: Counter
 ) -> Row:
-    row_id = clean_text(fields.get("id", ""))
+    row_id = fields.get("id", "").strip()
     note, markup = strip_markup(clean_text(fields.get("clinical_note", "")))
     if markup:
         repairs["note", f"in {markup}, read without tags"] += 1
@@ -181,7 +181,7 @@ def _make_row(
         clinical_note=note,
         model_summary=clean_text(fields.get("model_summary", "")),
         label=label or label_of.get(plain(fields.get("label", "")), ""),
-        hallucination_type=clean_text(fields.get("hallucination_type", "")),
+        hallucination_type=fields.get("hallucination_type", "").strip(),
     )
 
 

@@ -19,16 +19,21 @@ from typing import TYPE_CHECKING
 
 from sft.cli import InputError, plural, preview_list, safe_id
 from sft.data.formats import kind_of_file
-from sft.data.text import CONTROL_CHARACTERS, decode_bytes, find_encoding, log_repairs, read_bytes
+from sft.data.shifted import PART_OF_A_ROW, RowCheck
+from sft.data.text import (
+    CONTROL_CHARACTERS,
+    SURROGATES,
+    decode_bytes,
+    find_encoding,
+    log_repairs,
+    read_bytes,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 REQUIRED_COLUMNS = ("clinical_note", "model_summary", "label")
 COLUMNS = ("id", *REQUIRED_COLUMNS, "hallucination_type")
-_TOO_MANY_FIELDS = "more fields than the header has columns (a comma outside quotes?)"
-_PART_OF_A_ROW = "seems to be a part of a row (a line break outside quotes?)"
-_OTHER_ROWS = "a cell contains other rows (an unclosed quote?)"
 OPTION_OF_COLUMN = {
     "id": "--id_column",
     "clinical_note": "--note_column",
@@ -126,7 +131,7 @@ def _read_csv(
     columns = _checked_columns(path, header, first_row, required, names, kind)
     reader = csv.reader(_lines(data, encoding, counts), delimiter=delimiter, strict=True)
     line_end = re.search(r"[\r\n]*$", next(_lines(data, encoding, Counter())))[0]
-    check = _RowCheck(header, delimiter, line_end or "\n")
+    check = RowCheck(header, delimiter, line_end or "\n")
     needed = [columns.index(name) for name in required]
     row_names = []
     row_number = 0
@@ -143,7 +148,12 @@ def _read_csv(
             else:
                 is_number = len(fields) == len(header) + 1 and re.fullmatch(r"\d{1,9}", fields[0])
                 row_names.append(int(fields[0]) if is_number else -1)
-                yield row_number, dict(zip(columns, fields)), check.problem(fields)
+                problem = check.problem(fields)
+                cells = dict.fromkeys(columns, "") | dict(zip(columns, fields))
+                # It has words of a note in the place of the id, which messages show
+                if problem == PART_OF_A_ROW and "id" in cells:
+                    cells["id"] = ""
+                yield row_number, cells, problem
     except csv.Error as error:
         place = f"row {row_number + 1:,}, which begins on line {line_number + 1:,}"
         fix = "double every quote inside a cell, and quote the cell itself"
@@ -165,87 +175,6 @@ def _is_header(fields: Sequence[str], header: Sequence[str], needed: Sequence[in
     if names != known and has_needed and (in_place or len(set(names) & set(known)) > 1):
         raise InputError(f"{place}: a second header, unlike the first", "pass it as a file of its own")
     return names == known
-
-
-class _RowCheck:
-    """Finds rows whose cells are not their own, one after the other: the file's quotes are wrong. Compares
-    what has one word in each row, such as ids; texts are not looked at."""
-
-    def __init__(self, header: Sequence[str], delimiter: str, line_end: str):
-        self.n_columns = len(header)
-        self.n_named = sum(bool(name.strip()) for name in header)
-        self.delimiter = delimiter
-        self.line_end = line_end
-        self.first_cell = ""  # of the last sound row
-        self.was_short = False
-
-    def problem(self, fields: Sequence[str]) -> str:
-        """ "", or what is wrong with a row."""
-        if any(field.strip() for field in fields[self.n_columns :]):
-            return _TOO_MANY_FIELDS
-        if any(self._has_other_rows(fields, place) for place in range(len(fields))):
-            return _OTHER_ROWS
-        # Programs leave out empty cells at a row's end, so a short row alone says little
-        is_short = len(fields) < self.n_columns
-        is_unlike = self.first_cell and not (fields[0].strip() and _is_alike(self.first_cell, fields[0]))
-        if len(fields) == 1 < self.n_named or ((is_short or self.was_short) and is_unlike):
-            return _PART_OF_A_ROW
-        self.first_cell = fields[0].strip() or self.first_cell
-        self.was_short = is_short
-        return ""
-
-    def _has_other_rows(self, fields: Sequence[str], place: int) -> bool:
-        """Whether a cell goes on over the ends of rows, as behind a quote that is closed by an inch mark: its
-        last line begins as rows do, and the line before ends as they do. A table within a note does not."""
-        lines = [line for line in fields[place].split(self.line_end) if line.strip()]
-        n_after = self.n_columns - 1 - place
-        n_before = place + self.n_columns - len(fields)
-        if len(lines) < 2 or self.n_columns == 1 or n_before < 0:
-            return False
-        *starts, text = lines[-1].split(self.delimiter)
-        ends = lines[-2].rsplit(self.delimiter, n_after)[1:]
-        if len(starts) != n_before or len(ends) != n_after:
-            return False
-        pairs = [*zip(fields[:place], starts), *zip(fields[:place:-1], ends[::-1])]
-        n_told = sum(bool(ours.strip() and theirs.strip()) for ours, theirs in pairs)
-        if not n_told or not all(_is_alike(ours, theirs) for ours, theirs in pairs):
-            return False
-        rest = lines[-2].rsplit(self.delimiter, n_after)[0]
-        # "fever,cough" may be a part of a note
-        if not starts:
-            return n_told > 1 or rest.endswith((".", "!", "?"))
-        # So may "38,5", and "2,aspirin" behind "1,metformin"
-        is_number = starts[-1][-1:].isdigit() and text[:1].isdigit()
-        if n_told > 1 and n_after and not is_number and not _is_alike(starts[0], rest):
-            return True
-        whole = itertools.takewhile(self._is_whole, reversed(lines[:-1]))
-        ids = [starts[0], *(line.split(self.delimiter)[0] for line in whole), fields[0]]
-        return all(itertools.starmap(_follows, itertools.pairwise(ids)))
-
-    def _is_whole(self, line: str) -> bool:
-        return line.count(self.delimiter) == self.n_columns - 1 and f"{self.delimiter} " not in line
-
-
-def _is_alike(ours: str, theirs: str) -> bool:
-    """Whether two cells may be of one column. A text is alike if it has letters; an id or another single word
-    if it has the same punctuation, and digits if the other has some."""
-    if not (ours.strip() and theirs.strip()):
-        return True
-    if ours[0].isupper() and theirs[0].islower():
-        return False
-    if " " in ours.strip() or ours.strip().endswith((".", "!", "?")):
-        return theirs[0] != " " and bool(re.search(r"[^\W\d_]", theirs))
-    marks, digits = ([re.sub(kind, "", cell) for cell in (ours, theirs)] for kind in (r"\w", r"\D"))
-    return marks[0] == marks[1] and bool(digits[0]) == bool(digits[1])
-
-
-def _follows(later: str, earlier: str) -> bool:
-    """Whether an id may come soon after another: p12 after p9, or any of the same length that is long."""
-    if 4 <= len(later) == len(earlier) and re.fullmatch(r"\S*\d\S*", later):
-        return True
-    numbers = [re.sub(r"\D", "", cell[:40]) for cell in (later, earlier)]
-    same_letters = re.sub(r"\d", "", later) == re.sub(r"\d", "", earlier)
-    return same_letters and all(numbers) and 0 < int(numbers[0]) - int(numbers[1]) < 10
 
 
 def _lines(data: bytes, encoding: str, counts: Counter) -> Iterator[str]:
@@ -371,7 +300,8 @@ def _records(
                 raise InputError(f"{name}: row {number:,}: column {column} {what}", "make it one text")
             is_whole = isinstance(value, float) and value.is_integer()
             text = json.dumps(value, ensure_ascii=False, default=str) if is_nested else str(value)
-            cells[column] = "" if is_none else str(int(value)) if is_whole else text
+            text = "" if is_none else str(int(value)) if is_whole else text
+            cells[column] = SURROGATES.sub("\ufffd", text)
         yield number, cells, ""
 
 
