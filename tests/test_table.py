@@ -281,10 +281,11 @@ def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path, capfd):
     for more in ({"label_column": "label"}, {"label_map": "a=factual"}):
         with pytest.raises(InputError, match="--label cannot be combined with --label_column or --label_map"):
             read_rows(path, DataOptions(label="factual", **more))
-    # A misspelling of it among known labels
-    write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["factual", "halucinated", ""])])
-    with pytest.raises(InputError, match=words):
-        read_rows(path, DataOptions(label="factual"))
+    # Misspellings of it, and unknown labels among known ones
+    for others in (["factual", "wrong", ""], ["good", "halucinated", ""], ["", "non-factual", ""]):
+        write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, others)])
+        with pytest.raises(InputError, match="but the file itself labels"):
+            read_rows(path, DataOptions(label="factual"))
     # Labels of another kind, and none
     write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["cardiology", "", "cardiology"])])
     assert [row.label for row in read_rows(path, DataOptions(label="factual"))] == ["factual"] * 3

@@ -5,6 +5,7 @@ and id. No message holds text of the file.
 """
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 from collections import Counter, defaultdict
@@ -135,10 +136,10 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
         found = _problems(row, problem, is_shifted, missing)
         problems += (f"row {number}{shown_id}: {found_one}" for found_one in found)
     counts = ", ".join(f"{n:,} with an empty {column}" for column, n in sorted(empty.items()))
-    if others and set(labels) & label_of.keys():
-        problem = (
-            f"--label {options.label}, but the file itself labels {plural(len(others), 'row')} otherwise"
-        )
+    # Misspelled ones mean something too
+    if others and any(difflib.get_close_matches(label, LABELS, cutoff=0.7) for label in set(labels)):
+        n_others = plural(len(others), "row")
+        problem = f"--label {options.label}, but the file itself labels {n_others} otherwise"
         raise InputError(f"{name}: {problem}", "leave out --label")
     if others:
         kinds = preview_list(shown_kinds(others) or ["not shown"])
