@@ -115,13 +115,17 @@ def check_words(name: str, value: str | Path | list[str], arguments: dict) -> No
     """Raises InputError for an empty value, for several names in one word, and for what looks like a text
     where a path or a model is expected: it may be a note, so it is in no message."""
     words = [str(word) for word in value] if isinstance(value, list) else [str(value)]
-    # An empty note has a message of its own
-    if not all(word.strip() for word in words or [""]) and not name.endswith("clinical_note"):
+    # An empty note has a message of its own, and may be in any encoding
+    is_note = name.endswith("clinical_note")
+    if not all(word.strip() for word in words or [""]) and not is_note:
         raise InputError(f"{name} is empty", "pass a value, or leave it out")
     if isinstance(value, list) and any("," in word and not os.path.exists(word) for word in words):
         problem = f"{name}: names are separated by spaces, not by commas"
         raise InputError(problem, 'write: a b (in Python: ["a", "b"])')
     takes_any_text = arguments.get("metavar") in (NAME, TEXT, MAP) or "choices" in arguments
+    # Only files have such names
+    if takes_any_text and not is_note and re.search(r"[\ud800-\udfff]", "".join(words)):
+        raise InputError(f"{name} is not UTF-8", "type it in a UTF-8 terminal")
     if not takes_any_text and not all(map(_is_plain, words)):
         problem = f"{name}: no such file, folder or model (the words are not shown: they may be a note)"
         fix = "check the option; a new name with spaces needs its folder before it: ./NAME"

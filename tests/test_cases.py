@@ -75,7 +75,7 @@ def test_01_long_dialogue():
 def test_06_labels():
     with pytest.raises(InputError, match="no row has a known label; found 2 kinds: 4 no, 4 yes") as error:
         read_rows(CASES / "06_labels.csv")
-    assert "--label_map no=hallucinated,yes=factual" in error.value.fix
+    assert 'map each label to factual or hallucinated: --label_map "no=?,yes=?"' in error.value.fix
     rows = read_rows(CASES / "06_labels.csv", DataOptions(label_map="NO=factual, yes = hallucinated"))
     assert [row.label for row in rows[:2]] == ["factual", "hallucinated"]
     with pytest.raises(InputError, match="does not map"):

@@ -59,6 +59,8 @@ def test_a_tilde_in_a_path_is_the_home_folder(monkeypatch):
         (["--seed", "9" * 30], "between 0 and 4294967295"),
         (["--lr_scheduler", "steep"], "lr_scheduler"),
         (["--instruction", " "], "--instruction is empty"),
+        (["--instruction", "caf\udce9"], "--instruction is not UTF-8"),
+        (["--note_column", "caf\udce9"], "--note_column is not UTF-8"),
     ],
 )
 def test_bad_values_are_refused(arguments, words):

@@ -59,12 +59,14 @@ def test_numbers_and_null_of_json_are_text(tmp_path):
 
 
 def test_of_two_texts_under_one_key_none_is_chosen(tmp_path):
-    for name, content in (
-        ("a.jsonl", '{"clinical_note": "a"}\n{"id": 1, "clinical_note": "Zebra", "id": 2}\n'),
-        ("a.json", '[{"clinical_note": "Zebra", "clinical_note": "Zebra again"}]'),
+    for name, content, place in (
+        ("a.jsonl", '{"clinical_note": "a"}\n\n{"id": 1, "clinical_note": "Zebra", "id": 2}\n', "row 3"),
+        ("a.json", '[{"clinical_note": "Zebra", "clinical_note": "Zebra again"}]', "row 1"),
+        ("a.json", '[{"clinical_note": "a"}, {"x": {"y": 1, "y": 2}}]', "row 2"),
+        ("a.json", '{"clinical_note": ["a"], "clinical_note": ["Zebra"]}', "the object"),
     ):
         (tmp_path / name).write_text(content)
-        with pytest.raises(InputError, match="a JSON object has the same key twice\nkeep one") as refused:
+        with pytest.raises(InputError, match=f"{place} has the same key twice\nkeep one") as refused:
             list(read_table(tmp_path / name, ("clinical_note",)))
         assert "Zebra" not in str(refused.value)
 
@@ -110,6 +112,10 @@ def test_any_json_file_gives_rows_or_a_refusal(tmp_path_factory, content):
         ("a.json", "id,clinical_note\n1,SECRET\n", "if it is a CSV, name it .csv"),
         ("a.csv", '[{"clinical_note": "SECRET", "label": "factual"}]', "this is JSON, not a CSV"),
         ("a.json", '[{"clinical_note": ["SECRET"]}]', "row 1: column clinical_note holds a list"),
+        ("a.json", '[\n{"clinical_note": "SECRET"},\n]', "not a JSON table: line 3: "),
+        ("a.json", '{"clinical_note": ["a"],\n"id": [1\n}', "not a JSON table: line 3: "),
+        ("a.jsonl", '[\n{"clinical_note": "SECRET"\n{"id": 1}]', "not a JSON table: line 3: "),
+        ("a.jsonl", '{"clinical_note": "a"}\n5\n{"clinical_note": "a"}', "line 2 is not a JSON object"),
         ("a.json", "[]", "no column clinical_note"),
         (
             "a.json",
@@ -142,6 +148,67 @@ def test_an_option_names_a_column(tmp_path):
     assert cells == {"id": "9", "clinical_note": "Fever.", "other_clinical_note": "Other"}
     with pytest.raises(InputError, match="no column is called what --note_column says"):
         list(read_table(path, ("clinical_note",), columns={"clinical_note": "x"}))
+
+
+def test_two_options_cannot_name_one_column(tmp_path):
+    """One of them would be forgotten."""
+    path = write_csv(tmp_path / "a.csv", [("Fever.", "x")], ["Text", "other"])
+    for ours, words in (("id", "--id_column"), ("model_summary", "--summary_column")):
+        names = {ours: "text", "clinical_note": " TEXT"}
+        with pytest.raises(InputError, match=f"{words} and --note_column name the same column"):
+            list(read_table(path, ("clinical_note",), columns=names))
+
+
+def test_one_label_has_one_meaning(csv_files):
+    with pytest.raises(InputError, match="gives one label two meanings"):
+        read_rows(csv_files[0], DataOptions(label_map="Y=hallucinated,y=factual"))
+    assert read_rows(csv_files[0], DataOptions(label_map="Y=factual,y=factual"))
+
+
+@pytest.mark.parametrize("last", ["", "x"])
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (4, 70, 71)])
+def test_row_names_without_a_header_are_refused(tmp_path, last, numbers):
+    """As R writes them: each cell would be taken for that of the next column."""
+    path = tmp_path / "a.csv"
+    rows = "".join(f'"{number}","p","A note.","{last}"\n' for number in numbers)
+    path.write_text(f'"id","clinical_note","ward"\n{rows}')
+    with pytest.raises(InputError, match=r"row names\?\)\n.*row\.names=FALSE"):
+        list(read_table(path, ("clinical_note",)))
+    # A separator at the end of rows is none
+    path.write_text(f"id,clinical_note\nx{numbers[0]},Fever.,\nx{numbers[1]},Cough.,\n")
+    assert [cells["clinical_note"] for _, cells, _ in read_table(path, ("clinical_note",))] == [
+        "Fever.",
+        "Cough.",
+    ]
+
+
+@pytest.mark.parametrize("second", ['\ufeff"id","clinical_note","ward"', "ID, Clinical_Note ,Ward"])
+def test_a_second_header_is_no_patient(tmp_path, second):
+    path = tmp_path / "a.csv"
+    path.write_text(f"id,clinical_note,ward\n1,Fever.,A\n{second}\n2,Cough.,B\n", encoding="utf-8-sig")
+    rows = list(read_table(path, ("clinical_note",)))
+    assert [(number, cells["id"]) for number, cells, _ in rows] == [(2, "1"), (4, "2")]
+
+
+@pytest.mark.parametrize("second", ["id,ward,clinical_note", "clinical_note,id", "note_id,clinical_note,bed"])
+def test_a_header_unlike_the_first_is_refused(tmp_path, second):
+    path = tmp_path / "a.csv"
+    path.write_text(f"id,clinical_note,ward\n1,Fever.,A\n{second}\n2,B,Cough.\n")
+    with pytest.raises(InputError, match="row 3: a second header, unlike the first"):
+        list(read_table(path, ("clinical_note",)))
+
+
+def test_a_tsv_of_one_column_has_no_other_separators(tmp_path):
+    (tmp_path / "a.tsv").write_text("clinical_note\nFever, cough; rash.\n")
+    ((_, cells, problem),) = read_table(tmp_path / "a.tsv", ("clinical_note",))
+    assert (cells, problem) == ({"clinical_note": "Fever, cough; rash."}, "")
+
+
+def test_unpaired_surrogates_of_json_become_visible(tmp_path):
+    """They cannot be written as UTF-8."""
+    (tmp_path / "a.jsonl").write_text(r'{"id": "\ud800x", "clinical_note": "a", "ward": "\udc00"}')
+    ((_, cells, _),) = read_table(tmp_path / "a.jsonl", ("clinical_note",))
+    assert cells == {"id": "\ufffdx", "clinical_note": "a", "ward": "\ufffd"}
 
 
 NAMES = ("Fall-Nr", "Befund", "Kurzfassung")
@@ -189,8 +256,11 @@ def test_an_unknown_label_among_known_ones(tmp_path, label_map):
         InputError, match=r"1 problem: row 9 \(id 7\): label.*unknown labels: 1 unsure"
     ) as error:
         read_rows(path, DataOptions(label_map=label_map))
-    words = f"{label_map},unsure" if label_map else "unsure"
-    assert f"--label_map {words}=hallucinated" in error.value.fix
+    # What it means is for the user to say
+    advised = f"{label_map},unsure=?" if label_map else "unsure=?"
+    assert f'--label_map "{advised}"' in error.value.fix
+    with pytest.raises(InputError, match="does not map labels"):
+        read_rows(path, DataOptions(label_map=advised))
     write_csv(path, [*rows, (9, "SECRET", "SECRET", " and SECRET", "factual")])
     with pytest.raises(InputError, match="1 unsure") as error:
         read_rows(path, DataOptions(label_map=label_map))
@@ -200,7 +270,7 @@ def test_an_unknown_label_among_known_ones(tmp_path, label_map):
     assert "SECRET" not in str(error.value)
 
 
-def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path):
+def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path, capfd):
     """Hallucinated rows would be trained on."""
     labels = ["factual", "Hallucinated ", "factual"]
     rows = [(i, f"note {i}", f"summary {i}", label, "") for i, label in enumerate(labels)]
@@ -211,9 +281,15 @@ def test_a_label_for_all_is_not_put_over_the_files_own(tmp_path):
     for more in ({"label_column": "label"}, {"label_map": "a=factual"}):
         with pytest.raises(InputError, match="--label cannot be combined with --label_column or --label_map"):
             read_rows(path, DataOptions(label="factual", **more))
+    # Misspellings of it, and unknown labels among known ones
+    for others in (["factual", "wrong", ""], ["good", "halucinated", ""], ["", "non-factual", ""]):
+        write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, others)])
+        with pytest.raises(InputError, match="but the file itself labels"):
+            read_rows(path, DataOptions(label="factual"))
     # Labels of another kind, and none
-    write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["cardiology", "", "factual"])])
+    write_csv(path, [(*row[:3], label, "") for row, label in zip(rows, ["cardiology", "", "cardiology"])])
     assert [row.label for row in read_rows(path, DataOptions(label="factual"))] == ["factual"] * 3
+    assert "2 labels (cardiology) not used: --label factual" in capfd.readouterr().err
 
 
 def test_kinds_are_shown_only_if_they_can_be_no_texts():

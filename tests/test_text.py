@@ -1,5 +1,6 @@
 """Encodings that files arrive in, and the cleaning of their text."""
 
+import errno
 import os
 
 import pytest
@@ -67,6 +68,16 @@ def test_files_that_are_none(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(InputError, match="a pipe or a device, not a file"):
         decode_text(tmp_path / "pipe.txt")
+
+
+def test_a_failed_read_names_the_file(tmp_path, monkeypatch):
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    (tmp_path / "a.csv").write_text("id,note")
+    monkeypatch.setattr("pathlib.Path.read_bytes", fail)
+    with pytest.raises(InputError, match=r"a\.csv: the file cannot be read \(Input/output error\)"):
+        decode_text(tmp_path / "a.csv")
 
 
 def test_cleaning():

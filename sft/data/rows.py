@@ -5,10 +5,9 @@ and id. No message holds text of the file.
 """
 
 import dataclasses
+import difflib
 import functools
 import hashlib
-import itertools
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,6 @@ from sft.data.table import (
     COLUMNS,
     OPTION_OF_COLUMN,
     REQUIRED_COLUMNS,
-    TOO_MANY_FIELDS,
     plain,
     read_table,
     source_name,
@@ -39,7 +37,6 @@ __all__ = ["COLUMNS", "Row", "read_rows"]
 LABELS = ("factual", "hallucinated")
 _SPELLINGS = {"factual": "factual", "hallucinated": "hallucinated", "hallucination": "hallucinated"}
 _TEXTS = ("clinical_note", "model_summary")
-_WHOLE_ROW = re.compile(rf"""[,;\t]"?({"|".join(LABELS)})"?([,;\t]|$)""", re.IGNORECASE | re.MULTILINE)
 _MOST_PROBLEMS = 5  # in one message
 _MOST_KINDS = 8  # of labels or types that are shown; more, or longer ones, may be patients' text
 _LONGEST_KIND = 30  # characters
@@ -110,10 +107,10 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
     columns = {ours: getattr(options, option.removeprefix("--")) for ours, option in OPTION_OF_COLUMN.items()}
     required = REQUIRED_COLUMNS[:2] if options.label else REQUIRED_COLUMNS
     label_of = _SPELLINGS | _label_map(options.label_map)
-    rows, problems, labels, unknown = [], [], [], []
+    rows, problems, labels, unknown, others = [], [], [], [], []
     repairs, empty = Counter(), Counter()
-    n_read = n_others = 0
-    for number, fields, has_more in read_table(source, required, repairs, columns):
+    n_read = 0
+    for number, fields, problem in read_table(source, required, repairs, columns):
         # As a DataFrame ends in that was a spreadsheet; a CSV's blank rows are skipped by its reader
         if not any(fields.values()):
             continue
@@ -121,26 +118,32 @@ def read_rows(source: "str | Path | pd.DataFrame", options: DataOptions | None =
         row = _make_row(number, fields, options.label, label_of, repairs)
         missing = [column for column in _TEXTS if is_blank(getattr(row, column))]
         empty.update(missing)
-        if missing and options.skip_empty:
+        if missing and options.skip_empty and not problem:
             continue
         rows.append(row)
         if "id" in fields and not row.id:
             repairs["row", "without an id, called by row number"] += 1
         labels.append(plain(fields.get("label", "")))
-        n_others += bool(options.label) and label_of.get(labels[-1], options.label) != options.label
+        if options.label and labels[-1] and label_of.get(labels[-1]) != options.label:
+            others.append(labels[-1])
         # Behind a comma outside quotes it is another column's text
-        is_shifted = has_more or plain(row.hallucination_type) in label_of
+        is_shifted = problem or plain(row.hallucination_type) in label_of
         if not (row.label or is_shifted):
             unknown.append(labels[-1])
         elif row.label and not (options.label or options.label_map) and row.label != fields.get("label"):
             repairs["label", f"in a different spelling, read as {' or '.join(LABELS)}"] += 1
         shown_id = f" (id {safe_id(row.id)})" if row.id else ""
-        found = _problems(row, has_more, is_shifted, missing)
-        problems += (f"row {number}{shown_id}: {problem}" for problem in found)
+        found = _problems(row, problem, is_shifted, missing)
+        problems += (f"row {number}{shown_id}: {found_one}" for found_one in found)
     counts = ", ".join(f"{n:,} with an empty {column}" for column, n in sorted(empty.items()))
-    if n_others:
-        problem = f"--label {options.label}, but the file itself labels {plural(n_others, 'row')} otherwise"
+    # Misspelled ones mean something too
+    if others and any(difflib.get_close_matches(label, LABELS, cutoff=0.7) for label in set(labels)):
+        n_others = plural(len(others), "row")
+        problem = f"--label {options.label}, but the file itself labels {n_others} otherwise"
         raise InputError(f"{name}: {problem}", "leave out --label")
+    if others:
+        kinds = preview_list(shown_kinds(others) or ["not shown"])
+        repairs["label", f"({kinds}) not used: --label {options.label}"] += len(others)
     if problems:
         problem, fix = _refusal(problems, counts, unknown, labels, options.label_map)
         raise InputError(f"{name}: {problem}", fix)
@@ -159,7 +162,11 @@ def _label_map(text: str | None) -> dict[str, str]:
     if not all(equals and plain(label) in LABELS for _, equals, label in pairs):
         fix = "write --label_map yes=factual,no=hallucinated, with the labels of your file"
         raise InputError("--label_map does not map labels to factual or hallucinated", fix)
-    return {plain(theirs): plain(ours) for theirs, _, ours in pairs}
+    meanings = {plain(theirs): plain(ours) for theirs, _, ours in pairs}
+    if any(meanings[plain(theirs)] != plain(ours) for theirs, _, ours in pairs):
+        fix = "give each label one meaning; upper and lower case are the same"
+        raise InputError("--label_map gives one label two meanings", fix)
+    return meanings
 
 
 def _make_row(
@@ -179,15 +186,11 @@ def _make_row(
     )
 
 
-def _problems(row: Row, has_more_fields: bool, is_shifted: bool, empty: Sequence[str]) -> Iterator[str]:
-    if has_more_fields:
-        yield TOO_MANY_FIELDS
-    for column in _TEXTS:
-        text = getattr(row, column)
-        if column in empty:
-            yield f"{column} is empty"
-        elif "\n" in text and _WHOLE_ROW.search(text):
-            yield f"{column} contains other rows (an unclosed quote?)"
+def _problems(row: Row, of_cells: str, is_shifted: bool, empty: Sequence[str]) -> Iterator[str]:
+    if of_cells:
+        yield of_cells
+    for column in empty:
+        yield f"{column} is empty"
     if not row.label:
         yield f"label is neither {' nor '.join(LABELS)}{' (a comma outside quotes?)' if is_shifted else ''}"
 
@@ -206,10 +209,9 @@ def _refusal(
     if unknown:
         kinds = [kind for kind in shown_kinds(labels) or [] if kind in unknown]
         counts = ", ".join(f"{unknown.count(kind):,} {kind or '(empty)'}" for kind in kinds)
-        meanings = itertools.cycle(("hallucinated", "factual"))
-        pairs = [f"{kind}={label}" for kind, label in zip(filter(None, kinds), meanings)]
-        pairs = [label_map] * bool(label_map) + (pairs or ["A=factual", "B=hallucinated"])
-        advice = f"map labels to what they mean: --label_map {','.join(pairs)}"
+        pairs = [f"{kind}=?" for kind in filter(None, kinds)] or ["A=?", "B=?"]
+        pairs = [label_map] * bool(label_map) + pairs
+        advice = f'map each label to factual or hallucinated: --label_map "{",".join(pairs)}"'
         if len(unknown) == len(labels):
             shown = f"no row has a known label; found {plural(len(set(unknown)), 'kind')}: {counts or 'not shown'}"
             return shown, f"{advice}; if all summaries are factual: --label factual"

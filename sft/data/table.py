@@ -19,14 +19,21 @@ from typing import TYPE_CHECKING
 
 from sft.cli import InputError, plural, preview_list, safe_id
 from sft.data.formats import kind_of_file
-from sft.data.text import CONTROL_CHARACTERS, decode_bytes, find_encoding, log_repairs, read_bytes
+from sft.data.shifted import PART_OF_A_ROW, RowCheck
+from sft.data.text import (
+    CONTROL_CHARACTERS,
+    SURROGATES,
+    decode_bytes,
+    find_encoding,
+    log_repairs,
+    read_bytes,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 REQUIRED_COLUMNS = ("clinical_note", "model_summary", "label")
 COLUMNS = ("id", *REQUIRED_COLUMNS, "hallucination_type")
-TOO_MANY_FIELDS = "more fields than the header has columns (a comma outside quotes?)"
 OPTION_OF_COLUMN = {
     "id": "--id_column",
     "clinical_note": "--note_column",
@@ -54,8 +61,8 @@ def read_table(
     required: Sequence[str],
     repairs: Counter | None = None,
     columns: Mapping[str, str | None] | None = None,
-) -> Iterator[tuple[int, dict[str, str], bool]]:
-    """Yields (row number, cells by column, whether there are more cells than columns) for each row.
+) -> Iterator[tuple[int, dict[str, str], str]]:
+    """Yields (row number, cells by column, "" or why the cells cannot be its own) for each row.
 
     The row number is that of a spreadsheet, a line of .jsonl, or a record of .json and a DataFrame (from 1).
     `columns` says what the file calls a column of ours: {"clinical_note": "TEXT"}. Repairs are counted in
@@ -63,7 +70,7 @@ def read_table(
     as a table with the `required` columns.
     """
     counts = Counter() if repairs is None else repairs
-    names = {column_name(theirs): ours for ours, theirs in (columns or {}).items() if theirs}
+    names = names_of_columns(columns or {})
     if not isinstance(source, str | Path):
         yield from _records(source_name(source), source, itertools.count(1), required, names)
     elif Path(source).suffix.lower() in (".json", ".jsonl"):
@@ -78,9 +85,18 @@ def read_table(
 def separator_of(path: Path, columns: Mapping[str, str | None]) -> str:
     """What stands between the cells of a .csv or .tsv; `columns` as for read_table."""
     data = read_bytes(path)
-    names = {column_name(theirs): ours for ours, theirs in columns.items() if theirs}
     encoding = find_encoding(data, str(path), Counter())
-    return _find_header(data, encoding, names, path.suffix.lower() == ".tsv")[0]
+    return _find_header(data, encoding, names_of_columns(columns), path.suffix.lower() == ".tsv")[0]
+
+
+def names_of_columns(columns: Mapping[str, str | None]) -> dict[str, str]:
+    """{"text": "clinical_note"} of {"clinical_note": "TEXT"}. Raises InputError for two of one column."""
+    names = {}
+    for ours, theirs in columns.items():
+        if theirs and names.setdefault(column_name(theirs), ours) != ours:
+            both = f"{OPTION_OF_COLUMN[names[column_name(theirs)]]} and {OPTION_OF_COLUMN[ours]}"
+            raise InputError(f"{both} name the same column", "name another column with one of them")
+    return names
 
 
 def source_name(source: "str | Path | pd.DataFrame") -> str:
@@ -103,7 +119,7 @@ def plain(name: str) -> str:
 
 def _read_csv(
     path: Path, required: Sequence[str], counts: Counter, names: Mapping[str, str]
-) -> Iterator[tuple[int, dict[str, str], bool]]:
+) -> Iterator[tuple[int, dict[str, str], str]]:
     data = read_bytes(path)
     if not data.strip(b"\0 \t\r\n"):
         raise InputError(f"{path}: the file is empty", f"add a header row: {_header_of(required)}")
@@ -114,6 +130,10 @@ def _read_csv(
     kind = kind_of_file(data[:_START].decode(encoding, "ignore"))
     columns = _checked_columns(path, header, first_row, required, names, kind)
     reader = csv.reader(_lines(data, encoding, counts), delimiter=delimiter, strict=True)
+    line_end = re.search(r"[\r\n]*$", next(_lines(data, encoding, Counter())))[0]
+    check = RowCheck(header, delimiter, line_end or "\n")
+    needed = [columns.index(name) for name in required]
+    row_names = []
     row_number = 0
     line_number = 0
     try:
@@ -123,16 +143,38 @@ def _read_csv(
                 continue
             if not any(field.strip() for field in fields):
                 counts["blank row", "skipped"] += 1
-            # As in files that were concatenated
-            elif [field.lstrip("\ufeff") for field in fields] == header:
+            elif _is_header(fields, header, needed, f"{path}: row {row_number:,}"):
                 counts["repeated header row", "skipped"] += 1
             else:
-                has_more = any(field.strip() for field in fields[len(columns) :])
-                yield row_number, dict(zip(columns, fields)), has_more
+                is_number = len(fields) == len(header) + 1 and re.fullmatch(r"\d{1,9}", fields[0])
+                row_names.append(int(fields[0]) if is_number else -1)
+                problem = check.problem(fields)
+                cells = dict.fromkeys(columns, "") | dict(zip(columns, fields))
+                # It has words of a note in the place of the id, which messages show
+                if problem == PART_OF_A_ROW and "id" in cells:
+                    cells["id"] = ""
+                yield row_number, cells, problem
     except csv.Error as error:
         place = f"row {row_number + 1:,}, which begins on line {line_number + 1:,}"
         fix = "double every quote inside a cell, and quote the cell itself"
         raise InputError(f"{path}: {place}: unbalanced quotes ({error})", fix) from None
+    # A comma outside quotes in the only row is another fault
+    is_alone = len(row_names) == 1 and fields[-1].strip()
+    if row_names and -1 not in row_names and row_names == sorted(set(row_names)) and not is_alone:
+        problem = f"{path}: every row has a cell more than the header, and begins with a number (row names?)"
+        fix = "write no row names (R: row.names=FALSE), or a separator at the header's end too"
+        raise InputError(problem, fix)
+
+
+def _is_header(fields: Sequence[str], header: Sequence[str], needed: Sequence[int], place: str) -> bool:
+    """Whether a row repeats the header, as in files that were concatenated. `needed`: where the header has
+    the columns that are used. Raises InputError for another header."""
+    names, known = ([cell.strip('\ufeff" ').lower() for cell in cells] for cells in (fields, header))
+    has_needed = {known[i] for i in needed} <= set(names)
+    in_place = any(known[i] in names[i : i + 1] for i in needed)
+    if names != known and has_needed and (in_place or len(set(names) & set(known)) > 1):
+        raise InputError(f"{place}: a second header, unlike the first", "pass it as a file of its own")
+    return names == known
 
 
 def _lines(data: bytes, encoding: str, counts: Counter) -> Iterator[str]:
@@ -166,7 +208,8 @@ def _find_header(
         is_expected = has_tabs and delimiter == "\t" and len(fields) > 1
         return n_known, is_expected, 1 < len(fields) == len(next_fields), len(fields)
 
-    return max(map(candidate, ",;\t|"), key=rank)
+    # Of equals the first
+    return max(map(candidate, "\t,;|" if has_tabs else ",;\t|"), key=rank)
 
 
 # ------------------------------------------------------------------------------- JSON, DataFrame
@@ -183,39 +226,54 @@ def _read_json(path: Path, required: Sequence[str]) -> "tuple[Iterable[int], pd.
     try:
         try:
             records = _parse_json(text)
-            numbers = itertools.count(1)
-        except ValueError:
+            numbers = None
+        except json.JSONDecodeError as error:
+            is_lines = error.msg == "Extra data" or (
+                path.suffix.lower() == ".jsonl" and text.lstrip()[0] != "["
+            )
+            if not is_lines:
+                place = f"not a JSON table: line {error.lineno:,}: {error.msg}"
+                raise
             lines = {i: line for i, line in enumerate(io.StringIO(text, newline=None), 1) if line.strip()}
             numbers = list(lines)
             records = []
             for number, line in lines.items():
                 place = f"line {number:,} is not a JSON object"
                 records.append(_parse_json(line))
+                if not isinstance(records[-1], dict):
+                    raise ValueError from None
         # Columns: {"id": [...], ...}, or as pandas writes them, {"id": {"0": ...}, ...}
         is_columns = isinstance(records, dict) and all(isinstance(v, list | dict) for v in records.values())
         if not is_columns:
             records = records if isinstance(records, list) else [records]
             if not all(isinstance(record, dict) for record in records):
                 raise ValueError
-        return numbers, pd.DataFrame(records, dtype=object)
-    except KeyError:
-        raise InputError(f"{path}: a JSON object has the same key twice", "keep one of each") from None
+        frame = pd.DataFrame(records, dtype=object)
+        numbers = numbers or range(1, len(frame) + 1)
     except (ValueError, RecursionError, AttributeError):
         fix = "write a list of objects, or one object per line; if it is a CSV, name it .csv"
         raise InputError(f"{path}: {place}", fix) from None
+    for number, record in zip(numbers, [records] if is_columns else records):
+        if isinstance(record, _Repeated):
+            where = "the object" if is_columns else f"row {number:,}"
+            raise InputError(f"{path}: {where} has the same key twice", "keep one of each")
+    return numbers, frame
+
+
+class _Repeated(dict):
+    """A JSON object that has a key twice, or holds one."""
 
 
 def _parse_json(text: str):
-    """JSON whose numbers stay as they are written, except that 3.0 is 3: pandas writes ids like that. Raises
-    KeyError for a key that is there twice."""
+    """JSON whose numbers stay as they are written, except that 3.0 is 3: pandas writes ids like that."""
 
     def whole(number: str) -> str:
         return re.sub(r"\.0+$", "", number)
 
     def record(pairs: list[tuple]) -> dict:
-        if len(found := dict(pairs)) < len(pairs):
-            raise KeyError
-        return found
+        found = dict(pairs)
+        is_repeated = len(found) < len(pairs) or any(isinstance(v, _Repeated) for v in found.values())
+        return _Repeated(found) if is_repeated else found
 
     how = {"parse_int": str, "parse_float": whole, "parse_constant": lambda _: None}
     return json.loads(text, object_pairs_hook=record, **how)
@@ -242,8 +300,9 @@ def _records(
                 raise InputError(f"{name}: row {number:,}: column {column} {what}", "make it one text")
             is_whole = isinstance(value, float) and value.is_integer()
             text = json.dumps(value, ensure_ascii=False, default=str) if is_nested else str(value)
-            cells[column] = "" if is_none else str(int(value)) if is_whole else text
-        yield number, cells, False
+            text = "" if is_none else str(int(value)) if is_whole else text
+            cells[column] = SURROGATES.sub("\ufffd", text)
+        yield number, cells, ""
 
 
 # ------------------------------------------------------------------------------- columns

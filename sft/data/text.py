@@ -8,12 +8,12 @@ import unicodedata
 from collections import Counter
 from pathlib import Path
 
-from sft.cli import InputError, log, on_main_process, plural
+from sft.cli import InputError, is_out_of_memory, log, on_main_process, plural
 
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")
 # A form feed separates words too; NEL and Unicode's line and paragraph separators are read by no other rule
 _LINE_ENDS = re.compile(r"\r\n?|[\x0b\x0c\x85\u2028\u2029]")
-_SURROGATES = re.compile(r"[\ud800-\udfff]")  # unpaired ones, which JSON can hold and UTF-8 cannot
+SURROGATES = re.compile(r"[\ud800-\udfff]")  # unpaired ones, which JSON can hold and UTF-8 cannot
 
 # How a file begins; UTF-16 without a mark has a NUL beside each ASCII character
 _ENCODINGS = (
@@ -57,7 +57,7 @@ def clean_text(text: str) -> str:
     In Unicode's NFC: other spellings of the same letters, as macOS and some PDFs write them, become the
     tokens that the base model knows."""
     if not text.isascii():
-        text = unicodedata.normalize("NFC", _SURROGATES.sub("\ufffd", text))
+        text = unicodedata.normalize("NFC", SURROGATES.sub("\ufffd", text))
     return CONTROL_CHARACTERS.sub("", _LINE_ENDS.sub("\n", text)).strip()
 
 
@@ -70,14 +70,20 @@ def is_blank(text: str) -> bool:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Raises InputError if there is no such file."""
+    """Raises InputError if there is no such file, or it cannot be read."""
     if path.is_dir():
         raise InputError(f"{path}: a folder, not a file", "check the path")
     if path.exists() and not path.is_file():
         raise InputError(f"{path}: a pipe or a device, not a file", "write its text to a file first")
     if not path.is_file():
         raise InputError(f"{path}: no such file", "check the path")
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if is_out_of_memory(error):
+            raise
+        problem = f"{path}: the file cannot be read ({error.strerror})"
+        raise InputError(problem, "check its permissions, and the disk that it is on") from None
 
 
 def decode_text(path: Path) -> str:

@@ -9,14 +9,14 @@ import json
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
 from sft.cli import InputError, log, on_main_process, plural, preview_list, safe_id
-from sft.data.table import TOO_MANY_FIELDS, column_name, read_table
+from sft.data.table import column_name, names_of_columns, read_table
 from sft.data.text import clean_text, decode_text, is_blank
 from sft.inference.results import RESULT_COLUMNS
 from sft.inference.suspicion import suspicion
@@ -157,28 +157,31 @@ def _units(text: str, one_note: str) -> Iterator[tuple[int, str]]:
 
 def _read_table(path: Path, config: InferenceConfig) -> Iterator[Note]:
     names = {"clinical_note": config.note_column, "id": config.id_column}
-    ours = {column_name(theirs): name for name, theirs in names.items() if theirs}
+    ours = names_of_columns(names)
     keep = {name: ours.get(column_name(name), column_name(name)) for name in config.keep_columns or ()}
     taken = [name for name in keep if name.lower() in ("id", "row", *RESULT_COLUMNS)]
     if taken:
         problem = f"--keep_columns {preview_list(taken)}: the output has a column of this name already"
         raise InputError(problem, "rename the column, or leave it out")
-    bad = []
-    for i, (row_number, cells, too_many) in enumerate(read_table(path, ("clinical_note",), columns=names)):
+    bad = defaultdict(list)
+    for i, (row_number, cells, problem) in enumerate(read_table(path, ("clinical_note",), columns=names)):
         row_id = clean_text(cells.get("id", ""))
         row_id = None if is_blank(row_id) else row_id
         # As programs write a large number; 12345e67 is an id of hexadecimal digits
         if row_id and re.fullmatch(r"-?\d(\.\d+)?[eE]\+\d+", row_id):
             problem = f"{path}: row {row_number:,}: the id has lost digits as a decimal number"
             raise InputError(problem, "write ids as text")
-        if too_many:
-            bad.append(f"row {row_number:,}" + (f" (id {safe_id(row_id)})" if row_id else ""))
+        if problem:
+            bad[problem].append(f"row {row_number:,}" + (f" (id {safe_id(row_id)})" if row_id else ""))
         if i == 0:
             _check_columns(path, list(cells), keep)
         kept = {name: cells.get(column) for name, column in keep.items()}
         yield Note(row_number, row_id, cells.get("clinical_note", ""), kept)
     if bad:
-        raise InputError(f"{path}: {TOO_MANY_FIELDS}: {preview_list(bad)}", "fix these rows")
+        problems = "; ".join(f"{problem}: {preview_list(rows)}" for problem, rows in bad.items())
+        raise InputError(
+            f"{path}: {problems}", "fix these rows: put quotes around cells, and double quotes within"
+        )
 
 
 def _check_columns(path: Path, columns: Sequence[str], keep: dict[str, str]) -> None:
