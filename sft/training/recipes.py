@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from sft.cli import InputError, preview_list, safe_id
+from sft.data.text import decode_text
 from sft.model.folder import read_named_folder
 from sft.option_fields import check_config, default_of, given_names, parse_options
 from sft.options import BUNDLED_VALIDATION_FILE, DEFAULT_MAX_LENGTH, TrainConfig
@@ -75,8 +76,8 @@ def _read(file: str) -> tuple[dict, dict]:
     from yaml import YAMLError
 
     content = {"training": None}
-    with contextlib.suppress(OSError, ValueError, YAMLError, RecursionError):
-        text = Path(file).read_text(encoding="utf-8")
+    text = decode_text(Path(file))
+    with contextlib.suppress(ValueError, YAMLError, RecursionError):
         content = json.loads(text) if file.endswith(".json") else _load_yaml(text)
     parts = (
         [content.get("training", content), content.get("sha256", {})] if isinstance(content, dict) else [None]
