@@ -4,8 +4,7 @@
     python sft_dataset.py --train_csv my.csv    # check your own; with --val_csv also leaks between the two
 
 For a training loop of your own: `from sft_dataset import create_sft_dataloaders`. Everything but the report
-is in sft/data.
-"""
+is in sft/data."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -7,8 +7,7 @@ shows it.
     python sft_evaluation.py --ratings ratings.csv              # count what was read
 
 Writes report.html, evaluation.json and .csv (figures, no text), and each system's summaries, to --output_dir;
-nothing into the adapter's folder. An interrupted run continues where it was.
-"""
+nothing into the adapter's folder. An interrupted run continues where it was."""
 
 import contextlib
 import hashlib

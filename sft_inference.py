@@ -8,8 +8,7 @@ python sft_inference.py --serve 8000
 from sft_inference import SFTInference
 result = SFTInference("models/sft_specialist/final_model").generate_summary("Patient reports ...")
 
-torch is imported when a model is loaded, not before, so that `--help` and input errors are instant.
-"""
+torch is imported when a model is loaded, not before, so that `--help` and input errors are instant."""
 
 import contextlib
 import dataclasses
@@ -206,8 +205,7 @@ class SFTInference:
         itself is quoted); `made_by` (see `made_by`).
 
         Raises InputError for an empty note, RunError if memory runs out or the model computes NaN, and what
-        `on_text` raises.
-        """
+        `on_text` raises."""
         problem = note_problem(clinical_note)
         if problem:
             raise InputError(problem, "pass a note with text")

@@ -6,8 +6,7 @@
 What happens at a step depends on the seed and the step alone (order of rows, dropout, learning rate), so a
 resumed run is the run that was never interrupted. sft/training/ holds what surrounds the loop.
 
-torch is imported inside the functions: so that `--help` and wrong options respond immediately.
-"""
+torch is imported inside the functions: so that `--help` and wrong options respond immediately."""
 
 import contextlib
 import hashlib

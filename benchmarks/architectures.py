@@ -6,8 +6,7 @@ python benchmarks/architectures.py                   # all; or the names of some
 One line each: packed or padded rows, the built-in decoder with its KV cache or transformers' generate, the
 largest difference of the untrained loss from plain cross-entropy, of the merged model's logits from those of
 the adapter beside its base (relative to the largest), and how many of 8 greedy summaries are the same in a
-batch and alone, and as transformers' generate writes them. Takes some minutes; no download.
-"""
+batch and alone, and as transformers' generate writes them. Takes some minutes; no download."""
 
 import argparse
 import contextlib

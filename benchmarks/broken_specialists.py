@@ -5,8 +5,7 @@
 Trains four specialists: a good one; one on summaries shuffled over the notes; one at ten times the learning
 rate; one on hallucinated summaries, relabeled factual. Each writes freely on the same test notes. Prints the
 figures of sft_evaluation.py, and the difference of each broken one from the good one, a mean over notes with
-its 95 % interval. About 25 minutes on 2 quiet cores; what is there already in FOLDER is not made again.
-"""
+its 95 % interval. About 25 minutes on 2 quiet cores; what is there already in FOLDER is not made again."""
 
 import argparse
 import csv

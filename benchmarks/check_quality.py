@@ -6,8 +6,7 @@
 
 Labels: the columns of phase1_data. For --human, every row counts as true, and one error of each of nine kinds
 that fits is written into a copy of it; in one more copy, words of two sentences are exchanged. Rates are per
-100 sentences.
-"""
+100 sentences."""
 
 import argparse
 import csv

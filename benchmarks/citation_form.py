@@ -5,8 +5,7 @@
 Prints, over the factual rows: the share of summary sentences that end in a citation that parses; of all
 "[Evidence", the share that begin a citation that parses; of the parsed ones, the share whose every number is
 a sentence of the note; how many of the cited sentences are among those that the reference summary cites; and
-in how many summaries the check found a wrong number.
-"""
+in how many summaries the check found a wrong number."""
 
 import argparse
 import sys

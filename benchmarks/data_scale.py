@@ -4,8 +4,7 @@
 
 Rows are invented from word lists, always the same: notes of 4 to 45 sentences, one row in ten hallucinated.
 Each start is a process of its own; the baseline is a process with the tokenizer alone. Before the table: the
-search for near-copies alone.
-"""
+search for near-copies alone."""
 
 import argparse
 import csv

@@ -5,8 +5,7 @@
 Damages a valid CSV at random (bytes, quotes, delimiters, line ends, encodings, columns, cut off, huge cells)
 and puts it through reading, tokenizing, the report and inference's reader. Fails if anything but InputError
 is raised, a refusal has more than two lines, or a message holds the phrase planted in every text. Prints the
-number of files.
-"""
+number of files."""
 
 import argparse
 import contextlib

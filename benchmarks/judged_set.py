@@ -6,8 +6,7 @@
 
 Figures have 95 % intervals over notes. --write lets systems summarize the notes again (SYSTEM=FOLDER: an
 adapter, or a base model as it is) and keeps the summaries that come out the same, for sets that store marks
-without text. See phase1_data/judged.
-"""
+without text. See phase1_data/judged."""
 
 import argparse
 import csv

@@ -14,8 +14,7 @@ The rules were written while looking at MTS-Dialog's sections and every other no
 Held out: the other notes of ACI-BENCH, MTS-Dialog's dialogues, and the notes of phase1_data. All labels are
 of held-out texts. They were marked by reading version 2's sentences and correcting them, which favors
 version 2. --peers measures pysbd and sentencex too (they must be installed), all on the labeled texts, since
-pysbd is slow.
-"""
+pysbd is slow."""
 
 import argparse
 import csv

@@ -10,8 +10,7 @@
 Imports run one way: training -> evaluation -> inference -> model, data, grounding; data -> grounding; cli,
 options and files import no folder. tests/test_layout.py asserts it.
 
-Importing this package sets what the libraries read from the environment, before any of them is imported.
-"""
+Importing this package sets what the libraries read from the environment, before any of them is imported."""
 
 import logging
 import os

@@ -1,7 +1,6 @@
 """What a command-line script needs: errors and exit codes, signals, logging, progress, several processes.
 
-torch is not imported here, so that `--help` and input errors are instant.
-"""
+torch is not imported here, so that `--help` and input errors are instant."""
 
 import contextlib
 import errno

@@ -1,8 +1,7 @@
 """Command-line options. Each is declared once, as a dataclass field that is parser, help text and saved
 configuration.
 
-Options that several scripts share are declared in groups that the scripts' configurations inherit.
-"""
+Options that several scripts share are declared in groups that the scripts' configurations inherit."""
 
 from dataclasses import dataclass
 from functools import partial

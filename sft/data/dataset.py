@@ -1,7 +1,6 @@
 """Checked rows -> examples in tokens -> batches. Knows no model.
 
-torch and numpy are imported inside functions, so that input errors are instant.
-"""
+torch and numpy are imported inside functions, so that input errors are instant."""
 
 import dataclasses
 import itertools
@@ -103,8 +102,7 @@ class SFTDataset:
     examples     the rows that fit, as tokens
     row_indices  of each example's row in `rows`
     refused      (the row's name, the max_length it needs) of each row that does not fit
-    lengths      int32 (n_rows, 2): tokens of each row's whole note and of its summary
-    """
+    lengths      int32 (n_rows, 2): tokens of each row's whole note and of its summary"""
 
     def __init__(self, rows: Sequence[Row], encoder: PromptEncoder, max_length: int):
         import numpy as np
@@ -163,8 +161,7 @@ def read_data(options: DataOptions, *, validate: bool = True) -> tuple[list[Row]
     """All training rows and all validation rows: of a second file, or set apart by `val_fraction`.
 
     Raises InputError if a file cannot be used, has no factual rows to train on, or nothing says what to
-    validate on; without `validate` there are then no validation rows.
-    """
+    validate on; without `validate` there are then no validation rows."""
     if options.val_csv is not None and options.val_fraction is not None:
         raise InputError("--val_csv cannot be combined with --val_fraction", "choose one")
     # What was typed may be the default on purpose
@@ -215,8 +212,7 @@ def load_datasets(
     """The training and the validation set of what `read_data` read, with one prompt template for both:
     `template`, or the tokenizer's (see `build_template` for `is_untrained`).
 
-    Raises InputError if no row of a file fits.
-    """
+    Raises InputError if no row of a file fits."""
     train, validation = (factual_rows(part) for part in rows)
     numbering = options.sentence_numbering
     if template is None:
@@ -268,8 +264,7 @@ class Batch:
     inputs              the model's arguments
     targets             LongTensor (n_target_tokens,)
     target_positions    LongTensor (n_target_tokens,): which of the batch * longest logits predict `targets`;
-                        None if the model returns no others
-    """
+                        None if the model returns no others"""
 
     inputs: dict
     targets: "torch.Tensor"
@@ -350,8 +345,7 @@ def create_sft_dataloaders(
     Their `.dataset` and `.collate_fn` suit Hugging Face's Trainer. The training loader shuffles again each
     epoch, reproducibly from `seed`. Both may be DataFrames; with `val_fraction`, `val_csv` is None. `options`
     are those of sft_dataset.py: max_length, seed, instruction, sentence_numbering, note_column and so on.
-    Raises InputError if a file cannot be used.
-    """
+    Raises InputError if a file cannot be used."""
     import torch
     from torch.utils.data import DataLoader
 

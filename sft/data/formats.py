@@ -2,8 +2,7 @@
 another language.
 
 The patterns are linear in the text. html.parser is not (Python 3.11 takes minutes for 100,000 characters of
-unclosed tags), nor is striprtf, so RTF is only warned of.
-"""
+unclosed tags), nor is striprtf, so RTF is only warned of."""
 
 import html
 import re
@@ -118,8 +117,7 @@ def kind_of_file(start: str) -> str | None:
 def describe_problem(text: str, language: str | None = None) -> str | None:
     """Why a text is hardly a note, as in "looks like RTF"; None if nothing is wrong. Never words of the text.
 
-    With `language`, that of the training notes (`find_language`), another one is a problem too.
-    """
+    With `language`, that of the training notes (`find_language`), another one is a problem too."""
     kind = _other_format(text) or _find_markup(text)
     start = text[:_MOST_CHARACTERS].strip()
     if not kind and len(_RULER.findall(start)) > 2:

@@ -7,8 +7,7 @@ are Stage A's own. TRL's DPOTrainer (read in 1.16) tokenizes the texts again: th
 EOS is appended to an answer that does not end in it. So a text has no BOS where the tokenizer writes one,
 and the tokenizer needs the end of turn as its EOS (`end_of_turn`). Then the texts give the same ids, unless a
 note holds a control token as text, or tokens merge where note and template meet: `differing_texts` finds
-those.
-"""
+those."""
 
 import json
 from collections import defaultdict

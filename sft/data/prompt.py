@@ -1,7 +1,6 @@
 """The prompt around a note, and the tokens of notes and summaries.
 
-Training and inference both build their prompts here, with the same functions, so that they cannot differ.
-"""
+Training and inference both build their prompts here, with the same functions, so that they cannot differ."""
 
 import bisect
 import functools
@@ -84,8 +83,7 @@ def build_template(
     the template's thinking mode. A token that `is_untrained` ends no summary if EOS can.
 
     Raises InputError if the tokenizer has no token that can end a summary, or its chat template does not show
-    the note.
-    """
+    the note."""
     # Stripped as chat templates do with a message
     instruction = (instruction or (EVIDENCE_INSTRUCTION if number_sentences else INSTRUCTION)).strip()
     end = eos = tokenizer.eos_token_id
@@ -273,8 +271,7 @@ class PromptEncoder:
         """The leading sentences of `note` that fit into `room` tokens: (token ids, number of sentences).
 
         If not even the first sentence fits, it is cut between words, or between characters if words are long,
-        and 0 sentences count as kept.
-        """
+        and 0 sentences count as kept."""
         # More than fits, so that a 10 MB note costs no more than this
         note = note[: room * 100]
         if self.template.number_sentences:

@@ -1,8 +1,7 @@
 """A table -> checked rows, and what can be said of a set of rows by their texts alone.
 
 What can be repaired safely is repaired, counted and reported once per kind; the rest is refused by row number
-and id. No message holds text of the file.
-"""
+and id. No message holds text of the file."""
 
 import dataclasses
 import difflib
@@ -270,8 +269,7 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
     """(training, validation): about `fraction` of the factual rows, chosen by `seed` and the notes alone.
 
     All rows of a note, and notes that are nearly the same, stay together. Raises InputError if they cannot be
-    parted.
-    """
+    parted."""
     notes = {row.note_key: row.clinical_note for row in rows}
     group_of = dict(zip(notes, groups_of_similar(list(notes.values()))))
     groups = defaultdict(list)

@@ -2,8 +2,7 @@
 
 A quote that is never closed merges rows where an inch mark closes it; a line break outside quotes parts one;
 a comma outside quotes shifts its cells. What has one word in each row, such as an id, tells them from notes
-that hold a table or a list.
-"""
+that hold a table or a list."""
 
 import itertools
 import re

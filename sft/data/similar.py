@@ -2,8 +2,7 @@
 
 Two notes are as alike as the share of word pairs that they have in common (Jaccard). MinHash estimates it,
 and locality-sensitive hashing finds the pairs, so that time grows with the number of notes, not with its
-square (Broder 1997; Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3).
-"""
+square (Broder 1997; Leskovec, Rajaraman, Ullman: Mining of Massive Datasets, chapter 3)."""
 
 import itertools
 import re
@@ -25,8 +24,7 @@ _WORD = re.compile(r"\w+")
 def similar_notes(notes: Sequence[str], n_known: int = 0) -> list[tuple[int, int, float]]:
     """(note, an earlier one that it is like, how alike from 0 to 1), by index, at most once per note.
 
-    With `n_known`, later notes are compared with the first `n_known` only. Deterministic.
-    """
+    With `n_known`, later notes are compared with the first `n_known` only. Deterministic."""
     best = {}
     for note, known, share in _alike_pairs(notes, n_known):
         best[note] = max(best.get(note, (0.0, 0)), (share, known))

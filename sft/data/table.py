@@ -3,8 +3,7 @@
 Every cell is the text that stands in the file: "NA" is sodium, an id 3.0 of JSON is "3", null is an empty
 cell. pandas' own readers would lose that (ids become floats, "NA" is missing) and what is repaired here, so
 the csv and json modules read, and pandas makes a table of JSON of either orientation. No message holds text
-of a file.
-"""
+of a file."""
 
 import csv
 import io
@@ -67,8 +66,7 @@ def read_table(
     The row number is that of a spreadsheet, a line of .jsonl, or a record of .json and a DataFrame (from 1).
     `columns` says what the file calls a column of ours: {"clinical_note": "TEXT"}. Repairs are counted in
     `repairs`, or logged at the end of the file if it is None. Raises InputError if the source cannot be read
-    as a table with the `required` columns.
-    """
+    as a table with the `required` columns."""
     counts = Counter() if repairs is None else repairs
     names = names_of_columns(columns or {})
     if not isinstance(source, str | Path):

@@ -1,7 +1,6 @@
 """The text of a file, whatever encoding it was exported in, and its cleaning.
 
-What can be repaired safely is repaired, and counted in a Counter (see `log_repairs`).
-"""
+What can be repaired safely is repaired, and counted in a Counter (see `log_repairs`)."""
 
 import re
 import unicodedata
@@ -102,8 +101,7 @@ def decode_bytes(data: bytes, name: str) -> str:
 def find_encoding(data: bytes, name: str, repairs: Counter) -> str:
     """The codec of `data`: UTF-8, UTF-16, UTF-32, or Windows-1252 unless something rules it out.
 
-    Any but UTF-8 is counted in `repairs`. Raises InputError if the bytes are not text.
-    """
+    Any but UTF-8 is counted in `repairs`. Raises InputError if the bytes are not text."""
     for start, what, fix in _OTHER_FORMATS:
         if data.startswith(start):
             raise InputError(f"{name}: {what}, not a text file", fix)

@@ -1,7 +1,6 @@
 """Text alone: sentences, citations, numbers, and the check of a summary against its note.
 
-Imports nothing else of this package, and never torch.
-"""
+Imports nothing else of this package, and never torch."""
 
 from sft.grounding.check import Check, CheckedSentence, Finding, PreparedNote, check_summary
 

@@ -3,8 +3,7 @@
 A sentence may stand if its content is whole clauses of the part: each word as often and in the order in which
 it stands there, each clause at most once. Clauses may change places or be left out, light words come and go,
 shorthand be spelled out. Whatever a rule cannot follow is refused: the note's own words stand instead, so
-that a needless refusal costs style and nothing else. Time is linear in the length of the texts.
-"""
+that a needless refusal costs style and nothing else. Time is linear in the length of the texts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -75,8 +74,7 @@ def accept(part: str, sentence: str, note: str, shorthand: Mapping[str, Sequence
     """Why `sentence` may not stand for `part`, in a few words each; empty: it may.
 
     `part`: the note's words that it was written from; `note`: the whole note, for who the patient is;
-    `shorthand`: what summaries say for the note's short forms (`learn_shorthand`).
-    """
+    `shorthand`: what summaries say for the note's short forms (`learn_shorthand`)."""
     words = set(Reading(part, frozenset()).words)
     is_of_others = bool(words & of.OTHERS)
     free = WORDS["articles"] if is_of_others else of.FREE

@@ -6,8 +6,7 @@ little). *What holds* for a word: denied or not, certain or not, the patient's o
 words that the note lacks, words said more often than there, words joined that it keeps apart, breaks between
 runs of its words. Each sentence gets one sum, its risk; a summary's risk is the sum over its different
 sentences. What the note says itself, as a whole sentence or line, has none. Time is linear in the length of
-the texts.
-"""
+the texts."""
 
 import math
 from collections import Counter

@@ -1,7 +1,6 @@
 """Reads the citations of a summary, like [Evidence: S1,2; Conf: 0.85] after each claim.
 
-Every function takes time linear in the text: no pattern has two ways to read the same characters.
-"""
+Every function takes time linear in the text: no pattern has two ways to read the same characters."""
 
 import re
 from collections.abc import Iterator
@@ -98,8 +97,7 @@ def parse_citations(summary: str, note: str, version: int = SENTENCE_VERSION) ->
 
     Returns one dict per citation: `claim` (the summary's words before it), `sentence_numbers` (1-based),
     `sentences` (the note's sentences with these numbers), `missing` (numbers that the note does not have),
-    `confidence` (the number the model wrote, 0 to 1, or None; see the guide on how far to trust it).
-    """
+    `confidence` (the number the model wrote, 0 to 1, or None; see the guide on how far to trust it)."""
     sentences = dict(enumerate(split_sentences(note, version), 1))
     citations = []
     claim_start = 0

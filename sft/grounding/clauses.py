@@ -1,8 +1,7 @@
 """The clauses of a part of a note, and which of them make up a sentence.
 
 A clause is what may be left out or moved as a whole. Each is marked with what it leans on: some clauses say
-something only after the one before them.
-"""
+something only after the one before them."""
 
 import re
 from collections.abc import Iterable

@@ -124,8 +124,7 @@ def learn_shorthand(rows: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 
     A short form is the first letters of two or three words (BP, blood pressure) or begins a word (creat,
     creatinine). It counts in two rows at least, and in half of those where the note has it and the summary
-    does not.
-    """
+    does not."""
     seen, found = Counter(), Counter()
     for note, summary in rows:
         written = re.findall(r"[a-z]+", summary.lower())

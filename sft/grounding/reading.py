@@ -45,8 +45,7 @@ class Text:
     `stems`: the stem of a content word, "" for any other token. `denied`: True, False, or None where
     an unanswered question leaves it open. `kin`: the relative of whom the words speak, "" for the patient.
     `clauses`, `phrases`: how many began before a token. `markers`: {class: [(token, value)]} for sides,
-    times, relatives. `ranges`: (first token, one past the last) of each sentence.
-    """
+    times, relatives. `ranges`: (first token, one past the last) of each sentence."""
 
     def __init__(self, text: str, sentence_version: int = SENTENCE_VERSION):
         lower = text.lower() if len(text.lower()) == len(text) else text

@@ -1,8 +1,7 @@
 """A summary in the note's own words: which of a note's sentences a summary of this kind would use.
 
 Ridge regression learns from training pairs what share of each note sentence's words the summary uses; rules
-add what a reader must not miss and keep together what belongs together. Fitted in milliseconds; no torch.
-"""
+add what a reader must not miss and keep together what belongs together. Fitted in milliseconds; no torch."""
 
 import json
 import math

@@ -1,8 +1,7 @@
 """Splits clinical text into sentences and numbers them S1, S2, ..., as summaries cite them.
 
 An adapter trained on numbered notes depends on the numbering, so its rules have a version, saved with the
-adapter. Change them only together with a new version, and keep the old one, as sentences_v1.py does.
-"""
+adapter. Change them only together with a new version, and keep the old one, as sentences_v1.py does."""
 
 import re
 
@@ -67,8 +66,7 @@ def sentence_spans(text: str, version: int = SENTENCE_VERSION) -> list[tuple[int
 
     Together they hold every visible character. Made for clinical notes: list items, headings and dialogue
     turns are sentences of their own, wrapped lines are joined, decimal points and common abbreviations do not
-    end a sentence. Time and memory are linear in the text.
-    """
+    end a sentence. Time and memory are linear in the text."""
     boundaries = sentences_v1.boundaries if version == 1 else _boundaries
     ends = [*boundaries(text), len(text)]
     spans = []

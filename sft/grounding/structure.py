@@ -1,8 +1,7 @@
 """How a clinical note is laid out: what each of its sentences is, and what it stands under.
 
 A sentence of a note may make sense only under its heading, label, speaker or question, or after the sentence
-that it refers back to. `read_units` finds these, so that a sentence can be quoted together with them.
-"""
+that it refers back to. `read_units` finds these, so that a sentence can be quoted together with them."""
 
 import itertools
 import re

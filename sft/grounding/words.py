@@ -1,8 +1,7 @@
 """Words of clinical English: tokens, stems, content words, English or not; the lists are in lexicon.txt.
 
 A stem stands for the forms and the plain synonyms of a word (kidney, renal), so that notes and summaries can
-be compared word by word.
-"""
+be compared word by word."""
 
 import re
 from functools import lru_cache
@@ -88,8 +87,7 @@ def content_stems(text: str, numbers: bool = True) -> list[str]:
 def detect_language(text: str) -> str:
     """ "en" or "other", by English stop words against those of other languages.
 
-    Text too short or too telegraphic to tell counts as English.
-    """
+    Text too short or too telegraphic to tell counts as English."""
     words = [word for word in TOKEN.findall(text[:20_000].lower()) if word[0].isalpha()]
     if sum(word[0] > "ɏ" for word in words) > len(words) / 2:
         return "other"

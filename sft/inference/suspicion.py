@@ -1,7 +1,6 @@
 """Whether lines or paragraphs are notes of their own or parts of one: signs that are added up.
 
-Files of one note a line are often read; a note that is taken apart gives one invented summary a line.
-"""
+Files of one note a line are often read; a note that is taken apart gives one invented summary a line."""
 
 import re
 from collections.abc import Sequence

@@ -151,8 +151,7 @@ class KVCache:
       sequence, then chunks (prompts, or tokens with their drafts).
     - The masks belong to one pass: `plan_pass` resets them, and the layers of the pass share them.
     - Memory is taken layer by layer, when the first pass shows the shapes of each.
-    - Slot i belongs to running[i]: when a sequence ends, `copy` moves another into its slot.
-    """
+    - Slot i belongs to running[i]: when a sequence ends, `copy` moves another into its slot."""
 
     def __init__(self, n_slots: int, capacity: int):
         self.n_slots = n_slots

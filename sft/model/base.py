@@ -307,8 +307,7 @@ def load_base_model(folder: Path, device: torch.device, dtype: torch.dtype, quan
     or "int8", which leaves the weights in the dtype of their file, mapped and not copied, for
     `merge_into_int8`. A base whose own configuration says that it is quantized is loaded as that says.
 
-    Raises InputError if it cannot be loaded; weights are read only from safetensors.
-    """
+    Raises InputError if it cannot be loaded; weights are read only from safetensors."""
     settings = read_json_object(folder / "config.json")
     is_quantized = "quantization_config" in settings
     by_bitsandbytes = quantization in ("8bit", "4bit")

@@ -7,8 +7,7 @@ libraries' own, those for training with their gradients.
 torch.ops.mkldnn._linear_pointwise and _reorder_linear_weight, and torch.ops.onednn.qlinear_prepack and
 qlinear_pointwise (torch 2.13.0) are no public interface: torch.compile puts them into its code for x86 CPUs.
 Where the first two are missing, has_onednn() is False and the libraries' layers stay; where the others are,
-has_int8() is False and 8 bit goes through bitsandbytes.
-"""
+has_int8() is False and 8 bit goes through bitsandbytes."""
 
 import functools
 import math

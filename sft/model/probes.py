@@ -1,7 +1,6 @@
 """Can this model take packed rows, and are its logits right? Tried on the model itself when it is loaded.
 
-A probe that fails says why. A programming error of ours is raised, and never becomes a silent slower path.
-"""
+A probe that fails says why. A programming error of ours is raised, and never becomes a silent slower path."""
 
 import contextlib
 import math
