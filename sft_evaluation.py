@@ -27,12 +27,11 @@ from sft.data.prompt import PromptTemplate
 from sft.data.rows import Row, drop_stray_citations, factual_rows, leaked_rows, read_rows, shown_kinds
 from sft.data.table import OPTION_OF_COLUMN, column_name, read_table
 from sft.evaluation import figures, measures, page, sheet, systems
-from sft.evaluation.options import EvaluationConfig
 from sft.evaluation.systems import Adapter, System
 from sft.files import ROOT, check_new_file, check_outside_models, make_private_dir, sha256, write_json
 from sft.inference.writing import read_selector
 from sft.model.folder import quantization_for, read_adapter_folder
-from sft.options import parse_options
+from sft.options import EvaluationConfig, parse_options
 from sft_inference import SFTInference
 
 _LEAST_NOTES = 5  # of a group that is reported on its own

@@ -367,3 +367,31 @@ class InferenceConfig(PromptFromOption, MachineOptions):
         metavar="FILE",
         needs="serve",
     )
+
+
+SYSTEM_NAMES = "base base_examples free verified quote selected lead commonest reference".split()
+
+
+@dataclass
+class EvaluationConfig(PromptFromOption, ColumnOptions, MachineOptions):
+    """Options of sft_evaluation.py."""
+
+    model_path: list[str] = model(["./models/sft_specialist/final_model"], "adapter folders")
+    test_csv: str | None = data(None, "rows not trained on (default: the bundled ones)")
+    train_csv: list[str] | None = data(None, "the rows trained on (default: the bundled ones)")
+    n_rows: int | None = data(None, "evaluate this many rows, at random", type=number(int, 2))
+    by: str | None = data(None, "also by this column, or by note_length", metavar=NAME)
+    systems: list[str] | None = run(None, "what to compare (default: all)", choices=SYSTEM_NAMES)
+    output_dir: str = run("models/sft_evaluation", "folder for the report and the summaries")
+    blind_sheet: bool = run(False, "also write a sheet to read without knowing the systems")
+    ratings: list[str] | None = run(None, "count one or two filled-in sheets, and stop")
+    export_preferences: str | None = run(
+        None,
+        "instead, write pairs for DPO (Stage B) to this file: training summaries, and the specialist's own of the "
+        "same notes in which the check finds most",
+        metavar="FILE.jsonl",
+    )
+    max_new_tokens: int | None = generation(
+        None, "longest summary, in tokens (default: the adapter's)", type=AT_LEAST_1
+    )
+    batch_size: int = machine(DEFAULT_GENERATION_BATCH_SIZE, "summaries written together", type=AT_LEAST_1)

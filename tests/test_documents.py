@@ -33,9 +33,8 @@ from documents import BLOCKS, DOCUMENTS, GUIDE, TEXTS, TOKENS, Block, Sandbox, n
 from list_messages import Messages
 
 from sft.cli import InputError
-from sft.evaluation.options import EvaluationConfig
 from sft.option_fields import default_of
-from sft.options import InferenceConfig, ReportConfig, TrainConfig, parse_options
+from sft.options import EvaluationConfig, InferenceConfig, ReportConfig, TrainConfig, parse_options
 
 SHOWN = {name: re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL) for name, text in TEXTS.items()}
 SOURCES = [*ROOT.glob("*.py"), *ROOT.glob("sft/**/*.py")]

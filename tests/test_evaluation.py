@@ -16,10 +16,10 @@ import sft_evaluation
 from sft.cli import InputError
 from sft.data.prompt import PromptTemplate
 from sft.data.rows import factual_rows, read_rows
-from sft.evaluation.options import _SYSTEMS, EvaluationConfig
 from sft.evaluation.systems import SYSTEMS, Adapter, reference_loss, sentence_support, with_examples
 from sft.grounding import check_summary
 from sft.grounding.sentences import split_sentences
+from sft.options import SYSTEM_NAMES, EvaluationConfig
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +125,10 @@ def test_an_interrupted_run_continues(evaluate, tmp_path, adapters):
     before = {path: path.read_bytes() for path in adapters().iterdir()}
     whole = evaluate(tmp_path / "out", "--by", "specialty", "--blind_sheet")
     expected = summaries_of(tmp_path / "out")
-    assert set(expected) == set(_SYSTEMS) - {"selected"} and [system.name for system in SYSTEMS] == _SYSTEMS
+    assert (
+        set(expected) == set(SYSTEM_NAMES) - {"selected"}
+        and [system.name for system in SYSTEMS] == SYSTEM_NAMES
+    )
     assert whole["n_leaked"] > 0 and set(whole["groups"]) == {"a", "b"} and whole["twins"]["number"]["n"] == 2
     # A kill leaves an incomplete line, and lines that are missing
     for name in ("verified", "base"):

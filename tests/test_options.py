@@ -6,8 +6,8 @@ import dataclasses
 import pytest
 
 from sft.cli import InputError
-from sft.evaluation.options import EvaluationConfig
 from sft.options import (
+    EvaluationConfig,
     InferenceConfig,
     ReportConfig,
     TrainConfig,

@@ -121,21 +121,13 @@ def _shorten_opening(sentence: str, part: str, line: str) -> str:
 
 
 def _steps(source: Reading, written: Reading, clauses: list[Clause], kept: list[int]) -> list[_Step]:
-    places = [
-        (number, index) for number in kept for index in range(clauses[number].first, clauses[number].last)
-    ]
-    return [
-        _Step(
-            number,
-            clauses[number],
-            index == clauses[number].first,
-            source.content[index],
-            index,
-            frozenset(source.gaps[index]),
-            frozenset(new),
-        )
-        for (number, index), new in zip(places, written.gaps, strict=False)
-    ]
+    places = [(number, i) for number in kept for i in range(clauses[number].first, clauses[number].last)]
+    steps = []
+    for (number, i), new in zip(places, written.gaps, strict=False):
+        clause = clauses[number]
+        gaps = frozenset(source.gaps[i]), frozenset(new)
+        steps.append(_Step(number, clause, i == clause.first, source.content[i], i, *gaps))
+    return steps
 
 
 def clauses_keep_their_heads(traced: _Traced) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from sft.cli import RunError, first_line, is_out_of_memory
 from sft.inference.endings import repeated_from
-from sft.model.attention import KVCache, attention_window
+from sft.model.attention import KVCache
 from sft.model.probes import logits_problem, probe_failure, reference_attention
 from sft.options import DEFAULT_GENERATION_BATCH_SIZE
 
@@ -364,7 +364,8 @@ def _probe(model) -> str:
     Three prompts enter together and share a prefix, then two tokens are written after each: longer than an
     attention window of up to 512 tokens. Of a longer one it is only checked that the layers hand it over."""
     text = model.config.get_text_config()
-    window = attention_window(text)
+    # Of some layers; None if all see all tokens
+    window = getattr(text, "sliding_window", None) or None
     longest = 9 + (window if window and window <= 512 else 0)
     prompts = [[5, 2, *((7 * k + 3 * n) % text.vocab_size for k in range(n))] for n in (longest, 7, 4)]
     before = model.config._attn_implementation

@@ -41,11 +41,6 @@ def causal_mask(positions: torch.Tensor, n_keys: int, window: int | None) -> tor
     return ~((distance < 0) | (distance >= (window or n_keys)))
 
 
-def attention_window(text_config) -> int | None:
-    """The sliding window of some layers; None if all see all tokens."""
-    return getattr(text_config, "sliding_window", None) or None
-
-
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A Boolean mask as one to add to scores. Not -inf, which makes a row that sees nothing (padding) NaN."""
     zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
