@@ -148,6 +148,7 @@ def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
         for part in thirds:
             name = f"{lengths[part[0]]} to {lengths[part[-1]]} words"
             groups.setdefault(name, []).extend(part.tolist())
+        return groups
     names = {ours: getattr(config, option.removeprefix("--")) for ours, option in OPTION_OF_COLUMN.items()}
     table = read_table(data.test_file, [], Counter(), names)
     values = {number: cells.get(column_name(config.by)) for number, cells, _ in table}

@@ -100,6 +100,10 @@ def remove(paths: list[Path]) -> None:
     """Removes files, folders and links, never what a link leads to; what is not there is no error."""
     for path in paths:
         if path.is_dir() and not path.is_symlink():
+            # What a kill halfway leaves has another name
+            if path.name[0] != ".":
+                with contextlib.suppress(OSError):
+                    path = path.rename(path.with_name(f".{path.name}.{os.getpid()}"))
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)

@@ -152,6 +152,9 @@ def test_a_piped_letter_is_not_taken_apart(monkeypatch, capsys):
     assert read_piped("auto") is None
     converse(made_up, InferenceConfig(max_new_tokens=150))
     assert capsys.readouterr().out.splitlines() == ["'pain' 150 0.0 0", "'fever.' 5 0.0 0"]
+    piped(monkeypatch, "Chest pain since Monday.\n\x0cTroponin negative.\n")
+    assert read_piped("auto") is None
+    assert read_block("").count("\n") == 1
     for one_note in ("auto", "paragraph"):
         for end in ("\r", "\r\n"):
             piped(monkeypatch, end.join(["Chest pain.", "", "Fever.", ""]))

@@ -39,7 +39,10 @@ WARD = (
     "edema. CRP 210 to 88. Furosemide, switched to bumetanide. Sacubitril not started. Physiotherapy to visit her."
 )
 
+ASKED = "70F, fall. Chest pain ? No. Low mood ? Denied."
 WRONG = [
+    ("negation", ASKED, "She has chest pain."),
+    ("time", "Seen in March. DOB 12/04/1960.", "Seen in April."),
     ("number", CLINIC, "Hemoglobin is 12.1."),
     ("unit", CLINIC, "She takes metoprolol 50 mcg twice daily."),
     ("drug", CLINIC, "She takes metoprolol and lisinopril."),
@@ -99,6 +102,8 @@ WRONG = [
     ("negation", "WCC not raised, CRP 3.", "The WCC was raised."),
 ]
 TRUE = [
+    (ASKED, "She has no low mood."),
+    ("As a rule she takes ramipril 5 mg.", "She takes ramipril 5 mg."),
     (CLINIC, "A 68-year-old woman has had right knee pain for 14 days, without fever or rash."),
     (
         CLINIC,

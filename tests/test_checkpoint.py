@@ -22,7 +22,7 @@ from conftest import (
 
 import stage_a_sft_training as training
 from sft.cli import InputError
-from sft.files import FORMAT_VERSION, write_checksums
+from sft.files import FORMAT_VERSION, remove, write_checksums
 from sft.model.adapter import read_state
 from sft.training.checkpoint import newest_checkpoint, output_lock
 from stage_a_sft_training import TrainConfig, train
@@ -382,6 +382,17 @@ def test_what_another_program_wrote_under_a_name_of_the_run_stops_it(configured,
     with pytest.raises(InputError, match=f"{name} was not written by a training run"):
         train(configured(**{option: True}))
     assert file.read_text() == "theirs"
+
+
+def test_a_kill_while_a_checkpoint_is_removed_stops_no_later_run(configured, copied, monkeypatch):
+    out = copied()
+    monkeypatch.setattr("shutil.rmtree", lambda folder, **_: (folder / "sft_config.json").unlink())
+    remove([out / "checkpoint_epoch_1"])
+    monkeypatch.undo()
+    assert newest_checkpoint(configured()) == out / "checkpoint_epoch_2"
+    train(configured(resume=True))
+    train(configured(overwrite=True, num_epochs=1))
+    assert not list(out.glob(".checkpoint*"))
 
 
 def test_a_finished_model_without_checkpoints_is_not_trained_over(configured, copied):

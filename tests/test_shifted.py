@@ -76,6 +76,8 @@ PASTED = [
     "Takes Aspirin,Metformin\nSeen 3,4 times\n2,000 mg a day",
     "Pressure:\n2024-01-02,120,80\n2024-01-03,125,85\nStable.",
     "Height 5'10\"\nFever,cough,rash\nBetter",
+    "Kalium:\n3,5 mmol/l",
+    "WBC\n12,300 and rising",
 ]
 
 
@@ -91,12 +93,13 @@ PASTED = [
         "id clinical_note model_summary label hallucination_type",
     ],
 )
-def test_tables_and_lists_within_a_note_stay(tmp_path, header):
+@pytest.mark.parametrize("first_id", [5, 17])
+def test_tables_and_lists_within_a_note_stay(tmp_path, header, first_id):
     others = {"ward": "A", "model_summary": "no acute findings", "label": "factual", "age": 40}
     columns = header.split()
     rows = [
         others | {"id": i, "clinical_note": note, "hallucination_type": ""}
-        for i, note in enumerate(PASTED, 17)
+        for i, note in enumerate(PASTED, first_id)
     ]
     path = write_csv(tmp_path / "a.csv", [[row[column] for column in columns] for row in rows], columns)
     path.write_bytes(path.read_bytes().replace(b"\r\n", b"\n"))
@@ -123,6 +126,36 @@ def test_a_note_that_is_parted_by_a_line_break_is_refused(tmp_path, rows):
     ) as refused:
         read_notes(tmp_path / "a.csv")
     assert "arfarin" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [
+            "clinical_note,model_summary,label,hallucination_type",
+            "Has pain.,Pain.,factual,",
+            "pt c/o cough,Cough.,factual",
+        ],
+        [
+            "id,clinical_note,model_summary,label,x",
+            "MTS-1,Pain.,Pain.,factual,",
+            "phase1_12,Cough.,Cough.,factual",
+        ],
+        [
+            "clinical_note, model_summary, label",
+            "Has had pain., Pain., factual",
+            "pt c/o cough, Cough., factual",
+        ],
+    ],
+)
+def test_rows_that_lack_nothing_that_is_used_are_whole(tmp_path, rows):
+    (tmp_path / "a.csv").write_text("\n".join(rows))
+    assert len(read_rows(tmp_path / "a.csv")) == 2
+
+
+def test_one_row_above_an_empty_line(tmp_path):
+    (tmp_path / "a.csv").write_text("id,clinical_note\n1,Fever.\n\n")
+    assert [note.text for note in read_notes(tmp_path / "a.csv")] == ["Fever."]
 
 
 def test_empty_cells_may_be_left_out_at_the_end_of_a_row(tmp_path):

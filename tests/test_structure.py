@@ -148,6 +148,7 @@ def test_diagnoses_below_each_other_are_no_headings_and_end_before_the_story():
             "Aortic dissection.",
         ),
         ("72F, fall at home.\nImp: ? hip fracture. Plan: X-ray pelvis.", "Impression: ?hip fracture."),
+        ("70F, fall at home. Chest pain ? No. Low mood ? Denied. Plan: CT.", "Chest pain ? No."),
         ("? sepsis. 80M hot and confused. Plan: cultures.", "?sepsis."),
         (
             "33F. Scan: ectopic L tube? Right ovary normal. Plan: repeat.",

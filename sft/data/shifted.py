@@ -14,10 +14,15 @@ PART_OF_A_ROW = "seems to be a part of a row (a line break outside quotes?)"
 
 
 class RowCheck:
-    """Takes the rows of a file one after the other. `line_end`: what ends its lines."""
+    """Takes the rows of a file one after the other. `line_end`: what ends its lines; `needed`: the places of
+    the columns that are used."""
 
-    def __init__(self, header: Sequence[str], delimiter: str, line_end: str):
+    def __init__(self, header: Sequence[str], delimiter: str, line_end: str, needed: Sequence[int]):
         self.n_columns = len(header)
+        self.needed = needed
+        # A note's own row ends with the label; a note alone does not tell whether its row is whole
+        self.least = max(needed) + 1 if len(needed) > 1 else len(header)
+        self.is_spaced = any(name[:1] == " " for name in header)
         self.n_named = sum(bool(name.strip()) for name in header)
         self.delimiter = delimiter
         self.line_end = line_end
@@ -32,9 +37,12 @@ class RowCheck:
             return _OTHER_ROWS
         # Programs leave out empty cells at a row's end, so a short row alone says little
         first = fields[0].strip()
-        is_short = len(fields) < self.n_columns
-        has_comma = " " in first and any(field[:1] == " " for field in fields[1:])
-        is_unlike = not _is_alike(self.first_cell, first) or (is_short and self.first_cell and not first)
+        is_short = len(fields) < self.least
+        has_comma = not self.is_spaced and " " in first and any(field[:1] == " " for field in fields[1:])
+        lacks_needed = not all("".join(fields[place : place + 1]).strip() for place in self.needed)
+        is_unlike = not _is_alike(self.first_cell, first) or (
+            (is_short or lacks_needed) and self.first_cell and not first
+        )
         if len(fields) == 1 < self.n_named or (is_unlike and (is_short or self.was_short or has_comma)):
             return PART_OF_A_ROW
         self.first_cell = first or self.first_cell
@@ -61,9 +69,11 @@ class RowCheck:
         # "fever,cough" may be a part of a note
         if not starts:
             return rest.endswith((".", "!", "?")) or any(ours and ours == theirs for ours, theirs in pairs)
-        # So may "38,5", and "2,aspirin" behind "1,metformin"
-        is_number = starts[-1][-1:].isdigit() and text[:1].isdigit()
-        if n_told > 1 and n_after and not is_number and not _is_alike(starts[0], rest):
+        # So may "38,5 mmol/l" and "2,000 units"
+        if starts[-1][-1:].isdigit() and re.match(r"\d[\d.]*(?![\w-])", text):
+            return False
+        # And "2,aspirin" behind "1,metformin"
+        if n_told > 1 and n_after and not _is_alike(starts[0], rest):
             return True
         whole = itertools.takewhile(self._is_whole, reversed(lines[:-1]))
         ids = [starts[0], *(line.split(self.delimiter)[0] for line in whole), fields[0]]
@@ -78,7 +88,7 @@ def _is_alike(ours: str, theirs: str) -> bool:
     if it has the same punctuation, and digits if the other has some."""
     if not (ours.strip() and theirs.strip()):
         return True
-    if ours[0].isupper() and theirs[0].islower():
+    if " " not in ours.strip() and ours[0].isupper() and theirs[0].islower():
         return False
     if " " in ours.strip() or ours.strip().endswith((".", "!", "?")):
         return theirs[0] != " " and bool(re.search(r"[^\W\d_]", theirs))

@@ -129,9 +129,10 @@ def _read_csv(
     columns = _checked_columns(path, header, first_row, required, names, kind)
     reader = csv.reader(_lines(data, encoding, counts), delimiter=delimiter, strict=True)
     line_end = re.search(r"[\r\n]*$", next(_lines(data, encoding, Counter())))[0]
-    check = RowCheck(header, delimiter, line_end or "\n")
     needed = [columns.index(name) for name in required]
+    check = RowCheck(header, delimiter, line_end or "\n", needed)
     row_names = []
+    last_cell = ""
     row_number = 0
     line_number = 0
     try:
@@ -146,6 +147,7 @@ def _read_csv(
             else:
                 is_number = len(fields) == len(header) + 1 and re.fullmatch(r"\d{1,9}", fields[0])
                 row_names.append(int(fields[0]) if is_number else -1)
+                last_cell = fields[-1]
                 problem = check.problem(fields)
                 cells = dict.fromkeys(columns, "") | dict(zip(columns, fields))
                 # It has words of a note in the place of the id, which messages show
@@ -157,7 +159,7 @@ def _read_csv(
         fix = "double every quote inside a cell, and quote the cell itself"
         raise InputError(f"{path}: {place}: unbalanced quotes ({error})", fix) from None
     # A comma outside quotes in the only row is another fault
-    is_alone = len(row_names) == 1 and fields[-1].strip()
+    is_alone = len(row_names) == 1 and last_cell.strip()
     if row_names and -1 not in row_names and row_names == sorted(set(row_names)) and not is_alone:
         problem = f"{path}: every row has a cell more than the header, and begins with a number (row names?)"
         fix = "write no row names (R: row.names=FALSE), or a separator at the header's end too"
@@ -283,7 +285,7 @@ def _records(
     numbers: Iterable[int],
     required: Sequence[str],
     names: Mapping[str, str],
-) -> Iterator[tuple[int, dict[str, str], bool]]:
+) -> Iterator[tuple[int, dict[str, str], str]]:
     """The rows of a DataFrame as text; a list or an object in a column that is not ours as JSON."""
     columns = _checked_columns(
         name, list(map(str, frame.columns)), [*frame.head(1).to_numpy().flat], required, names

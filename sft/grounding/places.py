@@ -15,10 +15,11 @@ _REACH = 10  # tokens
 _N_NEIGHBORS = 6  # content words on each side
 _EQUALS = frozenset("is was are were of : =".split())
 _SKIPPED_IN_INITIALS = frozenset("of the and with to in for -".split())
-# "2024-02-03", "03.02.24", "02/2024", "on 3/2": the parts that may be a month
+# "2024-02-03", "03.02.24", "02/2024", "on 3/2": the parts that may be a month; not of a date of birth
 _DATE = re.compile(
-    r"\b(?:\d{4}[-/.](\d\d?)|(\d\d?)[-/.](\d\d?)[-/.](?:\d\d){1,2}|(\d\d?)/\d{4}"
-    r"|(?<=on )(\d\d?)/(\d\d?))\b"
+    r"(?i:\b(?:dob|born|birth)\b\W{0,3}(?:on )?[\d/.-]+)"
+    r"|\b(?:\d{4}[-/.](\d\d?)|(\d\d?)[-/.](\d\d?)[-/.](?:\d\d){1,2}|(\d\d?)/\d{4}"
+    r"|(?<=on )(\d\d?)/(\d\d?)(?! (?:days|nights|weeks)))\b"
 )
 _PRONOUNS = frozenset("he him his she her hers".split())
 _SEXES = {"m": word_set("male"), "f": word_set("female")}

@@ -27,8 +27,8 @@ _LINKS = frozenset("of the a in - her his".split())
 _OPENINGS = frozenset("a an the her his their she he they then now".split()) | HEDGES
 # "Two times daily"
 _TIMES = {"two": "bd", "2": "bd", "three": "tds", "3": "tds", "four": "qds", "4": "qds"}
-# "?pneumonia" is a doubt: a mark of its own, of the same length
-_DOUBT = re.compile(r"(?<![^\s(/,:;?-])\?(?= ?\w)")
+# "?pneumonia" and "Imp: ? pneumonia" are doubts: a mark of its own, of the same length. "Pain ? No." is none
+_DOUBT = re.compile(r"(?<![^\s(/,:;?-])\?(?=\w)|(?:^|(?<=[:(/,;.-])|(?<=[:(/,;.-] ))\?(?= \w)")
 _UNKNOWN = frozenset("know remember recall".split())
 _OR = frozenset(("or", "nor"))
 _SEPARATORS = frozenset(", or and nor /".split())

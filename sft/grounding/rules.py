@@ -254,9 +254,11 @@ def certainty_findings(sentence: Sentence) -> Iterator[Finding]:
         best = max(scores, key=scores.get, default=0)
         condition = note.text.near(places[best], CONDITIONS, 7)
         hedge = note.text.near(places[best], HEDGES, 4)
-        # "Concern for sepsis" is a doubt, the patient's own concern is none
-        if hedge is not None and note.text.words[hedge].startswith("concern"):
-            hedge = hedge if note.text.word(hedge + 1) == "for" else None
+        # "Concern for sepsis" and "rule out sepsis" are doubts, the patient's own concern is none
+        word = note.text.words[hedge] if hedge is not None else ""
+        goes_on = "for" if word.startswith("concern") else "out" if word == "rule" else ""
+        if goes_on and note.text.word(hedge + 1) != goes_on:
+            hedge = None
         if hedge is None and condition is not None and condition > places[best]:
             hedge = condition
         if hedge not in seen and text.near(index, _SOFT, 11) is None:

@@ -237,7 +237,7 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
     texts = [" ".join(note[start:end].split()) for start, end in spans]
     # "Imp: ? PE": the doubt is about what follows
     for i in range(1, len(texts)):
-        if not gaps[i] and re.search(r"(?:^|\s)\?$", texts[i - 1]) and not _LABEL.match(texts[i]):
+        if not gaps[i] and re.search(r"(?:^|[:(/,;-]\s?)\?$", texts[i - 1]) and not _LABEL.match(texts[i]):
             texts[i - 1] = texts[i - 1][:-1].rstrip() or "?"
             texts[i] = f"?{texts[i]}"
     return list(zip(texts, gaps, [*gaps[1:], 0], strict=False))

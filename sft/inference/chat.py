@@ -101,10 +101,11 @@ def read_piped(one_note: str) -> list[str] | None:
         raise InputError(*NO_NOTE)
     if one_note != "auto":
         return [note for _, note in split_text("standard input", text, one_note, "paragraph")]
-    lines = ["" if COMMAND.fullmatch(line) else line for line in text.splitlines()]
-    split_text("standard input", "\n".join(lines), "auto", "paragraph")
     # input() ends a line at "\n" alone
-    sys.stdin = io.StringIO("\n".join(text.splitlines()))
+    text = re.sub(r"\r\n?", "\n", text)
+    lines = ["" if COMMAND.fullmatch(line) else line for line in text.split("\n")]
+    split_text("standard input", "\n".join(lines), "auto", "paragraph")
+    sys.stdin = io.StringIO(text)
     return None
 
 

@@ -52,7 +52,6 @@ def resolve(config: TrainConfig) -> TrainConfig:
     # From Python a path may be a Path, which JSON does not know
     vars(config).update({name: str(value) for name, value in vars(config).items() if isinstance(value, Path)})
     config.given = given = given_names(config)
-    # Read once: it may be a pipe
     options, config.recorded = _read(config.config) if config.config else ({}, {})
     earlier = check_options(config.config, options) if options else {}
     values = PRESETS[earlier.get("preset", config.preset)] | earlier
@@ -76,7 +75,10 @@ def _read(file: str) -> tuple[dict, dict]:
     from yaml import YAMLError
 
     content = {"training": None}
-    text = decode_text(Path(file))
+    try:
+        text = decode_text(Path(file))
+    except InputError as error:
+        raise InputError(f"--config {error.problem}", error.fix) from None
     with contextlib.suppress(ValueError, YAMLError, RecursionError):
         content = json.loads(text) if file.endswith(".json") else _load_yaml(text)
     parts = (
