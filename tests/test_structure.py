@@ -194,4 +194,57 @@ def test_retractions_laboratory_flags_and_listings_are_seen():
     assert "correction" not in cues("Refractive correction and INR correction discussed.")
     assert "abnormal" in cues("Potassium 7.1 mmol/L 3.5-5.3 HH")
     assert "abnormal" not in cues("Power 5/5 LL and 3-4 L of fluid.")
+    assert "warning" in cues("Not for home, sepsis not settled.")
     assert "action" in cues("Listed for LEFT total knee replacement.")
+
+
+@pytest.mark.parametrize(
+    "note, wanted",
+    [
+        ("ALLERGIES: LATEX\nCODE STATUS: NOT FOR CPR\nDIET: SOFT\nTO DO: CT HEAD TODAY", "NOT FOR CPR"),
+        (
+            "Ward: 7\nReason for admission: Sepsis of the urinary tract\nMedications:\nAllergies: Codeine\nPlan:\nIV fluids",
+            "Sepsis",
+        ),
+        (
+            "Assessment and Plan\n1. Gout - better\nStatus: walks\nPlan: stop indapamide, no NSAIDs\n2. Asthma - stable",
+            "no NSAIDs.",
+        ),
+        ("Trauma. A: nuts. M: apixaban. P: AF in 2018. L: 08:00. E: fell from a ladder.", "(A): nuts."),
+        ("Q: Any rash? A: none. Q: Fever? A: since Monday, up to 39.", "Fever? since Monday"),
+        (
+            "Eyes today.\nRight eye   Left eye\nVA 6/12 6/60\nIOP 14 31\nPlan: drops to the left eye.",
+            "Right eye Left eye: VA 6/12 6/60",
+        ),
+        ("Discharge.\n| Drug | Dose |\n| Codeine | stopped |\nPlan: home.", "Codeine | stopped."),
+    ],
+)
+def test_lines_that_say_something_are_no_headings(note, wanted):
+    assert wanted in quoted(note)
+
+
+def test_page_ends_identifiers_and_signatures_are_not_quoted():
+    note = (
+        "MRN: 0012345\nPatient name: ROE, PAT\n64F with cellulitis of the left leg.\nPage 1 of 2\n"
+        "Started flucloxacillin 1 g.\nWith best wishes\nDr J. Low\nConsultant in acute medicine\nSent from my phone"
+    )
+    text = quoted(note)
+    assert "cellulitis" in text
+    assert "flucloxacillin" in text
+    for part in ("MRN", "ROE", "Page", "wishes", "Low", "Consultant", "Sent"):
+        assert part not in text
+    # Of the patient all the same
+    assert "81F with chest pain" in quoted(
+        "Name: Pat Roe 81F with chest pain\nPlan: ECG.\nSent: blood cultures"
+    )
+    assert "Sent: blood cultures" in quoted("81F with chest pain\nPlan: ECG.\nSent: blood cultures")
+
+
+def test_what_is_missing_is_named_with_its_label():
+    missing = not_mentioned(
+        "66M, fall. INR today: 5.8. Impression: Sepsis. Plan: vitamin K.", ["A man fell."]
+    )
+    assert {"INR today: 5.8.", "Sepsis."} <= {one.text for one in missing}
+    note = "70M, cough.\nExam:\nTender left calf, no redness.\nNo oedema.\nPlan: chest film."
+    missing = not_mentioned(note, ["A 70-year-old man with cough has a chest film."])
+    assert [one.text for one in missing] == ["Tender left calf, no redness."]

@@ -45,7 +45,7 @@ CUES = {
     r"(?<!/)(?:19|20)\d\d|last (?:month|year|season|winter|summer)|years ago|as a child|previous\w*|old|(?<!of )childhood",
     "warning": r"(?<!no )(?<!no known )(?<!nil )(?<!true )(?:allerg\w+|anaphyla\w+|intoleran\w+)|"
     r"(?:hives|urticaria|rash|reaction|angio-?o?edema) (?:to|with|after|on)|suicid\w*|self-harm|harm(?:ing)?|intrusive|safeguarding|"
-    r"non-?immune|live vaccines?|NSAIDs?|(?:do|must|should) not|avoid(?:ed)?|not for cpr|dnacpr|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
+    r"non-?immune|live vaccines?|NSAIDs?|(?:do|must|should) not|avoid(?:ed)?|not for|dnacpr|DNR|until|(?:stop|call|ring|return|back|review)\b.{0,30}\bif",
     "correction": r"(?:entered|made|written|filed) in error|error:|end of error|wrong patient|another patient|disregard\w*|please ignore|"
     r"(?:should|to) be ignored|amend(?:ed|ment)|addendum|correction:|retracted",
     "trivia": r"lovely|nice|kind|grumbles?|supple|football|cardigan|flight|cruise|holiday|leaflet|enclosed|insurer|grateful(?! if)|"

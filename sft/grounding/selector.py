@@ -172,6 +172,8 @@ def _missing(note: _Note, said: set[str], with_others: bool = False) -> list[Not
     for unit in note.sentences:
         stems, cues = note.stems[unit.number], note.cues[unit.number]
         is_new = len(stems & said) < 0.4 * len(stems)
+        # "INR today: 5.8" says nothing without its label
+        is_labeled = unit.label_number == unit.number and unit.label in note.own_labels
         if "courtesy" in cues:
             continue
         if any(not set(content_stems(drug)) & said for drug in DOSE.findall(unit.text)):
@@ -180,13 +182,16 @@ def _missing(note: _Note, said: set[str], with_others: bool = False) -> list[Not
             kind = "plan"
         elif is_new and cues & {"finding", "abnormal"} and any(word[0].isdigit() for word in stems - said):
             kind = "abnormal"
-        elif is_new and unit.topic == "diagnosis" and len(stems) > 1:
+        elif is_new and unit.topic == "diagnosis":
             kind = "problem"
-        elif is_new and len(stems) > 1 and with_others and not ("others" in cues or _is_routine(note, unit)):
+        elif not with_others or "others" in cues or _is_routine(note, unit):
+            continue
+        elif is_new and len(stems) + is_labeled > 1:
             kind = "other"
         else:
             continue
-        listed.append(NotMentioned(kind, unit.text, unit.number))
+        text = f"{shown_label(unit.label)}: {unit.text}" if is_labeled else unit.text
+        listed.append(NotMentioned(kind, text, unit.number))
         # What is said twice is missing once
         said = said | stems
     return listed
@@ -334,7 +339,11 @@ def _required(note: _Note, scores: dict[int, float]) -> list[int]:
 def _is_routine(note: _Note, unit: Unit) -> bool:
     """What else was asked or found normal, in a section for that; what is no medicine."""
     cues = note.cues[unit.number]
-    is_plain = unit.topic == "exam" and ("negation" in cues or len(note.stems[unit.number]) < 3)
+    # "Tender, no mass" and "no rash; power 2/5" are found, "no tender mass" is not
+    begins = [CUES["negation"].split(clause, maxsplit=1)[0] for clause in re.split("; | but ", unit.text)]
+    tells = any(re.search(r"\d", c) or CUES["finding"].search(c) or CUES["disease"].search(c) for c in begins)
+    is_denied = "negation" in cues and not tells
+    is_plain = unit.topic == "exam" and (is_denied or len(note.stems[unit.number]) < 3)
     head = note.heading(unit)
     is_listed = head and head.topic in ("review", "family", "drugs")
     return bool("trivia" in cues or is_plain or is_listed)

@@ -18,10 +18,27 @@ _LABEL = re.compile(
     r"""(?P<time>\d\d?[:.]\d\d(?:h|hrs)?)\s+(?=[A-Z])|["“']?(?!(?:He|She|It|They|We|I|There|This)\b)(?P<label>[A-Z?][\w/&?'’.-]*(?:[ \t]+[\w/&()'’-]+){0,3})\s*:(?=\s|$)\s*"""
 )
 _SALUTATION = re.compile(
-    r"(?:dear\b|hi\b|hello\b|good (?:morning|afternoon|evening)|(?:kind|best|warm|with)?\s*(?:regards|wishes)|"
-    r"yours\b|sincerely|thank|many thanks|signed\b|to whom|cc\b|dictated|electronically|it was (?:a pleasure|nice))",
+    r"(?:dear\b|hi\b|hello\b|good (?:morning|afternoon|evening)|(?:(?:kind|best|warm|with|many)\s+)*(?:regards|wishes)|"
+    r"yours\b|sincerely|thank|many thanks|signed\b|to whom|cc\b|dictated|electronically|it was (?:a pleasure|nice)|"
+    # Page ends, signatures and what mail programs add
+    r"page \d+ of \d+\W*$|(?:bleep|gmc|ext|hosp(?:ital)? (?:no|number)|mrn)[ :.]{1,3}[A-Z]?\d[\w/-]{0,20}\W?$|sent from my|this e-?mail\b|"
+    r"if you are not the intended|printed (?:on |by )?[\d/: ]+$|(?-i:(?:CT|ST|FY)\d(?: [A-Z]\w+)*$|"
+    r"(?:Dr|Prof)\.?(?: [A-Z][a-z.'-]*){1,3}(?:,? (?:CT|ST|FY|MD|FRC|MRC)\w*(?: \w+)?)?\W*$))",
     re.IGNORECASE,
 )
+# "Right eye   Left eye" above the columns of a table
+_SIDES = re.compile(
+    r"(?:\b(?:right|left|R|L|RE|LE|O[DS])\b(?: (?:eye|ear|side|hand|arm|leg|knee|foot))?[\s|/]*){2}",
+    re.IGNORECASE,
+)
+# Labels of who and where, not of what is the matter
+_ADDRESS = re.compile(
+    r"(?:patient |full )?name|mrn|nhs (?:no|number)|hosp(?:ital)? (?:no|number)|dob|date of birth|tel|"
+    r"(?:electronically |e-)?signed(?: by)?|dictated(?: by)?|secretary|gmc",
+    re.IGNORECASE,
+)
+_MAIL = re.compile(r"from|to|sent|date|cc", re.IGNORECASE)
+_CLOSING = re.compile(r"\b(?:regards|wishes|yours|sincerely)\b", re.IGNORECASE)
 # What a label or heading announces
 _TOPICS = {
     "plan": r"p|plans?|advice|advised?|rx|treatment( plan)?|medical treatment|additional testing|outcome|management|"
@@ -29,19 +46,20 @@ _TOPICS = {
     r"actions?|to.?do|next( steps?)?|rec|agreed|decisions?|do(ne)?( today)?|overnight|discharge plan",
     "diagnosis": r"a|imp|impression|assessment|ax|d?dx|diagnos[ie]s|conclusions?|opinion|summary|comment|"
     r"(final|working) diagnosis|interpretation",
-    "result": r"results?|findings?|path(ology)?|report|.*results",
+    "result": r"results?|findings?|path(ology)?|report|[^:]*results",
     "plan diagnosis": r"a/p|a ?& ?p|a and p|(assessment|impression) (and|&) plan",
-    "reason": r"reason.*|indication|clinical details|problem|pc|cc|c/o|chief complaint|question|presenting.*|"
-    r"hp[ci]|history of presen.*|s|subjective|admitted (with|for)|referral",
+    "reason": r"reason[^:]*|indication|clinical details|problem|pc|cc|c/o|chief complaint|question|presenting[^:]*|"
+    r"hp[ci]|history of presen[^:]*|s|subjective|admitted (with|for)|referral",
     "operation": r"operation|procedures?|op(eration)? performed|op|surgery|proc|specimens?",
     "drugs": r"((current|home|regular) )?(medications?|medicines|meds|drugs)|dh",
     "family": r"f/?hx?|family history|s/?hx?|social( history)?",
-    "exam": r".*exam(ination)?|vital.*",
+    "exam": r"(?!mental)[^:]*exam(ination)?|vital[^:]*",
     "review": r"ros|review of systems|systems review",
 }
 _TOPICS = {topic: re.compile(pattern, re.IGNORECASE) for topic, pattern in _TOPICS.items()}
 # Topics of what is not said of the patient now
 _ASIDES = ("family", "drugs", "review")
+_OF_PATIENT = re.compile(r"past\b|pmh?x?\b|psh\b|allerg|code status", re.IGNORECASE)
 # "CT shows a mass." is no relative's; "Breast cancer was found at 45." may be
 _VERBS = frozenset("is are will shows showed reveals revealed demonstrates demonstrated".split())
 # Labels that only say which part of the note this is: left out of a quotation
@@ -133,7 +151,8 @@ def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
     head = units[unit.heading - 1]
     # Without bullets or without a colon above, items are short lines without a period
     is_clear = bool(unit.listed) and head.text[-1] == ":"
-    are_items = is_clear or all(len(u.text.split()) <= 3 and u.text[-1].isalnum() for u in (last, unit))
+    between = units[last.number - 1 : unit.number]
+    are_items = is_clear or all(len(u.text.split()) <= 3 and u.text[-1].isalnum() for u in between)
     is_own = not head.topic and bool(shown_label(head.text))
     return is_own and are_items and not unit.label and not last.label
 
@@ -141,7 +160,12 @@ def is_next_item(units: list[Unit], unit: Unit, last: Unit | None) -> bool:
 def _letters(note: str) -> dict[str, str]:
     """What labels of one letter stand for. Where A, B and C are labels, A is no assessment but the airway; of
     specimens A and B it is neither."""
-    used = set(re.findall(r"(?<!\S)([A-EPR]):", note))
+    used = set(re.findall(r"(?<!\S)([A-Z]):", note))
+    # Question and answer; allergies in AMPLE, age in ATMIST
+    if "Q" in used:
+        return {"A": ""}
+    if {"A", "M", "P", "L"} <= used or {"A", "T", "M", "I"} <= used:
+        return {"A": "(A)", "P": "(P)"}
     if {"A", "B", "C"} <= used and _SURVEYED.search(note):
         return dict(zip("ABCDE", "Airway Breathing Circulation Disability Exposure".split(), strict=True))
     return {"A": "(A)"} if "B" in used and used.isdisjoint("PR") else {}
@@ -151,9 +175,10 @@ def read_units(note: str) -> list[Unit]:
     """Every sentence of the note, in order. Linear in the note's length."""
     lines = _lines(note)
     letters = _letters(note)
+    is_mail = all(re.search(rf"^[> ]*{name}:", note, re.MULTILINE) for name in ("From", "Subject"))
     units: list[Unit] = []
     last_with: dict[str, int] = {}
-    label, own_label = "", False
+    label, own_label, is_signed = "", False, False
     label_number = section = problem = 0
     for number, (text, gap, _) in enumerate(lines, 1):
         starts_line = gap > 0 or number == 1
@@ -175,36 +200,31 @@ def read_units(note: str) -> list[Unit]:
             section, above = 0, ""
         heading_kind = _heading_kind(lines, number - 1, body, above)
         if heading_kind:
-            section = number if heading_kind == "section" else section
-            problem = number if heading_kind == "problem" else 0
             name = body.rstrip(". ")
+            # "PMH:" is no part of the examination above it
+            section = number if heading_kind == "section" else 0 if _OF_PATIENT.match(name) else section
+            problem = number if heading_kind == "problem" else 0
             units.append(Unit(number, name, "heading", topic_of(name)))
             continue
         found, body = _take_label(body, starts_line)
         if found:
             label, label_number = letters.get(found, found), number
             own_label = not starts_line and not topic_of(label)
+            # "Medications:" with nothing below it but the next field
+            if starts_line and above in _ASIDES and (topic_of(label) or _OF_PATIENT.match(label)):
+                section, above = 0, ""
         topic = topic_of(label) or (units[problem - 1].topic if problem else "") or above
         kind = _kind(body, topic)
+        if _is_address(text, found, is_mail) or (is_signed and not found and _is_signature(body)):
+            kind = "salutation"
+        is_signed = kind == "salutation" and (is_signed or bool(_CLOSING.search(body)))
         is_answer = before.kind == "question" and kind == "sentence"
         needs = 0 if is_answer or (starts_line and bullet) else _refers_to(body, units, last_with)
         # Read without what stands right after the label, it might be the patient's
         needs = needs or (label_number if label_number != number and topic_of(label) == "family" else 0)
-        units.append(
-            Unit(
-                number,
-                body,
-                kind,
-                topic,
-                label,
-                label_number,
-                heading=problem or section,
-                asked=before.number if is_answer else 0,
-                needs=needs,
-                listed=listed,
-                names_patient=_names_patient(text),
-            )
-        )
+        place = {"heading": problem or section, "listed": listed, "names_patient": _names_patient(text)}
+        asked = before.number if is_answer else 0
+        units.append(Unit(number, body, kind, topic, label, label_number, asked=asked, needs=needs, **place))
         last_with |= dict.fromkeys(content_stems(body), number)
     return units
 
@@ -234,7 +254,8 @@ def _lines(note: str) -> list[tuple[str, int, int]]:
     gaps = [0] if spans else []
     for (_, end), (start, _) in itertools.pairwise(spans):
         gaps.append(sum(note[i] == "\n" and i not in wrapped for i in range(end, start)))
-    texts = [" ".join(note[start:end].split()) for start, end in spans]
+    # Without the frame of a box or table
+    texts = [" ".join(note[start:end].split()).strip("| ") or "|" for start, end in spans]
     # "Imp: ? PE": the doubt is about what follows
     for i in range(1, len(texts)):
         if not gaps[i] and re.search(r"(?:^|[:(/,;-]\s?)\?$", texts[i - 1]) and not _LABEL.match(texts[i]):
@@ -265,7 +286,7 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
     n_words = len(bare.split())
     if i == len(lines) - 1:
         return "section" if i and topic_of(bare) else ""
-    if not after or not n_words or body[-1] in "?!;," or _SALUTATION.match(body):
+    if not after or not re.search(r"\w", body) or body[-1] in "?!;," or _SALUTATION.match(body):
         return ""
     following = lines[i + 1][0]
     if _SALUTATION.match(following):
@@ -274,14 +295,22 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
     has_period, has_digits = body[-1] == ".", any(c.isdigit() for c in body)
     if n_words > (25 if _leads_list(lines, i) else 12 if above_bullets else 8):
         return ""
-    is_capitals = bare.isupper() and len(bare) > 3 and not has_period and not has_digits
+    if _SIDES.fullmatch(bare):
+        return "problem"
+    # "CODE STATUS: DNR" says something
+    is_capitals = bare.isupper() and len(bare) > 3 and not has_period and not has_digits and ": " not in bare
     # "COPD" below "Diagnoses:" is one of them
     below_colon = i > 0 and lines[i - 1][0][-1] == ":"
     is_capitals = is_capitals and not (below_colon and n_words == 1 and len(bare) <= 5 and not topic_of(bare))
     if body[-1] == ":" or is_capitals or (topic_of(bare) and not has_period):
         return "section" if topic_of(bare) or is_capitals else "problem"
     is_numbered, is_bulleted = re.match(_NUMBER, text), _BULLET.match(text)
-    if i == 0 or (is_bulleted and not is_numbered) or (has_digits and not above_bullets):
+    # "Plan: stop warfarin" above "2. Gout" heads nothing
+    is_said = ": " in body and not (above_bullets and not re.match(_NUMBER, following))
+    if i == 0 or is_said or (is_bulleted and not is_numbered) or (has_digits and not above_bullets):
+        return ""
+    # Nor does "No straws"
+    if not above_bullets and re.match(r"(?:no|not|nil|never)\s", bare, re.IGNORECASE):
         return ""
     # "Acute lumbar strain." above its bullets or lines, in an assessment or a plan
     if (
@@ -296,7 +325,10 @@ def _heading_kind(lines: list[tuple[str, int, int]], i: int, body: str, topic: s
     # "Latex" below "Penicillin" or "Allergies:"
     above = lines[i - 1][0]
     is_item = (
-        gap == 1 and len(above.split()) <= 3 and above[-1] != "." and not (topic_of(above) or ": " in above)
+        gap == 1
+        and (len(above.split()) <= 3 or above[-1] == ":")
+        and above[-1] != "."
+        and not (topic_of(above) or ": " in above)
     )
     if is_item and not _BULLET.match(above) and not (above_bullets and after == 1):
         return ""
@@ -316,6 +348,19 @@ def _kind(body: str, topic: str) -> str:
         return "salutation"
     asks = body.rstrip("\"”'’) ").endswith("?")
     return "question" if asks and "diagnosis" not in topic else "sentence"
+
+
+def _is_address(text: str, label: str, is_mail: bool) -> bool:
+    is_field = _ADDRESS.fullmatch(label) or (is_mail and _MAIL.fullmatch(label))
+    return bool(is_field) and not _names_patient(text)
+
+
+def _is_signature(body: str) -> bool:
+    """Whether a line below "Kind regards" names who wrote it."""
+    if body.isupper() or re.match(r"P\.?S|Not?\b", body):
+        return False
+    role = r"(?:senior |locum |clinical )?(?:consultant|registrar|nurse|professor)\b"
+    return bool(re.fullmatch(r"(?:[A-Z][\w.'-]*(?:,? |$))+", body) or re.match(role, body, re.IGNORECASE))
 
 
 def _refers_to(body: str, units: list[Unit], last_with: dict[str, int]) -> int:
