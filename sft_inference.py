@@ -134,7 +134,7 @@ class SFTInference:
         )
         base = unwrap(self.model)
         self.encoder = PromptEncoder(self.tokenizer, self.template)
-        window = context_window(base) or math.inf
+        window = context_window(base.config) or math.inf
         self.prompts = NotePrompts(
             self.encoder, window, max_length or math.inf, self.sft_config["max_length"]
         )

@@ -296,8 +296,7 @@ def load_tokenizer(folder_or_name: str | Path):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if (folder / "config.json").is_file():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            window = getattr(config.get_text_config(), "max_position_embeddings", None)
-            tokenizer.model_max_length = window or tokenizer.model_max_length
+            tokenizer.model_max_length = context_window(config) or tokenizer.model_max_length
         return tokenizer
 
 
@@ -366,9 +365,9 @@ def log_unquantized(model) -> None:
         log(f"warning: {share:.0%} of the base model's bytes are not quantized: it takes {size:,.2f} GiB")
 
 
-def context_window(model) -> int | None:
-    """The most tokens that a model takes; None if its configuration does not say."""
-    text = model.config.get_text_config()
+def context_window(config) -> int | None:
+    """The most tokens that a model of this configuration takes; None if it does not say."""
+    text = config.get_text_config()
     # MPT's name for it is the second
     return getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
 

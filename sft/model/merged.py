@@ -133,7 +133,7 @@ def save_merged(
     problem = chat_template_problem(ours, prompt, encode)
     if problem:
         log(f"warning: other programs will not give the merged model exactly the trained prompt: {problem}")
-    window = context_window(unwrap(model))
+    window = context_window(unwrap(model).config)
     with new_folder(folder) as temporary:
         merged, problem = merge(model)
         if problem:

@@ -35,7 +35,7 @@ def write_summaries(
     attention = base.config._attn_implementation
     prompts = {i: example.input_ids[: example.n_prompt] for i, example in enumerate(examples)}
     # Positions beyond the window may not exist; the references fit into it
-    window = context_window(base) or math.inf
+    window = context_window(base.config) or math.inf
     max_new_tokens = min(max_new_tokens, window - max(map(len, prompts.values())))
     stop_ids = run.train_set.encoder.template.stop_token_ids
     run.model.eval()

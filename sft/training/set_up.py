@@ -51,7 +51,7 @@ def set_up(config: TrainConfig, rows: tuple[list[Row], list[Row]], checkpoint: P
     is_sharded = config.shard_base and accelerator.num_processes > 1
     device = torch.device("cpu") if is_sharded else accelerator.device
     model = base.load_base_model(base_folder, device, placement.dtype, quantization_of(vars(config)))
-    window = base.context_window(model) or math.inf
+    window = base.context_window(model.config) or math.inf
     if config.max_length == FROM_DATA:
         config.max_length = typical_length(config, rows, tokenizer, template, window)
     model, packed = build_model(config, accelerator, model, window)
