@@ -63,7 +63,7 @@ def _contradictions(config: InferenceConfig) -> Iterator[tuple[bool, str, str]]:
     fix = "add --clinical_note or --input_file, or pipe notes"
     is_typed = is_conversation(config) and is_terminal(sys.stdin)
     yield config.json and is_typed, "--json is not for a conversation", fix
-    problem = "--one_note has no effect in a conversation, where an empty prompt line ends a note"
+    problem = "--one_note has no effect in a conversation, where Enter ends a note"
     yield has_one_note and is_typed, problem, "leave it out"
     problem = "running several processes requires --input_file and --output_file"
     yield processes()[1] > 1 and not out, problem, "add both, or start one process"
