@@ -10,7 +10,6 @@ Writes report.html, evaluation.json and .csv (figures, no text), and each system
 nothing into the adapter's folder. An interrupted run continues where it was."""
 
 import contextlib
-import hashlib
 import random
 import sys
 from collections import Counter
@@ -28,7 +27,15 @@ from sft.data.rows import Row, drop_stray_citations, factual_rows, leaked_rows, 
 from sft.data.table import OPTION_OF_COLUMN, column_name, read_table
 from sft.evaluation import figures, measures, page, sheet, systems
 from sft.evaluation.systems import Adapter, System
-from sft.files import ROOT, check_new_file, check_outside_models, make_private_dir, sha256, write_json
+from sft.files import (
+    ROOT,
+    check_new_file,
+    check_outside_models,
+    make_private_dir,
+    sha256,
+    sha256_of_files,
+    write_json,
+)
 from sft.inference.writing import read_selector
 from sft.model.folder import quantization_for, read_adapter_folder
 from sft.options import EvaluationConfig, parse_options
@@ -68,10 +75,9 @@ def find_files(config: EvaluationConfig, recorded: str | None) -> tuple[list[str
     """(test files, training files): those named, or the bundled ones for an adapter trained on them. Raises
     InputError if the training files are not those with the `recorded` SHA-256."""
     test_files, train_files = [config.test_csv] if config.test_csv else [], config.train_csv or []
-    hashes = [sha256(Path(file)) for file in train_files if Path(file).is_file()]
-    found = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
     # A file that is not there is refused where it is read
-    if train_files and len(hashes) == len(train_files) and found != recorded:
+    are_there = bool(train_files) and all(Path(file).is_file() for file in train_files)
+    if are_there and sha256_of_files(train_files) != recorded:
         problem = f"--train_csv {' '.join(train_files)}: not what the adapter was trained on (by SHA-256)"
         raise InputError(problem, "pass the same files, unchanged, in the same order; or leave it out")
     for kind in ("processed", "evidence"):
@@ -136,19 +142,18 @@ def choose_columns(names: Sequence[str] | None, adapters: Sequence[Adapter], dat
     return columns
 
 
-def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
-    """{value of --by: numbers of its rows}; by note length in thirds. Raises InputError if the column is
-    missing or its values are no kinds."""
+def group_by_length(rows: Mapping[int, Row]) -> dict[str, list[int]]:
     groups: dict[str, list[int]] = {}
-    if config.by is None:
-        return groups
-    if column_name(config.by) == "note_length":
-        lengths = {number: len(row.clinical_note.split()) for number, row in data.rows.items()}
-        thirds = np.array_split(sorted(lengths, key=lengths.get), min(3, len(lengths)))
-        for part in thirds:
-            name = f"{lengths[part[0]]} to {lengths[part[-1]]} words"
-            groups.setdefault(name, []).extend(part.tolist())
-        return groups
+    lengths = {number: len(row.clinical_note.split()) for number, row in rows.items()}
+    # Thirds of notes of one length have one name
+    for part in np.array_split(sorted(lengths, key=lengths.get), min(3, len(lengths))):
+        name = f"{lengths[part[0]]} to {lengths[part[-1]]} words"
+        groups.setdefault(name, []).extend(part.tolist())
+    return groups
+
+
+def group_by_column(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
     names = {ours: getattr(config, option.removeprefix("--")) for ours, option in OPTION_OF_COLUMN.items()}
     table = read_table(data.test_file, [], Counter(), names)
     values = {number: cells.get(column_name(config.by)) for number, cells, _ in table}
@@ -160,6 +165,16 @@ def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
     if shown_kinds(value for value, numbers in groups.items() for _ in numbers) is None:
         problem = f"{where}: too many different values, or too long ones, to be groups"
         raise InputError(problem, "choose a column such as specialty or source")
+    return groups
+
+
+def group_rows(config: EvaluationConfig, data: Data) -> dict[str, list[int]]:
+    """{value of --by: numbers of its rows}; by note length in thirds; without small groups. Raises InputError
+    if the column is missing or its values are no kinds."""
+    if config.by is None:
+        return {}
+    is_length = column_name(config.by) == "note_length"
+    groups = group_by_length(data.rows) if is_length else group_by_column(config, data)
     return {value: numbers for value, numbers in groups.items() if len(numbers) >= _LEAST_NOTES}
 
 

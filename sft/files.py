@@ -203,6 +203,12 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_files(files: list) -> str:
+    """The SHA-256 of one file; of several, that of theirs."""
+    first, *more = [sha256(Path(file)) for file in files]
+    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
+
+
 def is_bundled(digest: str) -> bool:
     """Whether a SHA-256 is that of an unchanged file of our sample data: only then may its text be shown."""
     checksums = ROOT / "phase1_data" / "sft" / "SHA256SUMS"

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -132,6 +133,24 @@ def finished(model_folder, tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """copied(**options): the output folder of a finished run, copied for one test to damage."""
+
+    def make(**options) -> Path:
+        return shutil.copytree(finished(**options).output_dir, tmp_path / "out")
+
+    return make
+
+
+def state_of(folder: Path) -> dict:
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="session")

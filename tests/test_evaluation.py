@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,11 +156,27 @@ def test_an_interrupted_run_continues(evaluate, tmp_path, adapters):
     assert not any(summary in text for _, summary in NOTES)
 
 
+def test_groups_by_length_are_thirds_of_five_notes_or_more():
+    def grouped(lengths: list[int]) -> dict[str, list[int]]:
+        rows = {i: SimpleNamespace(clinical_note="word " * n) for i, n in enumerate(lengths)}
+        return sft_evaluation.group_rows(EvaluationConfig(by="note_length"), SimpleNamespace(rows=rows))
+
+    thirds = {
+        "1 to 5 words": [0, 1, 2, 3, 4],
+        "6 to 10 words": [5, 6, 7, 8, 9],
+        "11 to 15 words": [*range(10, 15)],
+    }
+    assert grouped(list(range(1, 16))) == thirds
+    assert grouped([20] * 6) == {"20 to 20 words": [*range(6)]}
+    assert grouped([1, 2, 3, 4, 5, 6]) == {}
+
+
 def test_some_systems_on_some_rows(evaluate, tmp_path):
     found = evaluate(tmp_path, "--systems", "lead", "reference", "--n_rows", 6, "--by", "note_length")
-    assert (
-        set(found["figures"]) == {"lead", "reference"} and found["n_notes"] == 6 and len(found["groups"]) == 3
-    )
+    assert set(found["figures"]) == {"lead", "reference"}
+    assert found["n_notes"] == 6
+    # Two notes are no group
+    assert found["groups"] == {}
     with open(tmp_path / "evaluation.csv") as file:
         assert len(list(csv.DictReader(file))) == 12
     # Other systems are added to the same folder

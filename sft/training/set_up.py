@@ -23,7 +23,7 @@ from sft.data.formats import main_language
 from sft.data.prompt import PromptTemplate, set_chat_template
 from sft.data.report import log_data_warnings
 from sft.data.rows import Row
-from sft.files import FORMAT_VERSION, sha256
+from sft.files import FORMAT_VERSION, sha256, sha256_of_files
 from sft.model import base
 from sft.model.adapter import add_lora, load_adapter_weights, set_gradient_checkpointing, shard_base
 from sft.model.folder import read_sft_config
@@ -141,12 +141,6 @@ def hash_inputs(config: TrainConfig, base_folder: Path) -> dict[str, str]:
     if others and on_main_process():
         log(f"warning: another run than that of {config.config} (SHA-256 differs: {', '.join(others)})")
     return hashes
-
-
-def sha256_of_files(files: list) -> str:
-    """The SHA-256 of one file; of several, that of theirs."""
-    first, *more = [sha256(Path(file)) for file in files]
-    return hashlib.sha256("".join([first, *more]).encode()).hexdigest() if more else first
 
 
 def load_prompt(config: TrainConfig, base_folder: Path, source: Path | None) -> tuple:
